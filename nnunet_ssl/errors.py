@@ -1,0 +1,21 @@
+"""The one exception that speaks to the user."""
+
+from __future__ import annotations
+
+
+class UserError(SystemExit):
+    """Something that the user can mend: a missing folder, a broken image, an unknown setting.
+
+    The message is one plain sentence or two that name the file, the value and the remedy. As a ``SystemExit`` it
+    ends nnU-Net's own commands, whose top level is not ours, with exit code 1 and the message on standard error,
+    without a traceback.
+
+    Args:
+        message: what is wrong, where, and what to do about it.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"nnunet_ssl: {message}")
+
+    def __str__(self) -> str:
+        return str(self.code)
