@@ -1,0 +1,64 @@
+"""Plans small enough for a CPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnunet_ssl.errors import UserError
+
+
+def shrink_plans(
+    plans_file: str | Path,
+    configuration: str,
+    features: Sequence[int],
+    *,
+    patch_size: Sequence[int] | None = None,
+    batch_size: int = 2,
+    convs_per_stage: int = 2,
+) -> None:
+    """Make the network of a configuration smaller, in the plans file itself.
+
+    The first stages of the planned network stay with their kernels and strides, so an anisotropic plan stays
+    anisotropic. What preprocessing reads (spacing, normalisation, resampling) is left alone, so the images may be
+    prepared before or after.
+
+    Args:
+        plans_file: nnU-Net's plans, a JSON file.
+        configuration: for example ``3d_fullres``.
+        features: channels of each stage that is kept, one number a stage.
+        patch_size: voxels of each axis; the planned patch where it is None.
+        batch_size: patches of a batch.
+        convs_per_stage: convolutions of each stage, in encoder and decoder (residual blocks where the plans have them).
+
+    Raises:
+        UserError: the plans have no such configuration, or fewer stages than ``features`` asks for.
+    """
+    plans_file = Path(plans_file)
+    plans = json.loads(plans_file.read_text())
+    if configuration not in plans["configurations"]:
+        raise UserError(f"{plans_file} has no configuration {configuration!r}, only {', '.join(plans['configurations'])}.")
+    config = plans["configurations"][configuration]
+    network = config["architecture"]["arch_kwargs"]
+    stages = len(features)
+    if network["n_stages"] < stages:
+        raise UserError(
+            f"{plans_file}: {configuration} has {network['n_stages']} stages, fewer than the {stages} asked for; "
+            "ask for fewer, or plan with larger images."
+        )
+
+    network["n_stages"] = stages
+    network["features_per_stage"] = list(features)
+    network["kernel_sizes"] = network["kernel_sizes"][:stages]
+    network["strides"] = network["strides"][:stages]
+    for blocks in ("n_conv_per_stage", "n_blocks_per_stage"):  # plain or residual encoder
+        if blocks in network:
+            network[blocks] = [convs_per_stage] * stages
+    network["n_conv_per_stage_decoder"] = [convs_per_stage] * (stages - 1)
+
+    if patch_size is not None:
+        config["patch_size"] = list(patch_size)
+    config["batch_size"] = batch_size
+    # sort_keys would change the order of the configurations, and the rest of the file is nnU-Net's
+    plans_file.write_text(json.dumps(plans, indent=4))

@@ -1,0 +1,36 @@
+"""The fixtures themselves: each kind of tiny dataset is what it says, and a copy is apart from its original."""
+
+from __future__ import annotations
+
+import datasets
+import pytest
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+
+@pytest.mark.parametrize("kind", datasets.RECIPES)
+def test_every_kind_is_planned_and_prepared(tiny, kind):
+    dataset = tiny(kind)
+    recipe = dataset.recipe
+    configuration = PlansManager(str(dataset.plans_file)).get_configuration(dataset.configuration)
+    assert tuple(configuration.patch_size) == recipe.patch_size
+    assert len(configuration.pool_op_kernel_sizes) == len(recipe.features)
+    prepared = list((dataset.preprocessed / configuration.data_identifier).glob("*.pkl"))
+    assert len(prepared) == recipe.labeled
+    assert len(dataset.cases("imagesUn")) == recipe.unlabeled
+
+
+def test_anisotropic_plans_stay_anisotropic(tiny):
+    network = tiny("anisotropic").plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    assert network["strides"][1] == [1, 2, 2]
+
+
+def test_a_copy_is_apart(tiny, tiny_copy):
+    copy = tiny_copy("3d")
+    copy.plans_file.unlink()
+    assert tiny("3d").plans_file.exists()
+
+
+def test_stock_command_runs_on_the_tiny_dataset(tiny, own_results, run_nnunet):
+    dataset = tiny("3d")
+    output = run_nnunet("nnUNetv2_train", dataset.id, dataset.configuration, 0, "-h").stdout
+    assert "-tr" in output
