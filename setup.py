@@ -1,0 +1,94 @@
+"""Metadata, entry points, and the files that make nnU-Net find the trainers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from setuptools import Command, find_packages, setup
+from setuptools.command.build import build
+
+ROOT = Path(__file__).parent
+COMMANDS = ("preprocess", "split", "trainers", "export", "demo")
+
+
+class build_startup(Command):
+    """Puts the files of ``startup/`` at the root of site-packages, in plain and in editable installs.
+
+    Python reads ``.pth`` and ``.start`` files there and nowhere else. As part of the wheel they are in its list of
+    files, so uninstalling removes them.
+    """
+
+    description = "install the files that make nnU-Net find the trainers"
+    user_options = []
+    editable_mode = False
+
+    def initialize_options(self):
+        self.build_lib = None
+
+    def finalize_options(self):
+        self.set_undefined_options("build_py", ("build_lib", "build_lib"))
+
+    def run(self):
+        # Nothing in build_lib gets into an editable wheel; what lies in its unpacked folder does.
+        target = self.get_finalized_command("install").install_lib if self.editable_mode else self.build_lib
+        self.mkpath(target)
+        for file in self.get_source_files():
+            self.copy_file(file, target)
+
+    def get_source_files(self):
+        return sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "startup").glob("*.*"))
+
+    def get_outputs(self):
+        return [str(Path(self.build_lib, Path(file).name)) for file in self.get_source_files()]
+
+    def get_output_mapping(self):
+        return {}
+
+
+class build_all(build):
+    sub_commands = [*build.sub_commands, ("build_startup", None)]
+
+
+setup(
+    name="nnunet-ssl",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "nnunet_ssl/__init__.py").read_text(encoding="utf-8"))[1],
+    description="Semi-supervised learning for nnU-Net v2: train with images that have no labels",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The nnunet_ssl maintainers",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["semi-supervised learning", "medical image segmentation", "nnU-Net", "deep learning"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Intended Audience :: Healthcare Industry",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Medical Science Apps.",
+    ],
+    # Makes an editable install one line in a .pth file. Without it setuptools installs an import hook, which costs
+    # every start of Python ten times what our own files do.
+    package_dir={"": "."},
+    packages=find_packages(include=["nnunet_ssl", "nnunet_ssl.*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "nnunetv2>=2.8.0,<2.9",
+        "torch",
+        "batchgenerators",
+        "batchgeneratorsv2",
+        "dynamic-network-architectures",
+        "numpy",
+        "SimpleITK",
+        "acvl-utils",
+        "scipy",
+        "tqdm",
+        "matplotlib",
+    ],
+    extras_require={"dev": ["pytest", "pytest-timeout", "ruff", "pre-commit", "setuptools>=77"]},
+    entry_points={
+        "console_scripts": [f"nnUNetv2_ssl_{verb} = nnunet_ssl.commands.{verb}:main" for verb in COMMANDS],
+    },
+    cmdclass={"build": build_all, "build_startup": build_startup},
+)
