@@ -225,6 +225,7 @@ def write_raw_dataset(recipe: Recipe, raw: Path) -> Path:
 @contextmanager
 def threads_for_processes() -> Iterator[None]:
     """Let nnU-Net's process pools be thread pools: a spawned worker takes seconds to import nnU-Net."""
+    from nnunetv2.utilities import utils
 
     class ThreadContext:
         Pool = ThreadPool
@@ -234,7 +235,10 @@ def threads_for_processes() -> Iterator[None]:
     def get_context(method: str | None = None) -> Any:
         return ThreadContext if method == "spawn" else real(method)
 
-    with mock.patch.object(multiprocessing, "get_context", get_context):
+    with (
+        mock.patch.object(multiprocessing, "get_context", get_context),
+        mock.patch.object(utils, "Pool", ThreadPool),
+    ):
         yield
 
 
@@ -248,12 +252,20 @@ def environment(variables: dict[str, str]) -> Iterator[None]:
 def plan_and_preprocess(recipe: Recipe, folders: Folders) -> TinyDataset:
     """Fingerprint, plan, shrink the plans and prepare a raw dataset with nnU-Net's own functions."""
     from nnunetv2.experiment_planning import plan_and_preprocess_api as api
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 
     from nnunet_ssl.demo.plans import shrink_plans
 
+    class FewSamples(DatasetFingerprintExtractor):
+        """Draws fewer voxels for the intensity statistics than the stock hundred million."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.num_foreground_voxels_for_intensitystats = 1e5
+
     # planning hands nnUNet_n_proc_DA to torch as a number of threads, so it must not be 0
     with environment({**folders.environment(), "nnUNet_n_proc_DA": "1"}), threads_for_processes():
-        api.extract_fingerprints([recipe.dataset_id], num_processes=2, check_dataset_integrity=True)
+        api.extract_fingerprint_dataset(recipe.dataset_id, FewSamples, 2, check_dataset_integrity=True)
         plans_name = api.plan_experiments([recipe.dataset_id], recipe.planner)
         dataset = TinyDataset(recipe, folders, plans_name)
         shrink_plans(
