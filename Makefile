@@ -1,0 +1,41 @@
+# make demo       the whole way on made-up data, from preprocessing to a figure, in less than 15 minutes on 2 CPU cores
+# make test       the tests that take seconds each;  make test-slow: every test;  make lint
+# make bench      seconds a step and peak memory of each trainer, against nnUNetTrainer
+#
+# Each of them first makes a virtual environment in .venv and installs the package there, if that is still to be done.
+# PYTHON=python3.12 picks the interpreter, VENV=folder the place, TESTS=tests/losses a part of the tests,
+# DEMO="--epochs 5" and BENCH="..." add options.
+
+PYTHON ?= python3
+VENV ?= .venv
+TESTS ?= tests
+DEMO ?=
+BENCH ?=
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint bench
+
+# One thread for each process: the tests' networks are tiny, and 2 cores shared by many threads are slower than 1.
+test test-slow: export OMP_NUM_THREADS ?= 1
+
+demo: $(INSTALLED)
+	$(BIN)/nnUNetv2_ssl_demo --dir demo $(DEMO)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest --durations=10 $(TESTS)
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest --durations=10 -m "slow or not slow" $(TESTS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+
+bench: $(INSTALLED)
+	$(BIN)/python scripts/benchmark_trainers.py $(BENCH)
+
+# The stamp is written last, so a broken install is tried again.
+$(INSTALLED): setup.py pyproject.toml $(wildcard startup/*)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $(INSTALLED)

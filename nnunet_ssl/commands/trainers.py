@@ -1,0 +1,154 @@
+"""``nnUNetv2_ssl_trainers``: which trainers there are and, with ``--check``, whether this installation can use them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
+from typing import NamedTuple
+
+from nnunet_ssl._startup import EXT_FOLDER, VARIABLE
+
+NNUNET_FROM, NNUNET_BELOW = (2, 8, 0), (2, 9)
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
+# What a fresh Python does before every training: nnU-Net's own search, by name.
+LOOKUP = """
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+trainer = recursive_find_trainer_class_by_name({name!r})
+print("FOUND", trainer.__module__)
+"""
+
+
+class Finding(NamedTuple):
+    """One line of ``--check``: ``level`` is "ok", "note" (works, but know this) or "WRONG"."""
+
+    level: str
+    text: str
+
+
+def list_trainers() -> Iterator[tuple[str, str, str]]:
+    """Yield name, what it is (the first line of its docstring) and paper of every trainer for use."""
+    from nnunet_ssl import trainers
+
+    for name in trainers.TRAINERS:
+        trainer = getattr(trainers, name)
+        if name != "nnUNetTrainerSSL":  # the base, not for use by itself
+            yield name, (trainer.__doc__ or "").strip().split("\n")[0], trainer.paper
+
+
+def check_nnunet() -> Finding:
+    """The nnU-Net that is installed is one that this package was written for."""
+    wanted = f"{'.'.join(map(str, NNUNET_FROM))} or newer, below {'.'.join(map(str, NNUNET_BELOW))}"
+    remedy = f"pip install 'nnunetv2>={'.'.join(map(str, NNUNET_FROM))},<{'.'.join(map(str, NNUNET_BELOW))}'"
+    try:
+        version = metadata.version("nnunetv2")
+    except metadata.PackageNotFoundError:
+        return Finding("WRONG", f"nnU-Net is not installed in {sys.prefix}: {remedy}")
+    numbers = tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:3])
+    if not NNUNET_FROM <= numbers < NNUNET_BELOW:
+        return Finding("WRONG", f"nnU-Net {version} is installed, this package needs {wanted}: {remedy}")
+    return Finding("ok", f"nnU-Net {version} (needed: {wanted})")
+
+
+def check_discovery(name: str = "nnUNetTrainerLabeledOnly") -> Finding:
+    """A Python started now, with only what a user has set, finds a trainer of ours where it should.
+
+    It looks in a new process, without our entry in the inherited variable and from an empty folder, so that what is
+    tested is the installation and not the process or the folder that asks.
+    """
+    environment = dict(os.environ)
+    environment[VARIABLE] = os.pathsep.join(
+        folder for folder in environment.get(VARIABLE, "").split(os.pathsep) if folder != EXT_FOLDER
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        lookup = subprocess.run(
+            [sys.executable, "-c", LOOKUP.format(name=name)],
+            env=environment, cwd=folder, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+    lines = lookup.stdout.strip().splitlines()
+    if lookup.returncode == 0 and lines and lines[-1].startswith("FOUND nnunet_ssl."):
+        return Finding("ok", f"nnU-Net finds {name} without a variable of ours ({lines[-1].split()[1]})")
+    if lookup.returncode == 0 and lines and lines[-1].startswith("FOUND"):
+        return Finding(
+            "WRONG",
+            f"nnU-Net takes {name} from the module {lines[-1].split()[1]}, not from this package: "
+            f"rename that trainer or take its folder out of {VARIABLE}",
+        )
+    reason = (lookup.stderr.strip().splitlines() or [f"exit code {lookup.returncode}"])[-1]
+    return Finding(
+        "WRONG",
+        f"nnU-Net does not find {name} ({reason}): install the package with pip into {sys.prefix}, or, where Python "
+        f"does not read what pip installs there (PYTHONPATH, pip install --target), set {VARIABLE}={EXT_FOLDER}",
+    )
+
+
+def check_folder(variable: str) -> Finding:
+    """One of nnU-Net's three folders is set, exists and can be written to."""
+    folder = os.environ.get(variable)
+    if not folder:
+        return Finding("WRONG", f"{variable} is not set: export {variable}=FOLDER")
+    if not os.path.isdir(folder):
+        return Finding("WRONG", f"{variable}={folder} is not a folder: make it, or correct the variable")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if variable == "nnUNet_raw":
+            return Finding("note", f"{variable}={folder} is read-only: enough to train, not for nnUNetv2_ssl_split")
+        return Finding("WRONG", f"{variable}={folder} cannot be written to ({error.strerror}): change its permissions")
+    return Finding("ok", f"{variable}={folder}")
+
+
+def check_gpu() -> Finding:
+    """There is a GPU that torch can use. Without one everything works, slowly."""
+    import torch
+
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        return Finding("ok", f"GPU: {torch.cuda.get_device_name(0)}, {memory:.0f} GiB (torch {torch.__version__})")
+    return Finding(
+        "note",
+        f"torch {torch.__version__} sees no GPU: train with -device cpu (slow), or install the torch for your driver",
+    )
+
+
+def check() -> Iterator[Finding]:
+    """Every finding about this installation, the quick ones first."""
+    yield check_nnunet()
+    for variable in FOLDERS:
+        yield check_folder(variable)
+    yield check_gpu()
+    yield check_discovery()
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_ssl_trainers",
+        description="List the trainers of nnunet_ssl with their papers, or check the installation.",
+    )
+    parser.add_argument(
+        "--check", action="store_true",
+        help="check nnU-Net's version, that it finds the trainers, its three folders and the GPU; "
+        "the exit code is 1 if something is wrong",
+    )  # fmt: skip
+    arguments = parser.parse_args(argv)
+
+    if not arguments.check:
+        for name, what, paper in list_trainers():
+            print(f"{name:<26}  {what} [{paper}]")
+        return
+    wrong = 0
+    for finding in check():
+        print(f"{finding.level:<5}  {finding.text}", flush=True)
+        wrong += finding.level == "WRONG"
+    if wrong:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
