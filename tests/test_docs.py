@@ -1,0 +1,56 @@
+"""The documentation and the code say the same."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+
+
+def commands_of_setup() -> set[str]:
+    """The commands that an installation gets, read from setup.py without running it."""
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "COMMANDS":
+            return {f"nnUNetv2_ssl_{verb}" for verb in ast.literal_eval(node.value)}
+    raise AssertionError("setup.py has no COMMANDS")
+
+
+def without_code(text: str) -> str:
+    """Markdown without fenced and inline code, which holds no links."""
+    return re.sub(r"`[^`\n]*`", "", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_relative_links_resolve(page):
+    targets = re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text(encoding="utf-8")))
+    missing = [
+        target
+        for target in targets
+        if not re.match(r"[a-z]+:|#", target) and not (page.parent / target.split("#")[0]).exists()
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_commands_that_are_named_exist(page):
+    named = set(re.findall(r"nnUNetv2_ssl_[a-z]+", page.read_text(encoding="utf-8")))
+    assert named <= commands_of_setup()
+
+
+def test_every_page_is_listed():
+    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert [p.name for p in (ROOT / "docs").glob("*.md") if p.name != "index.md" and f"({p.name})" not in index] == []
+
+
+def test_readme_lists_every_trainer():
+    from nnunet_ssl.trainers import TRAINERS
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [name for name in TRAINERS if name != "nnUNetTrainerSSL" and f"`{name}`" not in readme] == []
