@@ -1,0 +1,31 @@
+"""Writing files so that a kill at any moment leaves the old one or the new one, never half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def replacing(path: str) -> Iterator[str]:
+    """Yield a temporary name beside ``path``; on success it becomes ``path``, on failure it is removed.
+
+    Args:
+        path: the file to make or to replace.
+    """
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        if os.path.lexists(temporary):
+            os.remove(temporary)
+
+
+def write_json(path: str, content: object) -> None:
+    """Write ``content`` as JSON with :func:`replacing`."""
+    with replacing(path) as temporary, open(temporary, "w") as file:
+        json.dump(content, file, indent=2)
+        file.write("\n")

@@ -1,0 +1,46 @@
+"""Hard pseudo-labels, in the form of target that nnU-Net's own losses take."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@torch.no_grad()
+def hard_pseudo_labels(logits: Tensor, has_regions: bool = False, has_ignore_label: bool = False) -> Tensor:
+    """The hard decision of a network, as a target for nnU-Net's losses.
+
+    Args:
+        logits: ``[B, K, *spatial]``, before softmax (classes) or sigmoid (regions).
+        has_regions: whether the K channels are overlapping regions rather than exclusive classes.
+        has_ignore_label: whether nnU-Net's region loss expects one more channel that marks ignored voxels. A
+            pseudo-label ignores nothing, so that channel is empty.
+
+    Returns:
+        For classes ``[B, 1, *spatial]`` int64, the argmax; it never holds the ignore label. For regions
+        ``[B, K, *spatial]`` bool (``K + 1`` channels with an ignore label), probability above 0.5. No gradient.
+    """
+    if not has_regions:
+        return logits.argmax(1, keepdim=True)
+    regions = logits > 0  # sigmoid(x) > 0.5
+    if has_ignore_label:
+        regions = torch.cat([regions, torch.zeros_like(regions[:, :1])], 1)
+    return regions
+
+
+def pseudo_label_cross_entropy(logits: Tensor, labels: Tensor, has_regions: bool = False) -> Tensor:
+    """Cross-entropy with pseudo-labels, the mean over all voxels (and regions), in fp32.
+
+    Args:
+        logits: ``[B, K, *spatial]``.
+        labels: of :func:`hard_pseudo_labels`.
+        has_regions: whether channels are regions, each with a binary cross-entropy.
+
+    Returns:
+        0-dim float32.
+    """
+    logits = logits.float()
+    if has_regions:
+        return F.binary_cross_entropy_with_logits(logits, labels[:, : logits.shape[1]].float())
+    return F.cross_entropy(logits, labels[:, 0])

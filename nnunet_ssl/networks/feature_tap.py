@@ -1,0 +1,52 @@
+"""Reads the last decoder feature of a network beside its outputs, without changing the network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class FeatureTap(nn.Module):
+    """A view of a plans' network whose forward also returns what ``decoder.seg_layers[-1]`` takes in.
+
+    The feature leaves as an output of ``forward``. So ``torch.compile`` of this module sees one graph without side
+    effects, and gradients flow as through any other output. The network keeps its parameters, its state dict and what
+    it computes; outside of a tap's forward the hook does nothing.
+
+    Args:
+        network: any nnU-Net network with ``decoder.seg_layers`` (plain and residual-encoder U-Nets, 2D and 3D).
+
+    Raises:
+        TypeError: if the network has no such decoder.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        if not hasattr(getattr(network, "decoder", None), "seg_layers"):
+            raise TypeError(f"{type(network).__name__} has no decoder.seg_layers to read the last decoder feature from")
+        self.network = network
+        self._kept: list[Tensor] | None = None
+        network.decoder.seg_layers[-1].register_forward_pre_hook(self._keep)
+
+    def _keep(self, _head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if self._kept is not None:
+            self._kept.append(inputs[0])
+
+    @property
+    def feature_channels(self) -> int:
+        """Channels C of the feature."""
+        return self.network.decoder.seg_layers[-1].in_channels
+
+    def forward(self, x: Tensor) -> tuple[Tensor | list[Tensor], Tensor]:
+        """Run the network.
+
+        Args:
+            x: ``[B, C_in, *patch]``.
+
+        Returns:
+            The network's outputs as they are (a list with deep supervision), and the feature ``[B, C, *patch]``.
+        """
+        self._kept = kept = []
+        outputs = self.network(x)
+        self._kept = None
+        return outputs, kept[0]

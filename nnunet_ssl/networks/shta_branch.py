@@ -1,0 +1,106 @@
+"""SHTA's training-only branch: tokens from a decoder feature, their embedding, and the losses on it (Fig. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnunet_ssl.losses.shta import SHTALoss, SHTATerms, token_class_distribution
+
+
+def token_stride(patch_size: Sequence[int], spacing: Sequence[float], batch_size: int, max_tokens: int) -> list[int]:
+    """Voxels per token along each axis: about three, fewer along axes with thick slices, always a divisor.
+
+    The paper's Table IV (3.76 % of the tokens are 2.47 k) fits 32 x 32 x 32 tokens of 3 x 3 x 3 voxels in its 96^3
+    patches. nnU-Net's patches are seldom multiples of three, so the nearest divisor of each axis is taken, and of two
+    equally near ones the larger: 3 for 96, 4 for 128 and for 40. Where the finest spacing is not an axis' own, the aim
+    of three shrinks in proportion. While a batch has more than ``max_tokens`` tokens, the axis whose tokens are
+    shortest in millimetres goes to its next divisor.
+
+    Args:
+        patch_size: voxels along each axis.
+        spacing: of the same axes, in mm.
+        batch_size: labelled samples in a step.
+        max_tokens: labelled tokens that a step may have.
+
+    Returns:
+        The stride along each axis.
+    """
+    divisors = [[s for s in range(1, n + 1) if n % s == 0] for n in patch_size]
+    stride = []
+    for axis, options in enumerate(divisors):
+        aim = max(1, round(3 * min(spacing) / spacing[axis]))
+        stride.append(min(options, key=lambda s: (abs(s - aim), -s)))
+
+    def num_tokens() -> int:
+        return batch_size * torch.Size([n // s for n, s in zip(patch_size, stride, strict=True)]).numel()
+
+    while num_tokens() > max_tokens:
+        growable = [axis for axis, n in enumerate(patch_size) if stride[axis] < n]
+        if not growable:
+            break
+        axis = min(growable, key=lambda a: stride[a] * spacing[a])
+        stride[axis] = next(s for s in divisors[axis] if s > stride[axis])
+    return stride
+
+
+class SHTABranch(nn.Module):
+    """``T = P(F_A)``, ``Z = g(T)``, ``Y_tok = TokDist(Y)`` (Eq. 1), and the losses on them.
+
+    P is average pooling over a token, the same operator that makes class shares out of labels, so features and shares
+    stay aligned. g is LayerNorm, Linear, GELU, Linear. Runs in fp32 under autocast: sums over tens of thousands of
+    tokens, ``1 / temperature`` and norms are not safe in half precision. (The pooling itself reads the feature as it
+    is; torch accumulates it in fp32.)
+
+    Args:
+        in_channels: C of the decoder feature.
+        stride: voxels per token along each axis, see :func:`token_stride`.
+        num_classes: K with background.
+        hidden_dim: width of g.
+        embedding_dim: C_z.
+        ignore_label: label that is not counted, if any.
+        min_valid_fraction: tokens with fewer labelled voxels are left out.
+        loss_settings: keyword arguments of :class:`nnunet_ssl.losses.shta.SHTALoss`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        stride: Sequence[int],
+        num_classes: int,
+        hidden_dim: int,
+        embedding_dim: int,
+        ignore_label: int | None = None,
+        min_valid_fraction: float = 0.5,
+        **loss_settings: object,
+    ) -> None:
+        super().__init__()
+        self.stride = tuple(stride)
+        self.num_classes = num_classes
+        self.ignore_label = ignore_label
+        self.min_valid_fraction = min_valid_fraction
+        self.embed = nn.Sequential(
+            nn.LayerNorm(in_channels), nn.Linear(in_channels, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, embedding_dim)
+        )
+        self.loss = SHTALoss(num_classes, embedding_dim, **loss_settings)
+
+    def forward(self, feature: Tensor, labels: Tensor) -> SHTATerms:
+        """Compute the SHTA terms of a labelled batch.
+
+        Args:
+            feature: ``[B, C, *patch]``, the last decoder feature of labelled samples.
+            labels: ``[B, 1, *patch]`` integer labels at full resolution.
+
+        Returns:
+            The terms of :class:`nnunet_ssl.losses.shta.SHTATerms`.
+        """
+        with torch.autocast(feature.device.type, enabled=False):
+            pool = F.avg_pool2d if len(self.stride) == 2 else F.avg_pool3d
+            tokens = pool(feature, self.stride, self.stride).float().flatten(2).transpose(1, 2)  # [B, L, C]
+            y_tok, _ = token_class_distribution(
+                labels[:, 0], self.stride, self.num_classes, self.ignore_label, self.min_valid_fraction
+            )
+            return self.loss(self.embed(tokens).flatten(0, 1), y_tok.flatten(0, 1))

@@ -1,0 +1,621 @@
+"""The base of every trainer: two streams of batches, one step, and what is kept beside a checkpoint.
+
+A method is a subclass with a ``Settings`` dataclass and a ``losses`` generator. Everything that nnU-Net does already
+(plans, datasets, transforms, schedules, validation, export) is inherited.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.distributed as dist
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from torch import Tensor, nn
+
+from nnunet_ssl import __version__
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import replacing, write_json
+from nnunet_ssl.networks.feature_tap import FeatureTap
+from nnunet_ssl.randomness import derived_seed, seeded
+from nnunet_ssl.trainers.log import SSLLog
+from nnunet_ssl.trainers.settings import ENVIRONMENT_VARIABLE, SSLSettings, load_settings, settings_from_dict
+from nnunet_ssl.unlabeled.loader import TwoStreamLoader, UnlabeledDataset, UnlabeledLoader, start_workers
+
+CLIP_NORM = 12  # nnU-Net's
+
+
+class Stream(NamedTuple):
+    """One half of a batch."""
+
+    images: Tensor  # [B, C, *patch]
+    target: list[Tensor] | Tensor | None  # nnU-Net's target, full resolution first; None for unlabelled images
+
+
+class Batch(NamedTuple):
+    """What a method's ``losses`` takes."""
+
+    labeled: Stream
+    unlabeled: Stream | None
+
+
+class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
+    """Base of the semi-supervised trainers; not for use by itself.
+
+    A subclass writes ``losses``, and where it needs them ``build_training_modules``, ``term_weights`` and
+    ``training_state``.
+
+    What is repeatable: with the same seed, software and device, initial weights and the content and order of all
+    batches are the same, whatever the number of workers and wherever a run was interrupted. So on the CPU, with the same
+    number of threads, a resumed run ends with the weights of an uninterrupted one, bit for bit. On a GPU cuDNN chooses
+    algorithms by speed, as nnU-Net wants it, and the last bits differ from run to run.
+
+    Raises:
+        UserError: at the start, if the settings, the plans, the unlabelled images or the training state cannot work.
+    """
+
+    paper: ClassVar[str] = ""
+    Settings: ClassVar[type[SSLSettings]] = SSLSettings
+    uses_unlabeled: ClassVar[bool] = True
+    supports_regions: ClassVar[bool] = True
+    inference_trainer: ClassVar[str] = "nnUNetTrainer"  # what a checkpoint says it is: the plans' own network
+    epochs: ClassVar[int | None] = None  # set by the <trainer>_<N>epochs classes
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int | str,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008  (nnU-Net's own signature)
+    ) -> None:
+        if type(self).losses is nnUNetTrainerSSL.losses:
+            raise UserError(f"{type(self).__name__} is the base of the trainers; choose one from nnUNetv2_ssl_trainers.")
+        continue_training = plans["continue_training"]  # nnU-Net removes it
+        override = load_settings(self.Settings, os.environ.get(ENVIRONMENT_VARIABLE))
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.settings = self._settings_in_force(override, continue_training)
+        self.num_iterations_per_epoch = self.settings.num_iterations_per_epoch
+        self.num_val_iterations_per_epoch = self.settings.num_val_iterations_per_epoch
+        self.save_every = self.settings.save_every
+        if self.epochs is not None:
+            self.num_epochs = self.epochs
+        self.global_step = 0
+        self._resumed_from: str | None = None
+        self._sums: dict[str, list] = {}
+        self._terms_of_features: dict[str, Tensor] = {}
+
+    # ------------------------------------------------------------------ what a method writes
+
+    def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        """Yield the named terms of one pass after the other; the base backpropagates each before it asks for more.
+
+        Each term is a 0-dim tensor, without its weight (see ``term_weights``). With ``passes: lean`` what is yielded is
+        backpropagated and freed at once, with ``joint`` all of it at the end. A term may come in several passes; the
+        parts add up.
+        """
+        raise NotImplementedError
+
+    def term_weights(self) -> dict[str, float]:
+        """The weights of terms at ``self.global_step``; a term that is not named has weight 1."""
+        return {}
+
+    def build_training_modules(self) -> dict[str, nn.Module]:
+        """Modules that only training needs, by name. They are optimised, clipped each by itself, saved and resumed.
+
+        Build each under ``self.seeded(name)``, so that one module does not change the initial weights of another.
+        """
+        return {}
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that ``forward`` may run, by name; ``first`` is the plans' own, which predicts."""
+        return {"first": self.plans_network}
+
+    def tapped_networks(self) -> set[str]:
+        """Names of the networks whose last decoder feature ``on_labeled_feature`` wants to see."""
+        return set()
+
+    def on_labeled_feature(self, name: str, feature: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Terms to add to the current pass, from the last decoder feature of labelled images of a tapped network.
+
+        Args:
+            name: of the network.
+            feature: ``[B, C, *patch]``.
+            target: ``[B, 1, *patch]``, nnU-Net's full-resolution target.
+        """
+        return {}
+
+    def training_state(self) -> dict[str, Any]:
+        """What a method wants to find again after ``--c``, beside modules and optimisers: tensors and plain types."""
+        return {}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Take back what ``training_state`` gave."""
+
+    # ------------------------------------------------------------------ what a method calls
+
+    def forward(self, name: str, stream: Stream) -> list[Tensor] | Tensor:
+        """Run a network on a stream, and let what hangs on labelled features see them.
+
+        Args:
+            name: a name of ``networks()``.
+            stream: images, and their target if they are labelled.
+
+        Returns:
+            The network's outputs: with deep supervision a list, full resolution first.
+        """
+        if name not in self.tapped_networks():
+            return self._runnable[name](stream.images)
+        outputs, feature = self._runnable[name](stream.images)
+        if stream.target is not None and torch.is_grad_enabled():
+            self._terms_of_features.update(self.on_labeled_feature(name, feature, full_resolution(stream.target)))
+        return outputs
+
+    def log_value(self, name: str, value: Tensor | float) -> None:
+        """Add ``value`` to the epoch's mean of ``name``. Tensors stay on their device until the epoch ends."""
+        total = self._sums.setdefault(name, [0.0, 0])
+        total[0] = total[0] + (value.detach().float() if isinstance(value, Tensor) else value)
+        total[1] += 1
+
+    def seeded(self, *purpose: str | int) -> AbstractContextManager[None]:
+        """A context whose random draws follow from the run's seed and ``purpose``, on every rank alike."""
+        return seeded(self.settings.seed, *purpose)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole training."""
+        return self.num_epochs * self.num_iterations_per_epoch
+
+    # ------------------------------------------------------------------ settings
+
+    @property
+    def settings_file(self) -> str:
+        """Where the settings in force are written."""
+        return os.path.join(self.output_folder or "", "ssl_settings.json")
+
+    def _settings_in_force(self, override: SSLSettings, continue_training: bool) -> SSLSettings:
+        """``override``, or with ``--c`` what the run was started with; with a seed in any case."""
+        if continue_training and os.path.isfile(self.settings_file):
+            with open(self.settings_file) as file:
+                stored = settings_from_dict(self.Settings, json.load(file)["settings"], self.settings_file)
+            if ENVIRONMENT_VARIABLE in os.environ:
+                if override.seed is None:
+                    override = dataclasses.replace(override, seed=stored.seed)
+                for field in dataclasses.fields(stored):
+                    was, now = getattr(stored, field.name), getattr(override, field.name)
+                    if was != now:
+                        raise UserError(
+                            f"{os.environ[ENVIRONMENT_VARIABLE]} sets '{field.name}' to {now!r}, but the run in "
+                            f"{self.output_folder} was started with {was!r}; unset {ENVIRONMENT_VARIABLE} to continue "
+                            "it, or start anew without --c."
+                        )
+            return stored
+        if override.seed is not None:
+            return override
+        seed = [secrets.randbits(31)]
+        if self.is_ddp:
+            dist.broadcast_object_list(seed, src=0)
+        return dataclasses.replace(override, seed=seed[0])
+
+    def _refuse_what_cannot_work(self) -> None:
+        name = type(self).__name__
+        if self.is_cascaded:
+            raise UserError(
+                f"{name} cannot train '{self.configuration_name}': unlabelled images have no segmentation from the "
+                "previous stage of the cascade; train '3d_fullres' or '3d_lowres'."
+            )
+        if self.label_manager.has_regions and not self.supports_regions:
+            raise UserError(
+                f"{name} cannot train the region-based labels of {self.plans_manager.dataset_name}: it needs classes "
+                "that exclude each other; write dataset.json with plain labels, or use nnUNetTrainerCPS."
+            )
+
+    # ------------------------------------------------------------------ networks and optimisers
+
+    def initialize(self) -> None:
+        """Build what nnU-Net builds, then the modules that only training needs, and their optimiser."""
+        self._refuse_what_cannot_work()
+        with self.seeded("first"):
+            super().initialize()
+        compiled = self.network.module if self.is_ddp else self.network
+        self.plans_network = getattr(compiled, "_orig_mod", compiled)
+
+        self.training_modules = nn.ModuleDict(self.build_training_modules()).to(self.device)
+        self.training_optimizer = self.training_lr_scheduler = None
+        if len(self.training_modules):
+            self.training_optimizer, self.training_lr_scheduler = self._configure_training_optimizer()
+        self._runnable = nn.ModuleDict()
+        for name, network in self.networks().items():
+            if name in self.tapped_networks():
+                network = FeatureTap(network)
+            elif name == "first":
+                self._runnable[name] = compiled
+                continue
+            self._runnable[name] = torch.compile(network) if self._do_i_compile() else network
+        if self.is_ddp:
+            for tensor in self.training_modules.state_dict().values():
+                dist.broadcast(tensor, src=0)
+
+    def _configure_training_optimizer(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
+        """nnU-Net's optimiser and schedule, for the modules that only training needs.
+
+        An optimiser of their own, with the same rule, steps like one over all parameters; and what nnU-Net saves in its
+        checkpoint stays what it saves for a plain trainer. Parameters marked ``no_weight_decay`` get none.
+        """
+        parameters = list(self.training_modules.parameters())
+        network = self.network
+        self.network = nn.ParameterList(p for p in parameters if not hasattr(p, "no_weight_decay"))
+        try:
+            optimizer, scheduler = self.configure_optimizers()
+        finally:
+            self.network = network
+        free = [p for p in parameters if hasattr(p, "no_weight_decay")]
+        if free:
+            optimizer.add_param_group({"params": free, "weight_decay": 0.0})
+        return optimizer, scheduler
+
+    # ------------------------------------------------------------------ data
+
+    def on_train_start(self) -> None:
+        """Check and prepare all that can fail, then start as nnU-Net does."""
+        if not self.was_initialized:
+            self.initialize()
+        if self._resumed_from is not None:
+            self._load_training_state(training_state_file(self._resumed_from))
+        self.unlabeled_folder, self.unlabeled_cases = self._prepared_unlabeled() if self.uses_unlabeled else (None, [])
+        super().on_train_start()
+        if self.local_rank == 0:
+            write_json(
+                self.settings_file,
+                {
+                    "trainer": type(self).__name__,
+                    "version": __version__,
+                    "settings": dataclasses.asdict(self.settings),
+                    "unlabeled_cases": self.unlabeled_cases,
+                },
+            )
+            self.ssl_log = SSLLog(self.output_folder, self.current_epoch)
+        self.print_to_log_file(f"nnunet_ssl {__version__}: {self.settings}")
+
+    def _prepared_unlabeled(self) -> tuple[str, list[str]]:
+        """Rank 0 prepares what is missing; the others wait without a collective, which would time out."""
+        from nnunet_ssl.unlabeled.prepare import prepare_unlabeled, wait_until_prepared
+
+        dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        prepare = prepare_unlabeled if self.local_rank == 0 else wait_until_prepared
+        folder, cases = prepare(
+            self.plans_manager.dataset_name,
+            self.plans_manager,
+            self.configuration_name,
+            self.dataset_json,
+            dataset_class.get_identifiers(self.preprocessed_dataset_folder),
+        )
+        self.print_to_log_file(f"Learning from {len(cases)} unlabelled images in {folder}")
+        return folder, cases
+
+    def get_dataloaders(self) -> tuple[Any, Any]:
+        """nnU-Net's loaders and transforms, with an unlabelled stream beside the labelled one."""
+        patch_size = self.configuration_manager.patch_size
+        scales = self._get_deep_supervision_scales()
+        rotation, dummy_2d, initial_patch_size, mirror_axes = (
+            self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        labels = {
+            "is_cascaded": self.is_cascaded,
+            "foreground_labels": self.label_manager.foreground_labels,
+            "regions": self.label_manager.foreground_regions if self.label_manager.has_regions else None,
+            "ignore_label": self.label_manager.ignore_label,
+        }
+
+        def training_transforms(scales: list | None, **labels: Any) -> Any:
+            return self.get_training_transforms(
+                patch_size,
+                rotation,
+                scales,
+                mirror_axes,
+                dummy_2d,
+                use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
+                **labels,
+            )
+
+        dataset_tr, dataset_val = self.get_tr_and_val_datasets()
+        foreground = {
+            "oversample_foreground_percent": self.oversample_foreground_percent,
+            "probabilistic_oversampling": self.probabilistic_oversampling,
+        }
+        labeled = nnUNetDataLoader(
+            dataset_tr,
+            self.batch_size,
+            initial_patch_size,
+            patch_size,
+            self.label_manager,
+            transforms=training_transforms(scales, **labels),
+            **foreground,
+        )
+        unlabeled = None
+        if self.uses_unlabeled:
+            unlabeled = UnlabeledLoader(
+                UnlabeledDataset(self.unlabeled_folder, list(self.unlabeled_cases)),
+                self.batch_size,
+                initial_patch_size,
+                patch_size,
+                self.label_manager,
+                transforms=training_transforms(None),
+            )
+        validation = nnUNetDataLoader(
+            dataset_val,
+            self.batch_size,
+            patch_size,
+            patch_size,
+            self.label_manager,
+            transforms=self.get_validation_transforms(scales, **labels),
+            **foreground,
+        )
+        workers = get_allowed_n_proc_DA()
+        return (
+            self._start(labeled, unlabeled, "train", self.num_iterations_per_epoch, workers),
+            self._start(validation, None, "val", self.num_val_iterations_per_epoch, workers and max(1, workers // 2)),
+        )
+
+    def _start(
+        self, labeled: nnUNetDataLoader, unlabeled: UnlabeledLoader | None, purpose: str, per_epoch: int, workers: int
+    ) -> Any:
+        loader = TwoStreamLoader(
+            labeled,
+            unlabeled,
+            self.settings.seed,
+            (purpose, self.local_rank),
+            first_batch=self.current_epoch * per_epoch,
+            num_workers=workers,
+        )
+        return start_workers(loader, workers, pin_memory=self.device.type == "cuda")
+
+    # ------------------------------------------------------------------ the step
+
+    def on_train_epoch_start(self) -> None:
+        """As nnU-Net; and seed what the step itself may draw, such as dropout."""
+        super().on_train_epoch_start()
+        self.training_modules.train()
+        if self.training_lr_scheduler is not None:
+            self.training_lr_scheduler.step(self.current_epoch)
+        self.global_step = self.current_epoch * self.num_iterations_per_epoch
+        torch.manual_seed(derived_seed(self.settings.seed, "epoch", self.current_epoch, self.local_rank))
+
+    def train_step(self, batch: dict) -> dict:
+        """One step: the method's passes, each backpropagated, then clipping and the optimisers.
+
+        Args:
+            batch: ``data``, ``target`` and, for methods that use it, ``unlabeled``.
+
+        Returns:
+            ``{"loss": 0-dim tensor}``, the weighted sum of all terms, on its device: nothing waits for it here.
+        """
+        streams = self._to_device(batch)
+        for optimizer in self._optimizers():
+            optimizer.zero_grad(set_to_none=True)
+
+        weights = self.term_weights()
+        terms_of_step: dict[str, Tensor] = {}
+        joint = self.settings.passes == "joint"
+        held = []  # the losses of joint passes
+        passes = self.losses(streams)
+        while True:
+            with self.autocast():
+                terms = next(passes, None)
+                if terms is None:
+                    break
+                terms = terms | self._terms_of_features
+                self._terms_of_features = {}
+                loss = sum(weights.get(name, 1.0) * term for name, term in terms.items())
+            for name, term in terms.items():
+                terms_of_step[name] = terms_of_step.get(name, 0.0) + term.detach().float()
+            if joint:
+                held.append(loss)
+            else:
+                self._backward(loss)
+            del terms, loss
+        if joint:
+            self._backward(sum(held))
+
+        self._update()
+        self.global_step += 1
+        for name, term in terms_of_step.items():
+            self.log_value(f"loss_{name}", term)
+        for name, weight in weights.items():
+            self.log_value(f"weight_{name}", weight)
+        return {"loss": sum(weights.get(name, 1.0) * term for name, term in terms_of_step.items())}
+
+    def autocast(self) -> AbstractContextManager:
+        """nnU-Net's rule: half precision on CUDA, none elsewhere."""
+        return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
+
+    def _to_device(self, batch: dict) -> Batch:
+        def move(x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+            return [move(i) for i in x] if isinstance(x, list) else x.to(self.device, non_blocking=True)
+
+        unlabeled = batch.get("unlabeled")
+        return Batch(
+            Stream(move(batch["data"]), move(batch["target"])),
+            None if unlabeled is None else Stream(move(unlabeled), None),
+        )
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return [o for o in (self.optimizer, self.training_optimizer) if o is not None]
+
+    def _backward(self, loss: Tensor) -> None:
+        (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
+
+    def _update(self) -> None:
+        """Average over ranks, unscale, clip each module by itself as nnU-Net clips its network, step."""
+        modules = [self.plans_network, *self.training_modules.values()]
+        if self.is_ddp:
+            average_gradients([p for module in modules for p in module.parameters()])
+        if self.grad_scaler is not None:
+            for optimizer in self._optimizers():
+                self.grad_scaler.unscale_(optimizer)
+        for module in modules:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)
+        for optimizer in self._optimizers():
+            if self.grad_scaler is None:
+                optimizer.step()
+            else:
+                self.grad_scaler.step(optimizer)
+        if self.grad_scaler is not None:
+            self.grad_scaler.update()
+
+    # ------------------------------------------------------------------ once an epoch
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """Read the epoch's losses from the device, all at once, and give them to nnU-Net's log."""
+        losses = torch.stack([output["loss"] for output in train_outputs]).cpu().numpy()
+        super().on_train_epoch_end([{"loss": loss} for loss in losses])
+
+    def on_epoch_end(self) -> None:
+        """Log the terms; let nnU-Net log, save and draw; keep the checkpoints that the settings name."""
+        epoch, values = self.current_epoch, self._mean_values()
+        if self.local_rank == 0:
+            self.ssl_log.add(epoch, values)
+            for logger in self.logger.loggers:
+                for name, value in values.items():
+                    logger.log(name, value, epoch)
+            self.print_to_log_file(", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+        super().on_epoch_end()
+        if epoch + 1 in self.settings.keep_epochs:
+            self.current_epoch = epoch  # as nnU-Net does in on_train_end: save_checkpoint counts one up
+            self.save_checkpoint(os.path.join(self.output_folder, f"checkpoint_epoch{epoch + 1}.pth"))
+            self.current_epoch = epoch + 1
+
+    def _mean_values(self) -> dict[str, float]:
+        """The means of what ``log_value`` was given in this epoch, over the ranks as well."""
+        sums = [torch.as_tensor(total / count, device=self.device) for total, count in self._sums.values()]
+        names, self._sums = list(self._sums), {}
+        means = torch.stack([s.float() for s in sums])
+        if self.is_ddp:
+            dist.all_reduce(means)
+            means /= dist.get_world_size()
+        return dict(zip(names, means.tolist(), strict=True))
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write a plain nnU-Net checkpoint of the plans' network, and the training state in a file beside it.
+
+        Either file is replaced whole. A kill between the two leaves the new checkpoint and, under a temporary name, the
+        new state; resuming finds it.
+        """
+        if self.local_rank != 0:
+            return
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        checkpoint = {
+            "network_weights": self.plans_network.state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
+            "current_epoch": self.current_epoch + 1,
+            "init_args": self.my_init_kwargs,
+            "trainer_name": self.inference_trainer,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+        }
+        state = {
+            "trainer": type(self).__name__,
+            "epoch": self.current_epoch + 1,
+            "network": fingerprint(self.plans_network),
+            "modules": self.training_modules.state_dict(),
+            "optimizer": None if self.training_optimizer is None else self.training_optimizer.state_dict(),
+            "method": self.training_state(),
+        }
+        state_file = training_state_file(filename)
+        with replacing(state_file + ".new") as temporary:
+            torch.save(state, temporary)
+        with replacing(filename) as temporary:
+            torch.save(checkpoint, temporary)
+        os.replace(state_file + ".new", state_file)
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """As nnU-Net. The training state is read when training goes on, so ``--val`` needs the checkpoint alone."""
+        super().load_checkpoint(filename_or_checkpoint)
+        self._resumed_from = filename_or_checkpoint
+
+    def _load_training_state(self, filename: str) -> None:
+        """Take the training state that was written with the checkpoint that has been loaded.
+
+        Raises:
+            UserError: if there is none, or only that of another checkpoint.
+        """
+        expected = fingerprint(self.plans_network)
+        for candidate in (filename, filename + ".new"):
+            if os.path.isfile(candidate):
+                state = torch.load(candidate, map_location=self.device, weights_only=True)
+                if state["network"] == expected:
+                    break
+        else:
+            what = "belongs to another checkpoint" if os.path.isfile(filename) else "is missing"
+            raise UserError(
+                f"the training state {filename} {what}, so {self._resumed_from} cannot be continued; restore the file, "
+                f"or start anew without --c (-pretrained_weights {self._resumed_from} keeps what was learned)."
+            )
+        self.training_modules.load_state_dict(state["modules"])
+        if self.training_optimizer is not None:
+            self.training_optimizer.load_state_dict(state["optimizer"])
+        self.load_training_state(state["method"])
+
+    def on_train_end(self) -> None:
+        """As nnU-Net, which removes checkpoint_latest.pth; its training state goes with it."""
+        super().on_train_end()
+        if self.local_rank == 0:
+            for ending in ("", ".new"):
+                latest = training_state_file(os.path.join(self.output_folder, "checkpoint_latest.pth")) + ending
+                if os.path.isfile(latest):
+                    os.remove(latest)
+
+
+def full_resolution(target: list[Tensor] | Tensor) -> Tensor:
+    """The full-resolution entry of nnU-Net's outputs or target."""
+    return target[0] if isinstance(target, (list, tuple)) else target
+
+
+def training_state_file(checkpoint_file: str) -> str:
+    """``checkpoint_latest.pth`` -> ``checkpoint_latest_ssl.pth``."""
+    return f"{checkpoint_file.removesuffix('.pth')}_ssl.pth"
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A digest of all parameters and buffers of ``module``."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Average gradients over the ranks, in one all-reduce for each dtype.
+
+    By hand, once a step, rather than by DistributedDataParallel: a step has several forward and backward passes, and
+    not every pass touches every parameter. Each rank has gradients for the same parameters, since each runs the same
+    passes.
+    """
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in by_dtype.values():
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])

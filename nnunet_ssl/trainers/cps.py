@@ -1,0 +1,113 @@
+"""CPS: Cross Pseudo Supervision (Chen, Yuan, Zeng, Wang, CVPR 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from dynamic_network_architectures.initialization.weight_init import InitWeights_XavierUniform
+from torch import Tensor, nn
+
+from nnunet_ssl.losses.pseudo_labels import hard_pseudo_labels, pseudo_label_cross_entropy
+from nnunet_ssl.losses.ramps import sigmoid_rampup
+from nnunet_ssl.trainers.base import Batch, Stream, full_resolution, nnUNetTrainerSSL
+from nnunet_ssl.trainers.settings import SSLSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class CPSSettings(SSLSettings):
+    """Settings of CPS."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"cps_weight": 0.1, "cps_rampup": 1.0, "cps_loss": "ce"}}
+
+    cps_weight: float = 1.0  # weight of the cross term; 0.1 in the SHTA and GA papers' code, for other networks
+    cps_rampup: float = 0.4  # share of the training over which the weight grows
+    cps_loss: Literal["dice_ce", "ce"] = "dice_ce"  # nnU-Net's own loss, or its cross-entropy alone as in the paper
+    cps_on_labeled: bool = True  # the cross term also on labelled images, as in the paper
+    cps_init: Literal["xavier", "he"] = "xavier"  # of the second network, beside a seed of its own; nnU-Net's is "he"
+
+
+class nnUNetTrainerCPS(nnUNetTrainerSSL):  # noqa: N801
+    """CPS: two networks, each supervised by the labels and by the other's hard pseudo-labels.
+
+    The first network is the one that validates, is saved and predicts. Both see the same augmented images. The cross
+    term is taken at full resolution, on hard labels without a confidence threshold and without gradient. Where both
+    streams take part it is the mean over the two, so that each stream can be a pass of its own; for the cross-entropy
+    that is the mean over all voxels.
+    """
+
+    paper = "Chen et al., Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision, CVPR 2021"
+    Settings = CPSSettings
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The plans' network and its twin."""
+        return {**super().networks(), "second": self.training_modules["second"]}
+
+    def build_training_modules(self) -> dict[str, nn.Module]:
+        """The second network: from the same plans, with weights of its own."""
+        with self.seeded("second"):
+            second = self.build_network_architecture(
+                self.plans_manager,
+                self.configuration_manager,
+                self.num_input_channels,
+                self.label_manager.num_segmentation_heads,
+                self.enable_deep_supervision,
+            )
+            if self.settings.cps_init == "xavier":
+                second.apply(InitWeights_XavierUniform())
+        return {**super().build_training_modules(), "second": second}
+
+    def term_weights(self) -> dict[str, float]:
+        """The cross term grows along a sigmoid."""
+        length = self.settings.cps_rampup * self.total_steps
+        return {**super().term_weights(), "cps": self.settings.cps_weight * sigmoid_rampup(self.global_step, length)}
+
+    def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        """A pass for each network and stream.
+
+        Lean: the second network gives its pseudo-labels without gradient and runs again when its turn comes, so that
+        one pass of one network is all that is held at any time.
+        """
+        joint = self.settings.passes == "joint"
+        with nullcontext() if joint else torch.no_grad():
+            of_second = [self.forward("second", stream) if joint or self._crosses(stream) else None for stream in batch]
+        labels_of_second = [self._pseudo_labels(outputs) for outputs in of_second]
+
+        labels_of_first = []
+        for stream, labels in zip(batch, labels_of_second, strict=True):
+            outputs = self.forward("first", stream)
+            labels_of_first.append(self._pseudo_labels(outputs))
+            yield self._terms("sup", stream, outputs, labels)
+        for stream, outputs, labels in zip(batch, of_second, labels_of_first, strict=True):
+            outputs = outputs if joint else self.forward("second", stream)
+            yield self._terms("sup_second", stream, outputs, labels)
+
+    def _terms(
+        self, supervised: str, stream: Stream, outputs: list[Tensor] | Tensor, labels: Tensor | None
+    ) -> dict[str, Tensor]:
+        """What one network learns from one stream: its labels, if it has any, and the other network's."""
+        terms = {}
+        if stream.target is not None:
+            terms[supervised] = self.loss(outputs, stream.target)
+        if self._crosses(stream):
+            share = 0.5 if self.settings.cps_on_labeled else 1.0
+            terms["cps"] = share * self._cross_loss(full_resolution(outputs), labels)
+        return terms
+
+    def _crosses(self, stream: Stream) -> bool:
+        return stream.target is None or self.settings.cps_on_labeled
+
+    def _pseudo_labels(self, outputs: list[Tensor] | Tensor | None) -> Tensor | None:
+        if outputs is None:
+            return None
+        manager = self.label_manager
+        return hard_pseudo_labels(full_resolution(outputs), manager.has_regions, manager.has_ignore_label)
+
+    def _cross_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.settings.cps_loss == "ce":
+            return pseudo_label_cross_entropy(logits, labels, self.label_manager.has_regions)
+        at_full_resolution = self.loss.loss if self.enable_deep_supervision else self.loss
+        return at_full_resolution(logits, labels)

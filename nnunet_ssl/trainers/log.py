@@ -1,0 +1,57 @@
+"""What a run says of itself once an epoch: ``ssl_log.csv``, ``progress_ssl.png``, and nnU-Net's other loggers."""
+
+from __future__ import annotations
+
+import csv
+import os
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from nnunet_ssl.files import replacing
+
+
+class SSLLog:
+    """A table with a row an epoch, kept as a file and drawn as a picture.
+
+    Args:
+        folder: the fold's output folder.
+        first_epoch: rows of this epoch and later ones, left by a run that is now repeated, are dropped.
+    """
+
+    def __init__(self, folder: str, first_epoch: int = 0) -> None:
+        self.csv_file = os.path.join(folder, "ssl_log.csv")
+        self.png_file = os.path.join(folder, "progress_ssl.png")
+        self.rows: list[dict[str, float]] = []
+        if first_epoch and os.path.isfile(self.csv_file):
+            with open(self.csv_file, newline="") as file:
+                rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+            self.rows = [row for row in rows if row["epoch"] < first_epoch]
+
+    def add(self, epoch: int, values: dict[str, float]) -> None:
+        """Add the row of ``epoch`` and write both files."""
+        self.rows.append({"epoch": epoch, **values})
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        with replacing(self.csv_file) as temporary, open(temporary, "w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        self._draw(names[1:])
+
+    def _draw(self, names: list[str]) -> None:
+        """One panel for each group of names: what stands before the first underscore."""
+        groups: dict[str, list[str]] = {}
+        for name in names:
+            groups.setdefault(name.split("_")[0], []).append(name)
+        figure = Figure(figsize=(7, 2.4 * len(groups)), layout="constrained")
+        FigureCanvasAgg(figure)
+        for axes, (group, members) in zip(figure.subplots(len(groups), squeeze=False)[:, 0], groups.items(), strict=True):
+            for name in members:
+                points = [(row["epoch"], row[name]) for row in self.rows if name in row]
+                axes.plot(*zip(*points, strict=True), label=name.removeprefix(f"{group}_"))
+            axes.set_title(group, loc="left", fontsize=9)
+            axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+            axes.grid(alpha=0.3)
+        axes.set_xlabel("epoch")
+        with replacing(self.png_file) as temporary:
+            figure.savefig(temporary, format="png", dpi=90)

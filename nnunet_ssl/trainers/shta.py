@@ -1,0 +1,140 @@
+"""SHTA on any host: a mixin, and the trainers that it makes.
+
+Source: Zhang, Zhong, Zhang, Liu, "SHTA: Semantic Hard Token Correction and Center Alignment for Semi-Supervised Medical
+Image Segmentation". The losses are in :mod:`nnunet_ssl.losses.shta`, the branch in
+:mod:`nnunet_ssl.networks.shta_branch`. A host knows nothing of SHTA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.networks.shta_branch import SHTABranch, token_stride
+from nnunet_ssl.trainers.base import nnUNetTrainerSSL
+from nnunet_ssl.trainers.cps import CPSSettings, nnUNetTrainerCPS
+from nnunet_ssl.trainers.settings import SSLSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class SHTASettings(SSLSettings):
+    """Settings of SHTA. The paper states neither weights nor thresholds; each default says why it is what it is."""
+
+    shta_weight: float = 0.1  # lambda, Eq. 2: an auxiliary gradient well below the host's; 0 removes the branch
+    shta_warmup: float = 0.0  # share of the training over which lambda grows linearly; the paper has no ramp-up
+    shta_attach: Literal["first", "all"] = "first"  # F_A is one network's: Table IV counts one network's tokens
+    shta_stride: tuple[int, ...] = ()  # voxels per token and axis; () is about three, as Table IV implies
+    shta_max_tokens: int = 131072  # labelled tokens in a step at most; larger strides keep to it
+    shta_min_valid_fraction: float = 0.5  # tokens with fewer voxels that are not ignored are left out
+    shta_hidden_dim: int = 256  # width of g; the paper's parameter ratio asks for more than the feature's channels
+    shta_embedding_dim: int = 128  # C_z: room for many classes' directions, and cheap
+    shta_temperature: float = 0.1  # tau_sa, Eq. 3: Table IV's losses exclude 0.2 to 0.37 and above
+    shta_conf_threshold: float = 0.0  # T_conf, Eq. 7: does not bind, as Table IV's equal supplies imply
+    shta_fg_threshold: float = 0.5  # T_fg, Eq. 7: mostly foreground
+    shta_purity_threshold: float = 0.5  # T_pur, Eq. 7: mostly one class
+    shta_hard_ratio: float = 0.5  # r, Eq. 7: of 8 to 10 % eligible tokens, 3.8 % were selected
+    shta_selection: Literal["global", "per_class"] = "global"  # Top_r, Eq. 7: the paper names one candidate set
+    shta_assign_weight: float = 1.0  # alpha_as, Eq. 11: not stated, so equal
+    shta_anchor_weight: float = 1.0  # alpha_a
+    shta_hard_weight: float = 1.0  # alpha_h
+    shta_center_weight: float = 1.0  # alpha_c
+    shta_detach_reference_in_anchor: bool = True  # c_k in Eq. 5: the loss calibrates proxies, so it moves them alone
+    shta_detach_reference_in_center: bool = True  # c_k in Eq. 10: the reference stands still
+    shta_normalize_embeddings: bool = False  # unit z in Eq. 4 and 9; the equations are written with raw z
+    shta_min_class_mass: float = 0.0  # tokens' worth of a class before it enters K'; Eq. 4 says more than none
+    shta_sync_references: bool = False  # sum Eq. 4 over DDP ranks; the paper trains on one GPU
+
+
+LOSS_SETTINGS = (
+    "temperature conf_threshold fg_threshold purity_threshold hard_ratio selection assign_weight anchor_weight "
+    "hard_weight center_weight detach_reference_in_anchor detach_reference_in_center normalize_embeddings "
+    "min_class_mass sync_references"
+).split()
+READOUTS = "assign anchor hard center hard_ratio candidate_ratio num_hard token_accuracy proxy_cosine center_gap".split()
+
+
+class SHTAMixin(nnUNetTrainerSSL):
+    """Adds ``lambda * L_SHTA`` on the labelled images' last decoder feature to a host (Eq. 2).
+
+    Put it left of the host: ``class nnUNetTrainerSHTA_X(SHTAMixin, nnUNetTrainerX)``, with settings that inherit from
+    both. The branch exists in training only; unlabelled images never enter it.
+    """
+
+    supports_regions = False
+    settings: SHTASettings
+
+    def networks_with_shta(self) -> list[str]:
+        """Names of the networks that carry a branch."""
+        if self.settings.shta_weight == 0:
+            return []
+        return ["first"] if self.settings.shta_attach == "first" else list(self.networks())
+
+    def tapped_networks(self) -> set[str]:
+        """SHTA reads the last decoder feature of the networks that carry it."""
+        return super().tapped_networks() | set(self.networks_with_shta())
+
+    def build_training_modules(self) -> dict[str, nn.Module]:
+        """The host's modules, and a branch for each network that carries one."""
+        self.training_modules = nn.ModuleDict(super().build_training_modules())  # networks() looks its networks up here
+        branches = {f"shta_{name}": self._build_branch(name) for name in self.networks_with_shta()}
+        return {**self.training_modules, **branches}
+
+    def _build_branch(self, name: str) -> SHTABranch:
+        stride = self._token_stride()
+        settings = self.settings
+        with self.seeded("shta", name):
+            branch = SHTABranch(
+                self.networks()[name].decoder.seg_layers[-1].in_channels,
+                stride,
+                self.label_manager.num_segmentation_heads,
+                settings.shta_hidden_dim,
+                settings.shta_embedding_dim,
+                self.label_manager.ignore_label,
+                settings.shta_min_valid_fraction,
+                **{key: getattr(settings, f"shta_{key}") for key in LOSS_SETTINGS},
+            )
+        self.print_to_log_file(f"SHTA on the {name} network, tokens of {' x '.join(map(str, stride))} voxels")
+        return branch
+
+    def _token_stride(self) -> list[int]:
+        patch_size, stride = self.configuration_manager.patch_size, list(self.settings.shta_stride)
+        if not stride:
+            spacing = self.configuration_manager.spacing
+            return token_stride(patch_size, spacing, self.batch_size, self.settings.shta_max_tokens)
+        if len(stride) != len(patch_size) or any(s < 1 or n % s for n, s in zip(patch_size, stride, strict=True)):
+            raise UserError(
+                f"shta_stride {stride} does not divide the patch {list(patch_size)} of '{self.configuration_name}'; "
+                "give a divisor for each axis, or [] for the default."
+            )
+        return stride
+
+    def term_weights(self) -> dict[str, float]:
+        """lambda, with its warm-up if there is one."""
+        weights = super().term_weights()
+        if self.networks_with_shta():
+            length = self.settings.shta_warmup * self.total_steps
+            weights["shta"] = self.settings.shta_weight * min(1.0, self.global_step / length if length > 0 else 1.0)
+        return weights
+
+    def on_labeled_feature(self, name: str, feature: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """L_SHTA of one network; the readouts of Table IV go to the log."""
+        terms = super().on_labeled_feature(name, feature, target)
+        shta = self.training_modules[f"shta_{name}"](feature, target)
+        for readout in READOUTS:
+            self.log_value(f"shta_{readout}", getattr(shta, readout))
+        return {**terms, "shta": shta.total}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SHTA_CPSSettings(SHTASettings, CPSSettings):  # noqa: N801
+    """Settings of SHTA on CPS."""
+
+
+class nnUNetTrainerSHTA_CPS(SHTAMixin, nnUNetTrainerCPS):  # noqa: N801
+    """SHTA on CPS: token embeddings of the labelled images are tied to class proxies and centers, in training only."""
+
+    paper = "Zhang et al., SHTA: Semantic Hard Token Correction and Center Alignment"
+    Settings = SHTA_CPSSettings
