@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent
 COMMANDS = ("preprocess", "split", "trainers", "export", "demo")
 
 
-class build_startup(Command):
+class build_startup(Command):  # noqa: N801 - as setuptools names its commands
     """Puts the files of ``startup/`` at the root of site-packages, in plain and in editable installs.
 
     Python reads ``.pth`` and ``.start`` files there and nowhere else. As part of the wheel they are in its list of
@@ -46,7 +46,7 @@ class build_startup(Command):
         return {}
 
 
-class build_all(build):
+class build_all(build):  # noqa: N801
     sub_commands = [*build.sub_commands, ("build_startup", None)]
 
 
