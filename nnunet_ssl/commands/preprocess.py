@@ -1,0 +1,70 @@
+"""``nnUNetv2_ssl_preprocess``: prepare the images without labels ahead of training."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from nnunet_ssl.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point.
+
+    Args:
+        argv: arguments without the program's name; ``sys.argv`` when None.
+    """
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_ssl_preprocess",
+        description="Prepare the images of imagesUn for training. Training does it itself; this does it ahead, for "
+        "instance where the machine with the GPU has few CPU cores. Only what is new or has changed is prepared.",
+    )
+    parser.add_argument("-d", nargs="+", required=True, help="Dataset names or ids")
+    parser.add_argument(
+        "-c",
+        nargs="+",
+        default=["2d", "3d_fullres", "3d_lowres"],
+        help="Configurations; those that the plans do not have are skipped. Default: 2d 3d_fullres 3d_lowres",
+    )
+    parser.add_argument("-p", default="nnUNetPlans", help="Plans identifier. Default: nnUNetPlans")
+    parser.add_argument(
+        "-np", type=int, help="Images prepared at a time. Default: nnU-Net's own (nnUNet_def_n_proc, 8)"
+    )
+    args = parser.parse_args(argv)
+    if args.np is not None and args.np < 1:
+        raise UserError(f"-np {args.np} must be at least 1.")
+
+    # heavy: only once the arguments are known to be good
+    from batchgenerators.utilities.file_and_folder_operations import load_json
+    from nnunetv2.configuration import default_num_processes
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from nnunet_ssl.unlabeled.find import find_labeled, read_dataset_json, required_folder, resolve_dataset
+    from nnunet_ssl.unlabeled.prepare import prepare_unlabeled
+
+    for dataset in map(resolve_dataset, args.d):
+        raw = os.path.join(required_folder("nnUNet_raw"), dataset)
+        preprocessed = os.path.join(required_folder("nnUNet_preprocessed"), dataset)
+        plans_file = os.path.join(preprocessed, f"{args.p}.json")
+        if not os.path.isfile(plans_file):
+            raise UserError(
+                f"{plans_file} does not exist. Run nnUNetv2_plan_and_preprocess first, or name the plans with -p."
+            )
+        plans_manager = PlansManager(load_json(plans_file))
+        dataset_json = read_dataset_json(preprocessed)
+        configurations = [c for c in args.c if c in plans_manager.available_configurations]
+        if not configurations:
+            raise UserError(
+                f"{plans_file} has none of the configurations {' '.join(args.c)}, but "
+                f"{' '.join(plans_manager.available_configurations)}. Name one of these with -c."
+            )
+        labeled = find_labeled(raw, dataset_json)
+        for configuration in configurations:
+            prepared = prepare_unlabeled(
+                dataset, plans_manager, configuration, dataset_json, labeled, args.np or default_num_processes
+            )
+            print(f"{configuration}: {len(prepared.cases)} unlabelled images are ready in {prepared.folder}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Which images have no labels: the files of ``imagesUn``, told by their names alone.
+
+``imagesUn`` follows the rules of nnU-Net's ``imagesTr``: ``<case>_<channel, four digits><file ending>``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Collection
+
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+from nnunet_ssl.errors import UserError
+
+UNLABELED_FOLDER = "imagesUn"
+
+
+def find_unlabeled(raw_folder: str, dataset_json: dict) -> dict[str, list[str]]:
+    """Find the images of ``imagesUn`` without opening any.
+
+    Args:
+        raw_folder: the raw dataset, ``<nnUNet_raw>/DatasetXXX_Name``.
+        dataset_json: its ``dataset.json``, for the file ending and the number of channels.
+
+    Returns:
+        case -> its channel files, cases and channels in order.
+
+    Raises:
+        UserError: there is no ``imagesUn``, it holds no image, or a file in it is not named as nnU-Net wants it.
+    """
+    folder = os.path.join(raw_folder, UNLABELED_FOLDER)
+    ending = dataset_json["file_ending"]
+    if not os.path.isdir(folder):
+        raise UserError(
+            f"{folder} does not exist. Put the images that have no labels there, named as those in imagesTr "
+            f"(<case>_0000{ending})."
+        )
+    cases, others = find_images(folder, ending)
+    if others:
+        raise UserError(
+            f"{os.path.join(folder, others[0])}{_and_more(others)} is not an image of this dataset: its images are "
+            f"named <case>_0000{ending}, the four digits telling the channel. Rename, convert or remove it."
+        )
+    if not cases:
+        raise UserError(
+            f"{folder} holds no image. Put the images that have no labels there, named as those in imagesTr "
+            f"(<case>_0000{ending})."
+        )
+    num_channels = len(channel_names(dataset_json))
+    for case, files in cases.items():
+        _check_channels(case, files, ending, num_channels)
+        if case.endswith("_seg"):  # nnU-Net keeps the segmentation of a case X in X_seg
+            raise UserError(f"{files[0]}: nnU-Net keeps case names that end in _seg for itself. Rename the case.")
+    return cases
+
+
+def find_images(folder: str, ending: str) -> tuple[dict[str, list[str]], list[str]]:
+    """Sort the files of an nnU-Net image folder by case, without opening any.
+
+    Args:
+        folder: for instance ``imagesTr``.
+        ending: the dataset's file ending, for instance ``.nii.gz``.
+
+    Returns:
+        case -> its channel files, cases and channels in order; and the names of what is not an image. Hidden files
+        and the ``<case>.json`` that nnU-Net's TIFF reader takes the spacing from count as neither.
+    """
+    pattern = re.compile(rf"(.+)_\d{{4}}{re.escape(ending)}")
+    cases: dict[str, list[str]] = defaultdict(list)
+    others = []
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if match := pattern.fullmatch(name):
+            (cases[match[1]] if os.path.isfile(path) else others).append(path)
+        elif not name.startswith("."):
+            others.append(path)
+    spacing_files = {os.path.join(folder, f"{case}.json") for case in cases}
+    return dict(sorted(cases.items())), [os.path.basename(path) for path in others if path not in spacing_files]
+
+
+def find_labeled(raw_folder: str, dataset_json: dict) -> dict[str, list[str]]:
+    """Find the labelled images of a dataset, in ``imagesTr`` or where ``dataset.json`` says, without opening any.
+
+    Returns:
+        case -> its channel files, sorted by case.
+    """
+    if "dataset" in dataset_json:  # nnU-Net's other way: explicit files, relative to the dataset's folder
+        files = {case: entry["images"] for case, entry in dataset_json["dataset"].items()}
+        return {
+            case: [os.path.abspath(os.path.join(raw_folder, os.path.expandvars(name))) for name in files[case]]
+            for case in sorted(files)
+        }
+    folder = os.path.join(raw_folder, "imagesTr")
+    return find_images(folder, dataset_json["file_ending"])[0] if os.path.isdir(folder) else {}
+
+
+def refuse_labeled_names(unlabeled: dict[str, list[str]], labeled_cases: Collection[str]) -> None:
+    """Refuse an unlabelled image that bears the name of a labelled or validation case.
+
+    The same image on both sides would be a labelled image to one half of the method and an unlabelled one to the
+    other; in validation it would flatter the score.
+
+    Raises:
+        UserError: names the first such file.
+    """
+    both = sorted(set(unlabeled) & set(labeled_cases))
+    if both:
+        raise UserError(
+            f"{unlabeled[both[0]][0]}{_and_more(both)}: {both[0]} is also a labelled or validation case of this "
+            f"dataset. Remove it from {UNLABELED_FOLDER}, or rename it if it is another image."
+        )
+
+
+def channel_names(dataset_json: dict) -> dict[str, str]:
+    """The channels of a dataset's images, by nnU-Net's present or former name in ``dataset.json``."""
+    return dataset_json["channel_names"] if "channel_names" in dataset_json else dataset_json["modality"]
+
+
+def resolve_dataset(dataset: str | int) -> str:
+    """Turn a dataset id into the name of its folder, as nnU-Net does.
+
+    Raises:
+        UserError: not a number, or not exactly one such dataset.
+    """
+    try:
+        return str(maybe_convert_to_dataset_name(dataset))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"dataset {dataset}: there is not exactly one dataset of that id in nnUNet_raw={nnUNet_raw.get()} and "
+            f"nnUNet_preprocessed={nnUNet_preprocessed.get()}. Check the id and the two environment variables."
+        ) from error
+
+
+def read_dataset_json(folder: str) -> dict:
+    """Read the ``dataset.json`` of a raw or preprocessed dataset.
+
+    Raises:
+        UserError: it is missing or not JSON.
+    """
+    file = os.path.join(folder, "dataset.json")
+    try:
+        return load_json(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}). Every nnU-Net dataset needs one.") from error
+
+
+def required_folder(variable: str) -> str:
+    """The folder that one of nnU-Net's environment variables names.
+
+    Raises:
+        UserError: the variable is not set.
+    """
+    folder = os.environ.get(variable)
+    if not folder:
+        raise UserError(f"the environment variable {variable} is not set. Set it to nnU-Net's folder of that name.")
+    return folder
+
+
+def _check_channels(case: str, files: list[str], ending: str, num_channels: int) -> None:
+    """One file may hold all channels (4D images, RGB), which only its reader can tell; several must be all of them."""
+    indices = [int(file.removesuffix(ending)[-4:]) for file in files]
+    if indices != list(range(len(files))) or len(files) not in (1, num_channels):
+        raise UserError(
+            f"{os.path.dirname(files[0])}: case {case} has the channel files "
+            f"{', '.join(os.path.basename(file) for file in files)}, but dataset.json names {num_channels} "
+            f"channel(s), _0000 to _{num_channels - 1:04d}. Add what is missing or remove what is too much."
+        )
+
+
+def _and_more(items: Collection[str]) -> str:
+    return f" (and {len(items) - 1} more)" if len(items) > 1 else ""

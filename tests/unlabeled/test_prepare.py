@@ -1,0 +1,342 @@
+"""Preparing unlabelled images, with nnU-Net's real preprocessing on tiny datasets."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from datasets import TinyDataset, write_images
+from filelock import FileLock
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetNumpy
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.unlabeled.prepare import PreparedFolder, prepare_unlabeled, wait_until_prepared
+
+COMMAND = "from nnunet_ssl.commands.preprocess import main; main()"
+
+
+def prepare(dataset: TinyDataset, num_processes: int = 1, plans: dict | None = None) -> PreparedFolder:
+    return prepare_unlabeled(
+        dataset.name,
+        PlansManager(plans or dataset.plans),
+        dataset.configuration,
+        dataset.dataset_json,
+        dataset.cases("imagesTr"),
+        num_processes,
+    )
+
+
+def load(folder: Path | str, case: str, like: Path | str) -> tuple[np.ndarray, np.ndarray, dict]:
+    data, seg, _, properties = infer_dataset_class(str(like))(str(folder), [case]).load_case(case)
+    return data[:], seg[:], properties
+
+
+def fingerprint(folder: str) -> dict[str, tuple]:
+    """Inode, mtime and size of each prepared file: a file that was made again has another inode."""
+    files = [entry for entry in os.scandir(folder) if entry.is_file() and entry.name != "manifest.json"]
+    return {f.name: (f.inode(), f.stat().st_mtime_ns, f.stat().st_size) for f in files}
+
+
+def recorded(folder: Path) -> dict[str, dict]:
+    """The manifest's cases."""
+    manifest = folder / "manifest.json"
+    return json.loads(manifest.read_text())["cases"] if manifest.exists() else {}
+
+
+def child(dataset: TinyDataset, np: int = 1, before: str = "", **popen: object) -> subprocess.Popen:
+    """``nnUNetv2_ssl_preprocess`` in a process of its own."""
+    arguments = ["-d", str(dataset.id), "-c", dataset.configuration, "-p", dataset.plans_name, "-np", str(np)]
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    return subprocess.Popen(
+        [sys.executable, "-c", before + COMMAND, *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **popen,
+    )
+
+
+def add_images(dataset: TinyDataset, number: int, shape: tuple[int, ...] | None = None, prefix: str = "extra") -> None:
+    rng = np.random.default_rng(7)
+    for i in range(number):
+        image = rng.normal(100, 20, (1, *(shape or dataset.recipe.shape))).astype(np.float32)
+        write_images(dataset.recipe, dataset.raw / "imagesUn", f"{prefix}{i:03d}", image)
+
+
+@pytest.mark.parametrize("kind", ["3d", "multichannel", "anisotropic", "png"])
+def test_equals_the_same_image_prepared_as_labeled(tiny_copy, kind):
+    dataset = tiny_copy(kind)
+    twins = {f"twin_of_{case}": case for case in dataset.cases("imagesTr")[:2]}
+    for twin, case in twins.items():
+        for channel in range(dataset.recipe.channels):
+            name = f"_{channel:04d}{dataset.recipe.file_ending}"
+            shutil.copy(dataset.raw / "imagesTr" / (case + name), dataset.raw / "imagesUn" / (twin + name))
+    folder, cases = prepare(dataset)
+
+    assert set(twins) < set(cases)
+    assert cases == dataset.cases("imagesUn")
+    labeled = dataset.preprocessed / f"{dataset.plans_name}_{dataset.configuration}"
+    assert folder == f"{labeled}_unlabeled"
+    for twin, case in twins.items():
+        data, seg, properties = load(folder, twin, like=labeled)
+        labeled_data, labeled_seg, labeled_properties = load(labeled, case, like=labeled)
+        assert data.dtype == labeled_data.dtype
+        np.testing.assert_array_equal(data, labeled_data)
+        assert seg.dtype == labeled_seg.dtype
+        assert set(np.unique(seg)) <= {0, -1}
+        del labeled_properties["class_locations"]
+        assert repr(properties) == repr(labeled_properties)
+
+
+def test_keeps_the_nonzero_mask(tiny_copy):
+    """Brain-extracted images are 0 around the brain; plans that normalise within the mask need it afterwards."""
+    dataset = tiny_copy("3d")
+    plans = dataset.plans
+    plans["configurations"]["3d_fullres"].update(
+        use_mask_for_norm=[True], normalization_schemes=["ZScoreNormalization"]
+    )
+    image = np.zeros((20, 22, 24), np.float32)
+    label = np.zeros_like(image)
+    z, y, x = np.ogrid[:20, :22, :24]
+    inside = ((z - 10) / 8) ** 2 + ((y - 11) / 9) ** 2 + ((x - 12) / 10) ** 2 < 1
+    image[inside] = np.random.default_rng(0).normal(100, 10, inside.sum())
+    label[8:12, 8:12, 8:12] = 1
+    (file,) = write_images(dataset.recipe, dataset.raw / "imagesUn", "brain", image[None])
+    (label_file,) = write_images(dataset.recipe, dataset.folders.raw, "label", label[None])
+    folder, _ = prepare(dataset, plans=plans)
+
+    plans_manager = PlansManager(plans)
+    configuration = plans_manager.get_configuration("3d_fullres")
+    labeled = dataset.folders.raw / "labeled"
+    labeled.mkdir()
+    configuration.preprocessor_class(verbose=False).run_case_save(
+        str(labeled / "brain"), [str(file)], str(label_file), plans_manager, configuration, dataset.dataset_json
+    )
+    data, seg, _ = load(folder, "brain", like=labeled)
+    labeled_data, labeled_seg, _ = load(labeled, "brain", like=labeled)
+    np.testing.assert_array_equal(data, labeled_data)
+    np.testing.assert_array_equal(seg == -1, labeled_seg == -1)
+    assert (seg == -1).any()
+    assert (labeled_seg == 1).any()
+
+
+def test_redoes_what_is_stale_and_nothing_else(tiny_copy, capsys):
+    dataset = tiny_copy("3d")
+    images = dataset.raw / "imagesUn"
+    folder, cases = prepare(dataset)
+    first = fingerprint(folder)
+    assert len(cases) == 4
+    assert "4 not yet prepared" in capsys.readouterr().out
+
+    assert prepare(dataset) == (folder, cases)
+    assert fingerprint(folder) == first
+    assert capsys.readouterr() == ("", "")  # quiet when there is nothing to do
+
+    changed, removed = cases[1], cases[2]
+    image = sitk.ReadImage(str(images / f"{changed}_0000.nii.gz"))
+    sitk.WriteImage(image * 2, str(images / f"{changed}_0000.nii.gz"))
+    (images / f"{removed}_0000.nii.gz").unlink()
+    add_images(dataset, 1)
+    _, now = prepare(dataset)
+    out = capsys.readouterr().out
+    assert "preparing 2 of 4" in out
+    assert f"1 image changed ({changed})" in out
+    assert "1 not yet prepared (extra000)" in out
+    assert f"1 no longer there, removed ({removed})" in out
+    second = fingerprint(folder)
+    assert now == sorted({*cases, "extra000"} - {removed})
+    assert not [name for name in second if name.startswith(removed)]
+    redone = {name for name in second if second[name] != first.get(name)}
+    assert redone == {f"{case}{end}" for case in (changed, "extra000") for end in (".b2nd", "_seg.b2nd", ".pkl")}
+
+    (Path(folder) / f"{changed}.b2nd").unlink()
+    prepare(dataset)
+    assert f"1 prepared files missing or damaged ({changed})" in capsys.readouterr().out
+
+    plans = dataset.plans
+    plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 1.0, 1.0]
+    plans["configurations"]["3d_fullres"]["batch_size"] = 7  # changes no image
+    prepare(dataset, plans=plans)
+    assert "4 plans changed: spacing (" in capsys.readouterr().out
+    assert load(folder, changed, like=f"{dataset.preprocessed}/{dataset.plans_name}_3d_fullres")[0].shape[1] == 10
+    prepare(dataset, plans={**plans, "configurations": {"3d_fullres": {**plans["configurations"]["3d_fullres"],
+                                                                       "batch_size": 2}}})  # fmt: skip
+    assert capsys.readouterr().out == ""
+
+
+def test_put_back_after_a_failed_run_is_redone(tiny_copy):
+    """A raw file that is back as it was must not revive a manifest entry whose files were made from another one."""
+    dataset = tiny_copy("3d")
+    file = dataset.raw / "imagesUn" / f"{dataset.cases('imagesUn')[0]}_0000.nii.gz"
+    folder, cases = prepare(dataset)
+    good, status = file.read_bytes(), file.stat()
+    file.write_bytes(good[: len(good) // 2])
+    with pytest.raises(UserError, match="cannot be read"):
+        prepare(dataset)
+    assert cases[0] not in recorded(Path(folder))
+    file.write_bytes(good)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    before = fingerprint(folder)
+    prepare(dataset)
+    after = fingerprint(folder)
+    assert {name for name in after if after[name] != before[name]} == {
+        f"{cases[0]}{end}" for end in (".b2nd", "_seg.b2nd", ".pkl")
+    }
+
+
+def test_one_bad_image_costs_only_itself(tiny_copy):
+    dataset = tiny_copy("3d")
+    bad = dataset.cases("imagesUn")[1]
+    file = dataset.raw / "imagesUn" / f"{bad}_0000.nii.gz"
+    file.write_bytes(b"no image")
+    with pytest.raises(UserError, match=f"{bad}_0000.nii.gz cannot be read"):
+        prepare(dataset)
+    folder = dataset.preprocessed / f"{dataset.plans_name}_3d_fullres_unlabeled"
+    assert bad not in recorded(folder)
+    before = fingerprint(str(folder))
+    assert len(before) == 3 * 3
+    file.unlink()
+    assert len(prepare(dataset).cases) == 3
+    assert fingerprint(str(folder)) == before
+
+
+def test_without_the_raw_dataset_the_prepared_one_is_enough(tiny_copy):
+    dataset = tiny_copy("3d")
+    plans, dataset_json, labeled = dataset.plans, dataset.dataset_json, dataset.cases("imagesTr")
+    arguments = (dataset.name, PlansManager(plans), "3d_fullres", dataset_json, labeled)
+    there = prepare(dataset)
+    shutil.rmtree(dataset.raw)
+    assert prepare_unlabeled(*arguments, 1) == there
+    assert wait_until_prepared(*arguments) == there
+    plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 1.0, 1.0]
+    with pytest.raises(UserError, match="Bring one of the two"):
+        prepare_unlabeled(dataset.name, PlansManager(plans), "3d_fullres", dataset_json, labeled, 1)
+
+
+def test_a_preprocessor_of_another_kind(tiny_copy, monkeypatch):
+    """Plans may name another class, which may write other files."""
+    from nnunetv2.preprocessing.preprocessors import default_preprocessor
+
+    class Halving(default_preprocessor.DefaultPreprocessor):
+        def run_case_save(self, output_filename_truncated, image_files, seg_file, *plans):
+            data, seg, properties = self.run_case(image_files, seg_file, *plans)
+            nnUNetDatasetNumpy.save_case(data / 2, seg, properties, output_filename_truncated)
+
+    monkeypatch.setattr(default_preprocessor, "Halving", Halving, raising=False)
+    dataset = tiny_copy("3d")
+    whole, cases = prepare(dataset)
+    expected = load(whole, cases[0], like=f"{dataset.preprocessed}/{dataset.plans_name}_3d_fullres")[0] / 2
+    plans = dataset.plans
+    plans["configurations"]["3d_fullres"]["preprocessor_name"] = "Halving"
+    folder, _ = prepare(dataset, plans=plans)
+    assert sorted(fingerprint(folder)) == sorted(f"{case}{end}" for case in cases for end in (".npz", ".pkl"))
+    np.testing.assert_array_equal(np.load(f"{folder}/{cases[0]}.npz")["data"], expected)
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_kill_midway_and_run_again(tiny_copy, num_processes):
+    dataset = tiny_copy("3d")
+    add_images(dataset, 40)
+    folder = dataset.preprocessed / f"{dataset.plans_name}_3d_fullres_unlabeled"
+    often = "from nnunet_ssl.unlabeled import prepare; prepare.SAVE_EVERY = 0; "
+    process = child(dataset, num_processes, often, start_new_session=True)
+    end = time.monotonic() + 120
+    while len(recorded(folder)) < 8 and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    finished = recorded(folder)
+    assert 8 <= len(finished) < 44
+
+    while time.monotonic() < end:  # its workers go too
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("a worker outlived the killed command")
+
+    before = fingerprint(str(folder))
+    prepared = prepare(dataset)
+    assert prepared.cases == dataset.cases("imagesUn")
+    after = fingerprint(str(folder))
+    for case, entry in finished.items():
+        assert all(before[name] == after[name] for name in entry["files"]), case
+    assert sorted(os.listdir(folder / ".work")) in ([], ["lock"])
+    reference = dataset.folders.preprocessed / "reference"
+    shutil.move(folder, reference)
+    prepare(dataset)
+    (reference / "manifest.json").unlink()
+    for case in prepared.cases:
+        for was, now in zip(load(reference, case, like=reference), load(folder, case, like=reference), strict=True):
+            assert np.array_equal(was, now)
+
+
+def test_disk_full_then_room_again(tiny_copy):
+    """No file of the child may exceed 100 kB: the small images fit, the large one does not."""
+    dataset = tiny_copy("3d")
+    add_images(dataset, 1, shape=(60, 60, 60), prefix="zlarge")
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
+    process = child(dataset, before=limit)
+    out, err = process.communicate(timeout=120)
+    folder = dataset.preprocessed / f"{dataset.plans_name}_3d_fullres_unlabeled"
+    assert process.returncode == 1, out + err
+    assert f"{folder} cannot be written (File too large)" in err
+    assert "Traceback" not in err
+    assert not (folder / "zlarge000.b2nd").exists()
+    before = fingerprint(str(folder))
+    assert len(before) == 4 * 3
+    assert len(prepare(dataset).cases) == 5
+    after = fingerprint(str(folder))
+    assert {name: after[name] for name in before} == before
+
+
+def test_one_process_at_a_time(tiny_copy, capsys):
+    dataset = tiny_copy("3d")
+    work = dataset.preprocessed / f"{dataset.plans_name}_3d_fullres_unlabeled" / ".work"
+    work.mkdir(parents=True)
+    thread = threading.Thread(target=prepare, args=(dataset,))
+    with FileLock(work / "lock"):
+        thread.start()
+        time.sleep(0.5)
+        assert "another process is preparing" in capsys.readouterr().out
+        assert thread.is_alive()
+    thread.join(60)
+    assert prepare(dataset).cases == dataset.cases("imagesUn")
+    assert capsys.readouterr().out.count("preparing") == 1  # the second found it done
+
+
+def test_other_ranks_wait(tiny_copy, monkeypatch):
+    monkeypatch.setattr("nnunet_ssl.unlabeled.prepare.POLL_EVERY", 0.05)
+    dataset = tiny_copy("3d")
+    plans = PlansManager(dataset.plans)
+    arguments = (dataset.name, plans, "3d_fullres", dataset.dataset_json, dataset.cases("imagesTr"))
+    with pytest.raises(UserError, match=r"was not ready after 0 s.*nnUNetv2_ssl_preprocess"):
+        wait_until_prepared(*arguments, timeout=0.1)
+    found: list[PreparedFolder] = []
+    waiting = threading.Thread(target=lambda: found.append(wait_until_prepared(*arguments)), daemon=True)
+    waiting.start()
+    time.sleep(0.2)
+    assert not found
+    prepared = prepare(dataset)
+    waiting.join(20)
+    assert found == [prepared]
+    shutil.rmtree(dataset.raw / "imagesUn")
+    with pytest.raises(SystemExit) as stopped:  # the first rank says why
+        wait_until_prepared(*arguments)
+    assert not isinstance(stopped.value, UserError)
