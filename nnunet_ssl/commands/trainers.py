@@ -37,8 +37,7 @@ def list_trainers() -> Iterator[tuple[str, str, str]]:
 
     for name in trainers.TRAINERS:
         trainer = getattr(trainers, name)
-        if name != "nnUNetTrainerSSL":  # the base, not for use by itself
-            yield name, (trainer.__doc__ or "").strip().split("\n")[0], trainer.paper
+        yield name, (trainer.__doc__ or "").strip().split("\n")[0], trainer.paper
 
 
 def check_nnunet() -> Finding:

@@ -1,0 +1,226 @@
+"""What this package takes for granted about nnU-Net, so that a new nnU-Net fails here, with a word, and not in a run.
+
+When a test of this file fails after an update of nnU-Net: read what changed there, bring ours (the message names it) in
+line, then add the new digest or name to the lists below. Digests are of nnU-Net's source text; 2.8.0 and 2.8.1 agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from nnunet_ssl import trainers
+from nnunet_ssl.commands.trainers import NNUNET_BELOW, NNUNET_FROM
+
+ROOT = Path(__file__).resolve().parent.parent
+TRAINER = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer:nnUNetTrainer"
+LOADER = "nnunetv2.training.dataloading.data_loader:nnUNetDataLoader"
+PREDICTOR = "nnunetv2.inference.predict_from_raw_data:nnUNetPredictor"
+BASE = "nnunet_ssl/trainers/base.py"
+
+
+class Body(NamedTuple):
+    """A function of nnU-Net whose inside ours follows or relies on.
+
+    Attributes:
+        name: ``module:qualified.name``.
+        ours: what to compare with it when it has changed.
+        digests: of its source text in the versions that ours was compared with.
+    """
+
+    name: str
+    ours: str
+    digests: tuple[str, ...]
+
+
+BODIES = [
+    Body(f"{TRAINER}.__init__", f"{BASE}: __init__, _settings_in_force", ("0ae31d90095f54c1",)),
+    Body(f"{TRAINER}.initialize", f"{BASE}: initialize", ("5732dd44ffbbbf74",)),
+    Body(f"{TRAINER}.configure_optimizers", f"{BASE}: _configure_training_optimizer", ("48c2f8330a832a21",)),
+    Body(f"{TRAINER}.get_dataloaders", f"{BASE}: get_dataloaders, _start", ("5f59e2b907cfa2d1",)),
+    Body(f"{TRAINER}.run_training", f"{BASE}: the step, once an epoch", ("135206abd4ea62ec",)),
+    Body(f"{TRAINER}.on_train_start", f"{BASE}: on_train_start", ("cbf4259a673f7a87",)),
+    Body(f"{TRAINER}.on_train_end", f"{BASE}: on_train_end", ("7dad4959ee6bd45a",)),
+    Body(f"{TRAINER}.on_train_epoch_start", f"{BASE}: on_train_epoch_start", ("49f31d4c16088dd2",)),
+    Body(f"{TRAINER}.train_step", f"{BASE}: train_step, _update, autocast", ("c8993de84c8c419f",)),
+    Body(f"{TRAINER}.on_train_epoch_end", f"{BASE}: on_train_epoch_end", ("137869f87e19e841",)),
+    Body(f"{TRAINER}.on_epoch_end", f"{BASE}: on_epoch_end", ("988deef2bd79d339",)),
+    Body(f"{TRAINER}.set_deep_supervision_enabled", f"{BASE}: forward, full_resolution", ("cbae38bd3fd9c240",)),
+    Body(f"{TRAINER}.save_checkpoint", f"{BASE}: save_checkpoint", ("de4f196c42e6bcf5",)),
+    Body(f"{TRAINER}.load_checkpoint", f"{BASE}: load_checkpoint", ("a386bed4eafaa4fa",)),
+    Body(
+        f"{LOADER}.__init__", "nnunet_ssl/unlabeled/loader.py: UnlabeledLoader, TwoStreamLoader", ("301499eed493c9fd",)
+    ),
+    Body(f"{LOADER}.get_bbox", "nnunet_ssl/unlabeled/loader.py: UnlabeledLoader", ("25263f7173ae246b",)),
+    Body(f"{LOADER}.generate_train_batch", "nnunet_ssl/unlabeled/loader.py: TwoStreamLoader", ("0a430703c66ec9b8",)),
+    Body(
+        "nnunetv2.training.dataloading.nnunet_dataset:nnUNetDatasetBlosc2.load_case",
+        "nnunet_ssl/unlabeled/loader.py: UnlabeledDataset",
+        ("78e996392fbc232e",),
+    ),
+    Body(
+        "nnunetv2.preprocessing.preprocessors.default_preprocessor:DefaultPreprocessor.run_case_save",
+        "nnunet_ssl/unlabeled/prepare.py: how a case is prepared",
+        ("2021027938e7f10f",),
+    ),
+    Body(
+        "nnunetv2.run.run_training:maybe_load_checkpoint",
+        f"{BASE}: load_checkpoint, _load_training_state (which file --c takes, and when)",
+        ("401db73a3f14697d",),
+    ),
+    Body(
+        f"{PREDICTOR}.initialize_from_trained_model_folder",
+        f"{BASE}: save_checkpoint; nnunet_ssl/export.py (what a predictor reads)",
+        ("8b601a28f7175780",),
+    ),
+    Body(
+        "nnunetv2.utilities.find_objects:recursive_find_trainer_class_by_name",
+        "nnunet_ssl/_startup.py, nnunet_ssl/_ext/nnunet_ssl_ext.py",
+        ("fec570595ca23283",),
+    ),
+    Body(
+        "nnunetv2.utilities.find_class_by_name:_recursive_find_python_class",
+        "nnunet_ssl/_ext/nnunet_ssl_ext.py, nnunet_ssl/trainers/__init__.py: __getattr__",
+        ("fc65dc9b63a890c9",),
+    ),
+]
+
+CONSTRUCTOR = ["plans", "configuration", "fold", "dataset_json", "device"]
+NETWORK_BUILDER = [
+    "plans_manager",
+    "configuration_manager",
+    "num_input_channels",
+    "num_output_channels",
+    "enable_deep_supervision",
+]
+CHECKPOINT = {
+    "network_weights",
+    "optimizer_state",
+    "grad_scaler_state",
+    "logging",
+    "_best_ema",
+    "current_epoch",
+    "init_args",
+    "trainer_name",
+    "inference_allowed_mirroring_axes",
+}
+READ_BY_PREDICTOR = {"trainer_name", "init_args", "inference_allowed_mirroring_axes", "network_weights"}
+
+
+def find(name: str) -> Any:
+    """The object that ``module:qualified.name`` names."""
+    module, _, path = name.partition(":")
+    found = importlib.import_module(module)
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def digest(function: Callable) -> str:
+    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("body", BODIES, ids=lambda body: body.name.partition(":")[2])
+def test_body_is_one_that_ours_was_compared_with(body: Body) -> None:
+    version = importlib.metadata.version("nnunetv2")
+    try:
+        function = find(body.name)
+    except (ImportError, AttributeError):
+        pytest.fail(f"nnU-Net {version} has no {body.name} any more; rework {body.ours}", pytrace=False)
+    if (found := digest(function)) not in body.digests:
+        pytest.fail(
+            f"nnU-Net {version} changed {body.name}: compare it with {body.ours}, "
+            f"then add the digest {found!r} to this test",
+            pytrace=False,
+        )
+
+
+def nnunet_trainer() -> type:
+    return find(TRAINER)
+
+
+def our_trainers() -> list[type]:
+    return [getattr(trainers, name) for name in trainers.TRAINERS]
+
+
+def test_constructor_takes_what_we_take() -> None:
+    """nnU-Net's constructor looks up each parameter name of a subclass's among its own."""
+    assert list(inspect.signature(nnunet_trainer()).parameters) == CONSTRUCTOR
+    for trainer in our_trainers():
+        assert list(inspect.signature(trainer).parameters) == CONSTRUCTOR, trainer
+
+
+def test_network_builder_takes_what_we_pass() -> None:
+    """nnU-Net looks for a parameter of the name ``plans_manager`` to choose how to call it."""
+    assert list(inspect.signature(nnunet_trainer().build_network_architecture).parameters) == NETWORK_BUILDER
+    for trainer in our_trainers():
+        assert list(inspect.signature(trainer.build_network_architecture).parameters) == NETWORK_BUILDER, trainer
+
+
+def overridden() -> list[tuple[type, str]]:
+    """Every method or property of nnU-Net's trainer that a class of ours replaces."""
+    base = nnunet_trainer()
+    ours = {cls for trainer in our_trainers() for cls in trainer.__mro__ if cls.__module__.startswith("nnunet_ssl")}
+    return [
+        (cls, name)
+        for cls in sorted(ours, key=lambda cls: cls.__name__)
+        for name in vars(cls)
+        if hasattr(base, name) and not hasattr(object, name) and callable(getattr(base, name))
+    ]
+
+
+def test_hooks_are_called_as_ours_expect() -> None:
+    assert ("nnUNetTrainerSSL", "train_step") in [(cls.__name__, name) for cls, name in overridden()]
+    for cls, name in overridden():
+        ours, theirs = (inspect.signature(getattr(c, name)).parameters for c in (cls, nnunet_trainer()))
+        assert list(ours) == list(theirs), f"nnU-Net's {name}{tuple(theirs)}: compare with {cls.__name__}.{name}"
+
+
+def test_every_hook_that_ours_rewrites_is_watched() -> None:
+    """An override that this file does not know of would change unseen."""
+    watched = {body.name.rpartition(".")[2] for body in BODIES if body.name.startswith(TRAINER)}
+    missing = sorted({name for _, name in overridden()} - watched)
+    assert not missing, f"add {missing} to BODIES"
+
+
+def test_our_names_do_not_meet_nnunets_attributes(tiny: Callable, make_trainer: Callable) -> None:
+    """An attribute of the same name that nnU-Net comes to use would be overwritten without a word."""
+    theirs = set(vars(make_trainer("nnUNetTrainer", tiny("3d"))))
+    ours = set(vars(make_trainer("nnUNetTrainerSHTA_CPS", tiny("3d")))) - theirs
+    properties = {name for cls in our_trainers() for c in cls.__mro__ if c.__module__.startswith("nnunet_ssl")
+                  for name in vars(c)}  # fmt: skip
+    methods = {name for _, name in overridden()}
+    assert not properties & theirs
+    assert not {name for name in ours if hasattr(nnunet_trainer(), name)} - methods
+
+
+def test_checkpoint_holds_what_nnunets_does(tiny: Callable, make_trainer: Callable, tmp_path: Path) -> None:
+    keys = {}
+    for name in ("nnUNetTrainer", "nnUNetTrainerLabeledOnly", "nnUNetTrainerSHTA_CPS"):
+        trainer = make_trainer(name, tiny("3d"))
+        trainer.save_checkpoint(str(tmp_path / f"{name}.pth"))
+        checkpoint = torch.load(tmp_path / f"{name}.pth", weights_only=False)
+        keys[name] = set(checkpoint), list(checkpoint["network_weights"]), set(checkpoint["init_args"])
+    assert keys["nnUNetTrainer"][0] == CHECKPOINT
+    assert keys["nnUNetTrainer"] == keys["nnUNetTrainerLabeledOnly"] == keys["nnUNetTrainerSHTA_CPS"]
+
+
+def test_predictor_reads_what_we_write() -> None:
+    source = inspect.getsource(find(f"{PREDICTOR}.initialize_from_trained_model_folder"))
+    assert set(re.findall(r"checkpoint\['(\w+)'\]", source)) == READ_BY_PREDICTOR
+    assert READ_BY_PREDICTOR <= CHECKPOINT
+
+
+def test_setup_and_check_name_the_same_versions() -> None:
+    """setup.py says which nnU-Net to install, ``nnUNetv2_ssl_trainers --check`` which one is right."""
+    wanted = f'"nnunetv2>={".".join(map(str, NNUNET_FROM))},<{".".join(map(str, NNUNET_BELOW))}"'
+    assert wanted in (ROOT / "setup.py").read_text(encoding="utf-8")
