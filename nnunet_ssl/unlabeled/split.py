@@ -1,0 +1,313 @@
+"""A fully labelled dataset as if most of it were not: the protocol of every paper, as an nnU-Net raw dataset.
+
+The new dataset is made of links: ``imagesTr`` and ``labelsTr`` hold the labelled and the validation cases,
+``splits_final.json`` says which is which, ``imagesUn`` holds the rest without their labels. Nothing that works on the
+new dataset can see a hidden label, since there is no path to one; here they are not even looked for.
+
+Which cases: one order of all cases of the source's ``imagesTr``, a permutation drawn from the seed, less those that a
+list names. Labelled cases are taken from its front, validation cases from its end. So the first 5 are among the first
+10, whatever the validation cases are, and the validation cases stay the same when more are labelled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections import Counter
+from typing import NamedTuple
+
+import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import save_json
+from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.unlabeled.find import (
+    UNLABELED_FOLDER,
+    find_images,
+    find_labeled,
+    read_dataset_json,
+    required_folder,
+    resolve_dataset,
+)
+
+SPLITS = "splits_final.json"
+RECORD = "ssl_split.json"
+
+
+class Split(NamedTuple):
+    """Who is what. ``unlabeled`` holds what the source already had in ``imagesUn``, too."""
+
+    labeled: list[str]
+    validation: list[str]
+    unlabeled: list[str]
+    test: list[str]
+
+
+def split_dataset(
+    source: str | int,
+    target_id: int,
+    labeled: str,
+    validation: str | None = None,
+    test: str | None = None,
+    seed: int = 0,
+    copy: bool = False,
+    name: str | None = None,
+) -> tuple[str, Split]:
+    """Make the second raw dataset, and put its ``splits_final.json`` where nnU-Net reads it.
+
+    Args:
+        source: id or name of a labelled raw dataset.
+        target_id: id of the new dataset.
+        labeled: how many cases keep their label: a number, a fraction of all cases but the test cases, or a file that
+            lists them (one a line, or a JSON list).
+        validation: the same for the validation cases; None validates on the labelled cases.
+        test: a file that lists the test cases.
+        seed: draws the order that numbers and fractions take from.
+        copy: copy the files instead of linking to them.
+        name: of the new dataset, without its id; made from the source's when None.
+
+    Returns:
+        The new dataset's name, and the split.
+
+    Raises:
+        UserError: the source, the target or the numbers do not allow it. Nothing is written then.
+    """
+    raw = required_folder("nnUNet_raw")
+    preprocessed = required_folder("nnUNet_preprocessed")
+    source = resolve_dataset(source)
+    source_folder = os.path.join(raw, source)
+    if not os.path.isdir(source_folder):
+        raise UserError(f"{source_folder} does not exist. Name a raw dataset that has labels with -d.")
+    _refuse_existing(target_id)
+    dataset_json = read_dataset_json(source_folder)
+    images = find_labeled(source_folder, dataset_json)
+    if not images:
+        raise UserError(f"{os.path.join(source_folder, 'imagesTr')} holds no image with the ending "
+                        f"{dataset_json['file_ending']}. Name a raw dataset that has labels with -d.")  # fmt: skip
+    if wrong := [f for files in images.values() for f in files if not f.endswith(dataset_json["file_ending"])]:
+        raise UserError(
+            f"{wrong[0]} does not end with {dataset_json['file_ending']}, the file_ending of {source_folder}/dataset.json. "
+            "Convert it."
+        )
+    unlabeled = _already_unlabeled(source_folder, dataset_json, images)
+    split = choose(list(images), labeled, validation, test, seed, source)
+    split = split._replace(unlabeled=sorted([*split.unlabeled, *unlabeled]))
+    target = _target_name(target_id, name, source, len(split.labeled))
+
+    # nnU-Net does not see names that begin with a dot
+    building = os.path.join(raw, f".{target}")
+    shutil.rmtree(building, ignore_errors=True)  # left by a killed run
+    try:
+        _write_dataset(building, source_folder, dataset_json, {**images, **unlabeled}, split, copy)
+        write_record(building, source, target, split, seed)
+        os.rename(building, os.path.join(raw, target))
+    except OSError as error:
+        hint = "" if copy else " Where links are not allowed, --copy copies the files."
+        raise UserError(
+            f"{error.filename or building} cannot be written ({error.strerror}). Nothing was kept.{hint}"
+        ) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    # nnUNetv2_plan_experiment would copy it here too; this is for those who bring plans from elsewhere
+    os.makedirs(os.path.join(preprocessed, target), exist_ok=True)
+    shutil.copyfile(os.path.join(raw, target, SPLITS), os.path.join(preprocessed, target, SPLITS))
+    return target, split
+
+
+def choose(cases: list[str], labeled: str, validation: str | None, test: str | None, seed: int, source: str) -> Split:
+    """Divide the cases by the rule at the top of this file.
+
+    Args:
+        cases: all cases that have a label.
+        labeled, validation, test, seed: as for ``split_dataset``.
+        source: the dataset's name, for messages.
+
+    Returns:
+        The split, each part sorted.
+
+    Raises:
+        UserError: a list names a case that is not there or one twice, or the numbers ask for more than there are.
+    """
+    lists = {
+        option: _read_list(value, option, cases, source)
+        for option, value in (("--labeled", labeled), ("--val", validation), ("--test", test))
+        if value is not None and (option == "--test" or not _is_number(value))
+    }
+    _refuse_shared(lists)
+    listed = {case for names in lists.values() for case in names}
+    test_cases = lists.get("--test", [])
+    order = [sorted(cases)[i] for i in np.random.RandomState(seed).permutation(len(cases))]
+    free = [case for case in order if case not in listed]
+
+    num_available = len(cases) - len(test_cases)
+    num_labeled = 0 if "--labeled" in lists else _count(labeled, "--labeled", num_available)
+    num_validation = 0 if validation is None or "--val" in lists else _count(validation, "--val", num_available)
+    if num_labeled + num_validation > len(free):
+        wanted = " and ".join(
+            f"{option} {value} ({number})"
+            for option, value, number in (("--labeled", labeled, num_labeled), ("--val", validation, num_validation))
+            if number
+        )
+        raise UserError(
+            f"{wanted} ask for {num_labeled + num_validation} cases, but {source} has {len(free)} that no list names "
+            f"({len(cases)} in all). Ask for fewer."
+        )
+    labeled_cases = lists.get("--labeled", free[:num_labeled])
+    validation_cases = lists.get("--val", free[len(free) - num_validation :])
+    taken = {*labeled_cases, *validation_cases, *test_cases}
+    return Split(
+        sorted(labeled_cases),
+        sorted(validation_cases),
+        sorted(case for case in cases if case not in taken),
+        sorted(test_cases),
+    )
+
+
+def write_record(folder: str, source: str, target: str, split: Split, seed: int) -> None:
+    """Write ``ssl_split.json``: how the dataset came about, and who is what."""
+    record = {"name": target, "source": source, "seed": seed, **split._asdict()}
+    save_json(record, os.path.join(folder, RECORD), sort_keys=False)
+
+
+def _write_dataset(
+    folder: str, source_folder: str, dataset_json: dict, images: dict[str, list[str]], split: Split, copy: bool
+) -> None:
+    ending = dataset_json["file_ending"]
+
+    def put(file: str, *target: str) -> None:
+        target = os.path.join(folder, *target)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        if copy:
+            shutil.copy2(file, target)
+        else:
+            os.symlink(_link_text(file, os.path.dirname(folder)), target)
+
+    def put_image(case: str, image_folder: str) -> None:
+        for channel, file in enumerate(images[case]):
+            put(file, image_folder, f"{case}_{channel:04d}{ending}")
+        put_spacing(os.path.dirname(images[case][0]), case, image_folder)
+
+    def put_label(case: str, label_folder: str) -> None:
+        file = _label_file(source_folder, dataset_json, case)
+        put(file, label_folder, case + ending)
+        put_spacing(os.path.dirname(file), case, label_folder)
+
+    def put_spacing(file_folder: str, case: str, target_folder: str) -> None:
+        """The file that nnU-Net's TIFF reader takes the spacing from."""
+        file = os.path.join(file_folder, f"{case}.json")
+        if os.path.isfile(file):
+            put(file, target_folder, f"{case}.json")
+
+    for case in {*split.labeled, *split.validation}:
+        put_image(case, "imagesTr")
+        put_label(case, "labelsTr")
+    for case in split.unlabeled:
+        put_image(case, UNLABELED_FOLDER)
+    for case in split.test:
+        put_image(case, "imagesTs")
+        put_label(case, "labelsTs")
+
+    adapted = {key: value for key, value in dataset_json.items() if key != "dataset"}
+    adapted["name"] = os.path.basename(folder).removeprefix(".")
+    adapted["numTraining"] = len({*split.labeled, *split.validation})
+    save_json(adapted, os.path.join(folder, "dataset.json"), sort_keys=False)
+    save_json([{"train": split.labeled, "val": split.validation or split.labeled}], os.path.join(folder, SPLITS))
+
+
+def _label_file(source_folder: str, dataset_json: dict, case: str) -> str:
+    """The label of a case that keeps it."""
+    if "dataset" in dataset_json:
+        name = os.path.expandvars(dataset_json["dataset"][case]["label"])
+        file = os.path.abspath(os.path.join(source_folder, name))
+    else:
+        file = os.path.join(source_folder, "labelsTr", case + dataset_json["file_ending"])
+    if not os.path.isfile(file):
+        raise UserError(
+            f"{file} does not exist, but case {case} is to keep its label. Choose another case with a list."
+        )
+    return file
+
+
+def _link_text(file: str, raw: str) -> str:
+    """What a link two folders below ``raw`` says: relative within ``raw``, so that it may be moved or mounted."""
+    if os.path.commonpath([os.path.abspath(raw), os.path.abspath(file)]) == os.path.abspath(raw):
+        return os.path.join(os.pardir, os.pardir, os.path.relpath(file, raw))
+    return os.path.abspath(file)
+
+
+def _already_unlabeled(source_folder: str, dataset_json: dict, images: dict[str, list[str]]) -> dict[str, list[str]]:
+    """What the source has in ``imagesUn`` itself."""
+    folder = os.path.join(source_folder, UNLABELED_FOLDER)
+    found = find_images(folder, dataset_json["file_ending"])[0] if os.path.isdir(folder) else {}
+    both = sorted(set(found) & set(images))
+    if both:
+        raise UserError(f"{found[both[0]][0]}: {both[0]} is also a labelled case. Remove one of the two.")
+    return found
+
+
+def _refuse_existing(target_id: int) -> None:
+    if not 1 <= target_id <= 999:
+        raise UserError(f"-o {target_id} is not a dataset id. Give a number from 1 to 999.")
+    existing = find_candidate_datasets(target_id)
+    if len(existing):
+        raise UserError(
+            f"-o {target_id}: {existing[0]} exists already, among the raw or preprocessed data or the results. Choose "
+            "another id, or remove it from all three folders."
+        )
+
+
+def _target_name(target_id: int, name: str | None, source: str, num_labeled: int) -> str:
+    prefix = f"Dataset{target_id:03d}_"
+    if name is None:
+        return f"{prefix}{source.partition('_')[2]}_{num_labeled}labeled"
+    if not re.fullmatch(r"[\w-]+", name):
+        raise UserError(f"--name {name} must be letters, digits, - and _ only.")
+    return prefix + name.removeprefix(prefix)
+
+
+def _is_number(value: str) -> bool:
+    return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", value) is not None
+
+
+def _count(value: str, option: str, available: int) -> int:
+    if "." in value:
+        if not 0 < float(value) < 1:
+            raise UserError(f"{option} {value}: a fraction lies between 0 and 1; a number of cases has no point.")
+        return max(1, round(float(value) * available))
+    if int(value) < 1:
+        raise UserError(f"{option} {value} must be at least 1.")
+    return int(value)
+
+
+def _read_list(file: str, option: str, cases: list[str], source: str) -> list[str]:
+    try:
+        with open(file, encoding="utf-8") as stream:
+            text = stream.read()
+        names = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
+    except FileNotFoundError as error:
+        kinds = "a file that lists cases" if option == "--test" else "a number, a fraction, or a file that lists cases"
+        raise UserError(f"{option} {file} does not exist. Give {kinds}.") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{option} {file} cannot be read ({error}). Write one case a line, or a JSON list.") from error
+    names = [str(name).strip() for name in names if str(name).strip()]
+    if not names:
+        raise UserError(f"{option} {file} lists no case. Write one case a line, or a JSON list.")
+    known = set(cases)
+    if missing := [name for name in names if name not in known]:
+        raise UserError(
+            f"{option} {file} names {missing[0]}, which is no labelled case of {source}. Cases are named without "
+            f"channel and file ending, for instance {min(cases)}."
+        )
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"{option} {file} names {twice[0]} twice. Remove one.")
+    return names
+
+
+def _refuse_shared(lists: dict[str, list[str]]) -> None:
+    options = sorted(lists)
+    for i, one in enumerate(options):
+        for other in options[i + 1 :]:
+            if shared := sorted(set(lists[one]) & set(lists[other])):
+                raise UserError(f"{one} and {other} both name {shared[0]}. A case can be one thing only: remove one.")

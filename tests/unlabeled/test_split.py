@@ -1,0 +1,196 @@
+"""A labelled dataset turned into one with few labels: who is what, what is linked, and what nobody can see."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import os
+from pathlib import Path
+
+import datasets
+import pytest
+from datasets import TinyDataset
+
+from nnunet_ssl.commands import split as command
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.unlabeled.split import choose, split_dataset
+
+CASES = [f"case_{i:02d}" for i in range(20)]
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def pick(labeled: str, val: str | None = None, test: str | None = None, seed: int = 0):
+    return choose(CASES, labeled, val, test, seed, "Dataset004_X")
+
+
+def test_orders_are_nested_whatever_the_validation_cases_are():
+    sets = [set(pick(n, val).labeled) for val in (None, "3", "0.2") for n in ("2", "5", "10", "12")]
+    assert [len(s) for s in sets] == [2, 5, 10, 12] * 3
+    assert sets[0:4] == sets[4:8] == sets[8:12]
+    assert sets[0] < sets[1] < sets[2] < sets[3]
+    assert pick("2", "3").validation == pick("12", "3").validation
+    assert set(pick("2", "3").validation) < set(pick("2", "6").validation)
+    assert pick("5", seed=1).labeled != pick("5", seed=0).labeled
+    assert pick("5") == pick("5")
+
+
+def test_every_case_is_one_thing(tmp_path):
+    (tmp_path / "test.txt").write_text("case_03\ncase_07\n\n")
+    split = pick("0.25", "2", str(tmp_path / "test.txt"))
+    assert split.test == ["case_03", "case_07"]
+    assert len(split.labeled) == round(0.25 * 18)
+    assert len(split.validation) == 2
+    assert sorted(itertools.chain(*split)) == CASES
+    assert pick("0.001").labeled == pick("1").labeled
+    assert len(pick("12", "8").unlabeled) == 0
+
+
+def test_lists_are_taken_as_they_are_and_nobody_else_gets_their_cases(tmp_path):
+    (tmp_path / "labeled.json").write_text('["case_09", "case_01"]')
+    (tmp_path / "val.txt").write_text("case_00\r\ncase_02\r\n")
+    split = pick(str(tmp_path / "labeled.json"), str(tmp_path / "val.txt"))
+    assert split.labeled == ["case_01", "case_09"]
+    assert split.validation == ["case_00", "case_02"]
+    ten, five = (pick(n, str(tmp_path / "val.txt")).labeled for n in ("10", "5"))
+    assert set(five) < set(ten)
+    assert not {"case_00", "case_02"} & set(ten)
+
+
+@pytest.fixture
+def split(tiny_copy, capsys):
+    dataset: TinyDataset = tiny_copy("3d")
+
+    def run(*arguments: str) -> tuple[TinyDataset, Path, str]:
+        command.main(["-d", str(dataset.id), "-o", "951", *arguments])
+        (folder,) = dataset.folders.raw.glob("Dataset951*")
+        return dataset, folder, capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_writes_what_nnunet_reads(split, copied):
+    dataset, folder, out = split("--labeled", "2", "--val", "1", *(["--copy"] if copied else []))
+    assert folder.name == "Dataset951_Tiny_2labeled"
+    record = json.loads((folder / "ssl_split.json").read_text())
+    (fold,) = json.loads((folder / "splits_final.json").read_text())
+    assert fold == {"train": record["labeled"], "val": record["validation"]}
+    assert (dataset.folders.preprocessed / folder.name / "splits_final.json").read_bytes() == (
+        folder / "splits_final.json"
+    ).read_bytes()
+    dataset_json = json.loads((folder / "dataset.json").read_text())
+    assert dataset_json == {**dataset.dataset_json, "numTraining": 3, "name": folder.name}
+
+    seen = {*record["labeled"], *record["validation"]}
+    hidden = set(dataset.cases("imagesTr")) - seen
+    already = set(dataset.cases("imagesUn"))
+    assert set(record["unlabeled"]) == hidden | already
+    expected = {"dataset.json", "splits_final.json", "ssl_split.json"}
+    expected |= {f"imagesTr/{case}_0000.nii.gz" for case in seen} | {f"labelsTr/{case}.nii.gz" for case in seen}
+    expected |= {f"imagesUn/{case}_0000.nii.gz" for case in hidden | already}
+    content = files_below(folder)
+    assert set(content) == expected
+    for name, data in content.items():
+        if "/" in name:
+            where = "imagesUn" if Path(name).name.removesuffix("_0000.nii.gz") in already else "imagesTr"
+            source = dataset.raw / name.replace("imagesUn", where)
+            assert data == source.read_bytes()
+            assert (folder / name).is_symlink() is not copied
+            if not copied:
+                assert not os.path.isabs(os.readlink(folder / name))
+    assert f"{folder.name}: 2 labelled, 1 validation, 6 unlabelled and 0 test cases" in out
+    assert "nnUNetv2_plan_and_preprocess -d 951" in out
+    assert [f.name for f in dataset.folders.raw.iterdir() if f.name.startswith(".")] == []
+
+
+def test_test_cases_and_no_validation_cases(split, tiny, tmp_path):
+    case = tiny("3d").cases("imagesTr")[1]
+    (tmp_path / "test.txt").write_text(case)
+    _, folder, out = split("--labeled", "2", "--test", str(tmp_path / "test.txt"), "--name", "Mine")
+    assert folder.name == "Dataset951_Mine"
+    assert "the labelled cases also serve as validation cases" in out
+    record = json.loads((folder / "ssl_split.json").read_text())
+    (fold,) = json.loads((folder / "splits_final.json").read_text())
+    assert fold["train"] == fold["val"] == record["labeled"]
+    assert record["test"] == [case]
+    assert case not in record["labeled"] + record["unlabeled"]
+    assert (folder / "imagesTs" / f"{case}_0000.nii.gz").exists()
+    assert (folder / "labelsTs" / f"{case}.nii.gz").exists()
+
+
+def test_a_dataset_json_that_lists_its_files(tiny_copy):
+    """nnU-Net also takes explicit paths instead of imagesTr; the new dataset has the usual folders."""
+    dataset = tiny_copy("multichannel")
+    (dataset.raw / "imagesTr").rename(dataset.raw / "elsewhere")
+    cases = dataset.cases("elsewhere")
+    explicit = {
+        f"named_{case}": {
+            "images": [f"elsewhere/{case}_{channel:04d}.nii.gz" for channel in range(2)],
+            "label": str(dataset.raw / "labelsTr" / f"{case}.nii.gz"),
+        }
+        for case in cases
+    }
+    (dataset.raw / "dataset.json").write_text(json.dumps({**dataset.dataset_json, "dataset": explicit}))
+    name, split = split_dataset(dataset.id, 951, "2", "1")
+    folder = dataset.folders.raw / name
+    assert "dataset" not in json.loads((folder / "dataset.json").read_text())
+    for case in split.labeled:
+        for channel in range(2):
+            source = dataset.raw / "elsewhere" / f"{case.removeprefix('named_')}_{channel:04d}.nii.gz"
+            assert (folder / "imagesTr" / f"{case}_{channel:04d}.nii.gz").read_bytes() == source.read_bytes()
+
+
+@pytest.mark.timeout(120)
+def test_a_hidden_label_is_never_opened_and_changes_nothing(tiny_copy):
+    """Hidden labels become pipes, which nobody can open without waiting for ever: split, plan and prepare."""
+    dataset = tiny_copy("3d")
+    prepared = []
+    for target in (951, 952):
+        name, split = split_dataset(dataset.id, target, "2", "1", name="Few")
+        recipe = dataclasses.replace(dataset.recipe, dataset_id=target, name="Few")
+        raw = dataset.folders.raw / name
+        splits = (raw / "splits_final.json").read_bytes()
+        datasets.plan_and_preprocess(recipe, dataset.folders)
+        folder = dataset.folders.preprocessed / name
+        assert (folder / "splits_final.json").read_bytes() == splits  # survives planning
+        prepared.append(
+            {n: c.replace(name.encode(), b"") for n, c in files_below(folder).items() if n.endswith("json")}
+        )
+        arrays = folder / f"{dataset.plans_name}_3d_fullres"
+        prepared[-1].update((case, arrays_of(arrays, case)) for case in sorted({*split.labeled, *split.validation}))
+        for case in set(dataset.cases("imagesTr")) & set(split.unlabeled):
+            label = dataset.raw / "labelsTr" / f"{case}.nii.gz"
+            if not label.is_fifo():
+                label.unlink()
+                os.mkfifo(label)
+    first, second = prepared
+    assert {"dataset_fingerprint.json", f"{dataset.plans_name}.json", "splits_final.json"} <= set(first)
+    assert first == second
+
+
+def arrays_of(folder: Path, case: str) -> tuple[bytes, bytes]:
+    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
+    data, seg, *_ = nnUNetDatasetBlosc2(str(folder), [case]).load_case(case)
+    return data[:].tobytes(), seg[:].tobytes()
+
+
+def test_a_failed_split_leaves_nothing(tiny_copy, monkeypatch):
+    dataset = tiny_copy("3d")
+    before = files_below(dataset.folders.raw.parent)
+    split = choose(dataset.cases("imagesTr"), "2", "1", None, 0, dataset.name)
+    label = dataset.raw / "labelsTr" / f"{split.validation[0]}.nii.gz"
+    content = label.read_bytes()
+    label.unlink()
+    with pytest.raises(UserError, match=f"{label} does not exist"):
+        split_dataset(dataset.id, 951, "2", "1")
+    label.write_bytes(content)
+    monkeypatch.setattr(os, "symlink", lambda *_: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
+    with pytest.raises(UserError, match=r"Operation not permitted.*--copy"):
+        split_dataset(dataset.id, 951, "2", "1")
+    assert files_below(dataset.folders.raw.parent) == before
+    assert not list(dataset.folders.raw.glob(".*"))
