@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 
 
 def commands_of_setup() -> set[str]:
@@ -54,3 +54,31 @@ def test_readme_lists_every_trainer():
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [name for name in TRAINERS if name != "nnUNetTrainerSSL" and f"`{name}`" not in readme] == []
+
+
+def settings_tables() -> dict[str, tuple[str, str]]:
+    """Setting -> default and paper's value, as docs/settings.md has them."""
+    text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
+    return {name.strip("`"): (default, paper) for name, default, paper, _ in rows}
+
+
+def as_json(value: object) -> str:
+    return f"`{json.dumps(value)}`"
+
+
+def test_settings_have_the_defaults_and_the_presets_that_are_documented():
+    from nnunet_ssl import trainers
+    from nnunet_ssl.trainers.settings import all_presets
+
+    documented, seen = settings_tables(), set()
+    for name in trainers.TRAINERS:
+        cls = getattr(trainers, name).Settings
+        paper = all_presets(cls).get("paper", {})
+        assert set(all_presets(cls)) <= {"nnunet", "paper"}, "document the new preset"
+        for field in dataclasses.fields(cls):
+            seen.add(field.name)
+            assert field.name in documented, f"{field.name} of {name} is not in docs/settings.md"
+            wanted = (as_json(field.default), as_json(paper[field.name]) if field.name in paper else "")
+            assert documented[field.name] == wanted, f"{field.name} of {name} in docs/settings.md"
+    assert set(documented) == seen

@@ -1,0 +1,263 @@
+"""Writes a trained model as a model of plain nnU-Net, and keeps it only if it gives the same answers.
+
+The checkpoints of this package hold nnU-Net's own network already. An export is what one hands on: weights on the CPU,
+no optimiser, nothing but tensors and builtins (so that ``torch.load(..., weights_only=True)`` reads it), under the
+name of nnU-Net's own trainer. The second network of a method with two becomes a fold of its own: nnU-Net averages the
+folds that it is given.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import NamedTuple
+
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.file_path_utilities import convert_trainer_plans_config_to_identifier, get_output_folder
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import nn
+
+from nnunet_ssl import trainers
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.trainers.base import fingerprint, training_state_file
+from nnunet_ssl.unlabeled.find import required_folder, resolve_dataset
+
+PLAIN_TRAINER = nnUNetTrainer.__name__
+MODEL_FILES = ("plans.json", "dataset.json", "dataset_fingerprint.json")
+
+
+class ExportedFold(NamedTuple):
+    """One fold of the exported model and where it came from."""
+
+    fold: int | str
+    source_fold: int | str
+    network: str  # "first" or "second"
+
+
+def export_model(
+    dataset: int | str,
+    configuration: str,
+    folds: Sequence[int | str],
+    output: str,
+    trainer: str = "nnUNetTrainerSHTA_CPS",
+    plans: str = "nnUNetPlans",
+    checkpoint: str = "checkpoint_final.pth",
+    both: bool = False,
+) -> tuple[str, list[ExportedFold]]:
+    """Write ``output/<dataset>/nnUNetTrainer__<plans>__<configuration>/fold_X/checkpoint_final.pth``.
+
+    Everything is written to a folder with a temporary name and renamed when each file has passed ``verify``.
+
+    Args:
+        dataset: dataset id or name.
+        configuration: nnU-Net configuration, for instance ``3d_fullres``.
+        folds: the folds to export, numbers or ``"all"``. They keep their names; with ``both`` the i-th of them becomes
+            folds 2i (first network) and 2i + 1 (second network).
+        output: the folder to write; must not exist or be empty.
+        trainer: the trainer's class name, which names the model's folder.
+        plans: plans identifier.
+        checkpoint: which checkpoint of each fold to export.
+        both: export the second network too (methods that train two).
+
+    Returns:
+        The exported model's folder, as ``nnUNetv2_predict_from_modelfolder -m`` takes it, and its folds.
+
+    Raises:
+        UserError: no such model, fold or checkpoint; ``output`` is not empty; ``both`` without a second network; the
+            network is not the one that the plans describe.
+    """
+    if os.path.isfile(output) or (os.path.isdir(output) and os.listdir(output)):
+        raise UserError(f"{output} exists already. Name a folder that does not exist yet, or empty this one.")
+    model = find_model_folder(dataset, trainer, plans, configuration)
+    sources = [(fold, _existing_checkpoint(model, fold, checkpoint)) for fold in folds]
+
+    output = os.path.abspath(output)
+    dataset_name = os.path.basename(os.path.dirname(model))
+    name = os.path.join(dataset_name, convert_trainer_plans_config_to_identifier(PLAIN_TRAINER, plans, configuration))
+    partial = f"{output}.partial{os.getpid()}"
+    target = os.path.join(partial, name)
+    exported: list[ExportedFold] = []
+    try:
+        os.makedirs(target)
+        for file in MODEL_FILES:
+            shutil.copyfile(os.path.join(model, file), os.path.join(target, file))
+        for i, (fold, source) in enumerate(sources):
+            for j, network in enumerate(("first", "second") if both else ("first",)):
+                new = ExportedFold(2 * i + j if both else fold, fold, network)
+                _export_fold(source, trainer, new, target)
+                exported.append(new)
+        if os.path.isdir(output):
+            os.rmdir(output)  # empty, as seen above
+        os.rename(partial, output)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return os.path.join(output, name), exported
+
+
+def find_model_folder(dataset: int | str, trainer: str, plans: str, configuration: str) -> str:
+    """The folder that nnU-Net trained this model into.
+
+    Raises:
+        UserError: ``nnUNet_results`` is not set, or holds no such model.
+    """
+    required_folder("nnUNet_results")
+    model = get_output_folder(resolve_dataset(dataset), trainer, plans, configuration)
+    for file in MODEL_FILES:
+        if not os.path.isfile(os.path.join(model, file)):
+            raise UserError(f"no trained model in {model} ({file} is missing). Check -d, -c, -tr and -p.")
+    return model
+
+
+def plain_checkpoint(checkpoint: dict, weights: dict[str, torch.Tensor]) -> dict:
+    """What nnU-Net reads of a checkpoint to predict or to start from pretrained weights, and no more.
+
+    Args:
+        checkpoint: a checkpoint as ``nnUNetTrainer.save_checkpoint`` writes it.
+        weights: state dict of the network to export, on the CPU.
+
+    Returns:
+        A dict of tensors and builtins. Tensors that share memory still do: nnU-Net's state dict names the encoder
+        twice, and ``torch.save`` writes what is shared once.
+    """
+    init_args = {k: v for k, v in checkpoint["init_args"].items() if k != "device"}
+    plain = {
+        "current_epoch": checkpoint["current_epoch"],
+        "init_args": {**deepcopy(init_args), "device": "cpu"},
+        "trainer_name": PLAIN_TRAINER,
+        "inference_allowed_mirroring_axes": checkpoint["inference_allowed_mirroring_axes"],
+    }
+    recursive_fix_for_json_export(plain)  # numpy scalars become Python's
+    return {**plain, "network_weights": {k: v.detach() for k, v in weights.items()}}
+
+
+def second_network_weights(checkpoint_file: str, first: nn.Module, trainer: str) -> dict[str, torch.Tensor]:
+    """The weights of the second network, from the training state beside a checkpoint.
+
+    Args:
+        checkpoint_file: the checkpoint.
+        first: the network that the checkpoint holds; the training state must have been written with it.
+        trainer: the trainer's name, for the messages.
+
+    Raises:
+        UserError: there is no training state, it belongs to another checkpoint, or has no second network.
+    """
+    file = training_state_file(checkpoint_file)
+    expected = fingerprint(first)
+    for candidate in (file, file + ".new"):  # as in nnUNetTrainerSSL.save_checkpoint
+        if os.path.isfile(candidate):
+            state = torch.load(candidate, map_location="cpu", weights_only=True)
+            if state["network"] == expected:
+                break
+    else:
+        what = "was written with another checkpoint" if os.path.isfile(file) else "does not exist"
+        raise UserError(f"--both needs {file}, which {what}. Restore it, or export the first network without --both.")
+    weights = {k.removeprefix("second."): v for k, v in state["modules"].items() if k.startswith("second.")}
+    if not weights:
+        raise UserError(f"{trainer} trains no second network. Export without --both.")
+    return weights
+
+
+def verify(exported_file: str, trained: nn.Module, model: str) -> None:
+    """Load an exported file as plain nnU-Net would and compare its logits with the trained network's.
+
+    Args:
+        exported_file: the file to check.
+        trained: the trained network, in eval mode, on the CPU.
+        model: folder with the ``plans.json`` and ``dataset.json`` that go with the file.
+
+    Raises:
+        UserError: the weights do not fit the plans' network, or the logits on a random patch differ.
+    """
+    # weights_only refuses anything but tensors and builtins
+    checkpoint = torch.load(exported_file, map_location="cpu", weights_only=True)
+    plain = build_network(nnUNetTrainer, model, checkpoint["init_args"]["configuration"])
+    try:
+        plain.load_state_dict(checkpoint["network_weights"])
+    except RuntimeError as error:
+        raise _not_the_plans_network(model) from error
+    patch = torch.rand(1, *_patch_shape(model, checkpoint["init_args"]["configuration"]))
+    with torch.no_grad():
+        if not torch.equal(trained.eval()(patch), plain.eval()(patch)):
+            raise _not_the_plans_network(model)
+
+
+def build_network(trainer_class: type[nnUNetTrainer], model: str, configuration: str) -> nn.Module:
+    """The network that a trainer builds for prediction from the plans in a model folder."""
+    plans_manager, dataset_json = _plans_and_dataset(model)
+    configuration_manager = plans_manager.get_configuration(configuration)
+    return trainer_class.build_network_architecture(
+        plans_manager,
+        configuration_manager,
+        determine_num_input_channels(plans_manager, configuration_manager, dataset_json),
+        plans_manager.get_label_manager(dataset_json).num_segmentation_heads,
+        enable_deep_supervision=False,
+    )
+
+
+def find_trainer(name: str) -> type[nnUNetTrainer]:
+    """A trainer of this package, or one that nnU-Net finds by itself.
+
+    Raises:
+        UserError: nobody knows the name.
+    """
+    ours = getattr(trainers, name, None)
+    if ours is not None:
+        return ours
+    try:
+        return recursive_find_trainer_class_by_name(name)
+    except RuntimeError as error:
+        raise UserError(f"no trainer is called {name}. nnUNetv2_ssl_trainers lists this package's.") from error
+
+
+def _export_fold(source: str, trainer: str, new: ExportedFold, target: str) -> None:
+    """Write one network of one fold into the model folder ``target``, and verify it."""
+    checkpoint = torch.load(source, map_location="cpu", weights_only=False)
+    trained = build_network(find_trainer(trainer), target, checkpoint["init_args"]["configuration"])
+    weights = checkpoint["network_weights"]
+    trained.load_state_dict(weights)
+    if new.network == "second":
+        weights = second_network_weights(source, trained, trainer)
+        trained.load_state_dict(weights)
+    plain = plain_checkpoint(checkpoint, weights)
+    plain["exported_from"] = {
+        "trainer": trainer,
+        "fold": str(new.source_fold),
+        "checkpoint": os.path.basename(source),
+        "network": new.network,
+    }
+    file = os.path.join(target, f"fold_{new.fold}", "checkpoint_final.pth")
+    os.makedirs(os.path.dirname(file))
+    torch.save(plain, file)
+    verify(file, trained, target)
+
+
+def _existing_checkpoint(model: str, fold: int | str, checkpoint: str) -> str:
+    file = os.path.join(model, f"fold_{fold}", checkpoint)
+    if not os.path.isfile(file):
+        raise UserError(f"no checkpoint {file}. Train this fold to its end, or name another with -f or -chk.")
+    return file
+
+
+def _plans_and_dataset(model: str) -> tuple[PlansManager, dict]:
+    return PlansManager(os.path.join(model, "plans.json")), load_json(os.path.join(model, "dataset.json"))
+
+
+def _patch_shape(model: str, configuration: str) -> tuple[int, ...]:
+    plans_manager, dataset_json = _plans_and_dataset(model)
+    configuration_manager = plans_manager.get_configuration(configuration)
+    channels = determine_num_input_channels(plans_manager, configuration_manager, dataset_json)
+    return channels, *configuration_manager.patch_size
+
+
+def _not_the_plans_network(model: str) -> UserError:
+    return UserError(
+        f"the trained network is not the one that {os.path.join(model, 'plans.json')} describes, so plain nnU-Net "
+        "cannot stand in for it. Predict with this package installed instead."
+    )

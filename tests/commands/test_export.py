@@ -1,0 +1,199 @@
+"""``nnUNetv2_ssl_export``: what is written is a plain model that gives the trained network's answers."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import nn
+
+from nnunet_ssl import export as export_module
+from nnunet_ssl.commands.export import main
+from nnunet_ssl.errors import UserError
+
+CPS = "nnUNetTrainerCPS_1epochs"
+LABELED_ONLY = "nnUNetTrainerLabeledOnly_1epochs"
+
+
+@pytest.fixture
+def trained(tiny: Callable, make_trainer: Callable) -> Callable[..., tuple[Any, list[str]]]:
+    """``trained(name, folds=(0,))``: trainers after an epoch, and the command's arguments up to ``-tr``."""
+
+    def train(name: str = CPS, folds: tuple[int | str, ...] = (0,)) -> tuple[list[Any], list[str]]:
+        dataset = tiny("3d")
+        trainers = []
+        for fold in folds:
+            trainer = make_trainer(name, dataset, fold=fold, settings={"seed": 1 if fold == "all" else fold})
+            trainer.run_training()
+            trainers.append(trainer)
+        return trainers, ["-d", str(dataset.id), "-c", dataset.configuration, "-tr", name, "-f", *map(str, folds)]
+
+    return train
+
+
+def model_in(output: Path) -> Path:
+    """The one model folder of an export."""
+    [model] = output.glob("Dataset*/nnUNetTrainer__*")
+    return model
+
+
+def logits(network: nn.Module, patch: torch.Tensor) -> torch.Tensor:
+    """Of a network for prediction."""
+    network.decoder.deep_supervision = False
+    with torch.no_grad():
+        return network.eval()(patch)
+
+
+def predictor(model: Path, folds: tuple[int | str, ...]) -> nnUNetPredictor:
+    """nnU-Net's own, with an exported model."""
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model), folds)
+    return predictor
+
+
+def test_plain_nnunet_predicts_with_the_trained_network(trained, tmp_path):
+    [trainer], arguments = trained()
+    main([*arguments, "-o", str(tmp_path / "out")])
+
+    plain = predictor(model_in(tmp_path / "out"), (0,))
+    patch = torch.randn(1, 1, 16, 16, 16)
+    assert plain.trainer_name == "nnUNetTrainer"
+    assert plain.allowed_mirroring_axes == trainer.inference_allowed_mirroring_axes
+    torch.testing.assert_close(logits(plain.network, patch), logits(trainer.plans_network, patch), rtol=0, atol=0)
+
+
+def test_file_holds_cpu_tensors_and_builtins_and_no_optimiser(trained, tmp_path):
+    [trainer], arguments = trained()
+    main([*arguments, "-o", str(tmp_path / "out")])
+
+    file = model_in(tmp_path / "out") / "fold_0" / "checkpoint_final.pth"
+    content = torch.load(file, weights_only=True)  # raises on anything else
+    assert not {"optimizer_state", "grad_scaler_state"} & content.keys()
+    assert {tensor.device.type for tensor in content["network_weights"].values()} == {"cpu"}
+    assert content["exported_from"]["trainer"] == CPS
+    checkpoint = Path(trainer.output_folder) / "checkpoint_final.pth"
+    assert file.stat().st_size < checkpoint.stat().st_size
+    assert {f.name for f in model_in(tmp_path / "out").iterdir()} == {*export_module.MODEL_FILES, "fold_0"}
+
+
+def test_serves_as_pretrained_weights(trained, make_trainer, tiny, tmp_path):
+    [trainer], arguments = trained()
+    main([*arguments, "-o", str(tmp_path / "out")])
+    other = make_trainer("nnUNetTrainer", tiny("3d"))
+    load_pretrained_weights(other.network, str(model_in(tmp_path / "out") / "fold_0" / "checkpoint_final.pth"))
+    torch.testing.assert_close(
+        other.network.encoder.state_dict(), trainer.plans_network.encoder.state_dict(), rtol=0, atol=0
+    )
+
+
+def test_both_networks_become_two_folds_that_nnunet_averages(trained, tmp_path, capsys):
+    trainers, arguments = trained(folds=(0, 1))
+    main([*arguments, "-o", str(tmp_path / "out"), "--both"])
+    printed = capsys.readouterr().out
+
+    patch = torch.randn(1, 16, 16, 16)
+    wanted = []
+    for i, trainer in enumerate(trainers):
+        for j, (ordinal, network) in enumerate(trainer.networks().items()):
+            own = predictor(model_in(tmp_path / "out"), (2 * i + j,))
+            torch.testing.assert_close(logits(own.network, patch[None]), logits(network, patch[None]), rtol=0, atol=0)
+            assert f"fold_{2 * i + j}: the {ordinal} network of fold {i}" in printed
+            wanted.append(own.predict_logits_from_preprocessed_data(patch))
+    averaged = predictor(model_in(tmp_path / "out"), (0, 1, 2, 3)).predict_logits_from_preprocessed_data(patch)
+    torch.testing.assert_close(averaged.float(), torch.stack(wanted).float().mean(0), rtol=1e-2, atol=1e-2)
+    assert not torch.equal(wanted[0], wanted[1])
+
+
+def test_folds_keep_their_names(trained, tmp_path):
+    _, arguments = trained(LABELED_ONLY, folds=(1, "all"))
+    main([*arguments, "-o", str(tmp_path / "out")])
+    assert {f.name for f in model_in(tmp_path / "out").glob("fold_*")} == {"fold_1", "fold_all"}
+
+
+def test_zip_unpacks_to_the_folder(trained, tmp_path):
+    _, arguments = trained(LABELED_ONLY)
+    main([*arguments, "-o", str(tmp_path / "out"), "--zip"])
+    with zipfile.ZipFile(tmp_path / "out.zip") as archive:
+        archived = {name for name in archive.namelist() if not name.endswith("/")}
+    assert archived == {
+        f.relative_to(tmp_path / "out").as_posix() for f in (tmp_path / "out").rglob("*.*") if f.is_file()
+    }
+
+
+def refused(arguments: list[str], output: Path, *words: str) -> None:
+    """The command ends with one message that has all words, and writes nothing."""
+    before = sorted(output.rglob("*")) if output.exists() else None
+    with pytest.raises(UserError) as error:
+        main([*arguments, "-o", str(output)])
+    assert all(word in str(error.value) for word in words), str(error.value)
+    assert (sorted(output.rglob("*")) if output.exists() else None) == before
+    assert not list(output.parent.glob("*.partial*"))
+
+
+def test_refuses_what_it_cannot_do(trained, tmp_path):
+    [trainer], arguments = trained(LABELED_ONLY)
+    fold = Path(trainer.output_folder)
+    out = tmp_path / "out"
+
+    refused([*arguments, "-f", "3"], out, "fold_3", "-chk")
+    refused([*arguments, "-chk", "nothing.pth"], out, "nothing.pth")
+    refused([*arguments, "-f", "one"], out, "-f one")
+    refused([*arguments, "-c", "3d_lowres"], out, "3d_lowres", "no trained model")
+    refused([*arguments, "-d", "999"], out, "999")
+    refused([*arguments, "--both"], out, LABELED_ONLY, "second network")
+    state = fold / "checkpoint_final_ssl.pth"
+    state.unlink()
+    refused([*arguments, "--both"], out, str(state), "does not exist")
+
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    refused(arguments, out, str(out), "exists already")
+    (out / "mine.txt").unlink()
+    main([*arguments, "-o", str(out)])  # an empty folder will do
+
+
+def test_refuses_the_training_state_of_another_checkpoint(trained, tmp_path):
+    trainers, arguments = trained(folds=(0, 1))
+    states = [Path(t.output_folder) / "checkpoint_final_ssl.pth" for t in trainers]
+    shutil.copyfile(states[1], states[0])
+    refused([*arguments, "--both"], tmp_path / "out", str(states[0]), "another checkpoint")
+
+
+def test_refuses_networks_that_are_not_the_plans_own(trained, tmp_path, monkeypatch):
+    _, arguments = trained(LABELED_ONLY)
+
+    class WithSigmoid(nnUNetTrainer):
+        """The same weights, other answers."""
+
+        @staticmethod
+        def build_network_architecture(*args: Any, **kwargs: Any) -> nn.Module:
+            network = nnUNetTrainer.build_network_architecture(*args, **kwargs)
+            network.register_forward_hook(lambda module, inputs, outputs: outputs.sigmoid())
+            return network
+
+    monkeypatch.setattr(export_module, "find_trainer", lambda name: WithSigmoid)
+    refused(arguments, tmp_path / "out", "plans.json", "plain nnU-Net")
+
+    class Wider(nnUNetTrainer):
+        """Weights that the plans' network does not have."""
+
+        @staticmethod
+        def build_network_architecture(*args: Any, **kwargs: Any) -> nn.Module:
+            network = nnUNetTrainer.build_network_architecture(*args, **kwargs)
+            network.further = nn.Linear(1, 1)
+            return network
+
+    monkeypatch.setattr(export_module, "find_trainer", lambda name: Wider)
+    checkpoint = next(Path(tmp_path).rglob("checkpoint_final.pth"))
+    content = torch.load(checkpoint, weights_only=False)
+    content["network_weights"] |= nn.Linear(1, 1).state_dict(prefix="further.")
+    torch.save(content, checkpoint)
+    refused(arguments, tmp_path / "out", "plans.json", "plain nnU-Net")
