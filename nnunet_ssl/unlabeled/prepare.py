@@ -36,6 +36,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import write_json
 from nnunet_ssl.unlabeled.check import BadImageError, CheckingPlans
 from nnunet_ssl.unlabeled.find import channel_names, find_unlabeled, refuse_labeled_names, required_folder
 
@@ -243,10 +244,10 @@ class _Manifest:
 
     def write(self) -> None:
         """Write the manifest in one step: whoever reads it sees the old one or the new one."""
-        temporary = os.path.join(self.folder, WORK, MANIFEST)
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump({"format": FORMAT, "preprocessing": self.preprocessing, "cases": self.cases}, file, indent=1)
-        os.replace(temporary, os.path.join(self.folder, MANIFEST))
+        write_json(
+            os.path.join(self.folder, MANIFEST),
+            {"format": FORMAT, "preprocessing": self.preprocessing, "cases": self.cases},
+        )
 
     def difference(self, stamps: Stamps, preprocessing: dict) -> dict[str, list[str]]:
         """What has to be done, by reason: reason -> cases; empty if the folder is current."""

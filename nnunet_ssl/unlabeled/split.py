@@ -88,8 +88,8 @@ def split_dataset(
                         f"{dataset_json['file_ending']}. Name a raw dataset that has labels with -d.")  # fmt: skip
     if wrong := [f for files in images.values() for f in files if not f.endswith(dataset_json["file_ending"])]:
         raise UserError(
-            f"{wrong[0]} does not end with {dataset_json['file_ending']}, the file_ending of {source_folder}/dataset.json. "
-            "Convert it."
+            f"{wrong[0]} does not end with {dataset_json['file_ending']}, the file_ending of "
+            f"{source_folder}/dataset.json. Convert it."
         )
     unlabeled = _already_unlabeled(source_folder, dataset_json, images)
     split = choose(list(images), labeled, validation, test, seed, source)
