@@ -1,8 +1,8 @@
 """What an unlabelled image must be before anything learns from it: read completely, finite, of the dataset's kind.
 
-nnU-Net checks none of this at preprocessing, and SimpleITK reads a NIfTI file that was cut off without complaint, the
-missing part filled with whatever was in memory. A labelled image with such a fault is noticed by its label; nobody
-looks at an unlabelled one.
+nnU-Net checks none of this at preprocessing, and SimpleITK, which reads most of its images, gives no sign of it: a
+NIfTI file that was cut off comes out whole, the missing part being whatever was in memory, and NaN or infinite voxels
+of a NIfTI file come out as 0. So these files are looked through once before nnU-Net reads them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import io
-import os
+import math
 import zlib
 from collections.abc import Sequence
 
@@ -53,7 +53,7 @@ class CheckingPlans(PlansManager):
 
 
 def read(read_images, files: Sequence[str]) -> tuple[np.ndarray, dict]:
-    """Read an image with nnU-Net's reader, refusing files that are cut off.
+    """Read an image with nnU-Net's reader, refusing damaged files.
 
     Args:
         read_images: the reader's method.
@@ -66,7 +66,8 @@ def read(read_images, files: Sequence[str]) -> tuple[np.ndarray, dict]:
         BadImageError: a file cannot be read, or the channels do not fit together.
     """
     for file in files:
-        refuse_truncated(file)
+        if file.endswith((".nii", ".nii.gz")):
+            check_nifti(file)
     said = io.StringIO()  # nnU-Net's readers print what is wrong and raise an empty exception
     try:
         with contextlib.redirect_stdout(said):
@@ -87,30 +88,33 @@ def read(read_images, files: Sequence[str]) -> tuple[np.ndarray, dict]:
         raise BadImageError(_unreadable(files[0], _reason(error))) from error
 
 
-def refuse_truncated(file: str) -> None:
-    """Refuse a compressed file without its end, and a NIfTI file shorter than its header says.
+def check_nifti(file: str) -> None:
+    """Read a NIfTI file to its end: it must be as long as its header says, its checksum right, its voxels finite.
 
     Raises:
-        BadImageError: it is cut off or cannot be opened.
+        BadImageError: it is not.
     """
     try:
-        if file.endswith(".gz"):
-            size = 0
-            with gzip.open(file) as stream:  # to the end: the checksum is there
-                while chunk := stream.read(1 << 20):
-                    size += len(chunk)
-        else:
-            size = os.path.getsize(file)
-        if size == 0:
-            raise EOFError("the file is empty")
-        if file.removesuffix(".gz").endswith(".nii"):
-            with contextlib.suppress(nibabel.filebasedimages.ImageFileError):  # then it is for the reader to refuse
-                voxels = nibabel.load(file).dataobj
-                expected = voxels.offset + int(np.prod(voxels.shape)) * voxels.dtype.itemsize
-                if size < expected:
-                    raise EOFError(f"{size} bytes where the header promises {expected}")
+        voxels = nibabel.load(file).dataobj
     except (OSError, EOFError, zlib.error) as error:
         raise BadImageError(_unreadable(file, _reason(error))) from error
+    except Exception:
+        return  # not a NIfTI file whatever its name: for the reader to refuse
+    expected = voxels.offset + math.prod(voxels.shape) * voxels.dtype.itemsize
+    not_finite = 0
+    try:
+        with (gzip.open if file.endswith(".gz") else open)(file, "rb") as stream:
+            size = len(stream.read(voxels.offset))
+            while chunk := stream.read(voxels.dtype.itemsize << 18):
+                if voxels.dtype.kind in "fc" and len(chunk) % voxels.dtype.itemsize == 0:
+                    not_finite += np.count_nonzero(~np.isfinite(np.frombuffer(chunk, voxels.dtype)))
+                size += len(chunk)
+        if size < expected:
+            raise EOFError(f"{size} bytes where its header promises {expected}")
+    except (OSError, EOFError, zlib.error) as error:
+        raise BadImageError(_unreadable(file, _reason(error))) from error
+    if not_finite:
+        raise BadImageError(_not_finite(file, not_finite))
 
 
 def check_images(images: np.ndarray, properties: dict, files: Sequence[str], plans: CheckingPlans) -> None:
@@ -139,11 +143,8 @@ def check_images(images: np.ndarray, properties: dict, files: Sequence[str], pla
         )
     for channel, image in enumerate(images):
         if not np.isfinite(image).all():
-            raise BadImageError(
-                f"{files[channel] if len(files) == len(images) else files[0]}: "
-                f"{int(np.count_nonzero(~np.isfinite(image)))} voxel(s) are NaN or infinite. Replace them by a value "
-                "that makes sense for these images, or remove the case."
-            )
+            file = files[channel] if len(files) == len(images) else files[0]
+            raise BadImageError(_not_finite(file, np.count_nonzero(~np.isfinite(image))))
 
 
 def is_2d(spacing: Sequence[float]) -> bool:
@@ -153,6 +154,13 @@ def is_2d(spacing: Sequence[float]) -> bool:
 
 def _unreadable(file: str, reason: str) -> str:
     return f"{file} cannot be read ({reason}). It may be cut off or damaged: replace or remove it."
+
+
+def _not_finite(file: str, number: int) -> str:
+    return (
+        f"{file}: {number} voxel(s) are NaN or infinite. Replace them by a value that makes sense for these images, or "
+        "remove the case."
+    )
 
 
 def _reason(error: Exception | str) -> str:

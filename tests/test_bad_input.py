@@ -1,0 +1,349 @@
+"""Every row of the tables in docs/bad-input.md: one message as it stands there, exit code 1, and nothing lost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from datasets import Folders, TinyDataset, environment, write_images
+
+from nnunet_ssl.commands import preprocess, split
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs" / "bad-input.md"
+
+
+class Row(NamedTuple):
+    """``spoil`` makes the input bad and gives back further arguments of the command."""
+
+    spoil: Callable[[TinyDataset], list[Any] | None]
+    kind: str = "3d"
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+# ------------------------------------------------------------------ images without labels
+
+
+def image(dataset: TinyDataset, channel: int = 0) -> Path:
+    """A channel file of the second unlabelled case."""
+    case = dataset.cases("imagesUn")[1]
+    return dataset.raw / "imagesUn" / f"{case}_{channel:04d}{dataset.recipe.file_ending}"
+
+
+def empty(dataset: TinyDataset) -> None:
+    for file in (dataset.raw / "imagesUn").iterdir():
+        file.unlink()
+
+
+def truncate(dataset: TinyDataset) -> None:
+    file = image(dataset)
+    file.write_bytes(file.read_bytes()[: file.stat().st_size * 9 // 10])
+
+
+def with_voxels(dataset: TinyDataset, values: list[float]) -> None:
+    array = sitk.GetArrayFromImage(sitk.ReadImage(str(image(dataset)))).astype(np.float32)
+    array[3, 4, 5 : 5 + len(values)] = values
+    sitk.WriteImage(sitk.GetImageFromArray(array), str(image(dataset)))
+
+
+def as_2d(dataset: TinyDataset) -> None:
+    sitk.WriteImage(sitk.ReadImage(str(image(dataset)))[:, :, 3], str(image(dataset)))
+
+
+def crop_one_channel(dataset: TinyDataset) -> None:
+    sitk.WriteImage(sitk.ReadImage(str(image(dataset, 1)))[:, :, 3:], str(image(dataset, 1)))
+
+
+def named_as(dataset: TinyDataset, case: str) -> None:
+    image(dataset).rename(image(dataset).with_name(f"{case}_0000.nii.gz"))
+
+
+def named_as_validation_case(dataset: TinyDataset) -> None:
+    *train, val = dataset.cases("imagesTr")
+    (dataset.preprocessed / "splits_final.json").write_text(json.dumps([{"train": train, "val": [val]}]))
+    named_as(dataset, val)
+
+
+PREPROCESS = {
+    "no `imagesUn`": Row(lambda d: shutil.rmtree(d.raw / "imagesUn")),
+    "empty `imagesUn`": Row(empty),
+    "a channel file too many": Row(lambda d: shutil.copy(image(d), image(d, 1)) and None),
+    "too few channels in the file": Row(lambda d: image(d, 1).unlink(), "multichannel"),
+    "wrong file ending": Row(lambda d: image(d).rename(str(image(d)).replace(".nii.gz", ".nrrd")) and None),
+    "name without channel": Row(lambda d: image(d).rename(str(image(d)).replace("_0000", "")) and None),
+    "truncated NIfTI": Row(truncate),
+    "not an image": Row(lambda d: image(d).write_text("hello") and None),
+    "NaN voxels": Row(lambda d: with_voxels(d, [np.nan])),
+    "infinite voxels": Row(lambda d: with_voxels(d, [np.inf, -np.inf])),
+    "a 2D image among 3D": Row(as_2d),
+    "channels of different shape": Row(crop_one_channel, "multichannel"),
+    "the name of a labelled case": Row(lambda d: named_as(d, d.cases("imagesTr")[0])),
+    "the name of a validation case": Row(named_as_validation_case),
+    "no such dataset": Row(lambda d: ["-d", 950]),
+    "no such plans": Row(lambda d: ["-p", "Missing"]),
+    "no such configuration": Row(lambda d: ["-c", "3d_lowres"]),
+}
+
+
+# ------------------------------------------------------------------ splitting
+
+
+def a_list(dataset: TinyDataset, name: str, *cases: str) -> Path:
+    file = dataset.folders.raw.parent / name
+    file.write_text("\n".join(cases))
+    return file
+
+
+def two_lists(dataset: TinyDataset) -> list[Any]:
+    one, two, *_ = dataset.cases("imagesTr")
+    return ["--labeled", a_list(dataset, "labeled.txt", one, two), "--val", a_list(dataset, "val.txt", two)]
+
+
+SPLIT = {
+    "a list names a missing case": Row(
+        lambda d: ["--labeled", a_list(d, "labeled.txt", d.cases("imagesTr")[0], "nobody")]
+    ),
+    "a list names a case twice": Row(lambda d: ["--val", a_list(d, "val.txt", *(d.cases("imagesTr")[:1] * 2))]),
+    "two lists name one case": Row(two_lists),
+    "the dataset id exists": Row(lambda d: ["-o", d.id]),
+    "more cases than there are": Row(lambda d: ["--labeled", 4, "--val", 2]),
+    "not a number": Row(lambda d: ["--labeled", "five"]),
+    "no fraction": Row(lambda d: ["--labeled", "1.5"]),
+    "no labelled dataset": Row(lambda d: ["-d", 950]),
+}
+
+
+# ------------------------------------------------------------------ training
+
+
+def settings(dataset: TinyDataset, **values: Any) -> list[Any]:
+    file = dataset.folders.raw.parent / "settings.json"
+    file.write_text(json.dumps(values))
+    return []
+
+
+def cascade(dataset: TinyDataset) -> list[Any]:
+    plans = dataset.plans
+    plans["configurations"]["3d_lowres"] = plans["configurations"]["3d_fullres"]
+    plans["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    dataset.plans_file.write_text(json.dumps(plans))
+    return ["3d_cascade_fullres"]
+
+
+def large_image(dataset: TinyDataset) -> list[Any]:
+    """More than the limit that the child of this row sets itself."""
+    rng = np.random.default_rng(0)
+    large = rng.normal(100, 20, (1, 60, 60, 60)).astype(np.float32)
+    write_images(dataset.recipe, dataset.raw / "imagesUn", "z_large", large)
+    return []
+
+
+TRAIN = {
+    "no `imagesUn` at training": Row(lambda d: shutil.rmtree(d.raw / "imagesUn")),
+    "unknown setting": Row(lambda d: settings(d, cps_wieght=0.5)),
+    "ill-typed setting": Row(lambda d: settings(d, cps_weight="much")),
+    "cascade configuration": Row(cascade),
+    "region-based labels with SHTA": Row(lambda d: [], "regions"),
+    "disk full while preparing": Row(large_image),
+}
+
+# ------------------------------------------------------------------ not refused
+
+
+def new_spacing(dataset: TinyDataset) -> None:
+    plans = dataset.plans
+    plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 1.0, 1.0]
+    dataset.plans_file.write_text(json.dumps(plans))
+
+
+REDONE = {"plans changed after preparing": Row(new_spacing)}
+
+
+# ------------------------------------------------------------------ the test
+
+
+def tables() -> dict[str, str]:
+    """Input -> message, from all tables of the page."""
+    rows = re.findall(r"^\| (.+?) \| (.+) \|$", DOCS.read_text(encoding="utf-8"), flags=re.M)
+    return {name: message.strip("`") for name, message in rows if message not in ("---", "Message", "What is said")}
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and ".work" not in file.parts and file.name != "manifest.json"
+    }
+
+
+def message_as_documented(name: str, text: str) -> bool:
+    pattern = ".+".join(map(re.escape, f"nnunet_ssl: {tables()[name]}".replace(": …", ":… ").split("…")))
+    return re.fullmatch(pattern.replace(":.+\\ ", ":.+"), text) is not None
+
+
+def test_the_page_and_this_file_name_the_same_cases():
+    assert set(tables()) == {*PREPROCESS, *SPLIT, *TRAIN, *REDONE}
+
+
+@pytest.fixture(scope="module")
+def trainings(tiny, tmp_path_factory) -> dict[str, tuple[Outcome, dict, dict]]:
+    """All rows that go through ``nnUNetv2_train``, each in a process of its own."""
+    rows, before = [], {}
+    folders = {name: Folders.below(tmp_path_factory.mktemp("row")) for name in TRAIN}
+    for name, row in TRAIN.items():
+        dataset = a_copy(tiny(row.kind), folders[name])
+        trainer = "nnUNetTrainerSHTA_CPS" if "SHTA" in name else "nnUNetTrainerCPS"
+        configuration = [*(row.spoil(dataset) or []), dataset.configuration][0]
+        earlier = dataset.folders.results / dataset.name / f"{trainer}__nnUNetPlans__{configuration}" / "fold_0"
+        earlier.mkdir(parents=True)
+        (earlier / "checkpoint_final.pth").write_text("an earlier model")
+        config = dataset.folders.raw.parent / "settings.json"
+        rows.append(
+            {
+                "arguments": [str(dataset.id), configuration, "0", "-tr", trainer, "-device", "cpu"],
+                "environment": {
+                    **dataset.folders.environment(),
+                    **({"nnUNet_ssl_config": str(config)} if config.exists() else {}),
+                },
+                "out": str(dataset.folders.raw.parent / "out.txt"),
+                "err": str(dataset.folders.raw.parent / "err.txt"),
+                "limit": 100_000 if "disk" in name else None,
+            }
+        )
+        before[name] = snapshot(dataset.folders.raw.parent)
+    codes = train_each(rows)
+    return {
+        name: (
+            Outcome(code, Path(row["out"]).read_text(), Path(row["err"]).read_text()),
+            before[name],
+            snapshot(folders[name].raw.parent),
+        )
+        for name, row, code in zip(TRAIN, rows, codes, strict=True)
+    }
+
+
+# What the command nnUNetv2_train calls, once a row, each after a fork: importing nnU-Net takes seconds.
+TRAIN_EACH = """
+import json, os, resource, sys
+from nnunetv2.run.run_training import run_training_entry
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+recursive_find_trainer_class_by_name("nnUNetTrainerSHTA_CPS")  # imports whatever there is to import
+print(flush=True)
+for row in json.loads(sys.argv[1]):
+    if (child := os.fork()) == 0:
+        for descriptor, file in ((1, row["out"]), (2, row["err"])):
+            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), descriptor)
+        os.environ.update(row["environment"])
+        if row["limit"]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (row["limit"], row["limit"]))
+        sys.argv = ["nnUNetv2_train", *row["arguments"]]
+        run_training_entry()
+        sys.exit(0)
+    print("code", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def train_each(rows: list[dict]) -> list[int]:
+    variables = {
+        **os.environ,
+        "nnUNet_def_n_proc": "1",
+        "nnUNet_n_proc_DA": "1",
+        "nnUNet_extTrainer": str(ROOT / "nnunet_ssl" / "_ext"),  # where the package is not installed
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", "")))),
+    }
+    process = subprocess.run(
+        [sys.executable, "-c", TRAIN_EACH, json.dumps(rows)], env=variables, text=True, capture_output=True, timeout=300
+    )
+    assert process.returncode == 0, process.stderr
+    return [int(code) for code in re.findall(r"^code (-?\d+)$", process.stdout, flags=re.M)]
+
+
+def a_copy(original: TinyDataset, folders: Folders) -> TinyDataset:
+    shutil.copytree(original.raw, folders.raw / original.name)
+    shutil.copytree(original.preprocessed, folders.preprocessed / original.name)
+    return TinyDataset(original.recipe, folders, original.plans_name)
+
+
+def run_here(main: Callable[[list[str]], None], arguments: list[Any], capsys: pytest.CaptureFixture) -> Outcome:
+    """Run one of our commands in this process. Python prints the text of a SystemExit and ends with 1."""
+    capsys.readouterr()
+    code, message = 0, ""
+    try:
+        main([str(argument) for argument in arguments])
+    except SystemExit as stopped:
+        code, message = (1, stopped.code) if isinstance(stopped.code, str) else (stopped.code, "")
+    out, err = capsys.readouterr()
+    return Outcome(code, out, f"{err}\n{message}")
+
+
+@pytest.mark.parametrize("name", [*PREPROCESS, *SPLIT, *TRAIN, *REDONE])
+def test_bad_input(name, tiny_copy, capsys, request):
+    may_be_new = r"preprocessed/.*_unlabeled/"
+    if name in TRAIN:
+        outcome, before, after = request.getfixturevalue("trainings")[name]
+        may_be_new += (
+            r"|results/.*/(training_log_.*\.txt|plans\.json|dataset\.json|dataset_fingerprint\.json)|out.txt|err.txt"
+        )
+    else:
+        row = {**PREPROCESS, **SPLIT, **REDONE}[name]
+        dataset = tiny_copy(row.kind)
+        if name in SPLIT:
+            main, arguments = split.main, ["-d", dataset.id, "-o", 951, "--labeled", 2]
+            may_be_new = "nothing"
+        else:
+            main = preprocess.main
+            arguments = ["-d", dataset.id, "-c", dataset.configuration, "-p", dataset.plans_name, "-np", 1]
+            main([str(argument) for argument in arguments])  # there is something to lose
+        more = row.spoil(dataset)
+        before = snapshot(dataset.folders.raw.parent)
+        outcome = run_here(main, [*arguments, *(more or [])], capsys)
+        after = snapshot(dataset.folders.raw.parent)
+
+    assert "Traceback" not in outcome.err + outcome.out
+    if name in REDONE:
+        assert outcome.code == 0, outcome.err
+        assert message_as_documented(name, outcome.out.splitlines()[0]), outcome.out
+        return
+    assert outcome.code == 1, outcome.out + outcome.err
+    messages = [line for line in outcome.err.splitlines() if line.startswith("nnunet_ssl:")]
+    assert len(messages) == 1, outcome.err
+    assert message_as_documented(name, messages[0]), messages[0]
+    assert {file: after.get(file) for file in before} == before
+    new = [file for file in after if file not in before and not re.match(may_be_new, file.removeprefix("nnunet/"))]
+    assert new == []
+
+
+def test_the_real_command_ends_with_the_message(tiny_copy, run_nnunet):
+    dataset = tiny_copy("3d")
+    process = run_nnunet(
+        "nnUNetv2_train", dataset.id, dataset.configuration, 0, "-tr", "nnUNetTrainerCPS", "-device", "cpu",
+        settings={"cps_wieght": 0.5}, check=False,
+    )  # fmt: skip
+    assert process.returncode == 1
+    assert message_as_documented("unknown setting", process.stderr.strip().splitlines()[-1])
+    assert "Traceback" not in process.stderr
+
+
+def test_a_command_of_ours_ends_with_the_message(tiny_copy, run_nnunet):
+    with environment({"nnUNet_raw": ""}):
+        process = run_nnunet("nnUNetv2_ssl_split", "-d", "4", "-o", "504", "--labeled", "5", check=False)
+    assert process.returncode == 1
+    assert process.stderr.strip().splitlines()[-1] == (
+        "nnunet_ssl: the environment variable nnUNet_raw is not set. Set it to nnU-Net's folder of that name."
+    )
