@@ -105,8 +105,10 @@ def check_folder(variable: str) -> Finding:
 
 def check_gpu() -> Finding:
     """There is a GPU that torch can use. Without one everything works, slowly."""
-    import torch
-
+    try:
+        import torch
+    except ImportError as error:
+        return Finding("WRONG", f"torch cannot be imported ({error}): pip install torch")
     if torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
         return Finding("ok", f"GPU: {torch.cuda.get_device_name(0)}, {memory:.0f} GiB (torch {torch.__version__})")

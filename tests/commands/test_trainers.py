@@ -121,6 +121,13 @@ def test_check_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "-device cpu" in finding.text
 
 
+def test_check_of_a_torch_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    finding = command.check_gpu()
+    assert finding.level == "WRONG"
+    assert "pip install torch" in finding.text
+
+
 def run_isolated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the look-up's new process ignore what pip installed for the start of Python, as ``python -S`` would."""
     run = subprocess.run
