@@ -22,7 +22,7 @@ import shutil
 import threading
 import time
 from collections.abc import Collection, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
@@ -44,6 +44,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 WORK = ".work"
 SAVE_EVERY = 2.0  # seconds between two writes of the manifest
+POOL_PAYS_AFTER = 10.0  # seconds of work in one process that justify starting others
 POLL_EVERY = 2.0  # seconds between two looks of a waiting rank
 
 Stamps = dict[str, list[list]]  # case -> [file name, size in bytes, mtime in ns] of each raw file
@@ -75,7 +76,7 @@ def prepare_unlabeled(
         configuration: nnU-Net configuration, for instance ``3d_fullres``.
         dataset_json: the dataset's ``dataset.json``.
         labeled_cases: labelled and validation cases; no unlabelled image may bear one of these names.
-        num_processes: images prepared at a time; 1 prepares in this process.
+        num_processes: images prepared at a time, where there is enough to do; 1 prepares in this process.
 
     Returns:
         The folder and its cases, sorted.
@@ -357,16 +358,11 @@ def _complete(
     _empty(work)
     manifest.write()
     saved = time.monotonic()
-    jobs = [
-        (_prepare_case, task, case, files, os.path.join(work, case))
-        for case, files in images.items()
-        if case not in manifest.cases
-    ]
+    jobs = [(task, case, images[case], os.path.join(work, case)) for case in images if case not in manifest.cases]
     problems: list[str] = []
     try:
-        with _Workers(num_processes, len(jobs)) as workers:
-            outcomes = tqdm(workers.run(jobs), "Preparing unlabelled images", len(jobs), disable=not jobs)
-            for outcome in outcomes:
+        with contextlib.closing(_outcomes(jobs, num_processes)) as outcomes:
+            for outcome in tqdm(outcomes, "Preparing unlabelled images", len(jobs), disable=not jobs):
                 if outcome.fatal:
                     raise UserError(_cannot_write(folder, outcome.problem))
                 if outcome.problem is not None:
@@ -394,30 +390,28 @@ def _complete(
             os.remove(entry.path)
 
 
-class _Workers:
-    """Runs jobs in spawned processes, or in this one if one at a time is enough."""
+def _outcomes(jobs: list[tuple], num_processes: int) -> Iterator[_Outcome]:
+    """Prepare cases, and yield the outcomes as they come.
 
-    def __init__(self, num_processes: int, num_jobs: int) -> None:
-        self.pool = None
-        if min(num_processes, num_jobs) > 1:
-            self.pool = ProcessPoolExecutor(
-                min(num_processes, num_jobs), multiprocessing.get_context("spawn"), _die_with_parent
-            )
-
-    def __enter__(self) -> _Workers:
-        return self
-
-    def run(self, jobs: list[tuple]) -> Iterator[_Outcome]:
-        """Yield the outcomes as they come."""
-        if self.pool is None:
-            yield from (function(*arguments) for function, *arguments in jobs)
-        else:
-            futures: list[Future] = [self.pool.submit(*job) for job in jobs]
-            yield from (future.result() for future in as_completed(futures))
-
-    def __exit__(self, *_: object) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
+    The first is prepared in this process and tells whether starting others, which takes seconds, is worth while.
+    """
+    if not jobs:
+        return
+    start = time.monotonic()
+    first = _prepare_case(*jobs[0])
+    seconds_here = (time.monotonic() - start) * (len(jobs) - 1)
+    yield first
+    if num_processes == 1 or seconds_here < POOL_PAYS_AFTER:
+        yield from itertools.starmap(_prepare_case, jobs[1:])
+        return
+    pool = ProcessPoolExecutor(
+        min(num_processes, len(jobs) - 1), multiprocessing.get_context("spawn"), _die_with_parent
+    )
+    try:
+        for future in as_completed([pool.submit(_prepare_case, *job) for job in jobs[1:]]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _die_with_parent() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import torch
 from datasets import TinyDataset
 
 from nnunet_ssl.commands import split as command
@@ -144,32 +145,34 @@ def test_a_dataset_json_that_lists_its_files(tiny_copy):
             assert (folder / "imagesTr" / f"{case}_{channel:04d}.nii.gz").read_bytes() == source.read_bytes()
 
 
-@pytest.mark.timeout(120)
-def test_a_hidden_label_is_never_opened_and_changes_nothing(tiny_copy):
-    """Hidden labels become pipes, which nobody can open without waiting for ever: split, plan and prepare."""
+@pytest.mark.timeout(180)
+def test_a_hidden_label_is_never_opened_and_changes_nothing(tiny_copy, make_trainer):
+    """Hidden labels become pipes, which nobody can open without waiting for ever: split, plan, prepare and train."""
     dataset = tiny_copy("3d")
-    prepared = []
+    made, weights = [], []
     for target in (951, 952):
         name, split = split_dataset(dataset.id, target, "2", "1", name="Few")
-        recipe = dataclasses.replace(dataset.recipe, dataset_id=target, name="Few")
-        raw = dataset.folders.raw / name
-        splits = (raw / "splits_final.json").read_bytes()
-        datasets.plan_and_preprocess(recipe, dataset.folders)
-        folder = dataset.folders.preprocessed / name
-        assert (folder / "splits_final.json").read_bytes() == splits  # survives planning
-        prepared.append(
-            {n: c.replace(name.encode(), b"") for n, c in files_below(folder).items() if n.endswith("json")}
+        splits = (dataset.folders.raw / name / "splits_final.json").read_bytes()
+        few = datasets.plan_and_preprocess(
+            dataclasses.replace(dataset.recipe, dataset_id=target, name="Few"), dataset.folders
         )
-        arrays = folder / f"{dataset.plans_name}_3d_fullres"
-        prepared[-1].update((case, arrays_of(arrays, case)) for case in sorted({*split.labeled, *split.validation}))
+        assert (few.preprocessed / "splits_final.json").read_bytes() == splits  # survives planning
+        trainer = make_trainer("nnUNetTrainerCPS_1epochs", few)
+        trainer.run_training()
+        weights.append(trainer.network.state_dict())
+
+        documents = {n: c.replace(name.encode(), b"") for n, c in files_below(few.preprocessed).items() if "json" in n}
+        del documents[f"{few.plans_name}_{few.configuration}_unlabeled/manifest.json"]
+        arrays = few.preprocessed / f"{few.plans_name}_{few.configuration}"
+        made.append(documents | {case: arrays_of(arrays, case) for case in (*split.labeled, *split.validation)})
         for case in set(dataset.cases("imagesTr")) & set(split.unlabeled):
             label = dataset.raw / "labelsTr" / f"{case}.nii.gz"
             if not label.is_fifo():
                 label.unlink()
                 os.mkfifo(label)
-    first, second = prepared
-    assert {"dataset_fingerprint.json", f"{dataset.plans_name}.json", "splits_final.json"} <= set(first)
-    assert first == second
+    assert {"dataset_fingerprint.json", f"{dataset.plans_name}.json", "splits_final.json"} <= set(made[0])
+    assert made[0] == made[1]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
 
 
 def arrays_of(folder: Path, case: str) -> tuple[bytes, bytes]:
