@@ -38,7 +38,8 @@ def shrink_plans(
     plans_file = Path(plans_file)
     plans = json.loads(plans_file.read_text())
     if configuration not in plans["configurations"]:
-        raise UserError(f"{plans_file} has no configuration {configuration!r}, only {', '.join(plans['configurations'])}.")
+        known = ", ".join(plans["configurations"])
+        raise UserError(f"{plans_file} has no configuration {configuration!r}; name one of {known}.")
     config = plans["configurations"][configuration]
     network = config["architecture"]["arch_kwargs"]
     stages = len(features)
