@@ -17,8 +17,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
+from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
@@ -32,6 +32,7 @@ from nnunet_ssl.randomness import derived_seed, seeded
 from nnunet_ssl.trainers.log import SSLLog
 from nnunet_ssl.trainers.settings import ENVIRONMENT_VARIABLE, SSLSettings, load_settings, settings_from_dict
 from nnunet_ssl.unlabeled.loader import TwoStreamLoader, UnlabeledDataset, UnlabeledLoader, start_workers
+from nnunet_ssl.unlabeled.prepare import prepare_unlabeled, wait_until_prepared
 
 CLIP_NORM = 12  # nnU-Net's
 
@@ -290,17 +291,17 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
 
     def _prepared_unlabeled(self) -> tuple[str, list[str]]:
         """Rank 0 prepares what is missing; the others wait without a collective, which would time out."""
-        from nnunet_ssl.unlabeled.prepare import prepare_unlabeled, wait_until_prepared
-
-        dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
-        prepare = prepare_unlabeled if self.local_rank == 0 else wait_until_prepared
-        folder, cases = prepare(
+        what = (
             self.plans_manager.dataset_name,
             self.plans_manager,
             self.configuration_name,
             self.dataset_json,
-            dataset_class.get_identifiers(self.preprocessed_dataset_folder),
+            self.dataset_class.get_identifiers(self.preprocessed_dataset_folder),
         )
+        if self.local_rank == 0:
+            folder, cases = prepare_unlabeled(*what, default_num_processes)
+        else:
+            folder, cases = wait_until_prepared(*what)
         self.print_to_log_file(f"Learning from {len(cases)} unlabelled images in {folder}")
         return folder, cases
 
