@@ -1,0 +1,265 @@
+"""The demo: nnU-Net's own commands from a made-up dataset to a table of Dice and a figure."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_ssl.demo.dataset import DATASET, ORGANS, write_dataset
+from nnunet_ssl.demo.plans import shrink_plans
+from nnunet_ssl.errors import UserError
+
+TRAINERS = ("nnUNetTrainerLabeledOnly", "nnUNetTrainerSHTA_CPS")
+CONFIGURATION, PLANS, FOLD = "3d_fullres", "nnUNetPlans", "all"
+DATASET_ID = 1
+FEATURES = (8, 16, 32)
+PATCH_SIZE = (28, 32, 32)
+STEPS_AN_EPOCH = 50
+EPOCHS = 20
+FIGURE_CASES = 3  # the first of the test set
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A demo in a folder. Each step is skipped where its result is there, so a stopped demo goes on where it was.
+
+    Attributes:
+        folder: everything is written here.
+        epochs: of each training, of 50 steps each.
+        device: ``cpu``, ``cuda`` or ``mps``, as nnU-Net's ``-device``.
+        seed: of the dataset and of both trainings.
+    """
+
+    folder: Path
+    epochs: int
+    device: str
+    seed: int
+
+    def run(self) -> dict[str, Any]:
+        """Do all of it; returns what is written to ``results.json``.
+
+        Raises:
+            UserError: the folder holds something else, or a command failed.
+        """
+        start = time.time()
+        self._claim_folder()
+        raw = self.folder / "nnUNet_raw" / DATASET
+        if not raw.is_dir():
+            self._say("Drawing the dataset: 5 labelled, 40 unlabelled and 10 test cases")
+            write_dataset(raw.parent, self.seed)
+        self._plan()
+        results: dict[str, Any] = {"epochs": self.epochs, "seed": self.seed, "device": self.device, "trainers": {}}
+        for trainer in TRAINERS:
+            self._train(trainer)
+            results["trainers"][trainer] = {"test_dice": self._test(trainer)}
+        figure = self.folder / f"demo_{self.epochs}epochs.png"
+        draw_figure(raw, {trainer: self._predictions(trainer) for trainer in TRAINERS}, figure)
+        results_file = self.folder / f"results_{self.epochs}epochs.json"
+        results_file.write_text(json.dumps(results, indent=1) + "\n")
+        self._say("")
+        print(dice_table(results), flush=True)
+        print(f"\nDice on {len(list((raw / 'labelsTs').iterdir()))} test cases, seed {self.seed}.")
+        print(f"Figure: {figure}\nResults: {results_file}\n{(time.time() - start) / 60:.1f} minutes.", flush=True)
+        return results
+
+    # ------------------------------------------------------------------ steps
+
+    def _claim_folder(self) -> None:
+        """Note what the folder is for; refuse one that holds something else.
+
+        Raises:
+            UserError: the folder belongs to another seed, or to something else.
+        """
+        note = self.folder / "demo.json"
+        if note.is_file():
+            seed = json.loads(note.read_text())["seed"]
+            if seed != self.seed:
+                raise UserError(f"{self.folder} holds the demo of seed {seed}; take another --dir, or --seed {seed}.")
+        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise UserError(f"{self.folder} exists and is no demo; take another --dir.")
+        try:
+            for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            note.write_text(json.dumps({"seed": self.seed}) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be written ({error.strerror}); take another --dir.") from None
+
+    def _plan(self) -> None:
+        """Fingerprint, plans, preprocessing; then the plans for a CPU."""
+        done = self.folder / "planned"
+        if done.exists():
+            return
+        self._say("Planning and preprocessing")
+        self._command("nnUNetv2_plan_and_preprocess", "-d", DATASET_ID, "-c", CONFIGURATION, "-npfp", 2, "-np", 2)
+        plans = self.folder / "nnUNet_preprocessed" / DATASET / f"{PLANS}.json"
+        shrink_plans(plans, CONFIGURATION, FEATURES, patch_size=PATCH_SIZE, batch_size=2)
+        done.touch()
+
+    def _train(self, trainer: str) -> None:
+        """Train, or go on training."""
+        model = self._model(trainer) / f"fold_{FOLD}"
+        if (model / "validation" / "summary.json").is_file():
+            return
+        self._say(f"Training {trainer}, {self.epochs} epochs of {STEPS_AN_EPOCH} steps")
+        resume = ["--c"] if any(model.glob("checkpoint_*.pth")) else []
+        name = f"{trainer}_{self.epochs}epochs"
+        self._command("nnUNetv2_train", DATASET_ID, CONFIGURATION, FOLD, "-tr", name, "-device", self.device, *resume)
+
+    def _test(self, trainer: str) -> dict[str, float]:
+        """Predict and evaluate the test cases; returns the mean Dice of each organ, and their mean."""
+        predictions = self._predictions(trainer)
+        summary = predictions / "summary.json"
+        raw = self.folder / "nnUNet_raw" / DATASET
+        if not summary.is_file():
+            self._say(f"Predicting the test cases with {trainer}")
+            which = ["-d", DATASET_ID, "-c", CONFIGURATION, "-f", FOLD, "-tr", f"{trainer}_{self.epochs}epochs"]
+            places = ["-i", raw / "imagesTs", "-o", predictions, "-npp", 1, "-nps", 1]
+            self._command("nnUNetv2_predict", *which, *places, "--disable_tta", "-device", self.device)
+            files = ["-djfile", raw / "dataset.json", "-pfile", self._model(trainer) / "plans.json", "-np", 1]
+            self._command("nnUNetv2_evaluate_folder", raw / "labelsTs", predictions, *files)
+        metrics = json.loads(summary.read_text())
+        organs = {name: label for name, label in ORGANS.items() if label}
+        dice = {name: metrics["mean"][str(label)]["Dice"] for name, label in organs.items()}
+        return {**dice, "mean": metrics["foreground_mean"]["Dice"]}
+
+    def _model(self, trainer: str) -> Path:
+        name = f"{trainer}_{self.epochs}epochs__{PLANS}__{CONFIGURATION}"
+        return self.folder / "nnUNet_results" / DATASET / name
+
+    def _predictions(self, trainer: str) -> Path:
+        return self.folder / "predictions" / f"{trainer}_{self.epochs}epochs"
+
+    # ------------------------------------------------------------------ commands
+
+    def _command(self, name: str, *args: Any) -> None:
+        """Run one of nnU-Net's commands; its output goes to ``log.txt``, its epochs to the terminal.
+
+        Raises:
+            UserError: it failed.
+        """
+        settings = self.folder / "settings.json"
+        settings.write_text(
+            json.dumps(
+                {
+                    "seed": self.seed,
+                    "num_iterations_per_epoch": STEPS_AN_EPOCH,
+                    "num_val_iterations_per_epoch": 2,
+                    "save_every": 5,
+                },
+                indent=1,
+            )
+        )
+        variables = {
+            "nnUNet_def_n_proc": "2",
+            **({"nnUNet_n_proc_DA": "1"} if self.device == "cpu" else {}),  # the cores are for the network
+            **os.environ,
+            **{name: str(self.folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
+            "nnUNet_ssl_config": str(settings),
+            "MPLBACKEND": "Agg",
+            "PYTHONUNBUFFERED": "1",
+        }
+        words = [executable(name), *map(str, args)]
+        print(f"  $ {name} {' '.join(map(str, args))}", flush=True)
+        log = self.folder / "log.txt"
+        with log.open("a") as stream:
+            stream.write(f"\n$ {' '.join(words)}\n")
+            with subprocess.Popen(
+                words, env=variables, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            ) as process:
+                for line in process.stdout:
+                    stream.write(line)
+                    stream.flush()
+                    self._show_epoch(line)
+        if process.returncode != 0:
+            raise UserError(f"{name} ended with exit code {process.returncode}; its output is at the end of {log}.")
+
+    def _show_epoch(self, line: str) -> None:
+        """Print where a training is, from a line of nnU-Net's output."""
+        if match := re.search(r": Epoch (\d+)\s*$", line):
+            epoch = int(match[1])
+            if epoch % max(1, self.epochs // 5) == 0:
+                print(f"  epoch {epoch + 1} of {self.epochs}", flush=True)
+
+    def _say(self, what: str) -> None:
+        print(f"\n{what}" if what else "", flush=True)
+
+
+def executable(name: str) -> str:
+    """nnU-Net's command of the environment that runs this.
+
+    Raises:
+        UserError: there is none.
+    """
+    file = Path(sys.executable).parent / (name + (".exe" if os.name == "nt" else ""))
+    if not file.exists():
+        raise UserError(f"{file} does not exist; install nnunet-ssl with pip in the environment that nnU-Net lives in.")
+    return str(file)
+
+
+def dice_table(results: dict[str, Any]) -> str:
+    """The Dice of each organ, both trainers side by side, as Markdown."""
+    first, second = (results["trainers"][trainer]["test_dice"] for trainer in TRAINERS)
+    width = max(map(len, TRAINERS))
+    lines = [f"| {'organ':8} | {TRAINERS[0]:>{width}} | {TRAINERS[1]:>{width}} | difference |"]
+    lines.append(f"| {'-' * 8} | {'-' * (width - 1)}: | {'-' * (width - 1)}: | ---------: |")
+    for organ in first:
+        a, b = first[organ], second[organ]
+        lines.append(f"| {organ:8} | {a:{width}.3f} | {b:{width}.3f} | {b - a:+10.3f} |")
+    return "\n".join(lines)
+
+
+def figure_slice(labels: np.ndarray) -> int:
+    """The axial slice that shows the most organs; among those the one with most organ in it."""
+    organs = [len(np.unique(plane)) for plane in labels]
+    voxels = [np.count_nonzero(plane) for plane in labels]
+    return max(range(len(labels)), key=lambda z: (organs[z], voxels[z]))
+
+
+def draw_figure(raw: Path, predictions: dict[str, Path], file: Path) -> None:
+    """Image, truth and each prediction for the first test cases, one row a case.
+
+    Args:
+        raw: the raw dataset.
+        predictions: folder of predicted test cases by trainer.
+        file: the picture to write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    colours = ListedColormap(["#00000000", "#d1495b", "#30638e", "#edae49", "#66a182", "#b56cc4"])
+    cases = sorted(path.name for path in (raw / "labelsTs").glob("*.nii.gz"))[:FIGURE_CASES]
+    folders = {"image": None, "truth": raw / "labelsTs", **predictions}
+    figure = Figure(figsize=(2.7 * len(folders), 2.9 * len(cases) + 0.4))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(cases), len(folders), squeeze=False)
+    for row, case in zip(axes, cases, strict=True):
+        image = _read(raw / "imagesTs" / case.replace(".nii.gz", "_0000.nii.gz"))
+        z = figure_slice(_read(raw / "labelsTs" / case))
+        for panel, (title, folder) in zip(row, folders.items(), strict=True):
+            panel.imshow(image[z], cmap="gray", vmin=0, vmax=np.percentile(image, 99.8))
+            if folder is not None:
+                labels = _read(folder / case)[z]
+                panel.imshow(labels, cmap=colours, vmin=0, vmax=5, alpha=0.75, interpolation="nearest")
+            panel.set_axis_off()
+            if row is axes[0]:
+                panel.set_title(title.removeprefix("nnUNetTrainer"), fontsize=10)
+    handles = [Patch(color=colours(label), label=name) for name, label in ORGANS.items() if label]
+    figure.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize=9, frameon=False)
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
+    figure.savefig(file, dpi=120)
+
+
+def _read(file: Path) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
