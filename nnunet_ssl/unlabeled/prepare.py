@@ -21,11 +21,13 @@ import os
 import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -391,24 +393,26 @@ def _complete(
 
 
 def _outcomes(jobs: list[tuple], num_processes: int) -> Iterator[_Outcome]:
-    """Prepare cases, and yield the outcomes as they come.
+    """Prepare cases, and yield the outcomes as they come: the first ones in this process, to see how long one takes.
 
-    The first is prepared in this process and tells whether starting others, which takes seconds, is worth while.
+    Starting other processes costs seconds each, since they import nnU-Net; often the images are done before that.
     """
-    if not jobs:
-        return
-    start = time.monotonic()
-    first = _prepare_case(*jobs[0])
-    seconds_here = (time.monotonic() - start) * (len(jobs) - 1)
-    yield first
-    if num_processes == 1 or seconds_here < POOL_PAYS_AFTER:
-        yield from itertools.starmap(_prepare_case, jobs[1:])
-        return
-    pool = ProcessPoolExecutor(
-        min(num_processes, len(jobs) - 1), multiprocessing.get_context("spawn"), _die_with_parent
-    )
+    times: deque[float] = deque(maxlen=5)
+    for done, job in enumerate(jobs, start=1):
+        start = time.monotonic()
+        yield _prepare_case(*job)
+        times.append(time.monotonic() - start)
+        long_enough = median(times) * (len(jobs) - done) > POOL_PAYS_AFTER
+        if num_processes > 1 and long_enough and (done >= 3 or times[0] > 1.0):  # the very first one may be slow
+            yield from _outcomes_of_pool(jobs[done:], num_processes)
+            return
+
+
+def _outcomes_of_pool(jobs: list[tuple], num_processes: int) -> Iterator[_Outcome]:
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(num_processes, len(jobs)), context, _die_with_parent)
     try:
-        for future in as_completed([pool.submit(_prepare_case, *job) for job in jobs[1:]]):
+        for future in as_completed([pool.submit(_prepare_case, *job) for job in jobs]):
             yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)
