@@ -160,7 +160,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             return self._runnable[name](stream.images)
         outputs, feature = self._runnable[name](stream.images)
         if stream.target is not None and torch.is_grad_enabled():
-            self._terms_of_features.update(self.on_labeled_feature(name, feature, full_resolution(stream.target)))
+            for term, value in self.on_labeled_feature(name, feature, full_resolution(stream.target)).items():
+                self._terms_of_features[term] = self._terms_of_features.get(term, 0.0) + value
         return outputs
 
     def log_value(self, name: str, value: Tensor | float) -> None:

@@ -44,3 +44,26 @@ def test_a_step_moves_every_parameter(tiny, make_trainer, name, kind):
     still = [n for n, p in parameters(trainer).items() if torch.equal(p, before[n])]
     assert all("seg_layers.0." in n for n in still), still
     assert lowest is not None
+
+
+def gradients(trainer, batch):
+    """The gradients of one step, before clipping, by parameter."""
+    trainer._update = lambda: None
+    trainer.train_step(batch)
+    return {n: p.grad for n, p in parameters(trainer).items()}
+
+
+@pytest.mark.parametrize("settings", [{}, {"cps_on_labeled": False}, {"preset": "paper"}, {"shta_attach": "all"}])
+def test_lean_and_joint_passes_give_the_same_gradients(tiny, make_trainer, settings):
+    settings = {"cps_rampup": 0.0, **settings}
+    lean, joint = (
+        gradients(trainer, a_batch(trainer))
+        for trainer in (
+            make_trainer("nnUNetTrainerSHTA_CPS", tiny(), settings={**settings, "passes": passes})
+            for passes in ("lean", "joint")
+        )
+    )
+    assert lean.keys() == joint.keys()
+    assert any(g is not None and g.abs().max() > 0 for n, g in lean.items() if "second" in n)
+    for name in lean:
+        torch.testing.assert_close(lean[name], joint[name], rtol=1e-4, atol=1e-6, msg=name)
