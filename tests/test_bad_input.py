@@ -238,7 +238,8 @@ def trainings(tiny, tmp_path_factory) -> dict[str, tuple[Outcome, dict, dict]]:
     }
 
 
-# What the command nnUNetv2_train calls, once a row, each after a fork: importing nnU-Net takes seconds.
+# What the command nnUNetv2_train calls, once a row, each after a fork: importing nnU-Net takes seconds, and so does
+# tidying up after it, hence os._exit. test_the_real_command_ends_with_the_message does without.
 TRAIN_EACH = """
 import json, os, resource, sys
 from nnunetv2.run.run_training import run_training_entry
@@ -253,8 +254,17 @@ for row in json.loads(sys.argv[1]):
         if row["limit"]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (row["limit"], row["limit"]))
         sys.argv = ["nnUNetv2_train", *row["arguments"]]
-        run_training_entry()
-        sys.exit(0)
+        code = 0
+        try:
+            run_training_entry()
+        except SystemExit as stopped:
+            code = stopped.code
+        if isinstance(code, str):
+            print(code, file=sys.stderr)
+            code = 1
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
     print("code", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
