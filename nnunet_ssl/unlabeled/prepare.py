@@ -334,7 +334,7 @@ def _one_at_a_time(folder: str) -> Iterator[None]:
     except Timeout:
         print(f"nnunet_ssl: another process is preparing {folder}; waiting for it.", flush=True)
         lock.acquire()
-    except NotImplementedError:  # a file system without locks: two at a time waste time, but do no harm
+    except NotImplementedError:  # a file system without locks: do not start two at a time there
         pass
     try:
         yield
