@@ -82,3 +82,20 @@ def test_settings_have_the_defaults_and_the_presets_that_are_documented():
             wanted = (as_json(field.default), as_json(paper[field.name]) if field.name in paper else "")
             assert documented[field.name] == wanted, f"{field.name} of {name} in docs/settings.md"
     assert set(documented) == seen
+
+
+def test_files_and_columns_of_a_run_are_documented(tiny, make_trainer):
+    trainer = make_trainer("nnUNetTrainerSHTA_CPS_1epochs", tiny("3d"), settings={"keep_epochs": [1]})
+    trainer.run_training()
+    folder = Path(trainer.output_folder)
+    text = (ROOT / "docs" / "outputs.md").read_text(encoding="utf-8")
+
+    columns = (folder / "ssl_log.csv").read_text().splitlines()[0].split(",")
+    table = text.split("## ssl_log.csv")[1].split("What to look for")[0]
+    assert set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| `.*?\|", table, re.M)))) == set(columns)
+
+    known = {"training_log", "debug.json", "progress.png"}  # nnU-Net's
+    new = [f.name for f in folder.iterdir() if f.is_file() and not any(f.name.startswith(k) for k in known)]
+    kinds = {"checkpoint_epoch1.pth": "checkpoint_epoch<N>.pth", "checkpoint_final_ssl.pth": "checkpoint_final_ssl.pth"}
+    states = re.compile(r"checkpoint_(best|epoch1)_ssl.pth")  # "checkpoint_final_ssl.pth, ..."
+    assert [name for name in new if not states.fullmatch(name) and f"`{kinds.get(name, name)}`" not in text] == []

@@ -6,22 +6,33 @@ with what is predicted here.
 
 from __future__ import annotations
 
+import json
 import os
 import site
 import subprocess
 import sys
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from nnunetv2.evaluation.find_best_configuration import find_best_configuration
+from nnunetv2.model_sharing.model_export import export_pretrained_model
+from nnunetv2.run.run_training import run_training
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+import nnunet_ssl
+from nnunet_ssl.commands.export import main as export
+from nnunet_ssl.commands.preprocess import main as prepare
 
 pytestmark = pytest.mark.slow
 
-TRAINERS = ("nnUNetTrainerCPS", "nnUNetTrainerSHTA_CPS")
+OURS = ("nnUNetTrainerCPS_2epochs", "nnUNetTrainerSHTA_CPS_2epochs")
+CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth", "checkpoint_epoch1.pth")
 EXPECTED_KEYS = {
     "network_weights",
     "optimizer_state",
@@ -33,6 +44,18 @@ EXPECTED_KEYS = {
     "trainer_name",
     "inference_allowed_mirroring_axes",
 }
+# Predicts a folder with several models in one process: importing nnU-Net takes longer than the rest.
+PREDICT = """
+import json, multiprocessing, os, sys
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+torch.set_num_threads(multiprocessing.cpu_count())  # as nnUNetv2_predict does; sums depend on it
+for model, folds, checkpoint, images, output in json.loads(sys.argv[1]):
+    os.makedirs(output)
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(model, folds, checkpoint)
+    predictor.predict_from_files_sequential(images, output, save_probabilities=True)
+"""
 
 
 def is_ours(entry: Path) -> bool:
@@ -65,7 +88,7 @@ class StockEnvironment:
             cwd=self.folder,
             text=True,
             capture_output=True,
-            timeout=600,
+            timeout=500,
         )
         assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
         return process.stdout
@@ -77,6 +100,10 @@ class StockEnvironment:
             f"[c] = e(group='console_scripts', name='{name}'); sys.argv[0] = '{name}'; c.load()()"
         )
         return self.run(code, *args, **variables)
+
+    def predict(self, jobs: list[tuple], **variables: str) -> None:
+        """Run ``PREDICT`` there."""
+        self.run(PREDICT, json.dumps(jobs, default=str), **variables)
 
 
 @pytest.fixture(scope="module")
@@ -94,127 +121,160 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> StockEnvironment:
 
 
 @pytest.fixture(scope="module")
-def trained(
-    tiny: Callable, run_nnunet: Callable, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Any, dict[str, str]]:
-    """The tiny dataset and, in a results folder, models of one epoch by nnU-Net and by each of our trainers."""
+def trained(tiny: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, dict[str, Path]]]:
+    """The tiny dataset and the model folders of two epochs, with validation, by nnU-Net and by each of our trainers.
+
+    While this module runs, nnU-Net's variables point at them, and nnU-Net's pools are threads.
+    """
     dataset = tiny("3d")
-    results = tmp_path_factory.mktemp("results")
-    variables = {**dataset.folders.environment(), "nnUNet_results": str(results)}
-    for name in TRAINERS:
-        run_nnunet(
-            "nnUNetv2_train", dataset.id, dataset.configuration, 0, "-tr", f"{name}_2epochs", "-device", "cpu",
-            env=variables, settings={"keep_epochs": [1]}, folder=results,
-        )  # fmt: skip
-    return dataset, variables
+    folder = tmp_path_factory.mktemp("trained")
+    config = folder / "settings.json"
+    config.write_text(
+        json.dumps({"num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1, "seed": 0, "keep_epochs": [1]})
+    )
+    variables = {
+        "nnUNet_results": str(folder),
+        "nnUNet_ssl_config": str(config),
+        "nnUNet_extTrainer": str(Path(nnunet_ssl.__file__).parent / "_ext"),
+    }
+    prepare(["-d", str(dataset.id), "-c", dataset.configuration, "-np", "1"])
+    with datasets.environment(variables), datasets.threads_for_processes():
+        models = {}
+        for name in (*OURS, "nnUNetTrainer"):
+            trainer = recursive_find_trainer_class_by_name(name)(
+                plans={**dataset.plans, "continue_training": False},
+                configuration=dataset.configuration,
+                fold=0,
+                dataset_json=dataset.dataset_json,
+                device=torch.device("cpu"),
+            )
+            if name == "nnUNetTrainer":
+                trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.num_val_iterations_per_epoch = 2, 2, 1
+            trainer.run_training()
+            trainer.perform_actual_validation()
+            models[name] = Path(trainer.output_folder_base)
+        yield dataset, models
 
 
-def model_folder(dataset: Any, variables: dict[str, str], trainer: str) -> Path:
-    """The folder of a trained model."""
-    name = f"{trainer}__{dataset.plans_name}__{dataset.configuration}"
-    return Path(variables["nnUNet_results"]) / dataset.name / name
+@pytest.fixture(scope="module")
+def predicted(trained: tuple, stock: StockEnvironment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the predictions of each checkpoint, in ``here`` and in ``stock``."""
+    dataset, models = trained
+    folder = tmp_path_factory.mktemp("predicted")
+    for place in ("here", "stock"):
+        jobs = [
+            (models[name], [0], checkpoint, dataset.raw / "imagesTs", folder / place / name / checkpoint)
+            for name in OURS
+            for checkpoint in CHECKPOINTS
+        ]
+        if place == "stock":
+            stock.predict(jobs)
+        else:
+            environment = {**os.environ, "PYTHONPATH": str(Path(nnunet_ssl.__file__).parent.parent)}
+            subprocess.run([sys.executable, "-c", PREDICT, json.dumps(jobs, default=str)], env=environment, check=True)
+    return folder
 
 
-def predictions(folder: Path) -> dict[str, np.ndarray]:
-    """The probabilities of each case."""
+def probabilities(folder: Path) -> dict[str, np.ndarray]:
+    """Of each case that was predicted into ``folder``."""
     return {file.name: np.load(file)["probabilities"] for file in sorted(folder.glob("*.npz"))}
 
 
-def assert_same(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
-    """Bit for bit."""
-    assert one
-    assert one.keys() == other.keys()
-    for case in one:
-        np.testing.assert_array_equal(one[case], other[case])
+def assert_same(one: Path, other: Path) -> None:
+    """The same cases with the same probabilities, bit for bit."""
+    first, second = probabilities(one), probabilities(other)
+    assert first
+    assert first.keys() == second.keys()
+    for case in first:
+        np.testing.assert_array_equal(first[case], second[case])
 
 
-@pytest.mark.parametrize("checkpoint", ["checkpoint_final.pth", "checkpoint_best.pth", "checkpoint_epoch1.pth"])
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_checkpoint_predicts_the_same_without_this_package(stock, trained, run_nnunet, tmp_path, trainer, checkpoint):
-    dataset, variables = trained
-    arguments = [
-        "-d", dataset.id, "-c", dataset.configuration, "-f", 0, "-tr", f"{trainer}_2epochs", "-chk", checkpoint,
-        "-i", dataset.raw / "imagesTs", "-device", "cpu", "--save_probabilities", "-npp", 1, "-nps", 1,
-    ]  # fmt: skip
-    run_nnunet("nnUNetv2_predict", *arguments, "-o", tmp_path / "here", env=variables)
-    stock.command("nnUNetv2_predict", *arguments, "-o", tmp_path / "stock", **variables)
-    assert_same(predictions(tmp_path / "here"), predictions(tmp_path / "stock"))
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("name", OURS)
+def test_checkpoint_predicts_the_same_without_this_package(predicted, name, checkpoint):
+    assert_same(predicted / "here" / name / checkpoint, predicted / "stock" / name / checkpoint)
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_checkpoint_is_that_of_a_plain_trainer(trained, make_trainer, tmp_path, trainer):
-    dataset, variables = trained
-    plain = make_trainer("nnUNetTrainer", dataset)
-    plain.num_epochs, plain.num_iterations_per_epoch, plain.num_val_iterations_per_epoch = 2, 2, 1
-    plain.run_training()
-    plain_file = Path(plain.output_folder) / "checkpoint_final.pth"
-    file = model_folder(dataset, variables, f"{trainer}_2epochs") / "fold_0" / "checkpoint_final.pth"
-    ours, theirs = (torch.load(f, map_location="cpu", weights_only=False) for f in (file, plain_file))
-
-    assert ours.keys() == theirs.keys() == EXPECTED_KEYS
-    assert ours["trainer_name"] == theirs["trainer_name"] == "nnUNetTrainer"
-    shapes = [{k: (v.shape, v.dtype) for k, v in c["network_weights"].items()} for c in (ours, theirs)]
-    assert shapes[0] == shapes[1]
-    assert len(ours["optimizer_state"]["state"]) == len(theirs["optimizer_state"]["state"])
-    assert ours["logging"].keys() == theirs["logging"].keys()
-    # the logged values take a few bytes more or less
-    assert file.stat().st_size == pytest.approx(plain_file.stat().st_size, abs=2048)
-
-
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_model_zip_of_nnunet_installs_and_predicts_without_this_package(stock, trained, run_nnunet, tmp_path, trainer):
-    dataset, variables = trained
-    run_nnunet(
-        "nnUNetv2_export_model_to_zip", "-d", dataset.id, "-c", dataset.configuration, "-f", 0, "-tr",
-        f"{trainer}_2epochs", "-o", tmp_path / "model.zip", env=variables,
-    )  # fmt: skip
-    installed = tmp_path / "installed"
-    installed.mkdir()
-    stock.command("nnUNetv2_install_pretrained_model_from_zip", tmp_path / "model.zip", nnUNet_results=str(installed))
+def test_command_predicts_without_this_package(stock, trained, predicted, tmp_path):
+    dataset, _ = trained
     stock.command(
-        "nnUNetv2_predict", "-d", dataset.name, "-c", dataset.configuration, "-f", 0, "-tr", f"{trainer}_2epochs",
-        "-i", dataset.raw / "imagesTs", "-o", tmp_path / "out", "-device", "cpu", "-npp", 1, "-nps", 1,
-        nnUNet_results=str(installed),
+        "nnUNetv2_predict", "-d", dataset.id, "-c", dataset.configuration, "-f", 0, "-tr", OURS[1],
+        "-i", dataset.raw / "imagesTs", "-o", tmp_path, "-device", "cpu", "-npp", 1, "-nps", 1, "--save_probabilities",
     )  # fmt: skip
-    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == dataset.recipe.test
+    assert_same(tmp_path, predicted / "here" / OURS[1] / "checkpoint_final.pth")
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_checkpoint_is_that_of_a_plain_trainer(trained, name):
+    _, models = trained
+    ours, theirs = (models[n] / "fold_0" / "checkpoint_final.pth" for n in (name, "nnUNetTrainer"))
+    ours_content, theirs_content = (torch.load(f, map_location="cpu", weights_only=False) for f in (ours, theirs))
+
+    assert ours_content.keys() == theirs_content.keys() == EXPECTED_KEYS
+    assert ours_content["trainer_name"] == theirs_content["trainer_name"] == "nnUNetTrainer"
+    assert ours_content["logging"].keys() == theirs_content["logging"].keys()
+    assert ours_content["current_epoch"] == theirs_content["current_epoch"]
+    weights, plain_weights = ours_content["network_weights"], theirs_content["network_weights"]
+    assert {k: (v.shape, v.dtype) for k, v in weights.items()} == {
+        k: (v.shape, v.dtype) for k, v in plain_weights.items()
+    }
+    assert len(ours_content["optimizer_state"]["state"]) == len(theirs_content["optimizer_state"]["state"])
+    # what is logged takes a few bytes more or less
+    assert ours.stat().st_size == pytest.approx(theirs.stat().st_size, abs=1024)
+
+
+def test_model_zip_of_nnunet_installs_and_predicts_without_this_package(stock, trained, predicted, tmp_path):
+    dataset, models = trained
+    archive, installed = tmp_path / "model.zip", tmp_path / "installed"
+    installed.mkdir()
+    export_pretrained_model(dataset.id, str(archive), (dataset.configuration,), OURS[0], dataset.plans_name, (0,))
+    stock.command("nnUNetv2_install_pretrained_model_from_zip", archive, nnUNet_results=str(installed))
     assert not list(installed.rglob("*_ssl.pth"))
+    model = installed / dataset.name / models[OURS[0]].name
+    stock.predict([(model, [0], "checkpoint_final.pth", dataset.raw / "imagesTs", tmp_path / "out")])
+    assert_same(tmp_path / "out", predicted / "here" / OURS[0] / "checkpoint_final.pth")
 
 
-def test_export_installs_and_averages_both_networks_without_this_package(stock, trained, run_nnunet, tmp_path):
-    dataset, variables = trained
-    run_nnunet(
-        "nnUNetv2_ssl_export", "-d", dataset.id, "-c", dataset.configuration, "-f", 0, "-tr",
-        f"{TRAINERS[0]}_2epochs", "-o", tmp_path / "plain", "--both", "--zip", env=variables,
-    )  # fmt: skip
+def test_export_installs_and_averages_both_networks_without_this_package(stock, trained, predicted, tmp_path):
+    dataset, _ = trained
     installed = tmp_path / "installed"
     installed.mkdir()
+    export(
+        ["-d", str(dataset.id), "-c", dataset.configuration, "-f", "0", "-tr", OURS[0], "-o", str(tmp_path / "plain"),
+         "--both", "--zip"]
+    )  # fmt: skip
     stock.command("nnUNetv2_install_pretrained_model_from_zip", tmp_path / "plain.zip", nnUNet_results=str(installed))
-    for folds in ([0], [1], [0, 1]):
-        stock.command(
-            "nnUNetv2_predict", "-d", dataset.name, "-c", dataset.configuration, "-f", *folds,
-            "-i", dataset.raw / "imagesTs", "-o", tmp_path / f"folds{len(folds)}{folds[0]}", "-device", "cpu",
-            "-npp", 1, "-nps", 1, "--save_probabilities", nnUNet_results=str(installed),
-        )  # fmt: skip
-    first, second, average = (predictions(tmp_path / f"folds{name}") for name in ("10", "11", "20"))
+    model = installed / dataset.name / f"nnUNetTrainer__{dataset.plans_name}__{dataset.configuration}"
+    names = {"first": [0], "second": [1], "average": [0, 1]}
+    stock.predict(
+        [
+            (model, folds, "checkpoint_final.pth", dataset.raw / "imagesTs", tmp_path / name)
+            for name, folds in names.items()
+        ]
+    )
+    assert_same(tmp_path / "first", predicted / "here" / OURS[0] / "checkpoint_final.pth")
+    first, second, average = (probabilities(tmp_path / name) for name in names)
     for case in average:
         assert not np.array_equal(first[case], second[case])
-        # nnU-Net averages logits: the log-probabilities average up to a constant a voxel
-        logs = [np.log(p[case].astype(np.float64)) for p in (first, second)]
-        mean = np.exp((logs[0] + logs[1]) / 2)
-        np.testing.assert_allclose(average[case], mean / mean.sum(0), atol=2e-3)
+        # nnU-Net averages logits: log-probabilities average up to a constant in each voxel
+        mean = np.exp((np.log(first[case].astype(np.float64)) + np.log(second[case].astype(np.float64))) / 2)
+        np.testing.assert_allclose(average[case], mean / mean.sum(0), atol=5e-3)
 
 
-@pytest.mark.parametrize("trainer", TRAINERS)
-def test_other_stock_commands_take_the_model(trained, run_nnunet, trainer):
-    """Here, with the package: the class is found by -tr, the file says nnUNetTrainer."""
-    dataset, variables = trained
-    common = [dataset.id, dataset.configuration, 0, "-tr", f"{trainer}_2epochs", "-device", "cpu"]
-    settings = {"settings": {"keep_epochs": [1]}, "folder": Path(variables["nnUNet_results"])}
-    run_nnunet("nnUNetv2_train", *common, "--val", env=variables, **settings)
-    run_nnunet("nnUNetv2_train", *common, "--val", "--val_best", env=variables, **settings)
-    run_nnunet("nnUNetv2_train", *common, "--c", env=variables, **settings)
-    run_nnunet(
-        "nnUNetv2_find_best_configuration", dataset.id, "-c", dataset.configuration, "-tr", f"{trainer}_2epochs",
-        "-p", dataset.plans_name, "-f", 0, "--disable_ensembling", "-np", 1, env=variables,
-    )  # fmt: skip
-    assert (model_folder(dataset, variables, f"{trainer}_2epochs") / "crossval_results_folds_0").is_dir()
+@pytest.mark.parametrize("name", OURS)
+def test_other_commands_take_the_model(trained, name):
+    """With this package: the class is found by -tr, though the file says nnUNetTrainer."""
+    dataset, models = trained
+    summary = models[name] / "fold_0" / "validation" / "summary.json"
+    first_scores = json.loads(summary.read_text())["foreground_mean"]
+    summary.unlink()
+    arguments = (str(dataset.id), dataset.configuration, 0, name, dataset.plans_name)
+    run_training(*arguments, only_run_validation=True, device=torch.device("cpu"))  # --val
+    assert json.loads(summary.read_text())["foreground_mean"] == first_scores
+    run_training(*arguments, only_run_validation=True, val_with_best=True, device=torch.device("cpu"))  # --val_best
+    run_training(*arguments, continue_training=True, device=torch.device("cpu"))  # --c of a finished run
+    assert json.loads(summary.read_text())["foreground_mean"] == first_scores
+
+    model = {"configuration": dataset.configuration, "plans": dataset.plans_name, "trainer": name}
+    find_best_configuration(dataset.id, [model], allow_ensembling=False, num_processes=1, folds=(0,))
+    assert (models[name] / "crossval_results_folds_0" / "postprocessing.pkl").is_file()
