@@ -1,0 +1,253 @@
+"""Seconds a step and peak memory of each trainer, as ratios to nnU-Net's own, on the same plan and machine.
+
+    python scripts/benchmark_trainers.py                                   # a made-up dataset, needs nothing
+    python scripts/benchmark_trainers.py --device cuda --patch 128 128 128 --features 32 64 128 256 320 320
+    python scripts/benchmark_trainers.py -d 4 -c 3d_fullres -p nnUNetPlans # a prepared dataset with imagesUn
+
+Time: all trainers live in one process and take turns, forwards and backwards through the list (ABBA), so whatever
+drifts drifts for all. Steps are taken in the middle of the schedule, where ramp-ups are over. Reported is the median
+over the turns, of making a batch (augmentation, in this process) and of the step itself. With one CPU thread the clock
+is the thread's CPU time, which other programs on the machine do not disturb; else it is wall-clock time.
+
+Memory: a process of its own for each trainer; its peak resident memory beyond that after the imports, or on a GPU the
+peak that torch allocated.
+
+Writes OUTPUT.json and OUTPUT.md, and prints the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nnunet_ssl.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+BASELINE = "nnUNetTrainer"
+TRAINERS = (
+    (BASELINE, None),
+    ("nnUNetTrainerLabeledOnly", None),
+    ("nnUNetTrainerCPS", "lean"),
+    ("nnUNetTrainerCPS", "joint"),
+    ("nnUNetTrainerSHTA_CPS", "lean"),
+    ("nnUNetTrainerSHTA_CPS", "joint"),
+)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What every trainer is built from; plain values, so that it goes to other processes.
+
+    Attributes:
+        dataset, configuration, plans: names, as nnU-Net knows them.
+        device: ``cpu`` or ``cuda``.
+        threads: of torch on the CPU.
+        folder: for settings and results, thrown away.
+    """
+
+    dataset: str
+    configuration: str
+    plans: str
+    device: str
+    threads: int
+    folder: str
+
+
+def build(setup: Setup, trainer_name: str, passes: str | None) -> Any:
+    """A trainer that is ready to step, with batches made in this process."""
+    import torch
+    from nnunetv2.run.run_training import get_trainer_from_args
+
+    torch.set_num_threads(setup.threads)
+    settings = {"seed": 0, **({"passes": passes} if passes else {})}
+    config = Path(setup.folder) / f"{trainer_name}_{passes}.json"
+    config.write_text(json.dumps(settings))
+    os.environ["nnUNet_ssl_config"] = str(config)
+    os.environ["nnUNet_results"] = str(Path(setup.folder) / f"results_{passes}")
+    os.environ["nnUNet_n_proc_DA"] = "0"
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        trainer = get_trainer_from_args(
+            setup.dataset, setup.configuration, 0, trainer_name, setup.plans, device=torch.device(setup.device)
+        )
+        trainer.on_train_start()
+        trainer.on_train_epoch_start()
+    if hasattr(trainer, "global_step"):
+        trainer.global_step = trainer.total_steps // 2
+    return trainer
+
+
+def take_turn(trainer: Any, steps: int, clock: Any) -> tuple[float, float]:
+    """Seconds to make a batch and seconds of a step, means over ``steps``."""
+    import torch
+
+    def now() -> float:
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize()
+        return clock()
+
+    start = now()
+    batches = [next(trainer.dataloader_train) for _ in range(steps)]
+    made = now()
+    for batch in batches:
+        trainer.train_step(batch)
+    return (made - start) / steps, (now() - made) / steps
+
+
+def measure_memory(setup: Setup, trainer_name: str, passes: str | None, steps: int) -> float:
+    """Peak memory of a trainer in MiB; called in a fresh process."""
+    import torch
+    from nnunetv2.run import run_training  # noqa: F401  (what is imported is part of the base line)
+
+    import nnunet_ssl.trainers
+
+    for name in nnunet_ssl.trainers.TRAINERS:
+        getattr(nnunet_ssl.trainers, name)
+    before = resident_peak()
+    trainer = build(setup, trainer_name, passes)
+    for _ in range(steps):
+        trainer.train_step(next(trainer.dataloader_train))
+    if setup.device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resident_peak() - before
+
+
+def resident_peak() -> float:
+    """The most memory that this process has held so far, in MiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def measure_time(setup: Setup, repeats: int, steps: int) -> list[dict[str, float]]:
+    """Median seconds of each of ``TRAINERS``, taking turns."""
+    clock = time.process_time if setup.device == "cpu" and setup.threads == 1 else time.perf_counter
+    trainers = [build(setup, *which) for which in TRAINERS]
+    for trainer in trainers:  # warm-up: allocators, compilation, the choice of algorithms
+        take_turn(trainer, max(2, steps // 4), clock)
+    turns: list[list[tuple[float, float]]] = [[] for _ in trainers]
+    for repeat in range(repeats):
+        forwards = list(enumerate(trainers))
+        for index, trainer in forwards if repeat % 2 == 0 else reversed(forwards):
+            turns[index].append(take_turn(trainer, steps, clock))
+        print(f"turn {repeat + 1} of {repeats}", flush=True)
+    results = []
+    for own in turns:
+        batch, step = (statistics.median(values) for values in zip(*own, strict=True))
+        quartiles = statistics.quantiles([b + s for b, s in own], n=4) if len(own) > 1 else [batch + step] * 3
+        results.append(
+            {
+                "seconds_a_batch": batch,
+                "seconds_of_the_step": step,
+                "seconds_a_step": batch + step,
+                "interquartile_range": quartiles[2] - quartiles[0],
+            }
+        )
+    return results
+
+
+def make_dataset(
+    folder: Path, patch: tuple[int, ...], features: tuple[int, ...], batch_size: int
+) -> tuple[str, str, str]:
+    """A made-up dataset, planned and prepared in ``folder``; returns dataset, configuration and plans."""
+    from nnunet_ssl.demo.dataset import DATASET, write_dataset
+    from nnunet_ssl.demo.plans import shrink_plans
+
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (folder / name).mkdir()
+        os.environ[name] = str(folder / name)
+    shape = tuple(round(1.2 * n) for n in patch)
+    write_dataset(folder / "nnUNet_raw", 0, labeled=5, unlabeled=4, test=0, shape=shape)
+    plan = [str(Path(sys.executable).parent / "nnUNetv2_plan_and_preprocess"), "-d", "1", "-c", "3d_fullres"]
+    plan += ["-np", "2", "-npfp", "2"]
+    env = {**os.environ, "nnUNet_n_proc_DA": "1"}  # planning takes it for a number of threads
+    with (folder / "log.txt").open("w") as log:
+        code = subprocess.run(plan, stdout=log, stderr=subprocess.STDOUT, env=env).returncode
+    if code != 0:
+        raise UserError(f"planning the made-up dataset failed:\n{(folder / 'log.txt').read_text()[-2000:]}")
+    plans = folder / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json"
+    shrink_plans(plans, "3d_fullres", features, patch_size=patch, batch_size=batch_size)
+    return DATASET, "3d_fullres", "nnUNetPlans"
+
+
+def table(results: dict[str, Any]) -> str:
+    """The measurements and their ratios to nnU-Net's trainer, as Markdown."""
+    base = results["trainers"][0]
+    lines = [
+        "| trainer | passes | step, s | ratio | batch, s | batch and step, s | ratio | peak memory, MiB | ratio |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for entry in results["trainers"]:
+        ratios = [entry[key] / base[key] for key in ("seconds_of_the_step", "seconds_a_step", "peak_mib")]
+        lines.append(
+            f"| `{entry['trainer']}` | {entry['passes'] or ''} | {entry['seconds_of_the_step']:.4f} | {ratios[0]:.2f} "
+            f"| {entry['seconds_a_batch']:.4f} | {entry['seconds_a_step']:.4f} | {ratios[1]:.2f} "
+            f"| {entry['peak_mib']:.0f} | {ratios[2]:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-d", help="a prepared dataset, name or id, instead of a made-up one")
+    parser.add_argument("-c", default="3d_fullres", help="with -d: the configuration")
+    parser.add_argument("-p", default="nnUNetPlans", help="with -d: the plans")
+    parser.add_argument("--patch", type=int, nargs=3, default=[32, 32, 32], help="of the made-up plan")
+    parser.add_argument("--features", type=int, nargs="+", default=[8, 16, 32], help="of the made-up plan, by stage")
+    parser.add_argument("--batch", type=int, default=2, help="of the made-up plan")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
+    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
+    parser.add_argument("--repeats", type=int, default=10, help="turns of each trainer")
+    parser.add_argument("--steps", type=int, default=10, help="steps of a turn")
+    parser.add_argument("--output", type=Path, default=Path("benchmark"), help="OUTPUT.json and OUTPUT.md are written")
+    args = parser.parse_args(argv)
+
+    import torch  # the children of this process start with a clean slate (spawn), so their peak is their own
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        if args.d is None:
+            which = make_dataset(folder, tuple(args.patch), tuple(args.features), args.batch)
+        else:
+            which = (args.d, args.c, args.p)
+        setup = Setup(*which, device, args.threads, temporary)
+        memory = []
+        for trainer, passes in TRAINERS:
+            print(f"memory of {trainer} {passes or ''}", flush=True)
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                memory.append(pool.submit(measure_memory, setup, trainer, passes, 4).result())
+        times = measure_time(setup, args.repeats, args.steps)
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{args.threads} CPU thread(s)"
+    results = {
+        **{key: value for key, value in asdict(setup).items() if key != "folder"},
+        **({"patch": args.patch, "features": args.features, "batch": args.batch} if args.d is None else {}),
+        "machine": machine,
+        "clock": "CPU time" if device == "cpu" and args.threads == 1 else "wall-clock",
+        "versions": {name: version(name) for name in ("nnunetv2", "torch", "batchgeneratorsv2")},
+        "trainers": [
+            {"trainer": trainer, "passes": passes, **timing, "peak_mib": peak}
+            for (trainer, passes), timing, peak in zip(TRAINERS, times, memory, strict=True)
+        ],
+    }
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.with_name(args.output.name + ".json").write_text(json.dumps(results, indent=1) + "\n")
+    args.output.with_name(args.output.name + ".md").write_text(table(results) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
