@@ -1,0 +1,36 @@
+import pytest
+import torch
+
+from nnunet_ssl.losses.pseudo_labels import hard_pseudo_labels, pseudo_label_cross_entropy
+
+
+@pytest.mark.parametrize("spatial", [(5, 4), (4, 3, 5)])
+def test_classes_are_the_argmax_and_the_cross_entropy_is_the_mean_over_voxels(spatial):
+    logits = torch.randn(2, 4, *spatial)
+    labels = hard_pseudo_labels(logits)
+    assert labels.shape == (2, 1, *spatial)
+    flat = logits.movedim(1, -1).reshape(-1, 4)
+    assert torch.equal(labels.flatten(), torch.tensor([row.tolist().index(row.max().item()) for row in flat]))
+    by_hand = torch.stack([row.logsumexp(0) - row.max() for row in flat]).mean()
+    torch.testing.assert_close(pseudo_label_cross_entropy(logits, labels), by_hand)
+
+
+def test_regions_overlap_and_ignore_nothing():
+    logits = torch.tensor([[[[2.0, -1.0]], [[3.0, 0.5]]]])  # [1, 2 regions, 1, 2]
+    labels = hard_pseudo_labels(logits, has_regions=True, has_ignore_label=True)
+    assert labels[0, :, 0].tolist() == [[True, False], [True, True], [False, False]]
+    by_hand = torch.nn.functional.softplus(-logits.abs()).mean()  # each channel agrees with its own decision
+    torch.testing.assert_close(pseudo_label_cross_entropy(logits, labels, has_regions=True), by_hand)
+
+
+def test_no_gradient_reaches_the_network_that_labels():
+    teacher, student = torch.randn(1, 3, 4, 4, requires_grad=True), torch.randn(1, 3, 4, 4, requires_grad=True)
+    pseudo_label_cross_entropy(student, hard_pseudo_labels(teacher)).backward()
+    assert teacher.grad is None
+    assert student.grad.abs().sum() > 0
+
+
+def test_cross_entropy_is_in_fp32_under_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = torch.randn(1, 3, 4, 4, dtype=torch.bfloat16)
+        assert pseudo_label_cross_entropy(logits, hard_pseudo_labels(logits)).dtype == torch.float32
