@@ -161,7 +161,8 @@ class Demo:
         )
         variables = {
             "nnUNet_def_n_proc": "2",
-            **({"nnUNet_n_proc_DA": "1"} if self.device == "cpu" else {}),  # the cores are for the network
+            # on the CPU the cores are for the network, and threads that wait must not spin: the worker needs a core too
+            **({"nnUNet_n_proc_DA": "1", "OMP_WAIT_POLICY": "PASSIVE"} if self.device == "cpu" else {}),
             **os.environ,
             **{name: str(self.folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
             "nnUNet_ssl_config": str(settings),
