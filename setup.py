@@ -85,6 +85,8 @@ setup(
         "scipy",
         "tqdm",
         "matplotlib",
+        "nibabel",  # reads NIfTI headers and data to the end: SimpleITK passes over truncated files in silence
+        "filelock",
     ],
     extras_require={"dev": ["pytest", "pytest-timeout", "ruff", "pre-commit", "setuptools>=77"]},
     entry_points={

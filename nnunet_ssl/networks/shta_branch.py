@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunet_ssl.losses.shta import SHTALoss, SHTATerms, token_class_distribution
@@ -53,7 +52,7 @@ class SHTABranch(nn.Module):
     P is average pooling over a token, the same operator that makes class shares out of labels, so features and shares
     stay aligned. g is LayerNorm, Linear, GELU, Linear. Runs in fp32 under autocast: sums over tens of thousands of
     tokens, ``1 / temperature`` and norms are not safe in half precision. (The pooling itself reads the feature as it
-    is; torch accumulates it in fp32.)
+    is, to hold no fp32 copy of it; torch accumulates the sums in fp32.)
 
     Args:
         in_channels: C of the decoder feature.
@@ -83,7 +82,10 @@ class SHTABranch(nn.Module):
         self.ignore_label = ignore_label
         self.min_valid_fraction = min_valid_fraction
         self.embed = nn.Sequential(
-            nn.LayerNorm(in_channels), nn.Linear(in_channels, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, embedding_dim)
+            nn.LayerNorm(in_channels),
+            nn.Linear(in_channels, hidden_dim),
+            nn.GELU(),
+            nn.Linear(hidden_dim, embedding_dim),
         )
         self.loss = SHTALoss(num_classes, embedding_dim, **loss_settings)
 
@@ -98,9 +100,22 @@ class SHTABranch(nn.Module):
             The terms of :class:`nnunet_ssl.losses.shta.SHTATerms`.
         """
         with torch.autocast(feature.device.type, enabled=False):
-            pool = F.avg_pool2d if len(self.stride) == 2 else F.avg_pool3d
-            tokens = pool(feature, self.stride, self.stride).float().flatten(2).transpose(1, 2)  # [B, L, C]
+            tokens = average_pool(feature, self.stride).float().flatten(2).transpose(1, 2)  # [B, L, C]
             y_tok, _ = token_class_distribution(
                 labels[:, 0], self.stride, self.num_classes, self.ignore_label, self.min_valid_fraction
             )
             return self.loss(self.embed(tokens).flatten(0, 1), y_tok.flatten(0, 1))
+
+
+def average_pool(feature: Tensor, stride: Sequence[int]) -> Tensor:
+    """Means over boxes of ``stride`` voxels, in 2D and 3D; unlike torch's pooling also for bfloat16 on the CPU.
+
+    Args:
+        feature: ``[B, C, *spatial]``; ``stride`` divides ``spatial``.
+
+    Returns:
+        ``[B, C, *grid]``, dtype of ``feature``.
+    """
+    grid = [size for n, s in zip(feature.shape[2:], stride, strict=True) for size in (n // s, s)]
+    inside_a_box = [3 + 2 * axis for axis in range(len(stride))]
+    return feature.reshape(*feature.shape[:2], *grid).mean(inside_a_box)

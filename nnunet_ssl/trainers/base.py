@@ -22,6 +22,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
 from nnunet_ssl import __version__
@@ -58,9 +59,9 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
     ``training_state``.
 
     What is repeatable: with the same seed, software and device, initial weights and the content and order of all
-    batches are the same, whatever the number of workers and wherever a run was interrupted. So on the CPU, with the same
-    number of threads, a resumed run ends with the weights of an uninterrupted one, bit for bit. On a GPU cuDNN chooses
-    algorithms by speed, as nnU-Net wants it, and the last bits differ from run to run.
+    batches are the same, whatever the number of workers and wherever a run was interrupted. So on the CPU, with the
+    same number of threads, a resumed run ends with the weights of an uninterrupted one, bit for bit. On a GPU cuDNN
+    chooses algorithms by speed, as nnU-Net wants it, and the last bits differ from run to run.
 
     Raises:
         UserError: at the start, if the settings, the plans, the unlabelled images or the training state cannot work.
@@ -81,8 +82,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008  (nnU-Net's own signature)
     ) -> None:
-        if type(self).losses is nnUNetTrainerSSL.losses:
-            raise UserError(f"{type(self).__name__} is the base of the trainers; choose one from nnUNetv2_ssl_trainers.")
+        self._refuse_what_cannot_work(PlansManager(plans), configuration, dataset_json)
         continue_training = plans["continue_training"]  # nnU-Net removes it
         override = load_settings(self.Settings, os.environ.get(ENVIRONMENT_VARIABLE))
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -210,24 +210,27 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             dist.broadcast_object_list(seed, src=0)
         return dataclasses.replace(override, seed=seed[0])
 
-    def _refuse_what_cannot_work(self) -> None:
-        name = type(self).__name__
-        if self.is_cascaded:
+    @classmethod
+    def _refuse_what_cannot_work(cls, plans_manager: PlansManager, configuration: str, dataset_json: dict) -> None:
+        """Before nnU-Net makes any folder."""
+        name = cls.__name__
+        if cls.losses is nnUNetTrainerSSL.losses:
+            raise UserError(f"{name} is the base of the trainers; choose one that nnUNetv2_ssl_trainers lists.")
+        if plans_manager.get_configuration(configuration).previous_stage_name is not None:
             raise UserError(
-                f"{name} cannot train '{self.configuration_name}': unlabelled images have no segmentation from the "
-                "previous stage of the cascade; train '3d_fullres' or '3d_lowres'."
+                f"{name} cannot train '{configuration}': unlabelled images have no segmentation from the previous "
+                "stage of the cascade; train '3d_fullres' or '3d_lowres'."
             )
-        if self.label_manager.has_regions and not self.supports_regions:
+        if plans_manager.get_label_manager(dataset_json).has_regions and not cls.supports_regions:
             raise UserError(
-                f"{name} cannot train the region-based labels of {self.plans_manager.dataset_name}: it needs classes "
-                "that exclude each other; write dataset.json with plain labels, or use nnUNetTrainerCPS."
+                f"{name} cannot train the region-based labels of {plans_manager.dataset_name}: it needs classes that "
+                "exclude each other; write dataset.json with plain labels, or use nnUNetTrainerCPS."
             )
 
     # ------------------------------------------------------------------ networks and optimisers
 
     def initialize(self) -> None:
         """Build what nnU-Net builds, then the modules that only training needs, and their optimiser."""
-        self._refuse_what_cannot_work()
         with self.seeded("first"):
             super().initialize()
         compiled = self.network.module if self.is_ddp else self.network

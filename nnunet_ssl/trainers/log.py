@@ -26,11 +26,11 @@ class SSLLog:
         if first_epoch and os.path.isfile(self.csv_file):
             with open(self.csv_file, newline="") as file:
                 rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-            self.rows = [row for row in rows if row["epoch"] < first_epoch]
+            self.rows = [row | {"epoch": int(row["epoch"])} for row in rows if row["epoch"] < first_epoch]
 
     def add(self, epoch: int, values: dict[str, float]) -> None:
         """Add the row of ``epoch`` and write both files."""
-        self.rows.append({"epoch": epoch, **values})
+        self.rows.append({"epoch": epoch} | {name: float(f"{value:.6g}") for name, value in values.items()})
         names = list(dict.fromkeys(name for row in self.rows for name in row))
         with replacing(self.csv_file) as temporary, open(temporary, "w", newline="") as file:
             writer = csv.DictWriter(file, names)
@@ -45,7 +45,8 @@ class SSLLog:
             groups.setdefault(name.split("_")[0], []).append(name)
         figure = Figure(figsize=(7, 2.4 * len(groups)), layout="constrained")
         FigureCanvasAgg(figure)
-        for axes, (group, members) in zip(figure.subplots(len(groups), squeeze=False)[:, 0], groups.items(), strict=True):
+        panels = figure.subplots(len(groups), squeeze=False)[:, 0]
+        for axes, (group, members) in zip(panels, groups.items(), strict=True):
             for name in members:
                 points = [(row["epoch"], row[name]) for row in self.rows if name in row]
                 axes.plot(*zip(*points, strict=True), label=name.removeprefix(f"{group}_"))

@@ -53,7 +53,9 @@ LOSS_SETTINGS = (
     "hard_weight center_weight detach_reference_in_anchor detach_reference_in_center normalize_embeddings "
     "min_class_mass sync_references"
 ).split()
-READOUTS = "assign anchor hard center hard_ratio candidate_ratio num_hard token_accuracy proxy_cosine center_gap".split()
+READOUTS = (
+    "assign anchor hard center hard_ratio candidate_ratio num_hard token_accuracy proxy_cosine center_gap"
+).split()
 
 
 class SHTAMixin(nnUNetTrainerSSL):

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -13,7 +14,7 @@ def test_closed_form():
 
 def test_it_grows_and_then_stays():
     values = [sigmoid_rampup(step, 40) for step in range(80)]
-    assert all(a < b for a, b in zip(values[:40], values[1:41], strict=True))
+    assert all(a < b for a, b in pairwise(values[:41]))
     assert set(values[40:]) == {1.0}
 
 

@@ -13,7 +13,7 @@ from nnunet_ssl.losses.shta import SHTALoss, SHTATerms, token_class_distribution
 LOSSES = SHTATerms._fields[:5]
 
 
-# ---------------------------------------------------------------------------------------------- token_class_distribution
+# ------------------------------------------------------------------------------------------- token_class_distribution
 
 
 @pytest.mark.parametrize("num_classes", [2, 14])
@@ -98,9 +98,8 @@ def oracle(loss, z, y):
     groups = {k: [z[i] for i in hard_set if label[i] == k] for k in range(1, num_classes)}
     centers = {k: sum(g) / len(g) for k, g in groups.items() if g}  # 9
     center = mean([1 - cosine(centers[k], c[k]) for k in centers])  # 10
-    total = (
-        loss.assign_weight * assign + loss.anchor_weight * anchor + loss.hard_weight * hard + loss.center_weight * center
-    )  # 11
+    weights = (loss.assign_weight, loss.anchor_weight, loss.hard_weight, loss.center_weight)
+    total = sum(w * term for w, term in zip(weights, (assign, anchor, hard, center), strict=True))  # 11
     return {
         "assign": assign, "anchor": anchor, "hard": hard, "center": center, "total": total,
         "num_candidates": len(candidates), "num_hard": len(hard_set), "hard_ratio": len(hard_set) / max(1, len(omega)),
@@ -263,9 +262,7 @@ def test_autocast_does_not_reach_the_losses():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(
-    "settings", [{"temperature": 0}, {"hard_ratio": 0}, {"hard_ratio": 1.5}, {"selection": "all"}]
-)
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"hard_ratio": 0}, {"hard_ratio": 1.5}, {"selection": "all"}])
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         SHTALoss(3, 8, **settings)

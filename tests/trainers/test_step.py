@@ -13,12 +13,14 @@ def a_batch(trainer, seed=0):
     rng = torch.Generator().manual_seed(seed)
     patch = trainer.configuration_manager.patch_size
     shape = (trainer.batch_size, trainer.num_input_channels, *patch)
-    labels = torch.randint(0, trainer.label_manager.num_segmentation_heads, (trainer.batch_size, 1, *patch), generator=rng)
+    labels = torch.randint(
+        0, trainer.label_manager.num_segmentation_heads, (trainer.batch_size, 1, *patch), generator=rng
+    )
     scales = trainer._get_deep_supervision_scales()
     target = [
-        torch.nn.functional.interpolate(labels.float(), size=[round(n * s) for n, s in zip(patch, scale, strict=True)]).to(
-            torch.int16
-        )
+        torch.nn.functional.interpolate(
+            labels.float(), size=[round(n * s) for n, s in zip(patch, scale, strict=True)]
+        ).to(torch.int16)
         for scale in scales
     ]
     return {
@@ -40,10 +42,8 @@ def test_a_step_moves_every_parameter(tiny, make_trainer, name, kind):
     before = {n: p.detach().clone() for n, p in parameters(trainer).items()}
     loss = trainer.train_step(a_batch(trainer))["loss"]
     assert loss.isfinite()
-    lowest = trainer.plans_network.decoder.seg_layers[0]  # nnU-Net gives the lowest resolution no weight
     still = [n for n, p in parameters(trainer).items() if torch.equal(p, before[n])]
-    assert all("seg_layers.0." in n for n in still), still
-    assert lowest is not None
+    assert all("seg_layers.0." in n for n in still), still  # nnU-Net gives the lowest resolution no weight
 
 
 def gradients(trainer, batch):
@@ -67,3 +67,112 @@ def test_lean_and_joint_passes_give_the_same_gradients(tiny, make_trainer, setti
     assert any(g is not None and g.abs().max() > 0 for n, g in lean.items() if "second" in n)
     for name in lean:
         torch.testing.assert_close(lean[name], joint[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_shta_at_weight_zero_leaves_the_hosts_weights_bit_for_bit(tiny, make_trainer):
+    host = make_trainer("nnUNetTrainerCPS", tiny())
+    off = make_trainer("nnUNetTrainerSHTA_CPS", tiny(), settings={"shta_weight": 0.0})
+    on = make_trainer("nnUNetTrainerSHTA_CPS", tiny())
+    for seed in range(2):
+        for trainer in (host, off, on):
+            trainer.train_step(a_batch(trainer, seed))
+    assert parameters(off).keys() == parameters(host).keys()  # no branch at all
+    assert all(torch.equal(p, parameters(off)[n]) for n, p in parameters(host).items())
+    assert not all(torch.equal(p, parameters(on)[n]) for n, p in parameters(host).items())
+
+
+def test_one_seed_gives_every_trainer_the_same_first_network_and_the_twin_another(tiny, make_trainer):
+    first, cps, shta = (make_trainer(name, tiny()) for name in TRAINERS)
+    other = make_trainer("nnUNetTrainerCPS", tiny(), settings={"seed": 1})
+    for n, p in first.plans_network.named_parameters():
+        assert torch.equal(p, cps.plans_network.get_parameter(n))
+        assert torch.equal(p, shta.plans_network.get_parameter(n))
+    weight = "encoder.stages.0.0.convs.0.conv.weight"
+    assert not torch.equal(first.plans_network.get_parameter(weight), other.plans_network.get_parameter(weight))
+    assert not torch.equal(
+        cps.plans_network.get_parameter(weight), cps.training_modules["second"].get_parameter(weight)
+    )
+
+
+def test_labeled_only_steps_like_nnunet(tiny, make_trainer):
+    """The same weights and the same batch: the same weights after nnU-Net's own step."""
+    ours, theirs = make_trainer("nnUNetTrainerLabeledOnly", tiny()), make_trainer("nnUNetTrainer", tiny())
+    theirs.network.load_state_dict(ours.network.state_dict())
+    for seed in range(2):
+        batch = a_batch(ours, seed)
+        loss = ours.train_step(batch)["loss"].item()
+        assert loss == pytest.approx(theirs.train_step(batch)["loss"].item())
+    for n, p in ours.network.named_parameters():
+        assert torch.equal(p, theirs.network.get_parameter(n)), n
+
+
+def test_each_network_is_clipped_by_itself(tiny, make_trainer):
+    trainer = make_trainer("nnUNetTrainerSHTA_CPS", tiny())
+    modules = [trainer.plans_network, *trainer.training_modules.values()]
+    for scale, module in zip((1e4, 1e-4, 1e4), modules, strict=True):
+        for p in module.parameters():
+            p.grad = torch.full_like(p, scale)
+    before = [torch.nn.utils.get_total_norm([p.grad for p in m.parameters()]) for m in modules]
+    trainer._update()
+    after = [torch.nn.utils.get_total_norm([p.grad for p in m.parameters()]) for m in modules]
+    assert after[0].item() == pytest.approx(12, rel=1e-3)
+    assert after[1] == before[1] < 12
+    assert after[2].item() == pytest.approx(12, rel=1e-3)
+
+
+def test_proxies_have_no_weight_decay_and_all_else_has_nnunets(tiny, make_trainer):
+    trainer = make_trainer("nnUNetTrainerSHTA_CPS", tiny())
+    decay = {id(p): group["weight_decay"] for group in trainer.training_optimizer.param_groups for p in group["params"]}
+    assert len(decay) == sum(1 for _ in trainer.training_modules.parameters())
+    for n, p in trainer.training_modules.named_parameters():
+        assert decay[id(p)] == (0 if n.endswith("proxies") else trainer.weight_decay), n
+
+
+def test_the_cross_term_is_the_papers_over_both_streams(tiny, make_trainer):
+    """CE of each network with the other's argmax, the mean over all labelled and unlabelled voxels."""
+    trainer = make_trainer("nnUNetTrainerCPS", tiny(), settings={"cps_loss": "ce"})
+    batch = a_batch(trainer)
+    images = torch.cat([batch["data"], batch["unlabeled"]])
+    with torch.no_grad():
+        a, b = (net(images)[0] for net in (trainer.plans_network, trainer.training_modules["second"]))
+        expected = sum(torch.nn.functional.cross_entropy(x, y.argmax(1)) for x, y in ((a, b), (b, a)))
+    terms = list(trainer.losses(trainer._to_device(batch)))
+    assert sum(t["cps"] for t in terms).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert [sorted(t) for t in terms] == [["cps", "sup"], ["cps"], ["cps", "sup_second"], ["cps"]]
+
+
+def test_unlabeled_images_never_enter_shta(tiny, make_trainer):
+    trainer = make_trainer("nnUNetTrainerSHTA_CPS", tiny(), settings={"shta_attach": "all", "cps_weight": 0.0})
+    batch = a_batch(trainer)
+    seen = []
+    for name in ("shta_first", "shta_second"):
+        trainer.training_modules[name].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    trainer.train_step(batch)
+    assert len(seen) == 2
+    assert all(torch.equal(labels, batch["target"][0]) for labels in seen)
+
+
+@pytest.mark.parametrize("kind", ["multichannel", "anisotropic", "ignore", "regions", "2d", "png", "resenc"])
+@pytest.mark.parametrize("name", TRAINERS[1:])
+def test_every_kind_of_data_trains_or_is_refused_in_a_sentence(tiny, make_trainer, name, kind):
+    from nnunet_ssl.errors import UserError
+
+    if kind == "regions" and "SHTA" in name:
+        with pytest.raises(UserError, match="region-based labels") as error:
+            make_trainer(name, tiny(kind))
+        assert "nnUNetTrainerCPS" in str(error.value)
+        return
+    trainer = make_trainer(name, tiny(kind))
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    losses = [trainer.train_step(next(trainer.dataloader_train))["loss"] for _ in range(2)]
+    assert all(loss.isfinite() for loss in losses)
+
+
+def test_a_step_under_bfloat16_autocast(tiny, make_trainer, monkeypatch):
+    trainer = make_trainer("nnUNetTrainerSHTA_CPS", tiny())
+    monkeypatch.setattr(trainer, "autocast", lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    before = {n: p.detach().clone() for n, p in parameters(trainer).items()}
+    assert trainer.train_step(a_batch(trainer))["loss"].isfinite()
+    assert all(p.isfinite().all() for p in parameters(trainer).values())
+    assert any(not torch.equal(p, before[n]) for n, p in parameters(trainer).items() if n.startswith("training.shta"))

@@ -1,0 +1,64 @@
+import math
+
+import pytest
+import torch
+
+from nnunet_ssl.losses.shta import SHTALoss
+from nnunet_ssl.networks.shta_branch import SHTABranch, token_stride
+
+CAP = 131072
+
+
+@pytest.mark.parametrize(
+    ("patch", "spacing", "stride"),
+    [
+        ((96, 96, 96), (1, 1, 1), [3, 3, 3]),  # the paper's 32 x 32 x 32 tokens
+        ((128, 128, 128), (1, 1, 1), [4, 4, 4]),
+        ((40, 48, 40), (1, 1, 1), [4, 3, 4]),
+        ((20, 28, 20), (2, 2, 2), [4, 4, 4]),
+        ((16, 128, 128), (5, 1, 1), [1, 4, 4]),  # thick slices
+        ((512, 512), (0.8, 0.8), [4, 4]),
+        ((7, 5, 11), (1, 1, 1), [1, 5, 1]),  # primes
+    ],
+)
+def test_about_three_voxels_a_token(patch, spacing, stride):
+    assert token_stride(patch, spacing, 2, CAP) == stride
+
+
+def test_the_number_of_tokens_is_capped_and_strides_still_divide():
+    patch = (160, 256, 256)
+    stride = token_stride(patch, (1, 1, 1), 2, CAP)
+    assert all(n % s == 0 for n, s in zip(patch, stride, strict=True))
+    assert 2 * math.prod(n // s for n, s in zip(patch, stride, strict=True)) <= CAP
+    assert max(stride) <= 8
+
+
+@pytest.mark.parametrize("spatial", [(8, 12), (4, 8, 12)])
+def test_tokens_and_shares_are_aligned(spatial):
+    """A feature that is the one-hot label map must be embedded token by token as the shares are counted."""
+    stride = (4,) * len(spatial)
+    labels = torch.randint(0, 3, (2, 1, *spatial))
+    feature = torch.nn.functional.one_hot(labels[:, 0], 3).movedim(-1, 1).float()
+    branch = SHTABranch(3, stride, 3, 8, 3)
+    branch.embed = torch.nn.Identity()
+    seen = {}
+    branch.loss.register_forward_pre_hook(lambda _, inputs: seen.update(z=inputs[0], y=inputs[1]))
+    branch(feature, labels)
+    torch.testing.assert_close(seen["z"], seen["y"])
+
+
+def test_under_autocast_everything_after_the_pooling_is_fp32():
+    branch = SHTABranch(6, (2, 2, 2), 3, 8, 4)
+    feature, labels = torch.randn(1, 6, 4, 4, 4).bfloat16(), torch.randint(0, 3, (1, 1, 4, 4, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = branch(feature.requires_grad_(), labels)
+    terms.total.backward()
+    assert terms.total.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in branch.parameters())
+    assert feature.grad.abs().sum() > 0
+
+
+def test_every_loss_setting_reaches_the_loss():
+    branch = SHTABranch(6, (2, 2), 3, 8, 4, temperature=0.3, hard_ratio=0.2, selection="per_class")
+    assert isinstance(branch.loss, SHTALoss)
+    assert (branch.loss.temperature, branch.loss.hard_ratio, branch.loss.selection) == (0.3, 0.2, "per_class")

@@ -1,0 +1,221 @@
+"""Checkpoints are plain nnU-Net's, and a run that was killed ends as if it had not been."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.trainers.base import training_state_file
+
+NAME = "nnUNetTrainerSHTA_CPS_3epochs"
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a finished run."""
+    checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=False)
+    state = torch.load(folder / "checkpoint_final_ssl.pth", weights_only=True)
+    return {**checkpoint["network_weights"], **{f"training.{n}": t for n, t in state["modules"].items()}}
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def train(trainer, until: int | None = None) -> None:
+    """nnU-Net's training loop, stopped after an epoch as a kill would stop it: nothing is closed or saved."""
+    trainer.on_train_start()
+    for epoch in range(trainer.current_epoch, trainer.num_epochs):
+        if epoch == until:
+            return
+        trainer.on_epoch_start()
+        trainer.on_train_epoch_start()
+        outputs = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(trainer.num_iterations_per_epoch)]
+        trainer.on_train_epoch_end(outputs)
+        with torch.no_grad():
+            trainer.on_validation_epoch_start()
+            trainer.on_validation_epoch_end([trainer.validation_step(next(trainer.dataloader_val))])
+        trainer.on_epoch_end()
+    trainer.on_train_end()
+
+
+@pytest.fixture
+def stopped(tiny, make_trainer):
+    """A run of three epochs that has stopped after the second, with its latest checkpoint of the first."""
+    trainer = make_trainer(NAME, tiny(), settings={"save_every": 1})
+    train(trainer, until=1)
+    return Path(trainer.output_folder)
+
+
+def resumed(make_trainer, tiny, folder: Path, name: str = NAME, **settings):
+    trainer = make_trainer(name, tiny(), settings={"save_every": 1, **settings})
+    trainer.load_checkpoint(str(folder / "checkpoint_latest.pth"))
+    return trainer
+
+
+def test_a_checkpoint_is_what_nnunet_would_have_written(tiny, make_trainer, stopped):
+    ours = torch.load(stopped / "checkpoint_latest.pth", weights_only=False)
+    plain = make_trainer("nnUNetTrainer", tiny())
+    plain.on_train_start()
+    plain.on_epoch_start()
+    plain.on_train_epoch_start()
+    plain.train_step(next(plain.dataloader_train))
+    plain.save_checkpoint(str(stopped / "plain.pth"))
+    theirs = torch.load(stopped / "plain.pth", weights_only=False)
+    assert ours.keys() == theirs.keys()
+    assert ours["trainer_name"] == "nnUNetTrainer"
+    assert {n: t.shape for n, t in ours["network_weights"].items()} == {
+        n: t.shape for n, t in theirs["network_weights"].items()
+    }
+    assert ours["optimizer_state"]["state"].keys() == theirs["optimizer_state"]["state"].keys()
+    plain.load_checkpoint(str(stopped / "checkpoint_latest.pth"))  # stock nnU-Net goes on from it
+
+
+def test_the_state_is_of_plain_types_so_loading_runs_no_code(stopped):
+    state = torch.load(stopped / "checkpoint_latest_ssl.pth", weights_only=True)
+    assert any(name.startswith("second.") for name in state["modules"])
+    assert any(name.startswith("shta_first.") for name in state["modules"])
+
+
+def test_resumed_in_process_it_ends_with_the_same_weights(tiny, make_trainer, stopped, tmp_path):
+    interrupted = resumed(make_trainer, tiny, stopped)
+    assert interrupted.current_epoch == 1
+    train(interrupted)
+    at_the_end = weights(stopped)
+    log = (stopped / "ssl_log.csv").read_text().splitlines()
+    shutil.rmtree(stopped)
+    whole = make_trainer(NAME, tiny(), settings={"save_every": 1})
+    train(whole)
+    assert_equal(weights(stopped), at_the_end)
+    assert log == (stopped / "ssl_log.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in log] == ["epoch", "0", "1", "2"]
+    assert (stopped / "progress_ssl.png").stat().st_size > 5000
+    assert not list(stopped.glob("checkpoint_latest*"))
+
+
+def test_killed_between_the_two_files_it_finds_the_state_that_fits(tiny, make_trainer, stopped):
+    """The new checkpoint is in place, its state still has its temporary name, the old state the final one."""
+    state = training_state_file(str(stopped / "checkpoint_latest.pth"))
+    os.replace(state, state + ".new")
+    other = make_trainer(NAME, tiny(), settings={"seed": 5})
+    other.output_folder = str(stopped / "other")
+    os.makedirs(other.output_folder)
+    other.save_checkpoint(other.output_folder + "/checkpoint_latest.pth")
+    shutil.copy(other.output_folder + "/checkpoint_latest_ssl.pth", state)
+    trainer = resumed(make_trainer, tiny, stopped)
+    trainer.on_train_start()
+    expected = torch.load(state + ".new", weights_only=True)["modules"]
+    assert_equal(dict(trainer.training_modules.state_dict()), expected)
+
+
+def test_a_missing_state_is_refused_but_validation_needs_none(tiny, make_trainer, stopped):
+    (stopped / "checkpoint_latest_ssl.pth").unlink()
+    before = sorted(stopped.iterdir())
+    trainer = resumed(make_trainer, tiny, stopped)  # all that --val does
+    with pytest.raises(UserError, match=r"checkpoint_latest_ssl\.pth is missing.*-pretrained_weights"):
+        trainer.on_train_start()
+    assert set(before) <= set(stopped.iterdir())
+
+
+def test_a_foreign_state_is_refused(tiny, make_trainer, stopped):
+    file = stopped / "checkpoint_latest_ssl.pth"
+    state = torch.load(file, weights_only=True)
+    torch.save({**state, "network": "0" * 64}, file)
+    with pytest.raises(UserError, match="belongs to another checkpoint"):
+        resumed(make_trainer, tiny, stopped).on_train_start()
+
+
+def test_settings_in_force_are_written_and_hold_for_the_rest_of_the_run(stopped, tiny, make_trainer, monkeypatch):
+    written = json.loads((stopped / "ssl_settings.json").read_text())
+    assert written["trainer"] == NAME
+    assert written["settings"]["save_every"] == 1
+    from nnunet_ssl.trainers import nnUNetTrainerSHTA_CPS
+
+    dataset = tiny()
+
+    def continued():
+        class_ = type(NAME, (nnUNetTrainerSHTA_CPS,), {"epochs": 3})
+        plans = {**dataset.plans, "continue_training": True}
+        return class_(plans, dataset.configuration, 0, dataset.dataset_json, torch.device("cpu"))
+
+    monkeypatch.delenv("nnUNet_ssl_config")
+    assert continued().settings.save_every == 1  # what it was started with, not the default of 50
+    changed = stopped / "changed.json"
+    changed.write_text(json.dumps({**written["settings"], "cps_weight": 7}))
+    monkeypatch.setenv("nnUNet_ssl_config", str(changed))
+    with pytest.raises(UserError, match=r"'cps_weight' to 7\.0.*started with 1\.0"):
+        continued()
+
+
+def test_without_a_seed_one_is_drawn_and_written(tiny, make_trainer):
+    seeds = {make_trainer(NAME, tiny(), settings={"seed": None}, initialize=False).settings.seed for _ in range(3)}
+    assert len(seeds) == 3
+    assert all(isinstance(seed, int) for seed in seeds)
+
+
+def test_checkpoints_of_named_epochs_are_kept(tiny, make_trainer):
+    trainer = make_trainer(NAME, tiny(), settings={"keep_epochs": [1, 3]})
+    train(trainer)
+    folder = Path(trainer.output_folder)
+    assert torch.load(folder / "checkpoint_epoch1.pth", weights_only=False)["current_epoch"] == 1
+    last, final = (torch.load(folder / f"checkpoint_{n}.pth", weights_only=False) for n in ("epoch3", "final"))
+    assert_equal(last["network_weights"], final["network_weights"])
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.time() + seconds
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.005)
+
+
+def killed_runs():
+    """When the kill comes, as a test of the fold's folder."""
+    log = lambda f: "".join(p.read_text() for p in f.glob("training_log*"))  # noqa: E731
+    yield pytest.param(lambda f: "Epoch 1" in log(f), id="during an epoch")
+    yield pytest.param(lambda f: (f / "checkpoint_latest.pth").exists(), id="between epochs", marks=pytest.mark.slow)
+    yield pytest.param(lambda f: list(f.glob("*_ssl.pth.new*")), id="while saving", marks=pytest.mark.slow)
+    yield pytest.param(lambda f: "Epoch 0" in log(f), id="before any checkpoint", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("moment", killed_runs())
+def test_kill_9_and_continue_ends_with_the_weights_of_an_uninterrupted_run(
+    moment, tiny_copy, run_nnunet, tmp_path, monkeypatch
+):
+    dataset = tiny_copy()
+    settings = {"save_every": 1, "num_iterations_per_epoch": 6}
+    command = [dataset.name, dataset.configuration, 0, "-tr", NAME, "-device", "cpu"]
+    fold = (
+        Path(os.environ["nnUNet_results"]) / dataset.name / f"{NAME}__nnUNetPlans__{dataset.configuration}" / "fold_0"
+    )
+
+    processes = []
+    real_run = subprocess.run
+
+    def run_and_kill(words, *, env, text, stdout, stderr, timeout):
+        process = subprocess.Popen(words, env=env, text=text, stdout=stdout, stderr=stderr, start_new_session=True)
+        processes.append(process)
+        wait_for(lambda: fold.is_dir() and moment(fold), process)
+        os.killpg(process.pid, signal.SIGKILL)
+        return subprocess.CompletedProcess(words, process.wait(), *process.communicate())
+
+    monkeypatch.setattr(subprocess, "run", run_and_kill)
+    assert run_nnunet("nnUNetv2_train", *command, settings=settings, check=False).returncode == -signal.SIGKILL
+    monkeypatch.setattr(subprocess, "run", real_run)
+    assert not (fold / "checkpoint_final.pth").exists()
+    run_nnunet("nnUNetv2_train", *command, "--c", settings=settings, env={"nnUNet_n_proc_DA": "2"})
+    continued = weights(fold)
+    shutil.rmtree(fold)
+    run_nnunet("nnUNetv2_train", *command, settings=settings)
+    assert_equal(weights(fold), continued)
