@@ -1,0 +1,75 @@
+"""Several ranks step like one. nnU-Net's DDP needs CUDA; here ranks talk through gloo, with their step as it is."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from nnunet_ssl.trainers.base import average_gradients
+
+
+def _in_group(rank, folder, work, *arguments):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(work(rank, *arguments), os.path.join(folder, f"rank{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def on_two_ranks(folder, work, *arguments):
+    """What ``work(rank, *arguments)`` gives on each of two ranks."""
+    mp.start_processes(_in_group, (str(folder), work, *arguments), nprocs=2, start_method="fork")
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def _average(rank):
+    parameters = [nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2)), nn.Parameter(torch.zeros(1))]
+    parameters[0].grad = torch.arange(3.0) * (rank + 1)
+    parameters[1].grad = torch.full((2, 2), float(rank))
+    average_gradients(parameters)  # the third had no gradient on any rank
+    return [p.grad for p in parameters]
+
+
+def test_gradients_are_averaged_in_place_and_missing_ones_stay_missing(tmp_path):
+    for gradients in on_two_ranks(tmp_path, _average):
+        torch.testing.assert_close(gradients[0], torch.arange(3.0) * 1.5)
+        torch.testing.assert_close(gradients[1], torch.full((2, 2), 0.5))
+        assert gradients[2] is None
+
+
+def _step(rank, trainer, batch):
+    trainer.is_ddp = True
+    half = slice(rank, rank + 1)
+    share = {k: [t[half] for t in v] if isinstance(v, list) else v[half] for k, v in batch.items()}
+    loss = trainer.train_step(share)["loss"]
+    values = trainer._mean_values()
+    return {"weights": {n: p.detach() for n, p in weights(trainer)}, "loss": loss, "values": values}
+
+
+def weights(trainer):
+    yield from trainer.plans_network.named_parameters()
+    yield from trainer.training_modules.named_parameters("training")
+
+
+@pytest.mark.parametrize("passes", ["lean", "joint"])
+def test_two_ranks_with_half_a_batch_step_like_one_with_all_of_it(tiny, make_trainer, tmp_path, passes):
+    from test_step import a_batch
+
+    settings = {"passes": passes, "cps_rampup": 0.0}
+    together = make_trainer("nnUNetTrainerCPS", tiny(), settings=settings)
+    assert not together.configuration_manager.batch_dice  # or the Dice of halves is not the Dice of all
+    batch = a_batch(together)
+    apart = make_trainer("nnUNetTrainerCPS", tiny(), settings=settings)
+    ranks = on_two_ranks(tmp_path, _step, apart, batch)
+    loss = together.train_step(batch)["loss"]
+    values = together._mean_values()
+    for n, p in weights(together):
+        torch.testing.assert_close(ranks[0]["weights"][n], p.detach(), rtol=1e-4, atol=1e-6, msg=n)
+        assert torch.equal(ranks[0]["weights"][n], ranks[1]["weights"][n])
+    torch.testing.assert_close((ranks[0]["loss"] + ranks[1]["loss"]) / 2, loss)
+    for name, value in ranks[0]["values"].items():  # the log is the mean over the ranks
+        assert value == pytest.approx(values[name], rel=1e-4)
+        assert value == ranks[1]["values"][name]
