@@ -23,6 +23,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import SimpleITK as sitk
 
@@ -64,7 +65,7 @@ def check_case(data: Path, case: str) -> list[str]:
     problems = []
     if image.GetSize() != label.GetSize() or not np.allclose(image.GetSpacing(), label.GetSpacing()):
         problems.append(f"{case}: image and label differ in size or spacing.")
-    if not np.isfinite(sitk.GetArrayViewFromImage(image)).all():
+    if not np.isfinite(nibabel.load(files[0]).get_fdata()).all():  # SimpleITK reads such voxels as 0
         problems.append(f"{case}: the image holds NaN or infinite voxels.")
     foreign = set(np.unique(sitk.GetArrayViewFromImage(label)).tolist()) - set(LABELS.values())
     if foreign:

@@ -16,24 +16,24 @@ import SimpleITK as sitk
 from scipy.ndimage import gaussian_filter
 
 ORGANS = {"background": 0, "liver": 1, "spleen": 2, "kidney": 3, "nodule": 4, "vessel": 5}
-SHAPE = (36, 44, 40)  # z y x
+SHAPE = (32, 40, 36)  # z y x
 DATASET = "Dataset001_SSLDemo"
 LABELED, UNLABELED, TEST = 5, 40, 10
 
 # Mean and spread of what a case's organ is bright by, in the middle of the case's grey scale: they overlap.
 _INTENSITY = {
     "air": (0.0, 0.0),
-    "body": (0.42, 0.03),
-    "liver": (0.58, 0.05),
-    "spleen": (0.63, 0.05),
-    "kidney": (0.54, 0.05),
-    "nodule": (0.71, 0.05),
-    "vessel": (0.74, 0.05),
-    "lump": (0.61, 0.08),
+    "body": (0.36, 0.03),
+    "liver": (0.56, 0.04),
+    "spleen": (0.62, 0.04),
+    "kidney": (0.70, 0.05),
+    "nodule": (0.80, 0.05),
+    "vessel": (0.86, 0.05),
+    "lump": (0.66, 0.10),
 }
 _GRAIN = {"body": 1.5, "liver": 1.0, "spleen": 0.7, "kidney": 1.8, "nodule": 0.7, "vessel": 0.7, "lump": 1.0}  # voxels
-_TEXTURE = 0.045  # standard deviation of the texture, of a grey scale from 0 to 1
-_NOISE = 0.05
+_TEXTURE = 0.04  # standard deviation of the texture, of a grey scale from 0 to 1
+_NOISE = 0.04
 
 
 def make_case(rng: np.random.Generator, shape: tuple[int, int, int] = SHAPE) -> tuple[np.ndarray, np.ndarray]:
@@ -58,12 +58,12 @@ def make_case(rng: np.random.Generator, shape: tuple[int, int, int] = SHAPE) -> 
     tissue[liver] = "liver"
     tissue[_ellipsoid(grid, _near(rng, (0.3, 0.15, 0.52), 0.05), _size(rng, (0.36, 0.3, 0.2)))] = "spleen"
     kidney_centre = _near(rng, (-0.4, 0.42, -0.35), 0.05)
-    kidney = _ellipsoid(grid, kidney_centre, _size(rng, (0.34, 0.22, 0.2)))
-    kidney &= ~_ellipsoid(grid, np.add(kidney_centre, (0, -0.05, 0.2)), _size(rng, (0.13, 0.14, 0.14)))  # the hilum
+    kidney = _ellipsoid(grid, kidney_centre, _size(rng, (0.4, 0.26, 0.24)))
+    kidney &= ~_ellipsoid(grid, np.add(kidney_centre, (0, -0.05, 0.2)), _size(rng, (0.15, 0.15, 0.16)))  # the hilum
     tissue[kidney] = "kidney"
     tissue[_vessel(rng, grid, shape)] = "vessel"
     nodule_centre = _near(rng, (0.2, -0.15, -0.4), 0.13)  # somewhere in the liver
-    tissue[_ellipsoid(grid, nodule_centre, _size(rng, (0.13, 0.11, 0.12)))] = "nodule"
+    tissue[_ellipsoid(grid, nodule_centre, _size(rng, (0.19, 0.15, 0.165)))] = "nodule"
 
     labels = np.zeros(shape, np.uint8)
     for organ, label in ORGANS.items():
@@ -93,12 +93,12 @@ def _ellipsoid(grid: np.ndarray, centre: Sequence[float], radii: Sequence[float]
 
 
 def _vessel(rng: np.random.Generator, grid: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """A tube of about three voxels across that winds along z through the middle of the body."""
+    """A tube of about four voxels across that winds along z through the middle of the body."""
     z, y, x = np.moveaxis(grid, -1, 0)
     phase, swing = rng.uniform(0, 2 * np.pi, 2), rng.uniform(0.06, 0.14, 2)
     centre_y = 0.2 + swing[0] * np.sin(2.2 * z + phase[0])
     centre_x = 0.12 + swing[1] * np.sin(2.8 * z + phase[1])
-    radius = rng.uniform(1.4, 1.9) * 2 / min(shape[1:])
+    radius = rng.uniform(1.7, 2.2) * 2 / min(shape[1:])
     return (np.hypot(y - centre_y, x - centre_x) < radius) & (np.abs(z) < 0.9)
 
 

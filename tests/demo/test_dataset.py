@@ -26,7 +26,7 @@ def test_every_organ_is_in_every_case(cases, organ):
 
 
 def test_one_organ_is_small_and_one_is_thin(cases):
-    assert voxels(cases, "nodule").mean() < 0.05 * voxels(cases, "liver").mean()
+    assert voxels(cases, "nodule").mean() < 0.1 * voxels(cases, "liver").mean()
     for _, labels in cases:
         z = np.nonzero(labels == ORGANS["vessel"])[0]
         across = max(np.count_nonzero(z == plane) for plane in np.unique(z))
@@ -36,7 +36,7 @@ def test_one_organ_is_small_and_one_is_thin(cases):
 
 def test_organs_overlap_in_intensity(cases):
     """No pair of neighbours in brightness can be told apart by a threshold, even within a case."""
-    for pair in (("liver", "spleen"), ("liver", "kidney")):
+    for pair in (("liver", "spleen"), ("liver", "kidney"), ("nodule", "vessel")):
         best = []
         for image, labels in cases:
             a, b = (image[labels == ORGANS[organ]] for organ in pair)
