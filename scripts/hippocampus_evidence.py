@@ -34,6 +34,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import benchmark_trainers
+
 from nnunet_ssl.demo.plans import shrink_plans
 from nnunet_ssl.errors import UserError
 
@@ -234,9 +236,13 @@ def time_factor(home: Path) -> float:
     file = home / "speed.json"
     if not file.is_file():
         raise UserError(f"{file} is missing; run `hippocampus_evidence.py measure` first, or leave the row out.")
-    seconds = {entry["trainer"]: entry["seconds_a_step"] for entry in json.loads(file.read_text())["trainers"]
-               if entry["passes"] in (None, "lean")}  # fmt: skip
+    seconds = seconds_a_step(json.loads(file.read_text()))
     return seconds[DEAREST] / seconds["nnUNetTrainerLabeledOnly"]
+
+
+def seconds_a_step(benchmark: dict[str, Any]) -> dict[str, float]:
+    """Seconds of making a batch and of a step, by trainer, with the default passes."""
+    return {e["trainer"]: e["seconds_a_step"] for e in benchmark["trainers"] if e["passes"] != "joint"}
 
 
 # -------------------------------------------------------------------------------------------------------------- run
@@ -333,8 +339,7 @@ def collect(runs: list[Run]) -> dict[str, Any]:
     speed = json.loads((home / "speed.json").read_text()) if (home / "speed.json").is_file() else None
     return {
         "steps": finished[0].steps,
-        "seconds_a_step": {e["trainer"]: e["seconds_a_step"] for e in speed["trainers"] if e["passes"] != "joint"}
-        if speed else None,
+        "benchmark": speed,
         "versions": {name: version(name) for name in ("nnunetv2", "torch", "batchgeneratorsv2")},
         "runs": [
             {
@@ -385,7 +390,7 @@ def draw_curves(results: dict[str, Any], file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    seconds = results["seconds_a_step"]
+    seconds = seconds_a_step(results["benchmark"]) if results["benchmark"] else None
     width, size = (2, (11, 4.2)) if seconds else (1, (6, 4.2))
     figure, panels = plt.subplots(1, width, figsize=size, sharey=True, squeeze=False)
     for panel, unit in zip(panels[0], ("steps", "minutes"), strict=False):
@@ -415,22 +420,33 @@ def report(results: dict[str, Any], docs: Path) -> None:
     Raises:
         UserError: the page has no marks.
     """
+    page = docs / "results.md"
+    text = page.read_text() if page.is_file() else ""
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    lines = [*table(results), "", "Mean over the seeds on the way:", "", *curve_table(results), ""]
+    lines += ["![Learning curves](figures/hippocampus_curves.png)", "", f"Versions: {versions}."]
+    text = fill(text, "hippocampus", lines, page)
+    if speed := results["benchmark"]:
+        plan = f"Hippocampus plan of above, {speed['device']}, {speed['machine']}, {speed['clock']}."
+        text = fill(text, "benchmark", [benchmark_trainers.table(speed), "", plan], page)
+
     (docs / "results").mkdir(parents=True, exist_ok=True)
     (docs / "results" / "hippocampus.json").write_text(json.dumps(results, indent=1) + "\n")
     draw_curves(results, docs / "figures" / "hippocampus_curves.png")
-    page = docs / "results.md"
-    begin, end = "<!-- hippocampus: written by scripts/hippocampus_evidence.py report -->", "<!-- hippocampus: end -->"
-    text = page.read_text() if page.is_file() else ""
+    page.write_text(text)
+    print("\n".join(lines))
+
+
+def fill(text: str, name: str, lines: list[str], page: Path) -> str:
+    """``text`` with ``lines`` between the marks of ``name``.
+
+    Raises:
+        UserError: the marks are not there.
+    """
+    begin, end = (f"<!-- {name}: {word} -->" for word in ("written by scripts/hippocampus_evidence.py report", "end"))
     if begin not in text or end not in text:
         raise UserError(f"{page} has no lines '{begin}' and '{end}' for the tables to stand between.")
-    lines = ["", *table(results), "", "Mean over the seeds on the way:", "", *curve_table(results), ""]
-    if results["seconds_a_step"]:
-        times = ", ".join(f"`{name}` {seconds:.3f}" for name, seconds in results["seconds_a_step"].items())
-        lines += [f"Seconds a step, one CPU thread: {times}.", ""]
-    lines += ["Versions: " + ", ".join(f"{name} {number}" for name, number in results["versions"].items()) + ".", ""]
-    before, after = text.split(begin)[0], text.split(end)[1]
-    page.write_text(before + begin + "\n" + "\n".join(lines) + end + after)
-    print("\n".join(lines))
+    return "\n".join([text.split(begin)[0] + begin, "", *lines, "", end + text.split(end)[1]])
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -21,13 +21,26 @@ def home(tmp_path):
     """A folder where ``prepare`` and ``measure`` have been."""
     for dataset_id in (640, 641, 649):
         (tmp_path / "raw" / f"Dataset{dataset_id}_Hippocampus").mkdir(parents=True)
-    trainers = [
-        {"trainer": "nnUNetTrainerLabeledOnly", "passes": None, "seconds_a_step": 0.04},
-        {"trainer": "nnUNetTrainerCPS", "passes": "lean", "seconds_a_step": 0.12},
-        {"trainer": "nnUNetTrainerSHTA_CPS", "passes": "lean", "seconds_a_step": 0.13},
-        {"trainer": "nnUNetTrainerSHTA_CPS", "passes": "joint", "seconds_a_step": 0.10},
+    measured = [
+        ("nnUNetTrainer", None, 0.04),
+        ("nnUNetTrainerLabeledOnly", None, 0.04),
+        ("nnUNetTrainerCPS", "lean", 0.12),
+        ("nnUNetTrainerSHTA_CPS", "lean", 0.13),
+        ("nnUNetTrainerSHTA_CPS", "joint", 0.10),
     ]
-    (tmp_path / "speed.json").write_text(json.dumps({"trainers": trainers}))
+    trainers = [
+        {
+            "trainer": trainer,
+            "passes": passes,
+            "seconds_a_step": seconds,
+            "seconds_of_the_step": seconds - 0.02,
+            "seconds_a_batch": 0.02,
+            "peak_mib": 1000 * seconds,
+        }
+        for trainer, passes, seconds in measured
+    ]
+    speed = {"device": "cpu", "machine": "1 CPU thread(s)", "clock": "CPU time", "trainers": trainers}
+    (tmp_path / "speed.json").write_text(json.dumps(speed))
     return tmp_path
 
 
@@ -94,10 +107,11 @@ def test_report_writes_table_figure_and_results(home, tmp_path):
 
     written = (docs / "results.md").read_text()
     assert written.startswith(page[: page.index("<!-- hippocampus")])
-    assert written.endswith(page[page.index("<!-- hippocampus: end") :])
+    assert written.endswith(page[page.index("<!-- benchmark: end") :])
     # Dice after 40 epochs: 0.54, 0.64 by seed for the first class, 0.1 more for the second
     assert "| 400 | 0.590 | 0.690 | 0.590 | 0.690 | **0.640** |" in written
     assert "| 1,300 | 0.630 | 0.730 | 0.680 |  | **0.680** |" in written  # the seed that is missing stays empty
+    assert "| `nnUNetTrainerSHTA_CPS` | lean | 0.1100 | 5.50 | 0.0200 | 0.1300 | 3.25 | 130 | 3.25 |" in written
     assert (docs / "figures" / "hippocampus_curves.png").stat().st_size > 5000
     assert len(json.loads((docs / "results" / "hippocampus.json").read_text())["runs"]) == 9
 
