@@ -6,9 +6,11 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from nnunet_ssl.commands.demo import main
-from nnunet_ssl.demo.run import Demo, dice_table, figure_slice
+from nnunet_ssl.demo.dataset import write_dataset
+from nnunet_ssl.demo.run import Demo, dice_table, draw_figure, figure_slice
 from nnunet_ssl.errors import UserError
 
 
@@ -31,6 +33,14 @@ def test_figure_shows_the_slice_with_most_organs():
     labels[2, 0, :2] = [1, 2]
     labels[3, 0, :3] = [1, 2, 2]  # as many organs, more of them
     assert figure_slice(labels) == 3
+
+
+def test_figure_is_drawn(tmp_path):
+    raw = write_dataset(tmp_path, 0, labeled=1, unlabeled=1, test=2)
+    predictions = {"nnUNetTrainerLabeledOnly": raw / "labelsTs", "nnUNetTrainerSHTA_CPS": raw / "labelsTs"}
+    draw_figure(raw, predictions, tmp_path / "figure.png")
+    height, width, _ = imread(tmp_path / "figure.png").shape
+    assert width > 1.5 * height  # four panels for each of two cases
 
 
 @pytest.mark.parametrize(
