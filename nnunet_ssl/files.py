@@ -13,9 +13,9 @@ def replacing(path: str) -> Iterator[str]:
     """Yield a temporary name beside ``path``; on success it becomes ``path``, on failure it is removed.
 
     Args:
-        path: the file to make or to replace.
+        path: the file to make or to replace; one process at a time writes it.
     """
-    temporary = f"{path}.tmp{os.getpid()}"
+    temporary = f"{path}.tmp"  # one fixed name: what a kill leaves, the next write takes over
     try:
         yield temporary
         os.replace(temporary, path)

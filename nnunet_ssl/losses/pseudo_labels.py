@@ -18,11 +18,11 @@ def hard_pseudo_labels(logits: Tensor, has_regions: bool = False, has_ignore_lab
             pseudo-label ignores nothing, so that channel is empty.
 
     Returns:
-        For classes ``[B, 1, *spatial]`` int64, the argmax; it never holds the ignore label. For regions
+        For classes ``[B, 1, *spatial]`` int16, as nnU-Net's targets: the argmax, never the ignore label. For regions
         ``[B, K, *spatial]`` bool (``K + 1`` channels with an ignore label), probability above 0.5. No gradient.
     """
     if not has_regions:
-        return logits.argmax(1, keepdim=True)
+        return logits.argmax(1, keepdim=True).to(torch.int16)
     regions = logits > 0  # sigmoid(x) > 0.5
     if has_ignore_label:
         regions = torch.cat([regions, torch.zeros_like(regions[:, :1])], 1)
@@ -43,4 +43,4 @@ def pseudo_label_cross_entropy(logits: Tensor, labels: Tensor, has_regions: bool
     logits = logits.float()
     if has_regions:
         return F.binary_cross_entropy_with_logits(logits, labels[:, : logits.shape[1]].float())
-    return F.cross_entropy(logits, labels[:, 0])
+    return F.cross_entropy(logits, labels[:, 0].long())

@@ -43,7 +43,7 @@ def token_class_distribution(
     Raises:
         ValueError: if ``stride`` does not fit the shape of ``labels``.
         RuntimeError: if a label is ``num_classes`` or more and not the ignore label (from torch's scatter; on a GPU
-            it surfaces as a device assertion).
+            as a device assertion).
     """
     spatial = labels.shape[1:]
     if len(stride) != len(spatial) or any(n % s for n, s in zip(spatial, stride, strict=True)):
@@ -51,7 +51,8 @@ def token_class_distribution(
 
     batch, dim = labels.shape[0], len(spatial)
     ignored = torch.zeros_like(labels, dtype=torch.bool) if ignore_label is None else labels == ignore_label
-    bins = labels.long().clamp(min=0).masked_fill(ignored, num_classes)  # one bin more, for what is ignored
+    bins = labels.long().clamp(min=0)
+    bins = (bins + (bins >= num_classes)).masked_fill(ignored, num_classes)  # bin K is for what is ignored alone
 
     # [B, g1, s1, g2, s2, ...] -> [B, g1, g2, ..., s1, s2, ...] -> [B, L, voxels of a token]
     grid = [size for n, s in zip(spatial, stride, strict=True) for size in (n // s, s)]
@@ -284,7 +285,7 @@ def top_share(mask: Tensor, score: Tensor, share: float) -> Tensor:
     Returns:
         ``[N]`` bool, a subset of ``mask``.
     """
-    exact = Fraction(share).limit_denominator(10_000)  # in integers, ceil(0.1 * 30) is 3
+    exact = Fraction(share).limit_denominator(1_000_000)  # in integers, ceil(0.1 * 30) is 3
     wanted = (mask.sum() * exact.numerator + exact.denominator - 1) // exact.denominator
     order = score.masked_fill(~mask, -torch.inf).argsort(descending=True, stable=True)
     rank = torch.empty_like(order)

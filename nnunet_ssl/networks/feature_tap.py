@@ -31,11 +31,6 @@ class FeatureTap(nn.Module):
         if self._kept is not None:
             self._kept.append(inputs[0])
 
-    @property
-    def feature_channels(self) -> int:
-        """Channels C of the feature."""
-        return self.network.decoder.seg_layers[-1].in_channels
-
     def forward(self, x: Tensor) -> tuple[Tensor | list[Tensor], Tensor]:
         """Run the network.
 

@@ -11,13 +11,13 @@ from nnunet_ssl.losses.shta import SHTALoss, SHTATerms, token_class_distribution
 
 
 def token_stride(patch_size: Sequence[int], spacing: Sequence[float], batch_size: int, max_tokens: int) -> list[int]:
-    """Voxels per token along each axis: about three, fewer along axes with thick slices, always a divisor.
+    """Voxels per token along each axis: three or four, fewer along axes with thick slices, always a divisor.
 
     The paper's Table IV (3.76 % of the tokens are 2.47 k) fits 32 x 32 x 32 tokens of 3 x 3 x 3 voxels in its 96^3
-    patches. nnU-Net's patches are seldom multiples of three, so the nearest divisor of each axis is taken, and of two
-    equally near ones the larger: 3 for 96, 4 for 128 and for 40. Where the finest spacing is not an axis' own, the aim
-    of three shrinks in proportion. While a batch has more than ``max_tokens`` tokens, the axis whose tokens are
-    shortest in millimetres goes to its next divisor.
+    patches. So the aim is three voxels, and four along axes of 128 voxels or more and in 2D; where the finest spacing
+    is not an axis' own, it shrinks in proportion. nnU-Net's patches are seldom multiples of three: the nearest divisor
+    is taken, and of two equally near ones the larger (4 for 40). While a batch has more than ``max_tokens`` tokens, the
+    axis whose tokens are shortest in millimetres goes to its next divisor.
 
     Args:
         patch_size: voxels along each axis.
@@ -31,7 +31,8 @@ def token_stride(patch_size: Sequence[int], spacing: Sequence[float], batch_size
     divisors = [[s for s in range(1, n + 1) if n % s == 0] for n in patch_size]
     stride = []
     for axis, options in enumerate(divisors):
-        aim = max(1, round(3 * min(spacing) / spacing[axis]))
+        aim = 4 if patch_size[axis] >= 128 or len(patch_size) == 2 else 3
+        aim = max(1, round(aim * min(spacing) / spacing[axis]))
         stride.append(min(options, key=lambda s: (abs(s - aim), -s)))
 
     def num_tokens() -> int:

@@ -7,6 +7,7 @@ A method is a subclass with a ``Settings`` dataclass and a ``losses`` generator.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import json
 import os
@@ -191,7 +192,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         if continue_training and os.path.isfile(self.settings_file):
             with open(self.settings_file) as file:
                 stored = settings_from_dict(self.Settings, json.load(file)["settings"], self.settings_file)
-            if ENVIRONMENT_VARIABLE in os.environ:
+            if os.environ.get(ENVIRONMENT_VARIABLE):
                 if override.seed is None:
                     override = dataclasses.replace(override, seed=stored.seed)
                 for field in dataclasses.fields(stored):
@@ -237,6 +238,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         self.plans_network = getattr(compiled, "_orig_mod", compiled)
 
         self.training_modules = nn.ModuleDict(self.build_training_modules()).to(self.device)
+        if self.is_ddp:  # as nnU-Net does with its network
+            self.training_modules = nn.SyncBatchNorm.convert_sync_batchnorm(self.training_modules)
         self.training_optimizer = self.training_lr_scheduler = None
         if len(self.training_modules):
             self.training_optimizer, self.training_lr_scheduler = self._configure_training_optimizer()
@@ -248,15 +251,13 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
                 self._runnable[name] = compiled
                 continue
             self._runnable[name] = torch.compile(network) if self._do_i_compile() else network
-        if self.is_ddp:
-            for tensor in self.training_modules.state_dict().values():
-                dist.broadcast(tensor, src=0)
 
     def _configure_training_optimizer(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         """nnU-Net's optimiser and schedule, for the modules that only training needs.
 
-        An optimiser of their own, with the same rule, steps like one over all parameters; and what nnU-Net saves in its
-        checkpoint stays what it saves for a plain trainer. Parameters marked ``no_weight_decay`` get none.
+        An optimiser of their own, with the same rule: what nnU-Net saves in its checkpoint stays what it saves for a
+        plain trainer. (With half precision an overflow skips the step of the optimiser that it is in, not the other's.)
+        Parameters marked ``no_weight_decay`` get none.
         """
         parameters = list(self.training_modules.parameters())
         network = self.network
@@ -443,7 +444,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
 
     def autocast(self) -> AbstractContextManager:
         """nnU-Net's rule: half precision on CUDA, none elsewhere."""
-        return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
+        # Without the cache of cast weights: one that a forward without gradient left behind would have no gradient.
+        return torch.autocast("cuda", cache_enabled=False) if self.device.type == "cuda" else nullcontext()
 
     def _to_device(self, batch: dict) -> Batch:
         def move(x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
@@ -495,11 +497,9 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
                 for name, value in values.items():
                     logger.log(name, value, epoch)
             self.print_to_log_file(", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-        super().on_epoch_end()
-        if epoch + 1 in self.settings.keep_epochs:
-            self.current_epoch = epoch  # as nnU-Net does in on_train_end: save_checkpoint counts one up
+        if epoch + 1 in self.settings.keep_epochs:  # before the latest one, or a kill in between would skip it
             self.save_checkpoint(os.path.join(self.output_folder, f"checkpoint_epoch{epoch + 1}.pth"))
-            self.current_epoch = epoch + 1
+        super().on_epoch_end()
 
     def _mean_values(self) -> dict[str, float]:
         """The means of what ``log_value`` was given in this epoch, over the ranks as well."""
@@ -537,6 +537,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         }
         state = {
             "trainer": type(self).__name__,
+            "settings": dataclasses.asdict(self.settings),
             "epoch": self.current_epoch + 1,
             "network": fingerprint(self.plans_network),
             "modules": self.training_modules.state_dict(),
@@ -563,16 +564,32 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         """
         expected = fingerprint(self.plans_network)
         for candidate in (filename, filename + ".new"):
-            if os.path.isfile(candidate):
+            try:
                 state = torch.load(candidate, map_location=self.device, weights_only=True)
                 if state["network"] == expected:
                     break
+            except Exception:  # missing, cut short, or something else altogether
+                continue
         else:
-            what = "belongs to another checkpoint" if os.path.isfile(filename) else "is missing"
+            what = "is of another checkpoint or damaged" if os.path.isfile(filename) else "is missing"
             raise UserError(
                 f"the training state {filename} {what}, so {self._resumed_from} cannot be continued; restore the file, "
-                f"or start anew without --c (-pretrained_weights {self._resumed_from} keeps what was learned)."
+                f"or start anew without --c (-pretrained_weights {self._resumed_from} keeps what was learned). "
+                "Validating with --val does not need it."
             )
+        if state["settings"] != dataclasses.asdict(self.settings):
+            names = [
+                name for name, value in dataclasses.asdict(self.settings).items() if state["settings"][name] != value
+            ]
+            raise UserError(
+                f"{self._resumed_from} was trained with other settings than {self.settings_file} says "
+                f"({', '.join(names)}): a run was started anew in this folder and left no checkpoint; start it again "
+                f"without --c, or delete {self.settings_file} and set {ENVIRONMENT_VARIABLE} to the old settings."
+            )
+        if self.is_ddp:
+            dist.barrier()  # all have read
+        if candidate != filename and self.local_rank == 0:
+            os.replace(candidate, filename)  # finish what a kill cut off
         self.training_modules.load_state_dict(state["modules"])
         if self.training_optimizer is not None:
             self.training_optimizer.load_state_dict(state["optimizer"])
@@ -582,10 +599,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         """As nnU-Net, which removes checkpoint_latest.pth; its training state goes with it."""
         super().on_train_end()
         if self.local_rank == 0:
-            for ending in ("", ".new"):
-                latest = training_state_file(os.path.join(self.output_folder, "checkpoint_latest.pth")) + ending
-                if os.path.isfile(latest):
-                    os.remove(latest)
+            for file in glob.glob(os.path.join(glob.escape(self.output_folder), "checkpoint_latest*")):
+                os.remove(file)
 
 
 def full_resolution(target: list[Tensor] | Tensor) -> Tensor:

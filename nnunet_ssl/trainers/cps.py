@@ -72,18 +72,23 @@ class nnUNetTrainerCPS(nnUNetTrainerSSL):  # noqa: N801
         one pass of one network is all that is held at any time.
         """
         joint = self.settings.passes == "joint"
-        with nullcontext() if joint else torch.no_grad():
-            of_second = [self.forward("second", stream) if joint or self._crosses(stream) else None for stream in batch]
-        labels_of_second = [self._pseudo_labels(outputs) for outputs in of_second]
+        of_second, labels_of_first, labels_of_second = [], [], []
+        for stream in batch:
+            with nullcontext() if joint else torch.no_grad():
+                outputs = self.forward("second", stream) if joint or self._crosses(stream) else None
+            labels_of_second.append(self._pseudo_labels(outputs))
+            of_second.append(outputs if joint else None)
+            del outputs  # before the next forward, here and below: a local name keeps logits alive
 
-        labels_of_first = []
         for stream, labels in zip(batch, labels_of_second, strict=True):
             outputs = self.forward("first", stream)
             labels_of_first.append(self._pseudo_labels(outputs))
             yield self._terms("sup", stream, outputs, labels)
+            del outputs
         for stream, outputs, labels in zip(batch, of_second, labels_of_first, strict=True):
             outputs = outputs if joint else self.forward("second", stream)
             yield self._terms("sup_second", stream, outputs, labels)
+            del outputs
 
     def _terms(
         self, supervised: str, stream: Stream, outputs: list[Tensor] | Tensor, labels: Tensor | None

@@ -31,6 +31,16 @@ class SSLSettings:
     save_every: int = 50  # epochs between two checkpoint_latest.pth; nnU-Net's own
     keep_epochs: tuple[int, ...] = ()  # epochs after which checkpoint_epoch<N>.pth is kept, for learning curves
 
+    def problems(self) -> dict[str, str]:
+        """Fields whose value has the right type but cannot work, and what they must be."""
+        problems = {}
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            problems["seed"] = "a whole number from 0"
+        for name in ("num_iterations_per_epoch", "num_val_iterations_per_epoch", "save_every"):
+            if getattr(self, name) < 1:
+                problems[name] = "at least 1"
+        return problems
+
 
 def load_settings(cls: type[S], file: str | None) -> S:
     """The defaults of ``cls``, changed by a preset and by the fields that ``file`` names.
@@ -65,12 +75,14 @@ def settings_from_dict(cls: type[S], given: dict[str, Any], source: str) -> S:
             near = difflib.get_close_matches(name, names, n=1)
             remedy = f"did you mean '{near[0]}'?" if near else f"the settings are {', '.join(names)}."
             raise UserError(f"{source} sets '{name}', which is not a setting of this trainer; {remedy}")
-    preset = given.get("preset", "nnunet")
-    presets = all_presets(cls)
+    values = {name: _checked(value, hints[name], name, source) for name, value in given.items()}
+    preset, presets = values.get("preset", "nnunet"), all_presets(cls)
     if preset not in presets:
         raise UserError(f"{source} sets preset to {preset!r}; the presets are {', '.join(map(repr, presets))}.")
-    values = presets[preset] | {name: _checked(value, hints[name], name, source) for name, value in given.items()}
-    return cls(**values)
+    settings = cls(**presets[preset] | values)
+    for name, wanted in settings.problems().items():
+        raise UserError(f"{source} sets '{name}' to {getattr(settings, name)!r}; it must be {wanted}.")
+    return settings
 
 
 def all_presets(cls: type[SSLSettings]) -> dict[str, dict[str, Any]]:

@@ -47,6 +47,22 @@ class SHTASettings(SSLSettings):
     shta_min_class_mass: float = 0.0  # tokens' worth of a class before it enters K'; Eq. 4 says more than none
     shta_sync_references: bool = False  # sum Eq. 4 over DDP ranks; the paper trains on one GPU
 
+    def problems(self) -> dict[str, str]:
+        """Values that cannot work, beside those of the host."""
+        problems = super().problems()
+        if self.shta_temperature <= 0:
+            problems["shta_temperature"] = "a positive number"
+        if not 0 < self.shta_hard_ratio <= 1:
+            problems["shta_hard_ratio"] = "above 0 and at most 1"
+        if self.shta_sync_references and not (
+            self.shta_detach_reference_in_anchor and self.shta_detach_reference_in_center
+        ):
+            problems["shta_sync_references"] = "false unless both references are detached"
+        for name in ("shta_hidden_dim", "shta_embedding_dim", "shta_max_tokens"):
+            if getattr(self, name) < 1:
+                problems[name] = "at least 1"
+        return problems
+
 
 LOSS_SETTINGS = (
     "temperature conf_threshold fg_threshold purity_threshold hard_ratio selection assign_weight anchor_weight "
@@ -87,9 +103,16 @@ class SHTAMixin(nnUNetTrainerSSL):
     def _build_branch(self, name: str) -> SHTABranch:
         stride = self._token_stride()
         settings = self.settings
+        decoder = getattr(self.networks()[name], "decoder", None)
+        if not hasattr(decoder, "seg_layers"):
+            raise UserError(
+                f"{type(self).__name__} cannot train the {type(self.networks()[name]).__name__} of "
+                f"{self.plans_manager.plans_name}: it has no decoder.seg_layers to read the last decoder feature from; "
+                "use plans with one of nnU-Net's U-Nets, or nnUNetTrainerCPS."
+            )
         with self.seeded("shta", name):
             branch = SHTABranch(
-                self.networks()[name].decoder.seg_layers[-1].in_channels,
+                decoder.seg_layers[-1].in_channels,
                 stride,
                 self.label_manager.num_segmentation_heads,
                 settings.shta_hidden_dim,

@@ -101,7 +101,7 @@ def start_workers(
         loader,
         None,
         num_workers,
-        num_cached_per_queue=max(2, math.ceil(6 / num_workers)),  # nnU-Net caches six batches in all, or more
+        num_cached_per_queue=max(1, math.ceil(6 / num_workers)),  # in all six, or one each: memory as with nnU-Net
         seeds=[int(s) for s in np.arange(num_workers)],
         pin_memory=pin_memory,
         wait_time=0.002,

@@ -56,6 +56,13 @@ def test_padding_counts_as_background():
     assert shares[0, 0].tolist() == [1, 0, 0]
 
 
+@pytest.mark.parametrize("ignore_label", [None, 9])
+@pytest.mark.parametrize("label", [3, 4])
+def test_a_label_out_of_range_is_an_error_and_not_ignored(label, ignore_label):
+    with pytest.raises(RuntimeError):
+        token_class_distribution(torch.full((1, 2, 2), label), (2, 2), 3, ignore_label)
+
+
 @pytest.mark.parametrize("stride", [(3, 2), (2,), (2, 2, 2)])
 def test_a_stride_that_does_not_fit_is_refused(stride):
     with pytest.raises(ValueError, match="does not divide"):
@@ -182,6 +189,7 @@ def test_most_confident_candidates_are_taken():
     assert top_share(mask, score, 0.01).sum() == 1  # at least one
     assert top_share(torch.zeros(5, dtype=torch.bool), score, 0.5).sum() == 0
     assert top_share(torch.ones(30, dtype=torch.bool), torch.rand(30), 0.1).sum() == 3  # not 4 by rounding
+    assert top_share(torch.ones(30, dtype=torch.bool), torch.rand(30), 0.00004).sum() == 1
 
 
 def test_a_quota_per_class_gives_every_class_its_share():

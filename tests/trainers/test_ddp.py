@@ -42,6 +42,8 @@ def test_gradients_are_averaged_in_place_and_missing_ones_stay_missing(tmp_path)
 
 def _step(rank, trainer, batch):
     trainer.is_ddp = True
+    wrapped = nn.parallel.DistributedDataParallel(trainer.plans_network)  # as nnU-Net wraps it; a step goes around it
+    assert wrapped.module is trainer.plans_network
     half = slice(rank, rank + 1)
     share = {k: [t[half] for t in v] if isinstance(v, list) else v[half] for k, v in batch.items()}
     loss = trainer.train_step(share)["loss"]

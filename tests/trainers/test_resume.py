@@ -114,8 +114,8 @@ def test_killed_between_the_two_files_it_finds_the_state_that_fits(tiny, make_tr
     shutil.copy(other.output_folder + "/checkpoint_latest_ssl.pth", state)
     trainer = resumed(make_trainer, tiny, stopped)
     trainer.on_train_start()
-    expected = torch.load(state + ".new", weights_only=True)["modules"]
-    assert_equal(dict(trainer.training_modules.state_dict()), expected)
+    assert_equal(dict(trainer.training_modules.state_dict()), torch.load(state, weights_only=True)["modules"])
+    assert not os.path.exists(state + ".new")  # what the kill cut off is finished
 
 
 def test_a_missing_state_is_refused_but_validation_needs_none(tiny, make_trainer, stopped):
@@ -127,11 +127,19 @@ def test_a_missing_state_is_refused_but_validation_needs_none(tiny, make_trainer
     assert set(before) <= set(stopped.iterdir())
 
 
-def test_a_foreign_state_is_refused(tiny, make_trainer, stopped):
+@pytest.mark.parametrize("damage", ["other network", "cut short", "not a state", "nothing of ours"])
+def test_a_foreign_or_damaged_state_is_refused(tiny, make_trainer, stopped, damage):
     file = stopped / "checkpoint_latest_ssl.pth"
     state = torch.load(file, weights_only=True)
-    torch.save({**state, "network": "0" * 64}, file)
-    with pytest.raises(UserError, match="belongs to another checkpoint"):
+    if damage == "other network":
+        torch.save({**state, "network": "0" * 64}, file)
+    elif damage == "cut short":
+        file.write_bytes(file.read_bytes()[:1000])
+    elif damage == "not a state":
+        shutil.copy(stopped / "checkpoint_latest.pth", file)
+    else:
+        file.write_text("{}")
+    with pytest.raises(UserError, match="is of another checkpoint"):
         resumed(make_trainer, tiny, stopped).on_train_start()
 
 
@@ -155,6 +163,13 @@ def test_settings_in_force_are_written_and_hold_for_the_rest_of_the_run(stopped,
     monkeypatch.setenv("nnUNet_ssl_config", str(changed))
     with pytest.raises(UserError, match=r"'cps_weight' to 7\.0.*started with 1\.0"):
         continued()
+
+
+def test_a_checkpoint_of_a_run_with_other_settings_is_not_continued(tiny, make_trainer, stopped):
+    """As after a run that was started anew in the same folder and killed before its first checkpoint."""
+    trainer = resumed(make_trainer, tiny, stopped, seed=3, cps_weight=0.5)
+    with pytest.raises(UserError, match=r"other settings.*\(seed, cps_weight\)"):
+        trainer.on_train_start()
 
 
 def test_without_a_seed_one_is_drawn_and_written(tiny, make_trainer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 
 import numpy as np
@@ -83,6 +84,14 @@ def test_unlabeled_patches_are_drawn_uniformly_and_without_any_label(tiny, make_
         positions, counts = np.unique(lower[:, axis], return_counts=True)
         assert len(positions) > 3
         assert counts.min() > 0.7 * counts.mean()
+
+
+def test_workers_of_any_start_method_can_take_the_loader(tiny, make_trainer, monkeypatch):
+    trainer = make_trainer("nnUNetTrainerCPS", tiny())
+    monkeypatch.setattr("nnunet_ssl.trainers.base.get_allowed_n_proc_DA", lambda: 0)
+    trainer.unlabeled_folder, trainer.unlabeled_cases = trainer._prepared_unlabeled()
+    loader = trainer.get_dataloaders()[0].data_loader
+    assert_same(next(pickle.loads(pickle.dumps(loader))), next(loader))
 
 
 def test_an_unlabeled_case_knows_no_class(tiny, make_trainer):
