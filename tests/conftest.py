@@ -78,12 +78,13 @@ def fresh_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
 
 @pytest.fixture
 def tiny_copy(tiny: Callable[..., TinyDataset], fresh_folders: Folders) -> Callable[..., TinyDataset]:
-    """``tiny_copy("3d")``: a dataset, raw and prepared, that this test may change."""
+    """``tiny_copy("3d")``: a dataset that this test may change; its unlabelled images are not prepared yet."""
 
     def copy(kind: str = "3d") -> TinyDataset:
         original = tiny(kind)
         shutil.copytree(original.raw, fresh_folders.raw / original.name)
-        shutil.copytree(original.preprocessed, fresh_folders.preprocessed / original.name)
+        unprepared = shutil.ignore_patterns("*_unlabeled")  # another test's trainer may have prepared them
+        shutil.copytree(original.preprocessed, fresh_folders.preprocessed / original.name, ignore=unprepared)
         return TinyDataset(original.recipe, fresh_folders, original.plans_name)
 
     return copy
