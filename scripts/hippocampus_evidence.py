@@ -29,7 +29,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -256,9 +256,16 @@ def plan_runs(home: Path, steps: int, seeds: list[int], rows: list[str], device:
     for seed in seeds:
         for row in ROWS:
             if row.key in rows:
-                epochs = round(EPOCHS * time_factor(home)) if row.equal_time else EPOCHS
-                runs.append(Run(home, row, seed, steps, epochs, device))
+                run = Run(home, row, seed, steps, EPOCHS, device)
+                runs.append(replace(run, epochs=equal_time_epochs(run)) if row.equal_time else run)
     return sorted(runs, key=lambda run: run.row.equal_time)
+
+
+def equal_time_epochs(run: Run) -> int:
+    """The epochs of a run that was started, which a later measurement does not change, or those of the times."""
+    for model in run.folder.glob(f"results/*/{run.row.trainer}_*epochs__{PLANS}__{CONFIGURATION}"):
+        return int(model.name.removeprefix(f"{run.row.trainer}_").split("epochs__")[0])
+    return round(EPOCHS * time_factor(run.home))
 
 
 def train_and_test(run: Run) -> None:

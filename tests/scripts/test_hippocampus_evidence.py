@@ -73,6 +73,18 @@ def test_equal_time_is_the_measured_ratio_of_the_lean_trainers(home):
     assert run.trainer == "nnUNetTrainerLabeledOnly_130epochs"
 
 
+def test_a_run_with_equal_time_that_was_started_keeps_its_epochs(home):
+    """Times measured again would otherwise look for a run of another length."""
+    run = evidence.plan_runs(home, 400, [0], ["labeled_only_equal_time"], "cpu")[0]
+    run.model.mkdir(parents=True)
+    speed = json.loads((home / "speed.json").read_text())
+    for entry in speed["trainers"]:
+        entry["seconds_a_step"] = 1.0
+    (home / "speed.json").write_text(json.dumps(speed))
+    assert evidence.plan_runs(home, 400, [0], ["labeled_only_equal_time"], "cpu")[0].epochs == run.epochs
+    assert evidence.plan_runs(home, 800, [0], ["labeled_only_equal_time"], "cpu")[0].epochs == 40
+
+
 def test_steps_must_fill_the_epochs(home):
     with pytest.raises(UserError, match="multiple of 40"):
         evidence.plan_runs(home, 1001, [0], ["cps"], "cpu")
