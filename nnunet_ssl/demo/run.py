@@ -245,17 +245,17 @@ def draw_figure(raw: Path, predictions: dict[str, Path], file: Path) -> None:
     figure = Figure(figsize=(2.7 * len(folders), 2.9 * len(cases) + 0.4))
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(cases), len(folders), squeeze=False)
+    for title, panel in zip(folders, axes[0], strict=True):
+        panel.set_title(title.removeprefix("nnUNetTrainer"), fontsize=10)
     for row, case in zip(axes, cases, strict=True):
         image = _read(raw / "imagesTs" / case.replace(".nii.gz", "_0000.nii.gz"))
         z = figure_slice(_read(raw / "labelsTs" / case))
-        for panel, (title, folder) in zip(row, folders.items(), strict=True):
+        for panel, folder in zip(row, folders.values(), strict=True):
             panel.imshow(image[z], cmap="gray", vmin=0, vmax=np.percentile(image, 99.8))
             if folder is not None:
                 labels = _read(folder / case)[z]
                 panel.imshow(labels, cmap=colours, vmin=0, vmax=5, alpha=0.75, interpolation="nearest")
             panel.set_axis_off()
-            if row is axes[0]:
-                panel.set_title(title.removeprefix("nnUNetTrainer"), fontsize=10)
     handles = [Patch(color=colours(label), label=name) for name, label in ORGANS.items() if label]
     figure.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize=9, frameon=False)
     figure.tight_layout(rect=(0, 0.04, 1, 1))

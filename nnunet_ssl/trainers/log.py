@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 
+from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -38,6 +39,7 @@ class SSLLog:
             writer.writerows(self.rows)
         self._draw(names[1:])
 
+    @style.context("default")  # nnU-Net's own plot sets fonts of poster size for the whole process
     def _draw(self, names: list[str]) -> None:
         """One panel for each group of names: what stands before the first underscore."""
         groups: dict[str, list[str]] = {}

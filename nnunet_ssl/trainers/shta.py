@@ -70,7 +70,7 @@ LOSS_SETTINGS = (
     "min_class_mass sync_references"
 ).split()
 READOUTS = (
-    "assign anchor hard center hard_ratio candidate_ratio num_hard token_accuracy proxy_cosine center_gap"
+    "assign anchor hard center hard_ratio candidate_ratio token_accuracy proxy_cosine center_gap"
 ).split()
 
 
@@ -150,6 +150,7 @@ class SHTAMixin(nnUNetTrainerSSL):
         shta = self.training_modules[f"shta_{name}"](feature, target)
         for readout in READOUTS:
             self.log_value(f"shta_{readout}", getattr(shta, readout))
+        self.log_value("tokens_hard", shta.num_hard)  # a panel of its own: a count among ratios
         return {**terms, "shta": shta.total}
 
 
