@@ -26,7 +26,7 @@ from torch import nn
 
 from nnunet_ssl import trainers
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.trainers.base import fingerprint, training_state_file
+from nnunet_ssl.trainers.base import find_training_state, training_state_file
 from nnunet_ssl.unlabeled.find import required_folder, resolve_dataset
 
 PLAIN_TRAINER = nnUNetTrainer.__name__
@@ -149,13 +149,8 @@ def second_network_weights(checkpoint_file: str, first: nn.Module, trainer: str)
         UserError: there is no training state, it belongs to another checkpoint, or has no second network.
     """
     file = training_state_file(checkpoint_file)
-    expected = fingerprint(first)
-    for candidate in (file, file + ".new"):  # as in nnUNetTrainerSSL.save_checkpoint
-        if os.path.isfile(candidate):
-            state = torch.load(candidate, map_location="cpu", weights_only=True)
-            if state["network"] == expected:
-                break
-    else:
+    _, state = find_training_state(file, first, "cpu")
+    if state is None:
         what = "was written with another checkpoint" if os.path.isfile(file) else "does not exist"
         raise UserError(f"--both needs {file}, which {what}. Restore it, or export the first network without --both.")
     weights = {k.removeprefix("second."): v for k, v in state["modules"].items() if k.startswith("second.")}

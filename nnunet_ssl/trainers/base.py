@@ -562,15 +562,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         Raises:
             UserError: if there is none, or only that of another checkpoint.
         """
-        expected = fingerprint(self.plans_network)
-        for candidate in (filename, filename + ".new"):
-            try:
-                state = torch.load(candidate, map_location=self.device, weights_only=True)
-                if state["network"] == expected:
-                    break
-            except Exception:  # missing, cut short, or something else altogether
-                continue
-        else:
+        candidate, state = find_training_state(filename, self.plans_network, self.device)
+        if state is None:
             what = "is of another checkpoint or damaged" if os.path.isfile(filename) else "is missing"
             raise UserError(
                 f"the training state {filename} {what}, so {self._resumed_from} cannot be continued; restore the file, "
@@ -611,6 +604,30 @@ def full_resolution(target: list[Tensor] | Tensor) -> Tensor:
 def training_state_file(checkpoint_file: str) -> str:
     """``checkpoint_latest.pth`` -> ``checkpoint_latest_ssl.pth``."""
     return f"{checkpoint_file.removesuffix('.pth')}_ssl.pth"
+
+
+def find_training_state(
+    filename: str, network: nn.Module, device: torch.device | str
+) -> tuple[str | None, dict[str, Any] | None]:
+    """The training state that was written with a checkpoint, and the file that holds it.
+
+    Args:
+        filename: of ``training_state_file``; after a kill in ``save_checkpoint`` the state may still end in ``.new``.
+        network: the plans' network with the checkpoint's weights.
+        device: where the state's tensors go.
+
+    Returns:
+        ``(file, state)``; ``(None, None)`` where none fits: missing, damaged, or of another checkpoint.
+    """
+    expected = fingerprint(network)
+    for candidate in (filename, filename + ".new"):
+        try:
+            state = torch.load(candidate, map_location=device, weights_only=True)
+            if state["network"] == expected:
+                return candidate, state
+        except Exception:  # missing, cut short, or something else altogether
+            continue
+    return None, None
 
 
 def fingerprint(module: nn.Module) -> str:
