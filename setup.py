@@ -87,6 +87,7 @@ setup(
         "matplotlib",
         "nibabel",  # reads NIfTI headers and data to the end: SimpleITK passes over truncated files in silence
         "filelock",
+        "psutil",
     ],
     extras_require={"dev": ["pytest", "pytest-timeout", "ruff", "pre-commit", "setuptools>=77"]},
     entry_points={

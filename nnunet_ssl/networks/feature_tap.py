@@ -13,7 +13,8 @@ class FeatureTap(nn.Module):
     it computes; outside of a tap's forward the hook does nothing.
 
     Args:
-        network: any nnU-Net network with ``decoder.seg_layers`` (plain and residual-encoder U-Nets, 2D and 3D).
+        network: any nnU-Net network with ``decoder.seg_layers`` (plain and residual-encoder U-Nets, 2D and 3D), or such
+            a decoder itself, which takes skips instead of images.
 
     Raises:
         TypeError: if the network has no such decoder.
@@ -21,11 +22,12 @@ class FeatureTap(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        if not hasattr(getattr(network, "decoder", None), "seg_layers"):
+        decoder = getattr(network, "decoder", network)
+        if not hasattr(decoder, "seg_layers"):
             raise TypeError(f"{type(network).__name__} has no decoder.seg_layers to read the last decoder feature from")
         self.network = network
         self._kept: list[Tensor] | None = None
-        network.decoder.seg_layers[-1].register_forward_pre_hook(self._keep)
+        decoder.seg_layers[-1].register_forward_pre_hook(self._keep)
 
     def _keep(self, _head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if self._kept is not None:

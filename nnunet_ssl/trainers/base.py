@@ -18,6 +18,8 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
@@ -44,6 +46,8 @@ class Stream(NamedTuple):
 
     images: Tensor  # [B, C, *patch]
     target: list[Tensor] | Tensor | None  # nnU-Net's target, full resolution first; None for unlabelled images
+    cases: list[str] | None = None  # names of the labelled cases
+    coordinates: Tensor | None = None  # [B, dim, *patch], where a method asks for them: see unlabeled/coordinates.py
 
 
 class Batch(NamedTuple):
@@ -137,6 +141,17 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             target: ``[B, 1, *patch]``, nnU-Net's full-resolution target.
         """
         return {}
+
+    def after_step(self) -> None:
+        """What follows each step, when all optimisers have stepped: a teacher's update, for instance."""
+
+    def labeled_loader(self) -> type[nnUNetDataLoader]:
+        """The class that serves labelled batches: nnU-Net's own, or one that says more of each patch."""
+        return nnUNetDataLoader
+
+    def view_transform(self) -> BasicTransform | None:
+        """A spatial transform to end nnU-Net's own augmentation with, of labelled and unlabelled patches alike."""
+        return None
 
     def training_state(self) -> dict[str, Any]:
         """What a method wants to find again after ``--c``, beside modules and optimisers: tensors and plain types."""
@@ -317,6 +332,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         rotation, dummy_2d, initial_patch_size, mirror_axes = (
             self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         )
+        view = self.view_transform()
         labels = {
             "is_cascaded": self.is_cascaded,
             "foreground_labels": self.label_manager.foreground_labels,
@@ -324,8 +340,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             "ignore_label": self.label_manager.ignore_label,
         }
 
-        def training_transforms(scales: list | None, **labels: Any) -> Any:
-            return self.get_training_transforms(
+        def training_transforms(scales: list | None, **labels: Any) -> ComposeTransforms:
+            transforms = self.get_training_transforms(
                 patch_size,
                 rotation,
                 scales,
@@ -334,13 +350,16 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
                 use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
                 **labels,
             )
+            if view is not None:  # before the target is scaled down for deep supervision
+                transforms.transforms.insert(len(transforms.transforms) - (scales is not None), view)
+            return transforms
 
         dataset_tr, dataset_val = self.get_tr_and_val_datasets()
         foreground = {
             "oversample_foreground_percent": self.oversample_foreground_percent,
             "probabilistic_oversampling": self.probabilistic_oversampling,
         }
-        labeled = nnUNetDataLoader(
+        labeled = self.labeled_loader()(
             dataset_tr,
             self.batch_size,
             initial_patch_size,
@@ -435,6 +454,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             self._backward(sum(held))
 
         self._update()
+        self.after_step()
         self.global_step += 1
         for name, term in terms_of_step.items():
             self.log_value(f"loss_{name}", term)
@@ -453,7 +473,12 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
 
         unlabeled = batch.get("unlabeled")
         return Batch(
-            Stream(move(batch["data"]), move(batch["target"])),
+            Stream(
+                move(batch["data"]),
+                move(batch["target"]),
+                [str(case) for case in batch["keys"]],
+                move(batch["coordinates"]) if "coordinates" in batch else None,
+            ),
             None if unlabeled is None else Stream(move(unlabeled), None),
         )
 
