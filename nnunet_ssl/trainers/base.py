@@ -476,7 +476,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             Stream(
                 move(batch["data"]),
                 move(batch["target"]),
-                [str(case) for case in batch["keys"]],
+                [str(case) for case in batch.get("keys", ())],
                 move(batch["coordinates"]) if "coordinates" in batch else None,
             ),
             None if unlabeled is None else Stream(move(unlabeled), None),
