@@ -257,9 +257,8 @@ def _shear(planes: Tensor, slope: float) -> Tensor:
     cycles = torch.fft.rfftfreq(padded, dtype=torch.float64, device=planes.device)  # k of Eq. 9, cycles a voxel
     phase = -2 * math.pi * shifts[:, None] * cycles
     ramp = torch.polar(torch.ones_like(phase), phase)
-    if padded % 2 == 0:
-        ramp[:, -1] = ramp[:, -1].real.clone()  # at k = 1/2, +k and -k are one sample: real, or the result is not
     spectrum = torch.fft.rfft(planes)
+    # At k = 1/2, +k and -k are one sample: irfft takes the real part of it, which the result needs to be real.
     return torch.fft.irfft(spectrum * ramp.to(spectrum.dtype), n=padded)
 
 
