@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
@@ -38,7 +38,7 @@ class ExportedFold(NamedTuple):
 
     fold: int | str
     source_fold: int | str
-    network: str  # "first" or "second"
+    network: str  # "first" or "second"; "high", of a network with two branches
 
 
 def export_model(
@@ -50,6 +50,7 @@ def export_model(
     plans: str = "nnUNetPlans",
     checkpoint: str = "checkpoint_final.pth",
     both: bool = False,
+    branch: Literal["high"] | None = None,
 ) -> tuple[str, list[ExportedFold]]:
     """Write ``output/<dataset>/nnUNetTrainer__<plans>__<configuration>/fold_X/checkpoint_final.pth``.
 
@@ -65,13 +66,15 @@ def export_model(
         plans: plans identifier.
         checkpoint: which checkpoint of each fold to export.
         both: export the second network too (methods that train two).
+        branch: export this branch alone (SASNet): the low-level one is no network that plans describe.
 
     Returns:
         The exported model's folder, as ``nnUNetv2_predict_from_modelfolder -m`` takes it, and its folds.
 
     Raises:
         UserError: no such model, fold or checkpoint; ``output`` is not empty; ``both`` without a second network; the
-            network is not the one that the plans describe.
+            network is not the one that the plans describe; ``branch`` of a network without branches, or none of one
+            with branches.
     """
     if os.path.isfile(output) or (os.path.isdir(output) and os.listdir(output)):
         raise UserError(f"{output} exists already. Name a folder that does not exist yet, or empty this one.")
@@ -89,7 +92,7 @@ def export_model(
         for file in MODEL_FILES:
             shutil.copyfile(os.path.join(model, file), os.path.join(target, file))
         for i, (fold, source) in enumerate(sources):
-            for j, network in enumerate(("first", "second") if both else ("first",)):
+            for j, network in enumerate(("first", "second") if both else (branch or "first",)):
                 new = ExportedFold(2 * i + j if both else fold, fold, network)
                 _export_fold(source, trainer, new, target)
                 exported.append(new)
@@ -220,6 +223,16 @@ def _export_fold(source: str, trainer: str, new: ExportedFold, target: str) -> N
     if new.network == "second":
         weights = second_network_weights(source, trained, trainer)
         trained.load_state_dict(weights)
+    elif getattr(trained, "low_decoder", None) is not None:
+        if new.network != "high":
+            raise UserError(
+                f"{trainer} trains a network with two branches, which plain nnU-Net does not know. Export the "
+                "high-level one alone with --branch high, or predict with this package installed."
+            )
+        trained.branch = "high"
+        weights = {k: v for k, v in weights.items() if not k.startswith("low_decoder.")}
+    elif new.network == "high" and not hasattr(trained, "low_decoder"):
+        raise UserError(f"{trainer} trains a network without branches. Export without --branch.")
     plain = plain_checkpoint(checkpoint, weights)
     plain["exported_from"] = {
         "trainer": trainer,

@@ -27,9 +27,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ class Row:
         trainer: nnU-Net trainer class.
         all_labels: whether all 160 training cases keep their labels.
         equal_time: whether it gets as many steps as the dearest trainer's time allows.
+        settings: of the method, beside those that all runs share.
     """
 
     key: str
@@ -74,12 +75,24 @@ class Row:
     trainer: str
     all_labels: bool = False
     equal_time: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+def without(part: str, **settings: Any) -> Row:
+    """SASNet without one of its parts."""
+    key = f"sasnet_without_{part.replace(' ', '_').replace('-', '_').lower()}"
+    return Row(key, f"... without {part}", "nnUNetTrainerSASNet", settings=settings)
 
 
 ROWS = (
     Row("labeled_only", "`nnUNetTrainerLabeledOnly`, 5 labels", "nnUNetTrainerLabeledOnly"),
     Row("cps", "`nnUNetTrainerCPS`, 5 labels + 155 without", "nnUNetTrainerCPS"),
     Row("shta_cps", "`nnUNetTrainerSHTA_CPS`, 5 labels + 155 without", "nnUNetTrainerSHTA_CPS"),
+    Row("sasnet", "`nnUNetTrainerSASNet`, 5 labels + 155 without", "nnUNetTrainerSASNet"),
+    without("SAR", sasnet_sar="off"),
+    without("SDM", sasnet_sdm=False),
+    without("low-level branch", sasnet_low_level_start=0),
+    without("view variance", sasnet_views="off"),
     Row("all_labels", "`nnUNetTrainerLabeledOnly`, all 160 labels", "nnUNetTrainerLabeledOnly", all_labels=True),
     Row("labeled_only_equal_time", "`nnUNetTrainerLabeledOnly`, 5 labels, as long as the dearest above",
         "nnUNetTrainerLabeledOnly", equal_time=True),
@@ -277,6 +290,7 @@ def train_and_test(run: Run) -> None:
         "num_val_iterations_per_epoch": 1,  # nothing is chosen by it
         "save_every": CURVE[0],
         "keep_epochs": run.curve,
+        **run.row.settings,
     }
     (run.folder / "settings.json").write_text(json.dumps(settings, indent=2))
     env = environment(

@@ -27,7 +27,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-p", default="nnUNetPlans", help="Plans identifier. Default: nnUNetPlans")
     parser.add_argument("-o", required=True, help="Folder to write; must be empty or not exist")
     parser.add_argument("-chk", default="checkpoint_final.pth", help="Checkpoint. Default: checkpoint_final.pth")
-    parser.add_argument("--both", action="store_true", help="Both networks of CPS, as two folds that nnU-Net averages")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--both", action="store_true", help="Both networks of CPS, as two folds that nnU-Net averages")
+    which.add_argument("--branch", choices=("high",), help="SASNet's high-level branch alone")
     parser.add_argument("--zip", action="store_true", help="Also write FOLDER.zip, for nnU-Net to install")
     args = parser.parse_args(argv)
 
@@ -37,9 +39,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{zip_base}.zip exists already. Remove it, or name another folder with -o.")
     from nnunet_ssl.export import export_model  # torch is heavy: only once the arguments are known to be good
 
-    model, exported = export_model(args.d, args.c, folds, args.o, args.tr, args.p, args.chk, args.both)
+    model, exported = export_model(args.d, args.c, folds, args.o, args.tr, args.p, args.chk, args.both, args.branch)
     for fold in exported:
-        network = f"{fold.network} network" if args.both else "network"
+        network = f"{fold.network} network" if args.both else f"{args.branch} branch" if args.branch else "network"
         print(f"fold_{fold.fold}: the {network} of fold {fold.source_fold}, verified")
     print(f"Wrote {model}")
     print(f"  nnUNetv2_predict_from_modelfolder -m {model} -f {' '.join(str(f.fold) for f in exported)} -i IN -o OUT")

@@ -11,7 +11,10 @@ import re
 TRAINERS = {
     "nnUNetTrainerLabeledOnly": "labeled_only",
     "nnUNetTrainerCPS": "cps",
+    "nnUNetTrainerGACPS": "ga_cps",
+    "nnUNetTrainerURPC": "urpc",
     "nnUNetTrainerSHTA_CPS": "shta",
+    "nnUNetTrainerSASNet": "sasnet",
 }
 BASES = {"nnUNetTrainerSSL": "base"}
 

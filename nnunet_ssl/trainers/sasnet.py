@@ -1,0 +1,325 @@
+"""SASNet: Scale-aware Adaptive Supervised Network (Li, Shan, Li, Kinahan, Hong)."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import Tensor, nn
+
+from nnunet_ssl.losses.consistency import pseudo_label_consistency, segmentation_regression_consistency
+from nnunet_ssl.losses.ramps import sigmoid_rampup
+from nnunet_ssl.losses.sar import ConfidenceMemory, reweight, true_class_confidence
+from nnunet_ssl.losses.sdm import has_boundary, signed_distance_map
+from nnunet_ssl.networks.dual_branch import BranchOutputs, DualBranchUNet
+from nnunet_ssl.trainers.base import Batch, Stream, full_resolution, nnUNetTrainerSSL
+from nnunet_ssl.trainers.settings import SSLSettings
+from nnunet_ssl.unlabeled.coordinates import CoordinateLoader
+from nnunet_ssl.unlabeled.views import view_transform
+
+BRANCHES = ("high", "low")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SASNetSettings(SSLSettings):
+    """Settings of SASNet."""
+
+    sasnet_beta: float = 0.5  # beta, weight of L_seg of each branch
+    sasnet_gamma: float = 1.0  # gamma, full weight of L_plc and L_src
+    sasnet_rampup: float = 0.15  # share of the training over which gamma grows: 6,000 of the authors' 40,000 steps
+    sasnet_low_level_start: int = 1  # stages above the bottleneck where the low-level decoder starts; 0: no such branch
+    sasnet_sar: Literal["last_two", "running", "off"] = "last_two"  # memory of confidence: Eq. 4-5, or the code's blend
+    sasnet_alpha: float = 0.5  # alpha, Eq. 4-5
+    sasnet_memory_share: float = 0.1  # of the GPU's memory, else of RAM, that the memory may take; else it is on disk
+    sasnet_sdm: bool = True  # regression heads and L_src
+    sasnet_plc: Literal["sharpened", "plain", "off"] = "sharpened"  # L_plc: as implemented, or as Eq. 15
+    sasnet_temperature: float = 0.1  # T of the sharpening
+    sasnet_detach_target: bool = False  # whether the sharpened target stands still; the authors' code lets it move
+    sasnet_views: Literal["permute", "rotate", "off"] = "permute"  # view variance: as the authors' code, or Eq. 9-11
+    sasnet_view_angle: float = 30.0  # largest theta, Eq. 10, in degrees; nnU-Net's own rotations go as far
+
+    def problems(self) -> dict[str, str]:
+        """Values that cannot work."""
+        problems = super().problems()
+        if self.sasnet_low_level_start < 0:
+            problems["sasnet_low_level_start"] = "0 (no low-level branch) or more"
+        if self.sasnet_temperature <= 0:
+            problems["sasnet_temperature"] = "a positive number"
+        if not 0 <= self.sasnet_alpha <= 1:
+            problems["sasnet_alpha"] = "from 0 to 1"
+        if not 0 <= self.sasnet_memory_share <= 1:
+            problems["sasnet_memory_share"] = "from 0 (always on disk) to 1"
+        if not 0 < self.sasnet_view_angle <= 180:
+            problems["sasnet_view_angle"] = "above 0 and at most 180 degrees"
+        return problems
+
+
+class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
+    """SASNet: two decoders of different depth on one encoder teach each other, and their fusion's distance map both.
+
+    The network predicts the mean of the two branches' probabilities. Where the authors' code is wrong (confidences of
+    another case or branch, labels that were turned another way than their images), this one is not; docs/methods.md
+    lists what differs.
+    """
+
+    paper = "Li et al., Scale-aware Adaptive Supervised Network with Limited Medical Annotations"
+    Settings = SASNetSettings
+    supports_regions = False
+    inference_trainer = "nnUNetTrainerSASNet"  # its network is not the plans' own
+    settings: SASNetSettings
+    plans_network: DualBranchUNet
+
+    # ------------------------------------------------------------------ Section 3.1: dual-branch network
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+        low_level_start: int | None = None,
+    ) -> nn.Module:
+        """The plans' network with a low-level decoder; weights that are loaded into it set how deep that one is."""
+        network = nnUNetTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+        if low_level_start is None:
+            stages = getattr(getattr(network, "decoder", None), "stages", ())
+            low_level_start = min(1, max(0, len(stages) - 1))
+        return DualBranchUNet(network, low_level_start)
+
+    def initialize(self) -> None:
+        """As the base, with the depth of the low-level decoder that the settings name."""
+        self.build_network_architecture = functools.partial(
+            type(self).build_network_architecture, low_level_start=self.settings.sasnet_low_level_start
+        )
+        super().initialize()
+
+    def build_training_modules(self) -> dict[str, nn.Module]:
+        """A regression head for each branch: a convolution of one voxel and tanh, a channel a foreground class."""
+        modules = super().build_training_modules()
+        if self.settings.sasnet_sdm:
+            decoders = (self.plans_network.decoder, self.plans_network.low_decoder)
+            for name, decoder in zip(BRANCHES, decoders, strict=True):
+                if decoder is not None:
+                    with self.seeded("regression", name):
+                        head = decoder.seg_layers[-1]
+                        conv = type(head)(head.in_channels, self.label_manager.num_segmentation_heads - 1, 1)
+                        modules[f"regression_{name}"] = nn.Sequential(conv, nn.Tanh())
+        return modules
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Of both decoders."""
+        self.plans_network.set_deep_supervision(enabled)
+
+    # ------------------------------------------------------------------ Section 3.2: scale-aware adaptive reweight
+
+    @property
+    def uses_sar(self) -> bool:
+        """SAR weighs two branches against each other, for the distance map alone: without either it is not needed."""
+        settings = self.settings
+        return settings.sasnet_sar != "off" and settings.sasnet_sdm and settings.sasnet_low_level_start > 0
+
+    def labeled_loader(self) -> type[nnUNetDataLoader]:
+        """For SAR each voxel of a patch says where in its case it comes from."""
+        return CoordinateLoader if self.uses_sar else super().labeled_loader()
+
+    def on_train_start(self) -> None:
+        """Make room for the confidence of every labelled voxel."""
+        if not self.was_initialized:
+            self.initialize()
+        self.memory = self._confidence_memory() if self.uses_sar else None
+        super().on_train_start()
+
+    def _confidence_memory(self) -> ConfidenceMemory:
+        """On the device that trains, in RAM, or on disk: the first that has room within the settings' share."""
+        dataset, _ = self.get_tr_and_val_datasets()
+        shapes = {case: tuple(dataset.load_case(case)[0].shape[1:]) for case in dataset.identifiers}
+        rule, share = self.settings.sasnet_sar, self.settings.sasnet_memory_share
+        needed = ConfidenceMemory.bytes_needed(shapes, rule)
+        device, folder = "cpu", None
+        if self.device.type == "cuda" and needed <= share * torch.cuda.mem_get_info(self.device)[0]:
+            device = self.device
+        elif needed > share * psutil.virtual_memory().total / (dist.get_world_size() if self.is_ddp else 1):
+            folder = os.path.join(self.output_folder, f"confidence_memory_{self.local_rank}")
+            os.makedirs(folder, exist_ok=True)
+        self.print_to_log_file(
+            f"SASNet remembers the confidence of {len(shapes)} labelled cases: {needed / 2**20:.0f} MiB "
+            + (f"on disk in {folder}" if folder else f"on {device}")
+        )
+        return ConfidenceMemory(shapes, rule, device=device, folder=folder)
+
+    def _fused_labels(self, stream: Stream, high: Tensor, low: Tensor | None) -> Tensor:
+        """The class with the largest fused probability, ``[B, *patch]``.
+
+        Labelled: the weighted sum of Eq. 4-6; the softmax of Eq. 6 does not change which is the largest. Unlabelled:
+        the mean of both branches.
+        """
+        if low is None:
+            return high.argmax(1)
+        fused = (high + low).argmax(1)
+        if self.memory is None or stream.target is None:
+            return fused
+        before = torch.stack([self.memory.read(c, x) for c, x in zip(stream.cases, stream.coordinates, strict=True)])
+        labels = full_resolution(stream.target)[:, 0]
+        plain, fused = fused, reweight(low, high, before[:, 1], before[:, 0], self.settings.sasnet_alpha).argmax(1)
+        self.log_value("sar_changed", (fused != plain).float().mean())
+
+        now = torch.stack([true_class_confidence(p, labels) for p in (high, low)], 1)  # Eq. 7-8
+        ignored = (labels < 0) | (labels >= high.shape[1])
+        coordinates = stream.coordinates.masked_fill(ignored[:, None], float("nan"))
+        for case, x, confidence in zip(stream.cases, coordinates, now, strict=True):
+            self.memory.write(case, x, confidence)
+        for name, confidence in zip(BRANCHES, now.unbind(1), strict=True):
+            self.log_value(f"confidence_{name}", confidence.mean())
+        return fused
+
+    def training_state(self) -> dict[str, Any]:
+        """The memory of confidence."""
+        memory = {} if self.memory is None else {"memory": self.memory.state()}
+        return {**super().training_state(), **memory}
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """Take the memory back."""
+        super().load_training_state(state)
+        if self.memory is not None:
+            self.memory.load_state(state["memory"])
+
+    # ------------------------------------------------------------------ Section 3.3: view variance
+
+    def view_transform(self) -> BasicTransform | None:
+        """Axes exchanged, or the image turned in the frequency domain."""
+        plan = self.configuration_manager
+        transform = view_transform(
+            self.settings.sasnet_views, plan.patch_size, plan.spacing, self.settings.sasnet_view_angle
+        )
+        if transform is None and self.settings.sasnet_views != "off":
+            self.print_to_log_file(
+                f"SASNet: no two axes of '{self.configuration_name}' can be exchanged (patch {list(plan.patch_size)}, "
+                f"spacing {list(plan.spacing)}), so there is no view variance."
+            )
+        return transform
+
+    # ------------------------------------------------------------------ Section 3.4: objectives
+
+    def term_weights(self) -> dict[str, float]:
+        """beta L_seg + gamma (L_plc + L_src), gamma along a sigmoid."""
+        length = self.settings.sasnet_rampup * self.total_steps
+        gamma = self.settings.sasnet_gamma * sigmoid_rampup(self.global_step, length)
+        weights = {f"seg_{name}": self.settings.sasnet_beta for name in BRANCHES}
+        return {**super().term_weights(), **weights, "plc": gamma, "src": gamma}
+
+    def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        """A pass for each stream. What is taken on the whole batch is the mean over the two streams."""
+        two_branches = self.settings.sasnet_low_level_start > 0
+        uses_unlabeled = self.settings.sasnet_sdm or (two_branches and self.settings.sasnet_plc != "off")
+        for stream in batch if uses_unlabeled else (batch.labeled,):
+            branches = self.forward("first", stream)
+            yield self._terms(stream, branches)
+            del branches  # before the next forward
+
+    def _terms(self, stream: Stream, branches: tuple[BranchOutputs, ...]) -> dict[str, Tensor]:
+        terms = {}
+        if stream.target is not None:  # L_seg, Eq. 12-14: nnU-Net's own Dice and cross-entropy
+            for name, branch in zip(BRANCHES, branches, strict=False):
+                terms[f"seg_{name}"] = self.loss(branch.logits, stream.target)
+
+        probabilities = [torch.softmax(full_resolution(branch.logits).float(), 1) for branch in branches]
+        if self.settings.sasnet_plc != "off" and len(branches) == 2:  # L_plc, Eq. 15
+            high, low = probabilities
+            temperature = self.settings.sasnet_temperature if self.settings.sasnet_plc == "sharpened" else None
+            terms["plc"] = 0.5 * pseudo_label_consistency(low, high, temperature, self.settings.sasnet_detach_target)
+
+        if self.settings.sasnet_sdm:  # L_src, Eq. 16
+            sdm, present = self._distance_maps(stream, *(p.detach() for p in probabilities))
+            terms["src"] = 0.5 * sum(
+                segmentation_regression_consistency(
+                    self.training_modules[f"regression_{name}"](branch.feature), sdm, present
+                )
+                for name, branch in zip(BRANCHES, branches, strict=False)
+            )
+        return terms
+
+    @torch.no_grad()
+    def _distance_maps(self, stream: Stream, high: Tensor, low: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """P_sdm of each foreground class, ``[B, K - 1, *patch]``, and which of them have a boundary, ``[B, K - 1]``."""
+        fused = self._fused_labels(stream, high, low)
+        classes = torch.arange(1, high.shape[1], device=high.device)
+        masks = fused[:, None] == classes.view(-1, *[1] * (fused.ndim - 1))
+        flat = masks.flatten(0, 1)
+        sdm = signed_distance_map(flat, self.configuration_manager.spacing)
+        return sdm.view(masks.shape), has_boundary(flat).view(masks.shape[:2])
+
+    # ------------------------------------------------------------------ validation: high, low, and both
+
+    def validation_step(self, batch: dict) -> dict:
+        """nnU-Net's, for both branches together; and for each alone, to be logged."""
+        outputs = {}
+        if self.plans_network.low_decoder is not None:
+            for name in BRANCHES:
+                with self._branch(name):
+                    alone = super().validation_step(deepcopy(batch))  # nnU-Net overwrites ignored voxels of the target
+                outputs |= {f"{key}_{name}": alone[key] for key in ("tp_hard", "fp_hard", "fn_hard")}
+        return {**super().validation_step(batch), **outputs}
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        """As nnU-Net; and log the Dice of high, low and both."""
+        super().on_validation_epoch_end(val_outputs)
+        self.log_value("dice_both", float(self.logger.get_value("mean_fg_dice", step=-1)))
+        if self.plans_network.low_decoder is not None:
+            for name in BRANCHES:
+                tp, fp, fn = (sum(out[f"{key}_hard_{name}"] for out in val_outputs) for key in ("tp", "fp", "fn"))
+                with np.errstate(invalid="ignore"):
+                    self.log_value(f"dice_{name}", float(np.nanmean(2 * tp / (2 * tp + fp + fn))))
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """nnU-Net's validation of each branch, kept in ``validation_high`` and ``validation_low``, then of both."""
+        if self.plans_network.low_decoder is None:
+            return super().perform_actual_validation(save_probabilities)
+        folder = os.path.join(self.output_folder, "validation")
+        dice = {}
+        for name in BRANCHES:
+            with self._branch(name):
+                super().perform_actual_validation(False)
+            if self.is_ddp:
+                dist.barrier()
+            if self.local_rank == 0:
+                dice[name] = _foreground_dice(folder)
+                shutil.rmtree(f"{folder}_{name}", ignore_errors=True)
+                os.replace(folder, f"{folder}_{name}")
+            if self.is_ddp:
+                dist.barrier()
+        super().perform_actual_validation(save_probabilities)
+        if self.local_rank == 0:
+            dice["both"] = _foreground_dice(folder)
+            self.print_to_log_file("Validation Dice: " + ", ".join(f"{k} {v:.4f}" for k, v in dice.items()))
+
+    @contextmanager
+    def _branch(self, name: str) -> Iterator[None]:
+        self.plans_network.branch = name
+        try:
+            yield
+        finally:
+            self.plans_network.branch = "both"
+
+
+def _foreground_dice(folder: str) -> float:
+    """The mean that nnU-Net's validation wrote."""
+    with open(os.path.join(folder, "summary.json")) as file:
+        return json.load(file)["foreground_mean"]["Dice"]
