@@ -18,16 +18,24 @@ from nnunet_ssl.trainers.settings import SSLSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class CPSSettings(SSLSettings):
-    """Settings of CPS."""
+class CrossSupervisionSettings(SSLSettings):
+    """Settings of two networks that teach each other, whatever their losses."""
 
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"cps_weight": 0.1, "cps_rampup": 1.0, "cps_loss": "ce"}}
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"cps_weight": 0.1, "cps_rampup": 1.0}}
 
     cps_weight: float = 1.0  # weight of the cross term; 0.1 in the SHTA and GA papers' code, for other networks
     cps_rampup: float = 0.4  # share of the training over which the weight grows
-    cps_loss: Literal["dice_ce", "ce"] = "dice_ce"  # nnU-Net's own loss, or its cross-entropy alone as in the paper
     cps_on_labeled: bool = True  # the cross term also on labelled images, as in the paper
     cps_init: Literal["xavier", "he"] = "xavier"  # of the second network, beside a seed of its own; nnU-Net's is "he"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CPSSettings(CrossSupervisionSettings):
+    """Settings of CPS."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"cps_loss": "ce"}}
+
+    cps_loss: Literal["dice_ce", "ce"] = "dice_ce"  # nnU-Net's own loss, or its cross-entropy alone as in the paper
 
 
 class nnUNetTrainerCPS(nnUNetTrainerSSL):  # noqa: N801
@@ -96,7 +104,7 @@ class nnUNetTrainerCPS(nnUNetTrainerSSL):  # noqa: N801
         """What one network learns from one stream: its labels, if it has any, and the other network's."""
         terms = {}
         if stream.target is not None:
-            terms[supervised] = self.loss(outputs, stream.target)
+            terms[supervised] = self._supervised_loss(outputs, stream.target)
         if self._crosses(stream):
             share = 0.5 if self.settings.cps_on_labeled else 1.0
             terms["cps"] = share * self._cross_loss(full_resolution(outputs), labels)
@@ -111,7 +119,12 @@ class nnUNetTrainerCPS(nnUNetTrainerSSL):  # noqa: N801
         manager = self.label_manager
         return hard_pseudo_labels(full_resolution(outputs), manager.has_regions, manager.has_ignore_label)
 
+    def _supervised_loss(self, outputs: list[Tensor] | Tensor, target: list[Tensor] | Tensor) -> Tensor:
+        """L_sup of one network: nnU-Net's own loss."""
+        return self.loss(outputs, target)
+
     def _cross_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What one network learns from the other's pseudo-labels, at full resolution."""
         if self.settings.cps_loss == "ce":
             return pseudo_label_cross_entropy(logits, labels, self.label_manager.has_regions)
         at_full_resolution = self.loss.loss if self.enable_deep_supervision else self.loss

@@ -1,0 +1,73 @@
+"""URPC: the consistency of one network's predictions at several resolutions, rectified by their uncertainty.
+
+Source: Luo et al., "Efficient Semi-Supervised Gross Target Volume of Nasopharyngeal Carcinoma Segmentation via
+Uncertainty Rectified Pyramid Consistency" (MICCAI 2021), and the authors' code (SSL4MIS), which the equations below
+follow; E1 to E4 number what it computes:
+
+    E1  pbar  = 1/S sum_s p_s                                       p_s: probabilities of scale s at full resolution
+    E2  KL_s  = sum_c pbar log(pbar / p_s),   W_s = exp(-KL_s)      a map each
+    E3  L_s   = mean[(pbar - p_s)^2 W_s] / (mean[W_s] + 1e-8) + mean[KL_s]
+    E4  L     = 1/S sum_s L_s
+
+The means are over samples and voxels, that of the square over classes as well. Gradients flow through all of it: pbar,
+W_s and KL_s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def uncertainty_rectified_consistency(
+    logits: Sequence[Tensor],
+    kl: Literal["mean_to_scale", "scale_to_mean"] = "mean_to_scale",
+    detach_mean: bool = False,
+    regions: bool = False,
+) -> Tensor:
+    """How far the scales are from their mean, where they are sure (E1 to E4), in fp32 whatever autocast says.
+
+    Args:
+        logits: one a scale, ``[B, K, *spatial]`` each, 2D or 3D, full resolution first. Coarser ones are interpolated
+            to the size of the first.
+        kl: ``"mean_to_scale"`` is KL(pbar || p_s), E2, as the authors' code has it; ``"scale_to_mean"`` is
+            KL(p_s || pbar), as their paper writes it.
+        detach_mean: pbar gets no gradient, as if it came from a teacher.
+        regions: the channels are overlapping regions, each with a sigmoid: KL_s is the sum of the channels' binary
+            divergences, the square is the mean over channels.
+
+    Returns:
+        0-dim float32; 0 where all scales agree.
+
+    Raises:
+        ValueError: for fewer than two scales.
+    """
+    if len(logits) < 2:
+        raise ValueError(f"{len(logits)} scale given; a consistency needs two")
+    pyramid = torch.stack([_resize(scale.float(), logits[0].shape[2:]) for scale in logits])  # [S, B, K, *spatial]
+    # With regions, inside and outside of each are two classes; the square is the same for both, so its mean is too.
+    log_p = torch.cat([F.logsigmoid(pyramid), F.logsigmoid(-pyramid)], 2) if regions else pyramid.log_softmax(2)
+    log_mean = log_p.logsumexp(0) - math.log(len(logits))  # E1
+    if detach_mean:
+        log_mean = log_mean.detach()
+
+    mean, p = log_mean.exp(), log_p.exp()
+    log_ratio = log_mean - log_p
+    divergence = (mean * log_ratio if kl == "mean_to_scale" else -p * log_ratio).sum(2)  # E2, [S, B, *spatial]
+    certainty = torch.exp(-divergence)
+    square = (mean - p).square().mean(2)
+    over = list(range(1, divergence.ndim))
+    rectified = (square * certainty).mean(over) / (certainty.mean(over) + 1e-8) + divergence.mean(over)  # E3, [S]
+    return rectified.mean()  # E4
+
+
+def _resize(logits: Tensor, size: torch.Size) -> Tensor:
+    """Linear interpolation; to a size and not by a factor, since strides differ between axes."""
+    if logits.shape[2:] == size:
+        return logits
+    return F.interpolate(logits, size, mode="trilinear" if len(size) == 3 else "bilinear", align_corners=False)

@@ -1,0 +1,65 @@
+"""GA-CPS: CPS with gradient-aware losses (Qi, Wu, Chan, ECCV 2024)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from torch import Tensor
+
+from nnunet_ssl.losses.ga import GACELoss, GALoss, present_classes
+from nnunet_ssl.trainers.base import full_resolution
+from nnunet_ssl.trainers.cps import CrossSupervisionSettings, nnUNetTrainerCPS
+
+
+@dataclass(frozen=True, kw_only=True)
+class GACPSSettings(CrossSupervisionSettings):
+    """Settings of GA-CPS; weight and ramp-up as in CPS, so that the two differ by their losses alone."""
+
+    ga_topk: float = 10.0  # k: percentage of labelled voxels, the hardest, in the cross-entropy with labels
+    ga_gamma: float = 0.5  # gamma: share of the whole number of voxels in a class's normaliser
+
+    def problems(self) -> dict[str, str]:
+        """Values that cannot work."""
+        problems = super().problems()
+        if not 0 < self.ga_topk <= 100:
+            problems["ga_topk"] = "a percentage above 0 and at most 100"
+        if not 0 <= self.ga_gamma <= 1:
+            problems["ga_gamma"] = "from 0 to 1"
+        return problems
+
+
+class nnUNetTrainerGACPS(nnUNetTrainerCPS):  # noqa: N801
+    """GA-CPS: cross pseudo supervision whose losses give rare and absent classes a gradient of their own.
+
+    Labels: GACE of the hardest voxels plus GADice, at each scale of deep supervision with nnU-Net's weights.
+    Pseudo-labels: GACE of all voxels at full resolution, without a Dice. nnU-Net's validation loss stays nnU-Net's.
+
+    One departure from the authors' code, where the cross term counts the voxels of each class over labelled and
+    unlabelled images together: here each of the two is counted by itself and the mean is taken, as in CPS.
+    """
+
+    paper = "Qi et al., Gradient-Aware for Class-Imbalanced Semi-supervised Medical Image Segmentation, ECCV 2024"
+    Settings = GACPSSettings
+    supports_regions = False
+
+    def initialize(self) -> None:
+        """As CPS; and the losses, with nnU-Net's weights of the scales."""
+        super().initialize()
+        ignore_label = self.label_manager.ignore_label
+        self.supervised_loss = GALoss(self.settings.ga_topk, self.settings.ga_gamma, ignore_label)
+        if self.enable_deep_supervision:
+            self.supervised_loss = DeepSupervisionWrapper(self.supervised_loss, self.loss.weight_factors)
+        self.cross_loss = GACELoss(100, self.settings.ga_gamma)
+
+    def _supervised_loss(self, outputs: list[Tensor] | Tensor, target: list[Tensor] | Tensor) -> Tensor:
+        """GACE and GADice. Which classes are absent is decided at full resolution, for all scales."""
+        if not self.enable_deep_supervision:
+            return self.supervised_loss(outputs, target)
+        manager = self.label_manager
+        present = present_classes(full_resolution(target), manager.num_segmentation_heads, manager.ignore_label)
+        return self.supervised_loss(outputs, target, [present] * len(outputs))
+
+    def _cross_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """GACE of all voxels."""
+        return self.cross_loss(logits, labels)

@@ -1,0 +1,109 @@
+"""URPC: Uncertainty Rectified Pyramid Consistency (Luo et al., MICCAI 2021)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch.nn.functional as F
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from torch import Tensor, nn
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.losses.ramps import sigmoid_rampup
+from nnunet_ssl.losses.urpc import uncertainty_rectified_consistency
+from nnunet_ssl.trainers.base import Batch, nnUNetTrainerSSL
+from nnunet_ssl.trainers.settings import SSLSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class URPCSettings(SSLSettings):
+    """Settings of URPC."""
+
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"urpc_dropout": (0.5, 0.3, 0.2, 0.1)}}
+
+    urpc_weight: float = 0.1  # lambda
+    urpc_rampup: float = 1.0  # share of the training over which lambda grows: all of it in every released variant
+    urpc_scales: int = 4  # S; fewer where the network has fewer
+    urpc_kl: Literal["mean_to_scale", "scale_to_mean"] = "mean_to_scale"  # the code's KL(pbar || p_s); the paper's
+    urpc_detach_mean: bool = False  # no gradient through pbar
+    urpc_dropout: tuple[float, ...] = ()  # before the heads of the scales in training, the last is full resolution's
+
+    def problems(self) -> dict[str, str]:
+        """Values that cannot work."""
+        problems = super().problems()
+        if self.urpc_scales < 2:
+            problems["urpc_scales"] = "at least 2"
+        if not all(0 <= p < 1 for p in self.urpc_dropout):
+            problems["urpc_dropout"] = "a list of probabilities below 1"
+        return problems
+
+
+class nnUNetTrainerURPC(nnUNetTrainerSSL):  # noqa: N801
+    """URPC: one network whose predictions at several resolutions shall agree on unlabelled images.
+
+    The pyramid is nnU-Net's deep supervision: its outputs at the highest resolutions. The lowest, to which nnU-Net
+    gives no weight, is left out; in a network of three stages, which has two outputs, it is part of the pyramid and
+    gets half the weight of the other, so that every scale of the pyramid learns from labels.
+
+    Departures from the authors' code: labels are compared with each scale at its own resolution and with nnU-Net's
+    loss and weights, where the code interpolates all predictions and weights them alike. Dropout, if asked for, is
+    before the heads, so that deeper scales do not add theirs to the shallower.
+
+    Raises:
+        UserError: at the start, for a network without two outputs, or dropout without ``decoder.seg_layers``.
+    """
+
+    paper = "Luo et al., Semi-Supervised Segmentation via Uncertainty Rectified Pyramid Consistency, MICCAI 2021"
+    Settings = URPCSettings
+
+    def initialize(self) -> None:
+        """As the base; then the pyramid and the dropout before its heads."""
+        super().initialize()
+        outputs = len(self._get_deep_supervision_scales() or [])
+        if outputs < 2:
+            raise UserError(
+                f"{type(self).__name__} compares a network's outputs at several resolutions, and that of "
+                f"'{self.configuration_name}' in {self.plans_manager.plans_name} gives {max(outputs, 1)}; use plans "
+                "with at least three stages, with deep supervision, or nnUNetTrainerCPS."
+            )
+        self.num_scales = max(2, min(self.settings.urpc_scales, outputs - 1))
+        if self.num_scales == outputs:
+            self.loss = DeepSupervisionWrapper(self.loss.loss, (2 / 3, 1 / 3))
+        if self.settings.urpc_dropout:
+            self._drop_features()
+
+    def _drop_features(self) -> None:
+        heads = getattr(getattr(self.plans_network, "decoder", None), "seg_layers", None)
+        if heads is None:
+            raise UserError(
+                f"urpc_dropout cannot be used with the {type(self.plans_network).__name__} of "
+                f"{self.plans_manager.plans_name}, which has no decoder.seg_layers; set it to []."
+            )
+        full_resolution_first = list(heads)[::-1][: self.num_scales]
+        for head, p in zip(full_resolution_first, reversed(self.settings.urpc_dropout), strict=False):
+            # before other hooks, so that what reads the head's input sees what the head sees
+            head.register_forward_pre_hook(partial(drop_channels_in_training, p), prepend=True)
+
+    def term_weights(self) -> dict[str, float]:
+        """lambda grows along a sigmoid."""
+        length = self.settings.urpc_rampup * self.total_steps
+        return {**super().term_weights(), "urpc": self.settings.urpc_weight * sigmoid_rampup(self.global_step, length)}
+
+    def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        """A pass for the labels, one for the consistency on unlabelled images."""
+        yield {"sup": self.loss(self.forward("first", batch.labeled), batch.labeled.target)}
+
+        pyramid = self.forward("first", batch.unlabeled)[: self.num_scales]
+        settings, regions = self.settings, self.label_manager.has_regions
+        yield {"urpc": uncertainty_rectified_consistency(pyramid, settings.urpc_kl, settings.urpc_detach_mean, regions)}
+
+
+def drop_channels_in_training(p: float, module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None:
+    """A forward pre-hook: dropout of whole channels of ``[B, C, *spatial]`` while ``module`` is in training."""
+    if not module.training:
+        return None
+    (feature,) = inputs
+    return (F.dropout3d if feature.ndim == 5 else F.dropout2d)(feature, p)
