@@ -87,6 +87,7 @@ setup(
         "matplotlib",
         "nibabel",  # reads NIfTI headers and data to the end: SimpleITK passes over truncated files in silence
         "filelock",
+        "edt>=3.0",  # exact distance transforms on the CPU, several times as fast as scipy's
         "psutil",
     ],
     extras_require={"dev": ["pytest", "pytest-timeout", "ruff", "pre-commit", "setuptools>=77"]},
