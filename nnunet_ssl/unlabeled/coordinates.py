@@ -89,8 +89,8 @@ def homogeneous_coordinates(lower: Sequence[int], case_shape: Sequence[int], pat
         float32 ``[case_dim + 1, *patch_shape]``.
     """
     sizes = [*[1] * (len(case_shape) - len(patch_shape)), *patch_shape]
-    axes = [torch.arange(start, start + n) for start, n in zip(lower, sizes, strict=True)]
+    axes = [torch.arange(start, start + n, dtype=torch.float32) for start, n in zip(lower, sizes, strict=True)]
+    inside_along = [(x >= 0) & (x < n) for x, n in zip(axes, case_shape, strict=True)]
     position = torch.meshgrid(*axes, indexing="ij")
-    inside = torch.meshgrid(*((x >= 0) & (x < n) for x, n in zip(axes, case_shape, strict=True)), indexing="ij")
-    inside = torch.stack(inside).all(0)
-    return (torch.stack([*position, torch.ones_like(position[0])]) * inside).float().reshape(-1, *patch_shape)
+    inside = torch.stack(torch.meshgrid(*inside_along, indexing="ij")).all(0)
+    return torch.stack([*position, torch.ones(sizes)]).mul_(inside).reshape(-1, *patch_shape)
