@@ -52,7 +52,7 @@ def read_protocol(data: Path) -> dict[str, Any]:
     return protocol
 
 
-def check_case(data: Path, case: str) -> list[str]:
+def check_case(data: Path, case: str, labels: dict[str, int]) -> list[str]:
     """Read a case's image and label; returns what is wrong with them, an empty list where nothing is."""
     files = [data / folder / f"{case}.nii.gz" for folder in ("images", "labels")]
     missing = [str(file) for file in files if not file.is_file()]
@@ -67,13 +67,15 @@ def check_case(data: Path, case: str) -> list[str]:
         problems.append(f"{case}: image and label differ in size or spacing.")
     if not np.isfinite(nibabel.load(files[0]).get_fdata()).all():  # SimpleITK reads such voxels as 0
         problems.append(f"{case}: the image holds NaN or infinite voxels.")
-    foreign = set(np.unique(sitk.GetArrayViewFromImage(label)).tolist()) - set(LABELS.values())
+    foreign = set(np.unique(sitk.GetArrayViewFromImage(label)).tolist()) - set(labels.values())
     if foreign:
-        problems.append(f"{case}: the label holds {sorted(foreign)}, expected {sorted(LABELS.values())}.")
+        problems.append(f"{case}: the label holds {sorted(foreign)}, expected {sorted(labels.values())}.")
     return problems
 
 
-def write_dataset(data: Path, protocol: dict[str, Any], order: list[str], labeled: int, target: Path) -> None:
+def write_dataset(
+    data: Path, protocol: dict[str, Any], order: list[str], labeled: int, target: Path, about: dict[str, Any]
+) -> None:
     """Write the raw dataset, complete or not at all.
 
     Args:
@@ -82,6 +84,7 @@ def write_dataset(data: Path, protocol: dict[str, Any], order: list[str], labele
         order: the training cases; the first ``labeled`` keep their labels.
         labeled: how many.
         target: the dataset's folder, which must not exist yet.
+        about: further entries of dataset.json.
     """
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -99,17 +102,20 @@ def write_dataset(data: Path, protocol: dict[str, Any], order: list[str], labele
                 sitk.WriteImage(label, str(labels / f"{case}.nii.gz"))
     dataset_json = {
         "channel_names": {"0": "MRI"},
-        "labels": LABELS,
         "numTraining": labeled,
         "file_ending": ".nii.gz",
-        "reference": "Medical Segmentation Decathlon, task 4",
-        "licence": "CC-BY-SA 4.0",
+        **about,
     }
     (partial / "dataset.json").write_text(json.dumps(dataset_json, indent=2))
     partial.rename(target)
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(
+    argv: list[str] | None = None,
+    title: str = "Hippocampus",
+    labels: dict[str, int] = LABELS,
+    reference: str = "Medical Segmentation Decathlon, task 4, CC-BY-SA 4.0",
+) -> None:
     """Check the data, then write the dataset and its one fold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with images/, labels/ and protocol.json")
@@ -127,9 +133,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--seed {args.seed}: {args.data / 'protocol.json'} has orders 0 to {len(orders) - 1}.")
     order = orders[args.seed]
     if args.labeled == "all":
-        labeled, name = len(order), "HippocampusAllLabels"
+        labeled, name = len(order), f"{title}AllLabels"
     elif args.labeled.isdecimal() and 1 <= int(args.labeled) < len(order):
-        labeled, name = int(args.labeled), f"HippocampusSeed{args.seed}Labeled{args.labeled}"
+        seed = f"Seed{args.seed}" if len(orders) > 1 else ""
+        labeled, name = int(args.labeled), f"{title}{seed}Labeled{args.labeled}"
     else:
         raise UserError(f"--labeled {args.labeled}: expected 1 to {len(order) - 1}, or 'all'.")
 
@@ -138,13 +145,13 @@ def main(argv: list[str] | None = None) -> None:
         taken = sorted(folder.glob(f"Dataset{args.dataset_id:03d}_*"))
         if taken:
             raise UserError(f"{taken[0]} exists: choose another -d, or remove it first.")
-    problems = [text for case in order + protocol["test"] for text in check_case(args.data, case)]
+    problems = [text for case in order + protocol["test"] for text in check_case(args.data, case, labels)]
     if problems:
         raise UserError("nothing was written:\n" + "\n".join(problems))
 
     target = Path(os.environ["nnUNet_raw"]) / dataset
     target.parent.mkdir(parents=True, exist_ok=True)
-    write_dataset(args.data, protocol, order, labeled, target)
+    write_dataset(args.data, protocol, order, labeled, target, {"labels": labels, "reference": reference})
     prepared = Path(os.environ["nnUNet_preprocessed"]) / dataset
     prepared.mkdir(parents=True, exist_ok=True)
     fold = {"train": sorted(order[:labeled]), "val": sorted(order[:labeled][:VALIDATION_CASES])}
