@@ -1,0 +1,186 @@
+"""GA-CPS: CPS with other losses, and nothing else."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from test_resume import train, weights
+from test_step import a_batch, gradients, parameters
+from test_urpc import with_stages
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.losses.ga import GACELoss, GADiceLoss, present_classes
+
+NAME = "nnUNetTrainerGACPS"
+
+
+@pytest.mark.parametrize("kind", ["3d", "2d", "multichannel", "anisotropic", "ignore", "resenc"])
+def test_every_kind_of_data_trains_and_its_terms_are_logged(tiny, make_trainer, kind):
+    trainer = make_trainer(NAME, tiny(kind))
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    assert all(trainer.train_step(next(trainer.dataloader_train))["loss"].isfinite() for _ in range(2))
+    values = trainer._mean_values()
+    assert set(values) == {"loss_sup", "loss_sup_second", "loss_cps", "weight_cps"}
+    assert all(0 < value < 20 for value in values.values())
+
+
+def test_regions_are_refused_in_a_sentence(tiny, make_trainer):
+    with pytest.raises(UserError, match=r"nnUNetTrainerGACPS cannot train the region-based.*nnUNetTrainerCPS"):
+        make_trainer(NAME, tiny("regions"))
+
+
+@pytest.mark.parametrize("kind", ["3d", "2d"])
+def test_a_step_moves_every_parameter_of_both_networks(tiny, make_trainer, kind):
+    trainer = make_trainer(NAME, tiny(kind))
+    before = {n: p.detach().clone() for n, p in parameters(trainer).items()}
+    trainer.train_step(a_batch(trainer))
+    still = [n for n, p in parameters(trainer).items() if torch.equal(p, before[n])]
+    assert all("seg_layers.0." in n for n in still), still  # nnU-Net gives the lowest resolution no weight
+
+
+@pytest.mark.parametrize("settings", [{}, {"cps_on_labeled": False}])
+def test_lean_and_joint_passes_give_the_same_gradients(tiny, make_trainer, settings):
+    lean, joint = (
+        gradients(trainer, a_batch(trainer))
+        for trainer in (
+            make_trainer(NAME, tiny(), settings={"cps_rampup": 0.0, **settings, "passes": passes})
+            for passes in ("lean", "joint")
+        )
+    )
+    assert any(g is not None and g.abs().max() > 0 for n, g in lean.items() if "second" in n)
+    for name in lean:
+        torch.testing.assert_close(lean[name], joint[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def vanishing(trainer):
+    """A batch in which class 2 has one voxel at full resolution and none below, and class 1 is absent."""
+    batch = a_batch(trainer)
+    batch["target"] = [torch.zeros_like(t) for t in batch["target"]]
+    batch["target"][0][(0, 0, *[5] * (batch["data"].ndim - 2))] = 2
+    return batch
+
+
+@pytest.mark.parametrize("make_batch", [a_batch, vanishing])
+def test_both_networks_learn_what_the_losses_say(tiny, make_trainer, make_batch):
+    """Term by term from the outputs of the networks: nnU-Net's weights of the scales, presence at full resolution."""
+    trainer = make_trainer(NAME, with_stages(tiny(), 4), settings={"ga_topk": 20.0, "ga_gamma": 0.25})
+    assert trainer.loss.weight_factors == pytest.approx([2 / 3, 1 / 3, 0])
+    batch = make_batch(trainer)
+    with torch.no_grad():
+        first, second = (
+            [net(batch[stream]) for stream in ("data", "unlabeled")]
+            for net in (trainer.plans_network, trainer.training_modules["second"])
+        )
+    ce, dice, cross = GACELoss(20, 0.25), GADiceLoss(), GACELoss(100, 0.25)
+    present = present_classes(batch["target"][0], 3)
+    supervised = [
+        sum(
+            w * (ce(x, y) + dice(x, y, present))
+            for w, x, y in zip((2 / 3, 1 / 3), outputs, batch["target"][:2], strict=False)
+        ).item()
+        for outputs in (first[0], second[0])
+    ]
+    crossed = sum(
+        cross(a[0], b[0].argmax(1, keepdim=True)) + cross(b[0], a[0].argmax(1, keepdim=True))
+        for a, b in zip(first, second, strict=True)
+    )
+    terms = list(trainer.losses(trainer._to_device(batch)))
+    assert [sorted(t) for t in terms] == [["cps", "sup"], ["cps"], ["cps", "sup_second"], ["cps"]]
+    assert terms[0]["sup"].item() == pytest.approx(supervised[0], rel=1e-5)
+    assert terms[2]["sup_second"].item() == pytest.approx(supervised[1], rel=1e-5)
+    assert sum(t["cps"] for t in terms).item() == pytest.approx(crossed.item() / 2, rel=1e-5)
+
+
+def test_nnunets_validation_loss_stays_nnunets(tiny, make_trainer):
+    trainer, cps = (make_trainer(name, tiny()) for name in (NAME, "nnUNetTrainerCPS"))
+    batch = a_batch(trainer)
+    with torch.no_grad():
+        for t in (trainer, cps):
+            t.on_validation_epoch_start()
+        assert trainer.validation_step(batch)["loss"] == cps.validation_step(batch)["loss"]
+
+
+def test_without_deep_supervision_the_losses_are_those_of_the_only_scale(tiny, make_trainer):
+    trainer = make_trainer(NAME, tiny(), initialize=False)
+    trainer.enable_deep_supervision = False
+    trainer.initialize()
+    batch = a_batch(make_trainer(NAME, tiny()))
+    batch["target"] = batch["target"][0]
+    with torch.no_grad():
+        outputs = trainer.plans_network(batch["data"])
+    expected = GACELoss(10)(outputs, batch["target"]) + GADiceLoss()(outputs, batch["target"])
+    assert next(iter(trainer.losses(trainer._to_device(batch))))["sup"].item() == pytest.approx(expected.item())
+    assert trainer.train_step(batch)["loss"].isfinite()
+
+
+def test_it_starts_from_the_weights_of_cps(tiny, make_trainer):
+    ours, cps = (parameters(make_trainer(name, tiny())) for name in (NAME, "nnUNetTrainerCPS"))
+    assert ours.keys() == cps.keys()
+    assert all(torch.equal(p, cps[n]) for n, p in ours.items())
+
+
+def test_its_settings_are_those_of_the_networks_and_of_its_losses(tiny, make_trainer):
+    paper = make_trainer(NAME, tiny(), settings={"preset": "paper"}, initialize=False).settings
+    assert (paper.cps_weight, paper.cps_rampup, paper.ga_topk, paper.ga_gamma) == (0.1, 1.0, 10.0, 0.5)
+    for wrong in ({"cps_loss": "ce"}, {"ga_topk": 0}, {"ga_topk": 100.5}, {"ga_gamma": -1}):
+        with pytest.raises(UserError, match=next(iter(wrong))):
+            make_trainer(NAME, tiny(), settings=wrong, initialize=False)
+
+
+def test_a_step_under_bfloat16_autocast(tiny, make_trainer, monkeypatch):
+    trainer = make_trainer(NAME, tiny())
+    monkeypatch.setattr(trainer, "autocast", lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+    assert trainer.train_step(a_batch(trainer))["loss"].isfinite()
+    assert all(p.isfinite().all() for p in parameters(trainer).values())
+
+
+def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tiny, make_trainer):
+    name, settings = f"{NAME}_2epochs", {"save_every": 1}
+    stopped = make_trainer(name, tiny(), settings=settings)
+    train(stopped, until=1)
+    folder = Path(stopped.output_folder)
+    again = make_trainer(name, tiny(), settings=settings)
+    again.load_checkpoint(str(folder / "checkpoint_latest.pth"))
+    train(again)
+    continued = weights(folder)
+    train(make_trainer(name, tiny(), settings=settings))
+    assert all(torch.equal(w, continued[n]) for n, w in weights(folder).items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["3d", "2d"])
+@pytest.mark.parametrize("name", [f"{NAME}_2epochs"])
+def test_nnunets_commands_train_continue_validate_and_predict(tiny_copy, run_nnunet, tmp_path, name, kind):
+    """Also of nnUNetTrainerURPC, see test_urpc.py."""
+    commands_work(tiny_copy(kind), run_nnunet, tmp_path, name, {"loss_sup", "loss_sup_second", "loss_cps"})
+
+
+def commands_work(dataset, run_nnunet, tmp_path, name, terms):
+    """Train two epochs, as if killed after the first; continue, validate, and predict with the plain checkpoint."""
+    job = [dataset.id, dataset.configuration, 0, "-tr", name, "-device", "cpu"]
+    run_nnunet("nnUNetv2_train", *job, settings={"keep_epochs": [1]})
+    fold = next(dataset.folders.results.glob(f"{dataset.name}/{name}__*/fold_0"))
+    finished = weights(fold)
+    for stem in ("", "_ssl"):
+        (fold / f"checkpoint_epoch1{stem}.pth").rename(fold / f"checkpoint_latest{stem}.pth")
+        (fold / f"checkpoint_final{stem}.pth").unlink()
+    run_nnunet("nnUNetv2_train", *job, "--c")
+    continued = weights(fold)
+    assert all(torch.equal(w, continued[n]) for n, w in finished.items())
+    with open(fold / "ssl_log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert terms <= set(rows[0])
+    (fold / "validation" / "summary.json").unlink()
+    run_nnunet("nnUNetv2_train", *job, "--val")
+    assert (fold / "validation" / "summary.json").is_file()
+    assert torch.load(fold / "checkpoint_final.pth", weights_only=False)["trainer_name"] == "nnUNetTrainer"
+    run_nnunet(
+        "nnUNetv2_predict", "-d", dataset.id, "-c", dataset.configuration, "-f", 0, "-tr", name, "-device", "cpu",
+        "-i", dataset.raw / "imagesTs", "-o", tmp_path / "out", "--disable_tta", "-npp", 1, "-nps", 1,
+    )  # fmt: skip
+    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == dataset.recipe.test
