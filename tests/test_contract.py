@@ -47,6 +47,11 @@ BODIES = [
     Body(f"{TRAINER}.initialize", f"{BASE}: initialize", ("5732dd44ffbbbf74",)),
     Body(f"{TRAINER}.configure_optimizers", f"{BASE}: _configure_training_optimizer", ("48c2f8330a832a21",)),
     Body(f"{TRAINER}.get_dataloaders", f"{BASE}: get_dataloaders, _start", ("5f59e2b907cfa2d1",)),
+    Body(
+        f"{TRAINER}.configure_rotation_dummyDA_mirroring_and_inital_patch_size",
+        "nnunet_ssl/trainers/magicnet.py: the same name",
+        ("d97ac04b489dc23e",),
+    ),
     Body(f"{TRAINER}.run_training", f"{BASE}: the step, once an epoch", ("135206abd4ea62ec",)),
     Body(f"{TRAINER}.on_train_start", f"{BASE}: on_train_start", ("cbf4259a673f7a87",)),
     Body(f"{TRAINER}.on_train_end", f"{BASE}: on_train_end", ("7dad4959ee6bd45a",)),

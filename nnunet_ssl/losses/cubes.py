@@ -1,6 +1,6 @@
 """MagicNet's cubes: cutting and putting back, exchange between images, their location, blended pseudo-labels.
 
-Source: Chen, Bai, Wu, Gao, Zhu, Wang, "MagicNet: Semi-Supervised Multi-Organ Segmentation via Magic-Cube Partition and
+Source: Chen, Bai, Shen, Li, Yu, Wang, "MagicNet: Semi-Supervised Multi-Organ Segmentation via Magic-Cube Partition and
 Recovery" (CVPR 2023). One order of cubes holds in this whole file: row-major over their positions, the last axis
 fastest, as ``torch.arange(N).reshape(counts)`` counts them.
 """

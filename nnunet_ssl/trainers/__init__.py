@@ -14,6 +14,7 @@ TRAINERS = {
     "nnUNetTrainerGACPS": "ga_cps",
     "nnUNetTrainerURPC": "urpc",
     "nnUNetTrainerSHTA_CPS": "shta",
+    "nnUNetTrainerMagicNet": "magicnet",
     "nnUNetTrainerSASNet": "sasnet",
 }
 BASES = {"nnUNetTrainerSSL": "base"}

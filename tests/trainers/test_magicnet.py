@@ -1,0 +1,475 @@
+"""MagicNet: what each term sees and moves, blended labels of the right image, the teacher, resuming, real commands."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from test_resume import assert_equal, train, weights
+from test_step import a_batch, gradients, parameters
+
+import nnunet_ssl.trainers
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.losses.cubes import blended_pseudo_labels, class_weights, partition, recover
+from nnunet_ssl.trainers.magicnet import MagicNetSettings, nnUNetTrainerMagicNet
+from nnunet_ssl.trainers.shta import SHTAMixin, SHTASettings
+
+NAME = "nnUNetTrainerMagicNet"
+TERMS = ["sup", "within", "location", "cross", "consistency"]
+NOW = {"magicnet_rampup": 0.0, "magicnet_blend_start": 0}
+
+
+@pytest.fixture
+def magicnet(tiny, make_trainer):
+    """A trainer on a tiny dataset, at full weights and with blending from the first step."""
+
+    def make(kind="3d", name=NAME, **settings):
+        torch.manual_seed(0)  # of the noise and the exchange in a step
+        return make_trainer(name, tiny(kind), settings={**NOW, **settings})
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["3d", "2d", "anisotropic", "ignore", "multichannel", "png", "resenc"])
+def test_two_steps_on_every_kind_of_data(magicnet, kind):
+    trainer = magicnet(kind)
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    rows = []
+    for _ in range(2):
+        before = {n: p.detach().clone() for n, p in parameters(trainer).items()}
+        assert trainer.train_step(next(trainer.dataloader_train))["loss"].isfinite()
+        rows.append(trainer._mean_values())
+        still = [n for n, p in parameters(trainer).items() if torch.equal(p, before[n])]
+        assert all("seg_layers.0." in n for n in still), still  # no weight at the lowest resolution
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    for term in TERMS:
+        assert rows[0][f"loss_{term}"] != rows[1][f"loss_{term}"]
+        assert f"weight_{term}" in rows[0]
+    assert 0 <= rows[0]["location_accuracy"] <= 1
+    assert 0 <= rows[1]["blend_changed"] <= 1
+
+
+def test_region_labels_are_refused(tiny, make_trainer):
+    with pytest.raises(UserError, match="region-based labels"):
+        make_trainer(NAME, tiny("regions"))
+
+
+def gradients_of_terms(trainer, batch):
+    """For each term the names of the parameters that it moves."""
+    moved = {}
+    for terms in trainer.losses(trainer._to_device(batch)):
+        for term, value in terms.items():
+            everything = parameters(trainer)
+            learnt = {n: p for n, p in everything.items() if p.requires_grad}
+            grads = torch.autograd.grad(value, learnt.values(), retain_graph=True, allow_unused=True)
+            names = {n for n, g in zip(learnt, grads, strict=True) if g is not None and g.abs().max() > 0}
+            moved.setdefault(term, []).append(names)
+    return moved
+
+
+def test_which_term_moves_what(magicnet):
+    trainer = magicnet()
+    moved = gradients_of_terms(trainer, a_batch(trainer))
+    assert list(moved) == TERMS
+    names = set(dict(trainer.plans_network.named_parameters()))
+    head = "decoder.seg_layers.1.weight"
+    assert head in names
+    encoder = {n for n in names if n.startswith("encoder.") and n.endswith("conv.weight")}
+    decoder = {n for n in names if n.startswith("decoder.stages.") and n.endswith("conv.weight")}
+    location = {f"training.location.{n}" for n, _ in trainer.training_modules["location"].named_parameters()}
+    assert encoder
+    assert decoder
+    for term in ("sup", "within", "cross", "consistency"):
+        (of_term,) = moved[term]
+        assert encoder | decoder | {head} <= of_term, term
+        assert of_term <= names, term
+    for of_term in moved["location"]:  # of labelled and of unlabelled images
+        assert encoder | location <= of_term
+        assert not any(n.startswith("decoder.stages") or "seg_layers" in n for n in of_term)
+
+
+def test_the_teacher_moves_by_its_average_alone(magicnet):
+    trainer = magicnet(magicnet_ema_decay=0.4)
+    teacher, student = trainer.training_modules["teacher"].network, trainer.plans_network
+    expected = None
+    for step in range(3):
+        trainer.train_step(a_batch(trainer, step))
+        decay = min(1 - 1 / (step + 1), 0.4)
+        now = {n: p.detach().clone() for n, p in student.named_parameters()}
+        expected = now if expected is None else {n: decay * expected[n] + (1 - decay) * now[n] for n in now}
+        for n, p in teacher.named_parameters():
+            torch.testing.assert_close(p, expected[n], rtol=1e-5, atol=1e-6)
+            assert p.grad is None
+            assert not p.requires_grad
+    assert trainer.training_modules["location"].head[0].weight.grad is not None
+
+
+def test_the_teacher_begins_with_pretrained_weights(magicnet, monkeypatch):
+    trainer = magicnet()
+    with torch.no_grad():
+        for p in trainer.plans_network.parameters():  # as -pretrained_weights, after initialize
+            p.normal_()
+    pretrained = {n: p.detach().clone() for n, p in trainer.plans_network.named_parameters()}
+    steps = trainer.losses(trainer._to_device(a_batch(trainer)))
+    next(steps)
+    for n, p in trainer.training_modules["teacher"].network.named_parameters():
+        assert torch.equal(p, pretrained[n])
+
+
+def hand_recovered(network, images, counts, stride):
+    """The network on each cube of each image, one at a time, set back by slices."""
+    whole = []
+    for image in images:
+        size = [n // c for n, c in zip(image.shape[1:], counts, strict=True)]
+        out = None
+        for index in torch.cartesian_prod(*map(torch.arange, counts)).reshape(-1, len(counts)).tolist():
+            where = (slice(None), *(slice(i * s, (i + 1) * s) for i, s in zip(index, size, strict=True)))
+            logits = network(image[where][None])[0][0]
+            out = torch.zeros(len(logits), *image.shape[1:]) if out is None else out
+            out[where] = logits
+        whole.append(out)
+    return torch.stack(whole)
+
+
+@pytest.mark.parametrize("kind", ["3d", "2d", "anisotropic"])
+def test_cube_by_cube_is_each_cube_of_each_image_in_its_place(magicnet, kind):
+    trainer = magicnet(kind)
+    images = a_batch(trainer)["data"]
+    assert max(trainer.within_counts) > 1
+    with torch.no_grad():
+        logits, _ = trainer._cube_by_cube(images)
+        expected = hand_recovered(trainer.plans_network, images, trainer.within_counts, trainer.total_stride)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["3d", "2d"])
+def test_recovered_logits_are_the_head_on_recovered_embeddings(magicnet, kind):
+    """The paper recovers embeddings and classifies them; the last layer acts on single voxels."""
+    trainer = magicnet(kind)
+    network, counts = trainer.plans_network, trainer.within_counts
+    images = a_batch(trainer)["unlabeled"]
+    kept = []
+    hook = network.decoder.seg_layers[-1].register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+    with torch.no_grad():
+        logits, _ = trainer._cube_by_cube(images)
+        hook.remove()
+        embeddings = recover(kept[0].unflatten(0, (len(images), -1)), counts)
+        torch.testing.assert_close(logits, network.decoder.seg_layers[-1](embeddings), rtol=1e-4, atol=1e-5)
+
+
+def test_exchanged_patches_are_seen_and_every_voxel_returns_to_its_image(magicnet, monkeypatch):
+    trainer = magicnet()
+    batch = a_batch(trainer)
+    images = torch.cat([batch["data"], batch["unlabeled"]])
+    seen = []
+    # instead of the network one that says who a voxel is: its value, in every class
+    monkeypatch.setattr(trainer, "forward", lambda name, stream: seen.append(stream.images) or [3 * stream.images])
+    of_labeled, of_unlabeled = trainer._exchanged(batch["data"], batch["unlabeled"])
+    assert torch.equal(of_labeled, 3 * batch["data"])
+    assert torch.equal(of_unlabeled, 3 * batch["unlabeled"])
+    mixed = torch.cat(seen)
+    assert not torch.equal(mixed, images)
+    per_position, originals = partition(mixed, trainer.cross_counts), partition(images, trainer.cross_counts)
+    for n in range(per_position.shape[1]):  # the same cubes at each position, in another order
+        assert {tuple(c.flatten().tolist()) for c in per_position[:, n]} == {
+            tuple(c.flatten().tolist()) for c in originals[:, n]
+        }
+
+
+def test_pseudo_labels_blend_the_cubes_of_the_same_unlabelled_images(magicnet):
+    """A released fork blended the cubes of labelled images in."""
+    trainer = magicnet(magicnet_noise=0.0)
+    batch = a_batch(trainer)
+    counts = torch.tensor([70.0, 40.0, 10.0])
+    teacher = trainer.training_modules["teacher"]
+    teacher.class_counts.copy_(counts)
+    with torch.no_grad():
+        for p in teacher.network.parameters():  # a teacher that differs from the student
+            p.mul_(1.1)
+        _, labels = labels_of_step(trainer, batch)
+        for b in range(len(batch["unlabeled"])):
+            image = batch["unlabeled"][b : b + 1]
+            cubes = hand_recovered(trainer.plans_network, image, trainer.within_counts, trainer.total_stride)
+            t = teacher(image)
+            omega = (counts / counts.max())[t.argmax(1)][:, None]
+            expected = ((1 - omega) * t + omega * cubes).argmax(1, keepdim=True)
+            assert (labels[b : b + 1] == expected).float().mean() > 0.999  # ties in float32
+            assert (labels[b : b + 1] != t.argmax(1, keepdim=True)).float().mean() > 0.01
+        foreign = hand_recovered(trainer.plans_network, batch["data"], trainer.within_counts, trainer.total_stride)
+        wrong = blended_pseudo_labels(teacher(batch["unlabeled"]), foreign, class_weights(counts))
+        assert (labels != wrong).float().mean() > 0.01
+
+
+def labels_of_step(trainer, batch):
+    """The terms of a step's last pass, and the pseudo-labels that it learnt from."""
+    trainer.global_step = 1  # or the teacher would begin anew
+    labels, real = [], trainer._pseudo_labels
+    trainer._pseudo_labels = lambda *args: labels.append(real(*args)) or labels[-1]
+    terms = list(trainer.losses(trainer._to_device(batch)))
+    return terms[-1], labels[0]
+
+
+def test_before_the_start_of_blending_labels_are_the_teachers(magicnet):
+    trainer = magicnet(magicnet_blend_start=100, magicnet_noise=0.0)
+    batch = a_batch(trainer)
+    _, labels = labels_of_step(trainer, batch)
+    expected = trainer.training_modules["teacher"](batch["unlabeled"]).argmax(1, keepdim=True)
+    assert torch.equal(labels.long(), expected)
+    assert "blend_changed" not in trainer._mean_values()
+
+
+def test_class_counts_are_a_running_mean_of_the_pseudo_labels(magicnet):
+    trainer = magicnet(magicnet_histogram_decay=0.75)
+    expected = torch.zeros(3)
+    for seed in range(3):
+        _, labels = labels_of_step(trainer, a_batch(trainer, seed))
+        expected = 0.75 * expected + 0.25 * torch.bincount(labels.flatten().long(), minlength=3)
+        del trainer._pseudo_labels
+    torch.testing.assert_close(trainer.training_modules["teacher"].class_counts, expected)
+    assert "teacher.class_counts" in trainer.training_modules.state_dict()
+
+
+def test_the_teacher_sees_noise_that_is_cut_at_twice_its_deviation(magicnet):
+    trainer = magicnet(magicnet_noise=0.5)
+    seen = []
+    trainer._teach = lambda x: seen.append(x) or torch.zeros(len(x), 3, *x.shape[2:])
+    images = a_batch(trainer)["unlabeled"]
+    trainer._pseudo_labels(images, None)
+    noise = seen[0] - images
+    assert noise.abs().max().item() == pytest.approx(1.0, rel=1e-5)
+    assert noise.std().item() == pytest.approx(0.48, abs=0.02)
+
+
+def test_the_head_learns_positions_in_the_order_of_partition(magicnet):
+    """Cubes that carry their position as a pattern: after some steps of the location term alone they are told apart."""
+    trainer = magicnet("2d", magicnet_location_weight=1.0)
+    counts = trainer.within_counts
+    head = trainer.training_modules["location"]
+    shape = (2, trainer.num_input_channels, *trainer.configuration_manager.patch_size)
+    axes = torch.meshgrid(*(torch.arange(float(n)) for n in shape[2:]), indexing="ij")
+    images = sum(((a >= len(a) // 2).float() + 1) * torch.cos(a * (i + 1)) for i, a in enumerate(axes)).expand(shape)
+    optimizer = torch.optim.Adam([*trainer.plans_network.encoder.parameters(), *head.parameters()], 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        _, loss = trainer._cube_by_cube(images)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1 * math.log(math.prod(counts))
+    with torch.no_grad():
+        skips = trainer.plans_network.encoder(partition(images, counts)[0])
+        assert head(skips[-1]).argmax(1).tolist() == list(range(math.prod(counts)))
+
+
+def test_ignored_voxels_give_no_gradient_in_cross_and_within(magicnet):
+    trainer = magicnet("ignore")
+    ignore = trainer.label_manager.ignore_label
+    target = torch.zeros(1, 1, 4, 4, 4, dtype=torch.int16)
+    target[..., 2:] = 1
+    target[..., :2, :] = ignore
+    for dice in ("nnunet", "squared"):
+        object.__setattr__(trainer.settings, "magicnet_dice", dice)
+        logits = torch.randn(1, 3, 4, 4, 4, requires_grad=True)
+        trainer._dice(logits, target).backward()
+        assert not logits.grad[..., :2, :].any()
+        assert logits.grad[..., 2:, :].any()
+
+
+@pytest.mark.parametrize("preset", ["nnunet", "paper"])
+def test_lean_and_joint_passes_give_the_same_gradients(magicnet, preset):
+    found = []
+    for passes in ("lean", "joint"):
+        trainer = magicnet(passes=passes, preset=preset)
+        torch.manual_seed(1)
+        found.append(gradients(trainer, a_batch(trainer)))
+    lean, joint = found
+    assert lean.keys() == joint.keys()
+    for name in lean:
+        torch.testing.assert_close(lean[name], joint[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert all(g is None for n, g in lean.items() if "teacher" in n)
+
+
+def test_the_weights_of_the_paper(magicnet):
+    trainer = magicnet(preset="paper", magicnet_rampup=1.0)
+    assert trainer.term_weights()["consistency"] == pytest.approx(0.1 * math.exp(-5))
+    trainer.global_step = trainer.total_steps
+    assert trainer.term_weights() == {
+        "sup": 0.25, "cross": 0.25, "within": 0.25, "location": 0.1, "consistency": 0.1
+    }  # fmt: skip
+    ours = magicnet().term_weights()
+    assert all(ours[n] == pytest.approx(4 * w) for n, w in trainer.term_weights().items())
+
+
+def test_without_mirroring_neither_training_nor_prediction_mirrors(magicnet):
+    for setting, axes in ((True, (0, 1, 2)), (False, None)):
+        trainer = magicnet(magicnet_mirroring=setting)
+        assert trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()[3] == axes
+        assert trainer.inference_allowed_mirroring_axes == axes
+
+
+def log_of(trainer):
+    return Path(trainer.log_file).read_text()
+
+
+def test_cubes_are_chosen_and_said(magicnet):
+    trainer = magicnet()
+    assert trainer.cross_counts == trainer.within_counts == [2, 2, 2]
+    assert "across images 2 x 2 x 2 cubes of 8 x 8 x 8 voxels; within an image 2 x 2 x 2 cubes" in log_of(trainer)
+    assert "reflected" not in log_of(trainer)
+
+
+def with_patch(tiny_dataset, patch):
+    """The dataset with another patch size in its plans."""
+    plans = tiny_dataset.plans
+    plans["configurations"][tiny_dataset.configuration]["patch_size"] = patch
+
+    class Changed:
+        def __getattr__(self, name):
+            return plans if name == "plans" else getattr(tiny_dataset, name)
+
+    return Changed()
+
+
+def test_where_no_cube_fits_the_stride_cubes_are_reflected(tiny, make_trainer):
+    trainer = make_trainer(NAME, with_patch(tiny(), [20, 28, 20]), settings=NOW)
+    assert trainer.total_stride == [4, 4, 4]
+    assert trainer.within_counts == [2, 2, 2]
+    assert "cubes of 10 x 14 x 10 voxels, reflected to 12 x 16 x 12" in log_of(trainer)
+    images = a_batch(trainer)["data"]
+    logits, _ = trainer._cube_by_cube(images)
+    assert logits.shape[2:] == images.shape[2:]
+    assert trainer.train_step(a_batch(trainer))["loss"].isfinite()
+
+
+def test_without_cubes_it_is_a_mean_teacher_on_exchanged_images(magicnet):
+    trainer = magicnet(magicnet_cubes=[1, 1, 1])
+    assert list(trainer.training_modules) == ["teacher"]
+    assert trainer.train_step(a_batch(trainer))["loss"].isfinite()
+    assert "loss_location" not in trainer._mean_values()
+    assert "none, so no location" in log_of(trainer)
+
+
+@pytest.mark.parametrize("cubes", [[2, 2], [3, 2, 2], [4, 4, 4], [8, 1, 1]])
+def test_cubes_that_cannot_be_are_refused(magicnet, cubes):
+    with pytest.raises(UserError, match=r"magicnet_cubes \[.*does not suit the patch \[16, 16, 16\].*4 x 4 x 4"):
+        magicnet(magicnet_cubes=cubes)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"magicnet_ema_decay": 1.0},
+        {"magicnet_cubes": [0, 1, 1]},
+        {"magicnet_blend_temperature": 0},
+        {"magicnet_noise": -1},
+        {"magicnet_location_dim": 0},
+    ],
+)
+def test_settings_that_cannot_work_are_refused(magicnet, setting):
+    with pytest.raises(UserError, match=next(iter(setting))):
+        magicnet(**setting)
+
+
+def test_a_step_under_bfloat16_autocast(magicnet, monkeypatch):
+    for kind in ("3d", "2d"):
+        trainer = magicnet(kind)
+        monkeypatch.setattr(trainer, "autocast", lambda: torch.autocast("cpu", dtype=torch.bfloat16))
+        for seed in range(2):
+            assert trainer.train_step(a_batch(trainer, seed))["loss"].isfinite()
+        assert all(p.isfinite().all() for p in parameters(trainer).values())
+
+
+def test_compiled_it_gives_the_same_gradients(magicnet, monkeypatch):
+    found = []
+    for compile_it in (False, True):
+        if compile_it:
+            monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+            monkeypatch.setattr(nnUNetTrainerMagicNet, "_do_i_compile", lambda self: True)
+        trainer = magicnet("2d")
+        torch.manual_seed(1)
+        found.append(gradients(trainer, a_batch(trainer)))
+    plain, compiled = found
+    assert plain.keys() == compiled.keys()
+    for name, gradient in plain.items():
+        if gradient is None:
+            assert compiled[name] is None or not compiled[name].any()
+        else:
+            torch.testing.assert_close(compiled[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_shta_hangs_on_the_direct_forward_of_labelled_images(tiny, make_trainer, monkeypatch):
+    """The trainer that SHTA's file makes for it, made here: no line of SHTA in the host."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Settings(SHTASettings, MagicNetSettings):
+        pass
+
+    class Both(SHTAMixin, nnUNetTrainerMagicNet):
+        pass
+
+    Both.Settings = Settings
+    monkeypatch.setattr(nnunet_ssl.trainers, "nnUNetTrainerBothForTest", Both, raising=False)
+    host = make_trainer(NAME, tiny(), settings=NOW)
+    off = make_trainer("nnUNetTrainerBothForTest", tiny(), settings={**NOW, "shta_weight": 0.0})
+    on = make_trainer("nnUNetTrainerBothForTest", tiny(), settings=NOW)
+    seen = []
+    on.training_modules["shta_first"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    for trainer in (host, off, on):
+        torch.manual_seed(3)
+        for seed in range(2):
+            trainer.train_step(a_batch(trainer, seed))
+    assert len(seen) == 2  # once a step, on labelled images
+    assert torch.equal(seen[0], a_batch(on)["target"][0])
+    assert parameters(off).keys() == parameters(host).keys()
+    assert all(torch.equal(p, parameters(off)[n]) for n, p in parameters(host).items())
+    assert not all(torch.equal(p, parameters(on)[n]) for n, p in parameters(host).items())
+
+
+def test_resumed_it_ends_with_the_weights_of_an_uninterrupted_run(tiny, make_trainer):
+    settings = {"save_every": 1, "magicnet_blend_start": 1}
+    name = f"{NAME}_3epochs"
+    stopped = make_trainer(name, tiny(), settings=settings)
+    train(stopped, until=1)
+    folder = Path(stopped.output_folder)
+    state = torch.load(folder / "checkpoint_latest_ssl.pth", weights_only=True)
+    assert state["modules"]["teacher.class_counts"].sum() > 0
+    resumed = make_trainer(name, tiny(), settings=settings)
+    resumed.load_checkpoint(str(folder / "checkpoint_latest.pth"))
+    train(resumed)
+    at_the_end, log = weights(folder), (folder / "ssl_log.csv").read_text()
+    shutil.rmtree(folder)
+    train(make_trainer(name, tiny(), settings=settings))
+    assert_equal(weights(folder), at_the_end)
+    assert (folder / "ssl_log.csv").read_text() == log
+    assert all(f"loss_{term}" in log for term in TERMS)
+    assert not any(n.startswith("training.teacher") for n in torch.load(
+        folder / "checkpoint_final.pth", weights_only=False)["network_weights"])  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["3d", "2d"])
+def test_the_real_commands(tiny_copy, run_nnunet, tmp_path, kind):
+    dataset = tiny_copy(kind)
+    name = f"{NAME}_2epochs"
+    command = [dataset.name, dataset.configuration, 0, "-tr", name, "-device", "cpu"]
+    settings = {"save_every": 1}
+    run_nnunet("nnUNetv2_train", *command, settings=settings)
+    model = Path(os.environ["nnUNet_results"]) / dataset.name / f"{name}__{dataset.plans_name}__{dataset.configuration}"
+    fold = model / "fold_0"
+    first = weights(fold)
+    assert len((fold / "ssl_log.csv").read_text().splitlines()) == 3
+    run_nnunet("nnUNetv2_train", *command, "--c", settings=settings)  # done: validates again
+    assert_equal(weights(fold), first)
+    run_nnunet("nnUNetv2_train", *command, "--val")
+    out = tmp_path / "predictions"
+    run_nnunet(
+        "nnUNetv2_predict", "-d", dataset.name, "-c", dataset.configuration, "-f", 0, "-tr", name, "-device", "cpu",
+        "-i", dataset.raw / "imagesTs", "-o", out,
+    )  # fmt: skip
+    assert len(list(out.glob(f"*{dataset.recipe.file_ending}"))) == dataset.recipe.test
