@@ -65,8 +65,16 @@ BODIES = [
     Body(
         f"{LOADER}.__init__", "nnunet_ssl/unlabeled/loader.py: UnlabeledLoader, TwoStreamLoader", ("301499eed493c9fd",)
     ),
-    Body(f"{LOADER}.get_bbox", "nnunet_ssl/unlabeled/loader.py: UnlabeledLoader", ("25263f7173ae246b",)),
-    Body(f"{LOADER}.generate_train_batch", "nnunet_ssl/unlabeled/loader.py: TwoStreamLoader", ("0a430703c66ec9b8",)),
+    Body(
+        f"{LOADER}.get_bbox",
+        "nnunet_ssl/unlabeled/loader.py: UnlabeledLoader; nnunet_ssl/unlabeled/coordinates.py: CoordinateLoader",
+        ("25263f7173ae246b",),
+    ),
+    Body(
+        f"{LOADER}.generate_train_batch",
+        "nnunet_ssl/unlabeled/loader.py: TwoStreamLoader; nnunet_ssl/unlabeled/coordinates.py: CoordinateLoader",
+        ("0a430703c66ec9b8",),
+    ),
     Body(
         "nnunetv2.training.dataloading.nnunet_dataset:nnUNetDatasetBlosc2.load_case",
         "nnunet_ssl/unlabeled/loader.py: UnlabeledDataset",
