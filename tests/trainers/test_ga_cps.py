@@ -138,6 +138,7 @@ def test_a_step_under_bfloat16_autocast(tiny, make_trainer, monkeypatch):
     assert all(p.isfinite().all() for p in parameters(trainer).values())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tiny, make_trainer):
     name, settings = f"{NAME}_2epochs", {"save_every": 1}
     stopped = make_trainer(name, tiny(), settings=settings)
@@ -153,10 +154,9 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tiny, make_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["3d", "2d"])
-@pytest.mark.parametrize("name", [f"{NAME}_2epochs"])
-def test_nnunets_commands_train_continue_validate_and_predict(tiny_copy, run_nnunet, tmp_path, name, kind):
-    """Also of nnUNetTrainerURPC, see test_urpc.py."""
-    commands_work(tiny_copy(kind), run_nnunet, tmp_path, name, {"loss_sup", "loss_sup_second", "loss_cps"})
+def test_nnunets_commands_train_continue_validate_and_predict(tiny_copy, run_nnunet, tmp_path, kind):
+    dataset = tiny_copy(kind)
+    commands_work(dataset, run_nnunet, tmp_path, f"{NAME}_2epochs", {"loss_sup", "loss_sup_second", "loss_cps"})
 
 
 def commands_work(dataset, run_nnunet, tmp_path, name, terms):
