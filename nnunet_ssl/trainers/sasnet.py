@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import psutil
@@ -39,9 +39,11 @@ BRANCHES = ("high", "low")
 class SASNetSettings(SSLSettings):
     """Settings of SASNet."""
 
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"sasnet_rampup": 0.15}}  # 6,000 of their 40,000 steps
+
     sasnet_beta: float = 0.5  # beta, weight of L_seg of each branch
     sasnet_gamma: float = 1.0  # gamma, full weight of L_plc and L_src
-    sasnet_rampup: float = 0.15  # share of the training over which gamma grows: 6,000 of the authors' 40,000 steps
+    sasnet_rampup: float = 0.4  # share of the training over which gamma grows, as in CPS
     sasnet_low_level_start: int = 1  # stages above the bottleneck where the low-level decoder starts; 0: no such branch
     sasnet_sar: Literal["last_two", "running", "off"] = "last_two"  # memory of confidence: Eq. 4-5, or the code's blend
     sasnet_alpha: float = 0.5  # alpha, Eq. 4-5
@@ -112,16 +114,21 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
         super().initialize()
 
     def build_training_modules(self) -> dict[str, nn.Module]:
-        """A regression head for each branch: a convolution of one voxel and tanh, a channel a foreground class."""
+        """A regression head for each branch: a convolution of one voxel and tanh, a channel a foreground class.
+
+        They start at zero, where tanh is steepest: with nnU-Net's momentum of 0.99, heads that start with random
+        weights often end up where tanh is flat, and stay there.
+        """
         modules = super().build_training_modules()
         if self.settings.sasnet_sdm:
             decoders = (self.plans_network.decoder, self.plans_network.low_decoder)
             for name, decoder in zip(BRANCHES, decoders, strict=True):
                 if decoder is not None:
-                    with self.seeded("regression", name):
-                        head = decoder.seg_layers[-1]
-                        conv = type(head)(head.in_channels, self.label_manager.num_segmentation_heads - 1, 1)
-                        modules[f"regression_{name}"] = nn.Sequential(conv, nn.Tanh())
+                    head = decoder.seg_layers[-1]
+                    conv = type(head)(head.in_channels, self.label_manager.num_segmentation_heads - 1, 1)
+                    nn.init.zeros_(conv.weight)
+                    nn.init.zeros_(conv.bias)
+                    modules[f"regression_{name}"] = nn.Sequential(conv, nn.Tanh())
         return modules
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:

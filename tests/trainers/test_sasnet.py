@@ -2,23 +2,318 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from test_resume import train
 
 NAME = "nnUNetTrainerSASNet"
+FULL = {"sasnet_rampup": 0.0}
 
 
-def stepped(trainer, steps=1):
+def started(trainer):
     trainer.on_train_start()
     trainer.on_train_epoch_start()
-    return [trainer.train_step(next(trainer.dataloader_train)) for _ in range(steps)]
+    return trainer
+
+
+def parameters(trainer):
+    return dict(trainer.plans_network.named_parameters()) | dict(trainer.training_modules.named_parameters("training"))
+
+
+def gradients(trainer, batch):
+    """The gradients of one step, before clipping, by parameter."""
+    trainer._update = lambda: None
+    trainer.train_step(batch)
+    return {n: p.grad for n, p in parameters(trainer).items()}
 
 
 @pytest.mark.parametrize("kind", ["3d", "2d", "anisotropic", "multichannel", "resenc", "ignore"])
-def test_a_step_moves_every_parameter(tiny, make_trainer, kind):
-    trainer = make_trainer(NAME, tiny(kind), settings={"sasnet_rampup": 0.0})
-    parameters = dict(trainer.plans_network.named_parameters()) | dict(trainer.training_modules.named_parameters())
-    before = {n: p.detach().clone() for n, p in parameters.items()}
-    assert all(out["loss"].isfinite() for out in stepped(trainer, 2))  # a residual block starts to learn in the second
-    still = [n for n, p in parameters.items() if torch.equal(p, before[n])]
+def test_steps_move_every_parameter(tiny, make_trainer, kind):
+    trainer = started(make_trainer(NAME, tiny(kind), settings=FULL))
+    before = {n: p.detach().clone() for n, p in parameters(trainer).items()}
+    for _ in range(2):  # a residual block starts to learn in the second
+        assert trainer.train_step(next(trainer.dataloader_train))["loss"].isfinite()
+    still = [n for n, p in parameters(trainer).items() if torch.equal(p, before[n])]
     assert all(n.startswith("decoder.seg_layers.0.") for n in still), still  # nnU-Net gives it no weight
+
+
+def learns(trainer, term: str, batch) -> set[str]:
+    """Which parts get a gradient from one term alone."""
+    total = sum(terms[term] for terms in trainer.losses(trainer._to_device(batch)) if term in terms)
+    named = parameters(trainer)
+    found = torch.autograd.grad(total, list(named.values()), allow_unused=True)
+    with_gradient = {n for n, g in zip(named, found, strict=True) if g is not None and g.abs().max() > 0}
+    parts = set()
+    for name in with_gradient:
+        words = name.split(".")
+        parts.add(".".join(words[:2]) if words[0] in ("decoder", "low_decoder", "training") else words[0])
+    return parts
+
+
+def test_which_part_learns_from_which_loss(tiny, make_trainer):
+    trainer = started(make_trainer(NAME, tiny(), settings=FULL))
+    batch = next(trainer.dataloader_train)
+    trainer.train_step(batch)  # the regression heads start at zero, and until they move nothing flows through them
+    high, low = ({f"{d}.{part}" for part in ("stages", "transpconvs")} for d in ("decoder", "low_decoder"))
+    assert all(p.any() for n, p in parameters(trainer).items() if "regression" in n and n.endswith("weight"))
+    heads = {"decoder.seg_layers"}, {"low_decoder.seg_layers"}
+    assert learns(trainer, "seg_high", batch) == {"encoder"} | high | heads[0]
+    assert learns(trainer, "seg_low", batch) == {"encoder"} | low | heads[1]
+    assert learns(trainer, "plc", batch) == {"encoder"} | high | low | heads[0] | heads[1]
+    regression = {"training.regression_high", "training.regression_low"}
+    assert learns(trainer, "src", batch) == {"encoder"} | high | low | regression  # no segmentation head
+
+
+def terms_of(trainer):
+    found = {}
+    for terms in trainer.losses(trainer._to_device(next(trainer.dataloader_train))):
+        found |= terms
+    return set(found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "terms"),
+    [
+        ({}, {"seg_high", "seg_low", "plc", "src"}),
+        ({"sasnet_sar": "running"}, {"seg_high", "seg_low", "plc", "src"}),
+        ({"sasnet_sar": "off"}, {"seg_high", "seg_low", "plc", "src"}),
+        ({"sasnet_sdm": False}, {"seg_high", "seg_low", "plc"}),
+        ({"sasnet_plc": "off"}, {"seg_high", "seg_low", "src"}),
+        ({"sasnet_plc": "plain", "sasnet_views": "rotate"}, {"seg_high", "seg_low", "plc", "src"}),
+        ({"sasnet_plc": "off", "sasnet_sdm": False}, {"seg_high", "seg_low"}),
+        ({"sasnet_low_level_start": 0}, {"seg_high", "src"}),
+        ({"sasnet_low_level_start": 0, "sasnet_sdm": False}, {"seg_high"}),
+    ],
+)
+def test_each_part_can_be_switched_off(tiny, make_trainer, settings, terms):
+    trainer = started(make_trainer(NAME, tiny(), settings=settings))
+    assert terms_of(trainer) == terms
+    sar = "src" in terms and "seg_low" in terms and settings.get("sasnet_sar") != "off"
+    assert (trainer.memory is not None) == sar
+    assert ("coordinates" in next(trainer.dataloader_train)) == sar
+    assert trainer.train_step(next(trainer.dataloader_train))["loss"].isfinite()
+
+
+def test_with_one_branch_and_labels_alone_it_steps_like_labeled_only(tiny, make_trainer):
+    off = {"sasnet_low_level_start": 0, "sasnet_sdm": False, "sasnet_views": "off", "sasnet_beta": 1.0}
+    ours, plain = make_trainer(NAME, tiny(), settings=off), make_trainer("nnUNetTrainerLabeledOnly", tiny())
+    for trainer in (ours, plain):
+        started(trainer)
+        for _ in range(2):
+            trainer.train_step(next(trainer.dataloader_train))
+    assert parameters(ours).keys() == parameters(plain).keys()
+    assert all(torch.equal(p, parameters(plain)[n]) for n, p in parameters(ours).items())
+
+
+def test_without_views_it_sees_the_labelled_batches_of_every_trainer(tiny, make_trainer):
+    ours = started(make_trainer(NAME, tiny(), settings={"sasnet_views": "off"}))
+    plain = started(make_trainer("nnUNetTrainerCPS", tiny()))
+    for _ in range(3):
+        a, b = next(ours.dataloader_train), next(plain.dataloader_train)
+        assert torch.equal(a["data"], b["data"])
+        assert torch.equal(a["unlabeled"], b["unlabeled"])
+
+
+@pytest.mark.parametrize("views", ["permute", "rotate"])
+def test_views_turn_both_streams(tiny, make_trainer, views):
+    ours = started(make_trainer(NAME, tiny(), settings={"sasnet_views": views}))
+    plain = started(make_trainer("nnUNetTrainerCPS", tiny()))
+    differ = {"data": 0, "unlabeled": 0}
+    for _ in range(4):
+        a, b = next(ours.dataloader_train), next(plain.dataloader_train)
+        for key in differ:
+            differ[key] += not torch.equal(a[key], b[key])
+    assert min(differ.values()) > 0
+
+
+def test_lean_and_joint_passes_give_the_same_gradients(tiny, make_trainer):
+    found = []
+    for passes in ("lean", "joint"):
+        trainer = started(make_trainer(NAME, tiny(), settings={**FULL, "passes": passes}))
+        found.append(gradients(trainer, next(trainer.dataloader_train)))
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_two_classes_give_the_papers_formulas(tiny, make_trainer):
+    """Eq. 15 as implemented and Eq. 4-8, written out for a background and a foreground probability."""
+    trainer = started(make_trainer(NAME, tiny()))
+    rng = torch.Generator().manual_seed(0)
+    high, low = (torch.rand(2, 1, 16, 16, 16, generator=rng) for _ in range(2))
+    two = [torch.cat([1 - p, p], 1) for p in (high, low)]
+    batch = trainer._to_device(next(trainer.dataloader_train))
+    target = (torch.rand(2, 1, 16, 16, 16, generator=rng) > 0.5).to(torch.int16)
+    stream = batch.labeled._replace(target=[target])
+    for _ in range(2):  # the first visit of every voxel, and the second
+        before = torch.stack(
+            [trainer.memory.read(c, x) for c, x in zip(stream.cases, stream.coordinates, strict=True)]
+        )
+        fused = trainer._fused_labels(stream, *two)
+        weighted = (1 + 0.5 * before[:, :1]) * high + (1 + 0.5 * before[:, 1:]) * low
+        background = (1 + 0.5 * before[:, :1]) * (1 - high) + (1 + 0.5 * before[:, 1:]) * (1 - low)
+        expected = torch.softmax(torch.cat([background, weighted], 1), 1)[:, 1] > 0.5  # Eq. 6
+        assert torch.equal(fused == 1, expected)
+    confidence = (1 - high) * (target == 0) + high * (target == 1)  # Eq. 8
+    seen = trainer.memory.read(stream.cases[0], stream.coordinates[0])[0]
+    known = ~stream.coordinates[0].isnan().any(0)
+    if stream.cases[0] != stream.cases[1]:
+        torch.testing.assert_close(seen[known], confidence[0, 0][known], rtol=0, atol=0.6)  # scaled patches average
+        assert torch.corrcoef(torch.stack([seen[known], confidence[0, 0][known]]))[0, 1] > 0.8
+
+
+def test_ignored_voxels_are_never_remembered(tiny, make_trainer):
+    dataset = tiny("ignore")
+    trainer = started(make_trainer(NAME, dataset, settings={"sasnet_views": "off"}))
+    for _ in range(12):
+        trainer.train_step(next(trainer.dataloader_train))
+    visited = 0
+    for case, values in trainer.memory.state().items():
+        _, seg, _, _ = trainer.get_tr_and_val_datasets()[0].load_case(case)
+        seen = torch.from_numpy(np.asarray(seg[0])) != 3
+        inner = torch.nn.functional.max_pool3d((~seen)[None].float(), 3, 1, 1)[0] == 0  # away from the border
+        outer = torch.nn.functional.max_pool3d(seen[None].float(), 3, 1, 1)[0] == 0
+        assert (values[:, :, outer] == -1).all()
+        visited += (values[:, :, inner] >= 0).float().mean().item()
+    assert visited > 0
+
+
+@pytest.mark.parametrize("constant", [0, 1])
+def test_a_patch_of_one_class_has_finite_losses_and_no_boundary(tiny, make_trainer, constant):
+    trainer = started(make_trainer(NAME, tiny(), settings=FULL))
+    with torch.no_grad():
+        for decoder in (trainer.plans_network.decoder, trainer.plans_network.low_decoder):
+            decoder.seg_layers[-1].weight.zero_()
+            decoder.seg_layers[-1].bias.copy_(100.0 * torch.nn.functional.one_hot(torch.tensor(constant), 3))
+    terms = list(trainer.losses(trainer._to_device(next(trainer.dataloader_train))))
+    assert all(t.isfinite() for pass_ in terms for t in pass_.values())
+    assert all(pass_["src"] == 0 for pass_ in terms)
+    sum(t for pass_ in terms for t in pass_.values()).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in parameters(trainer).values())
+
+
+def test_under_autocast_the_terms_stay_those_of_full_precision(tiny, make_trainer):
+    trainer = started(make_trainer(NAME, tiny(), settings={**FULL, "sasnet_sar": "off"}))
+    batch = trainer._to_device(next(trainer.dataloader_train))
+    plain = list(trainer.losses(batch))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = list(trainer.losses(batch))
+    for a, b in zip(plain, half, strict=True):
+        for name in a:
+            assert b[name].dtype == torch.float32, name
+            torch.testing.assert_close(a[name], b[name], rtol=0.1, atol=0.03, msg=name)
+
+
+def test_a_memory_on_disk_trains_the_same(tiny, make_trainer):
+    found = []
+    for share in (1.0, 0.0):
+        trainer = started(make_trainer(NAME, tiny(), settings={**FULL, "sasnet_memory_share": share}))
+        for _ in range(3):
+            trainer.train_step(next(trainer.dataloader_train))
+        assert (Path(trainer.output_folder) / "confidence_memory_0").exists() == (share == 0)
+        found.append({**parameters(trainer), **trainer.memory.state()})
+    assert all(torch.equal(t, found[1][n]) for n, t in found[0].items())
+
+
+@pytest.mark.parametrize("kind", ["3d", "2d"])
+def test_resumed_it_ends_with_the_same_weights_and_memory(tiny, make_trainer, kind, tmp_path):
+    settings = {"save_every": 1}
+    whole = make_trainer(f"{NAME}_3epochs", tiny(kind), settings=settings)
+    train(whole)
+    expected = {n: t.clone() for n, t in {**parameters(whole), **whole.memory.state()}.items()}
+
+    stopped = make_trainer(f"{NAME}_3epochs", tiny(kind), settings=settings)
+    train(stopped, until=2)
+    resumed = make_trainer(f"{NAME}_3epochs", tiny(kind), settings=settings)
+    resumed.load_checkpoint(str(Path(stopped.output_folder) / "checkpoint_latest.pth"))
+    train(resumed)
+    found = {**parameters(resumed), **resumed.memory.state()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(t, found[n]) for n, t in expected.items())
+
+
+def test_validation_logs_both_branches_alone_and_together(tiny, make_trainer):
+    trainer = make_trainer(f"{NAME}_1epochs", tiny("ignore"))
+    train(trainer)
+    trainer.perform_actual_validation()
+    columns = (Path(trainer.output_folder) / "ssl_log.csv").read_text().splitlines()[0].split(",")
+    assert {"dice_high", "dice_low", "dice_both", "sar_changed", "confidence_high", "confidence_low"} <= set(columns)
+    for folder in ("validation", "validation_high", "validation_low"):
+        assert (Path(trainer.output_folder) / folder / "summary.json").is_file()
+    [log] = Path(trainer.output_folder).glob("training_log*")
+    assert "Validation Dice: high" in log.read_text()
+
+
+def test_compiled_networks_give_the_same_gradients(tiny, make_trainer, monkeypatch):
+    plain = started(make_trainer(NAME, tiny(), settings=FULL))
+    batch = next(plain.dataloader_train)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(type(plain), "_do_i_compile", lambda self: True)
+    compiled = started(make_trainer(NAME, tiny(), settings=FULL))
+    assert isinstance(compiled.network, torch._dynamo.OptimizedModule)
+    expected, found = (gradients(trainer, batch) for trainer in (plain, compiled))
+    assert expected.keys() == found.keys()
+    for name, gradient in expected.items():
+        if gradient is None:  # of the lowest resolution's head
+            assert found[name] is None or not found[name].any()
+        else:
+            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+    compiled.on_validation_epoch_start()
+    with torch.no_grad():
+        compiled.validation_step(next(compiled.dataloader_val))
+    assert compiled.plans_network.state_dict().keys() == plain.plans_network.state_dict().keys()
+
+
+def test_the_labelled_loader_is_nnunets_where_nothing_asks_for_coordinates(tiny, make_trainer):
+    trainer = make_trainer(NAME, tiny(), settings={"sasnet_sar": "off"})
+    assert trainer.labeled_loader() is nnUNetDataLoader
+
+
+def test_regions_are_refused(tiny, make_trainer):
+    with pytest.raises(SystemExit, match="region"):
+        make_trainer(NAME, tiny("regions"))
+
+
+@pytest.mark.parametrize("kind", ["3d", "2d"])
+def test_real_commands_train_continue_validate_predict_and_export(tiny, own_results, run_nnunet, tmp_path, kind):
+    dataset = tiny(kind)
+    trainer = f"{NAME}_2epochs"
+    what = [dataset.id, dataset.configuration, 0, "-p", dataset.plans_name, "-tr", trainer, "-device", "cpu"]
+    settings = {"sasnet_low_level_start": 0} if kind == "2d" else {}
+    run_nnunet("nnUNetv2_train", *what, settings=settings)
+    model = ["-d", dataset.id, "-c", dataset.configuration, "-f", 0, "-p", dataset.plans_name, "-tr", trainer]
+    images = ["-i", dataset.raw / "imagesTs", "-device", "cpu", "--disable_tta", "--save_probabilities"]
+    run_nnunet("nnUNetv2_predict", *model, *images, "-o", tmp_path / "both")
+    assert len(list((tmp_path / "both").glob(f"*{dataset.recipe.file_ending}"))) == 2
+
+    run_nnunet("nnUNetv2_ssl_export", *model, "-o", tmp_path / "high", "--branch", "high")
+    [plain] = (tmp_path / "high").glob("Dataset*/nnUNetTrainer__*")
+    run_nnunet(
+        "nnUNetv2_predict_from_modelfolder", "-m", plain, "-f", 0, *images, "-o", tmp_path / "out",
+        env={"nnUNet_extTrainer": ""},
+    )  # fmt: skip
+    case = dataset.cases("imagesTs")[0]
+    both, high = (np.load(tmp_path / folder / f"{case}.npz")["probabilities"] for folder in ("both", "out"))
+    assert np.array_equal(both, high) == (kind == "2d")  # there, without a low-level branch, both are one
+
+
+def test_the_low_branch_alone_cannot_be_exported(tiny, make_trainer, tmp_path):
+    from nnunet_ssl.commands.export import main
+
+    trainer = make_trainer(f"{NAME}_1epochs", tiny())
+    train(trainer)
+    arguments = ["-d", str(tiny().id), "-c", "3d_fullres", "-f", "0", "-tr", f"{NAME}_1epochs"]
+    with pytest.raises(SystemExit, match="--branch high"):
+        main([*arguments, "-o", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        main([*arguments, "-o", str(tmp_path / "out"), "--branch", "low"])
+    assert not (tmp_path / "out").exists()
+    main([*arguments, "-o", str(tmp_path / "out"), "--branch", "high"])
+    [file] = (tmp_path / "out").rglob("checkpoint_final.pth")
+    weights = torch.load(file, weights_only=True)["network_weights"]
+    assert not any(name.startswith("low_decoder") for name in weights)
