@@ -56,7 +56,10 @@ class nnUNetTrainerURPC(nnUNetTrainerSSL):  # noqa: N801
         UserError: at the start, for a network without two outputs, or dropout without ``decoder.seg_layers``.
     """
 
-    paper = "Luo et al., Semi-Supervised Segmentation via Uncertainty Rectified Pyramid Consistency, MICCAI 2021"
+    paper = (
+        "Luo et al., Efficient Semi-supervised Gross Target Volume of Nasopharyngeal Carcinoma Segmentation via "
+        "Uncertainty Rectified Pyramid Consistency, MICCAI 2021"
+    )
     Settings = URPCSettings
 
     def initialize(self) -> None:
