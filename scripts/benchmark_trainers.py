@@ -3,6 +3,7 @@
     python scripts/benchmark_trainers.py                                   # a made-up dataset, needs nothing
     python scripts/benchmark_trainers.py --device cuda --patch 128 128 128 --features 32 64 128 256 320 320
     python scripts/benchmark_trainers.py -d 4 -c 3d_fullres -p nnUNetPlans # a prepared dataset with imagesUn
+    python scripts/benchmark_trainers.py --trainers nnUNetTrainerURPC nnUNetTrainerSHTA_URPC
 
 Time: all trainers live in one process and take turns, forwards and backwards through the list (ABBA), so whatever
 drifts drifts for all. Steps are taken in the middle of the schedule, where ramp-ups are over. Reported is the median
@@ -35,17 +36,20 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.trainers import TRAINERS
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = "nnUNetTrainer"
-TRAINERS = (
-    (BASELINE, None),
-    ("nnUNetTrainerLabeledOnly", None),
-    ("nnUNetTrainerCPS", "lean"),
-    ("nnUNetTrainerCPS", "joint"),
-    ("nnUNetTrainerSHTA_CPS", "lean"),
-    ("nnUNetTrainerSHTA_CPS", "joint"),
-)
+KEYS = ("seconds_of_the_step", "seconds_a_step", "peak_mib", "parameters")  # of which the table gives ratios
+WITH_TWO_NETWORKS = ("CPS", "GACPS")  # whose passes matter: measured both ways
+
+
+def trainers_to_measure(names: list[str]) -> list[tuple[str, str | None]]:
+    """nnU-Net's own trainer and those of ``names``, each with its default passes; two networks both ways."""
+    found: list[tuple[str, str | None]] = [(BASELINE, None)]
+    for name in names:
+        found += [(name, "lean"), (name, "joint")] if name.endswith(WITH_TWO_NETWORKS) else [(name, None)]
+    return found
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Setup:
         device: ``cpu`` or ``cuda``.
         threads: of torch on the CPU.
         folder: for settings and results, thrown away.
+        trainers: names, and passes where they are not the default.
     """
 
     dataset: str
@@ -65,6 +70,7 @@ class Setup:
     device: str
     threads: int
     folder: str
+    trainers: tuple[tuple[str, str | None], ...]
 
 
 def build(setup: Setup, trainer_name: str, passes: str | None) -> Any:
@@ -107,21 +113,23 @@ def take_turn(trainer: Any, steps: int, clock: Any) -> tuple[float, float]:
     return (made - start) / steps, (now() - made) / steps
 
 
-def measure_memory(setup: Setup, trainer_name: str, passes: str | None, steps: int) -> float:
-    """Peak memory of a trainer in MiB; called in a fresh process."""
+def measure_memory(setup: Setup, trainer_name: str, passes: str | None, steps: int) -> tuple[float, int]:
+    """Peak memory of a trainer in MiB, and the parameters that it optimises; called in a fresh process."""
     import torch
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-        for name, _ in TRAINERS:  # nnU-Net's search imports all of nnU-Net's trainers before ours: that is not counted
+        for name, _ in setup.trainers:  # the search imports all of nnU-Net's trainers before ours: that is not counted
             recursive_find_trainer_class_by_name(name)
     before = resident_peak()
     trainer = build(setup, trainer_name, passes)
     for _ in range(steps):
         trainer.train_step(next(trainer.dataloader_train))
+    modules = [trainer.network, getattr(trainer, "training_modules", torch.nn.Module())]
+    parameters = sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
     if setup.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resident_peak() - before
+        return torch.cuda.max_memory_allocated() / 2**20, parameters
+    return resident_peak() - before, parameters
 
 
 def resident_peak() -> float:
@@ -131,9 +139,9 @@ def resident_peak() -> float:
 
 
 def measure_time(setup: Setup, repeats: int, steps: int) -> list[dict[str, float]]:
-    """Median seconds of each of ``TRAINERS``, taking turns."""
+    """Median seconds of each of the trainers, taking turns."""
     clock = time.process_time if setup.device == "cpu" and setup.threads == 1 else time.perf_counter
-    trainers = [build(setup, *which) for which in TRAINERS]
+    trainers = [build(setup, *which) for which in setup.trainers]
     for trainer in trainers:  # warm-up: allocators, compilation, the choice of algorithms
         take_turn(trainer, max(2, steps // 4), clock)
     turns: list[list[tuple[float, float]]] = [[] for _ in trainers]
@@ -185,15 +193,16 @@ def table(results: dict[str, Any]) -> str:
     """The measurements and their ratios to nnU-Net's trainer, as Markdown."""
     base = results["trainers"][0]
     lines = [
-        "| trainer | passes | step, s | ratio | batch, s | batch and step, s | ratio | peak memory, MiB | ratio |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| trainer | passes | step, s | ratio | batch, s | batch and step, s | ratio | peak memory, MiB | ratio "
+        "| parameters | ratio |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for entry in results["trainers"]:
-        ratios = [entry[key] / base[key] for key in ("seconds_of_the_step", "seconds_a_step", "peak_mib")]
+        ratios = [entry[key] / base[key] for key in KEYS]
         lines.append(
             f"| `{entry['trainer']}` | {entry['passes'] or ''} | {entry['seconds_of_the_step']:.4f} | {ratios[0]:.2f} "
             f"| {entry['seconds_a_batch']:.4f} | {entry['seconds_a_step']:.4f} | {ratios[1]:.2f} "
-            f"| {entry['peak_mib']:.0f} | {ratios[2]:.2f} |"
+            f"| {entry['peak_mib']:.0f} | {ratios[2]:.2f} | {entry['parameters']:,} | {ratios[3]:.3f} |"
         )
     return "\n".join(lines)
 
@@ -207,6 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--patch", type=int, nargs=3, default=[32, 32, 32], help="of the made-up plan")
     parser.add_argument("--features", type=int, nargs="+", default=[8, 16, 32], help="of the made-up plan, by stage")
     parser.add_argument("--batch", type=int, default=2, help="of the made-up plan")
+    parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), metavar="TRAINER", help="default: all of ours")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     parser.add_argument("--repeats", type=int, default=8, help="turns of each trainer")
@@ -223,23 +233,23 @@ def main(argv: list[str] | None = None) -> None:
             which = make_dataset(folder, tuple(args.patch), tuple(args.features), args.batch)
         else:
             which = (args.d, args.c, args.p)
-        setup = Setup(*which, device, args.threads, temporary)
+        setup = Setup(*which, device, args.threads, temporary, tuple(trainers_to_measure(args.trainers)))
         memory = []
-        for trainer, passes in TRAINERS:
+        for trainer, passes in setup.trainers:
             print(f"memory of {trainer} {passes or ''}", flush=True)
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
                 memory.append(pool.submit(measure_memory, setup, trainer, passes, 4).result())
         times = measure_time(setup, args.repeats, args.steps)
     machine = torch.cuda.get_device_name() if device == "cuda" else f"{args.threads} CPU thread(s)"
     results = {
-        **{key: value for key, value in asdict(setup).items() if key != "folder"},
+        **{key: value for key, value in asdict(setup).items() if key not in ("folder", "trainers")},
         **({"patch": args.patch, "features": args.features, "batch": args.batch} if args.d is None else {}),
         "machine": machine,
         "clock": "CPU time" if device == "cpu" and args.threads == 1 else "wall-clock",
         "versions": {name: version(name) for name in ("nnunetv2", "torch", "batchgeneratorsv2")},
         "trainers": [
-            {"trainer": trainer, "passes": passes, **timing, "peak_mib": peak}
-            for (trainer, passes), timing, peak in zip(TRAINERS, times, memory, strict=True)
+            {"trainer": trainer, "passes": passes, **timing, "peak_mib": peak, "parameters": parameters}
+            for (trainer, passes), timing, (peak, parameters) in zip(setup.trainers, times, memory, strict=True)
         ],
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -458,13 +458,15 @@ def report(results: dict[str, Any], docs: Path) -> None:
     print("\n".join(lines))
 
 
-def fill(text: str, name: str, lines: list[str], page: Path) -> str:
+def fill(
+    text: str, name: str, lines: list[str], page: Path, script: str = "scripts/hippocampus_evidence.py"
+) -> str:
     """``text`` with ``lines`` between the marks of ``name``.
 
     Raises:
         UserError: the marks are not there.
     """
-    begin, end = (f"<!-- {name}: {word} -->" for word in ("written by scripts/hippocampus_evidence.py report", "end"))
+    begin, end = (f"<!-- {name}: {word} -->" for word in (f"written by {script} report", "end"))
     if begin not in text or end not in text:
         raise UserError(f"{page} has no lines '{begin}' and '{end}' for the tables to stand between.")
     return "\n".join([text.split(begin)[0] + begin, "", *lines, "", end + text.split(end)[1]])

@@ -100,6 +100,8 @@ class SHTALoss(nn.Module):
         fg_threshold: T_fg of Eq. 7, on the share of foreground.
         purity_threshold: T_pur of Eq. 7, on the share of the most frequent foreground class.
         hard_ratio: r of Eq. 7, a share of the candidates; ``ceil(r * candidates)`` are taken, so at least one.
+        matched_hard: T_conf excludes nothing, so how many tokens are selected follows from the labels alone, and losses
+            of different settings are means over equally many tokens ("matched-hard", Table IV).
         assign_weight: alpha_as of Eq. 11.
         anchor_weight: alpha_a.
         hard_weight: alpha_h.
@@ -130,6 +132,7 @@ class SHTALoss(nn.Module):
         fg_threshold: float = 0.5,
         purity_threshold: float = 0.5,
         hard_ratio: float = 0.5,
+        matched_hard: bool = False,
         assign_weight: float = 1.0,
         anchor_weight: float = 1.0,
         hard_weight: float = 1.0,
@@ -159,6 +162,7 @@ class SHTALoss(nn.Module):
         self.fg_threshold = fg_threshold
         self.purity_threshold = purity_threshold
         self.hard_ratio = hard_ratio
+        self.matched_hard = matched_hard
         self.assign_weight = assign_weight
         self.anchor_weight = anchor_weight
         self.hard_weight = hard_weight
@@ -208,7 +212,7 @@ class SHTALoss(nn.Module):
             confidence = log_q.exp().amax(1)  # h_i, Eq. 6
             candidates = (
                 in_omega_l
-                & (confidence >= self.conf_threshold)
+                & (self.matched_hard | (confidence >= self.conf_threshold))
                 & (y_tok[:, 1:].sum(1) >= self.fg_threshold)  # m_i
                 & (dominant_share >= self.purity_threshold)  # p_i
             )

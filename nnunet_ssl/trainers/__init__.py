@@ -13,9 +13,13 @@ TRAINERS = {
     "nnUNetTrainerCPS": "cps",
     "nnUNetTrainerGACPS": "ga_cps",
     "nnUNetTrainerURPC": "urpc",
-    "nnUNetTrainerSHTA_CPS": "shta",
     "nnUNetTrainerMagicNet": "magicnet",
     "nnUNetTrainerSASNet": "sasnet",
+    "nnUNetTrainerSHTA_LabeledOnly": "shta",
+    "nnUNetTrainerSHTA_CPS": "shta",
+    "nnUNetTrainerSHTA_GACPS": "shta",
+    "nnUNetTrainerSHTA_URPC": "shta",
+    "nnUNetTrainerSHTA_MagicNet": "shta",
 }
 BASES = {"nnUNetTrainerSSL": "base"}
 

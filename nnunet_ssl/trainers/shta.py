@@ -16,7 +16,13 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.networks.shta_branch import SHTABranch, token_stride
 from nnunet_ssl.trainers.base import nnUNetTrainerSSL
 from nnunet_ssl.trainers.cps import CPSSettings, nnUNetTrainerCPS
+from nnunet_ssl.trainers.ga_cps import GACPSSettings, nnUNetTrainerGACPS
+from nnunet_ssl.trainers.labeled_only import nnUNetTrainerLabeledOnly
+from nnunet_ssl.trainers.magicnet import MagicNetSettings, nnUNetTrainerMagicNet
 from nnunet_ssl.trainers.settings import SSLSettings
+from nnunet_ssl.trainers.urpc import URPCSettings, nnUNetTrainerURPC
+
+PAPER = "Zhang et al., SHTA: Semantic Hard Token Correction and Center Alignment"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +42,7 @@ class SHTASettings(SSLSettings):
     shta_fg_threshold: float = 0.5  # T_fg, Eq. 7: mostly foreground
     shta_purity_threshold: float = 0.5  # T_pur, Eq. 7: mostly one class
     shta_hard_ratio: float = 0.5  # r, Eq. 7: of 8 to 10 % eligible tokens, 3.8 % were selected
+    shta_matched_hard: bool = False  # candidates by label alone, without T_conf: their number is equal in all ablations
     shta_selection: Literal["global", "per_class"] = "global"  # Top_r, Eq. 7: the paper names one candidate set
     shta_assign_weight: float = 1.0  # alpha_as, Eq. 11: not stated, so equal
     shta_anchor_weight: float = 1.0  # alpha_a
@@ -65,8 +72,8 @@ class SHTASettings(SSLSettings):
 
 
 LOSS_SETTINGS = (
-    "temperature conf_threshold fg_threshold purity_threshold hard_ratio selection assign_weight anchor_weight "
-    "hard_weight center_weight detach_reference_in_anchor detach_reference_in_center normalize_embeddings "
+    "temperature conf_threshold fg_threshold purity_threshold hard_ratio matched_hard selection assign_weight "
+    "anchor_weight hard_weight center_weight detach_reference_in_anchor detach_reference_in_center normalize_embeddings "
     "min_class_mass sync_references"
 ).split()
 READOUTS = (
@@ -162,5 +169,53 @@ class SHTA_CPSSettings(SHTASettings, CPSSettings):  # noqa: N801
 class nnUNetTrainerSHTA_CPS(SHTAMixin, nnUNetTrainerCPS):  # noqa: N801
     """SHTA on CPS: token embeddings of the labelled images are tied to class proxies and centers, in training only."""
 
-    paper = "Zhang et al., SHTA: Semantic Hard Token Correction and Center Alignment"
+    paper = PAPER
     Settings = SHTA_CPSSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class SHTA_GACPSSettings(SHTASettings, GACPSSettings):  # noqa: N801
+    """Settings of SHTA on GA-CPS."""
+
+
+class nnUNetTrainerSHTA_GACPS(SHTAMixin, nnUNetTrainerGACPS):  # noqa: N801
+    """SHTA on GA-CPS."""
+
+    paper = PAPER
+    Settings = SHTA_GACPSSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class SHTA_URPCSettings(SHTASettings, URPCSettings):  # noqa: N801
+    """Settings of SHTA on URPC."""
+
+
+class nnUNetTrainerSHTA_URPC(SHTAMixin, nnUNetTrainerURPC):  # noqa: N801
+    """SHTA on URPC; where there is dropout, the branch reads the feature after it, as the full-resolution head does."""
+
+    paper = PAPER
+    Settings = SHTA_URPCSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class SHTA_MagicNetSettings(SHTASettings, MagicNetSettings):  # noqa: N801
+    """Settings of SHTA on MagicNet."""
+
+
+class nnUNetTrainerSHTA_MagicNet(SHTAMixin, nnUNetTrainerMagicNet):  # noqa: N801
+    """SHTA on MagicNet; the branch reads the student's forward of the unmixed labelled images."""
+
+    paper = PAPER
+    Settings = SHTA_MagicNetSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class SHTA_LabeledOnlySettings(SHTASettings):  # noqa: N801
+    """Settings of SHTA on labels alone."""
+
+
+class nnUNetTrainerSHTA_LabeledOnly(SHTAMixin, nnUNetTrainerLabeledOnly):  # noqa: N801
+    """SHTA without unlabelled images, which no paper reports: how much of its gain needs them at all."""
+
+    paper = PAPER
+    Settings = SHTA_LabeledOnlySettings
