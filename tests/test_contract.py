@@ -26,6 +26,7 @@ TRAINER = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer:nnUNetTrainer"
 LOADER = "nnunetv2.training.dataloading.data_loader:nnUNetDataLoader"
 PREDICTOR = "nnunetv2.inference.predict_from_raw_data:nnUNetPredictor"
 BASE = "nnunet_ssl/trainers/base.py"
+SASNET = "nnunet_ssl/trainers/sasnet.py"
 
 
 class Body(NamedTuple):
@@ -62,6 +63,10 @@ BODIES = [
     Body(f"{TRAINER}.set_deep_supervision_enabled", f"{BASE}: forward, full_resolution", ("cbae38bd3fd9c240",)),
     Body(f"{TRAINER}.save_checkpoint", f"{BASE}: save_checkpoint", ("de4f196c42e6bcf5",)),
     Body(f"{TRAINER}.load_checkpoint", f"{BASE}: load_checkpoint", ("a386bed4eafaa4fa",)),
+    Body(f"{TRAINER}.build_network_architecture", f"{SASNET}: dual_branch_network", ("ed7987fbf88e2e51",)),
+    Body(f"{TRAINER}.validation_step", f"{SASNET}: validation_step", ("3d415b41f6f7cd90",)),
+    Body(f"{TRAINER}.on_validation_epoch_end", f"{SASNET}: on_validation_epoch_end", ("9a59ad7e54148668",)),
+    Body(f"{TRAINER}.perform_actual_validation", f"{SASNET}: perform_actual_validation", ("2bd52ada76cd3185",)),
     Body(
         f"{LOADER}.__init__", "nnunet_ssl/unlabeled/loader.py: UnlabeledLoader, TwoStreamLoader", ("301499eed493c9fd",)
     ),

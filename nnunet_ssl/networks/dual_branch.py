@@ -39,13 +39,14 @@ class DualBranchUNet(nn.Module):
 
     Args:
         network: a network of nnU-Net's plans, with ``encoder`` (returning skips) and ``decoder``.
-        low_level_start: stages between the bottleneck and the start of the low-level decoder, from 1; 0 for none.
+        low_level_start: stages between the bottleneck and the start of the low-level decoder, from 1; 0 for none. None is 1,
+            or 0 in a network of two stages.
 
     Raises:
         UserError: if the network is no such U-Net, or too shallow.
     """
 
-    def __init__(self, network: nn.Module, low_level_start: int = 1) -> None:
+    def __init__(self, network: nn.Module, low_level_start: int | None = None) -> None:
         super().__init__()
         if not all(hasattr(getattr(network, "decoder", None), name) for name in DECODER_PARTS):
             raise UserError(
@@ -56,7 +57,7 @@ class DualBranchUNet(nn.Module):
         self.decoder = network.decoder
         self._initialize = getattr(network, "initialize", None)
         self.branch: Branch = "both"
-        self._build_low_decoder(low_level_start)
+        self._build_low_decoder(min(1, len(self.decoder.stages) - 1) if low_level_start is None else low_level_start)
         self.register_load_state_dict_pre_hook(_fit_low_decoder)
 
     def _build_low_decoder(self, low_level_start: int) -> None:

@@ -23,7 +23,7 @@ class CrossSupervisionSettings(SSLSettings):
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"cps_weight": 0.1, "cps_rampup": 1.0}}
 
-    cps_weight: float = 1.0  # weight of the cross term; 0.1 in the SHTA and GA papers' code, for other networks
+    cps_weight: float = 1.0  # weight of the cross term; 0.1 in DHC's and GA's code, for other networks
     cps_rampup: float = 0.4  # share of the training over which the weight grows
     cps_on_labeled: bool = True  # the cross term also on labelled images, as in the paper
     cps_init: Literal["xavier", "he"] = "xavier"  # of the second network, beside a seed of its own; nnU-Net's is "he"

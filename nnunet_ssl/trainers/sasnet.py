@@ -95,22 +95,16 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
         num_input_channels: int,
         num_output_channels: int,
         enable_deep_supervision: bool = True,
-        low_level_start: int | None = None,
     ) -> nn.Module:
         """The plans' network with a low-level decoder; weights that are loaded into it set how deep that one is."""
-        network = nnUNetTrainer.build_network_architecture(
+        return dual_branch_network(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
-        if low_level_start is None:
-            stages = getattr(getattr(network, "decoder", None), "stages", ())
-            low_level_start = min(1, max(0, len(stages) - 1))
-        return DualBranchUNet(network, low_level_start)
 
     def initialize(self) -> None:
         """As the base, with the depth of the low-level decoder that the settings name."""
-        self.build_network_architecture = functools.partial(
-            type(self).build_network_architecture, low_level_start=self.settings.sasnet_low_level_start
-        )
+        depth = {"low_level_start": self.settings.sasnet_low_level_start}
+        self.build_network_architecture = functools.partial(dual_branch_network, **depth)
         super().initialize()
 
     def build_training_modules(self) -> dict[str, nn.Module]:
@@ -324,6 +318,21 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
             yield
         finally:
             self.plans_network.branch = "both"
+
+
+def dual_branch_network(
+    plans_manager: PlansManager,
+    configuration_manager: ConfigurationManager,
+    num_input_channels: int,
+    num_output_channels: int,
+    enable_deep_supervision: bool = True,
+    low_level_start: int | None = None,
+) -> DualBranchUNet:
+    """nnU-Net's network of the plans with two decoders; arguments as in nnU-Net and :class:`DualBranchUNet`."""
+    network = nnUNetTrainer.build_network_architecture(
+        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+    )
+    return DualBranchUNet(network, low_level_start)
 
 
 def _foreground_dice(folder: str) -> float:
