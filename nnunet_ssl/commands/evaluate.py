@@ -1,0 +1,120 @@
+"""``nnUNetv2_ssl_evaluate``: overlap and surface metrics of predictions, and the paired comparison of methods."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Sequence
+
+from nnunet_ssl.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point.
+
+    Args:
+        argv: arguments without the program's name; ``sys.argv`` when None.
+    """
+    from nnunet_ssl.evaluation.metrics import EMPTY_RULES, METRICS
+
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_ssl_evaluate",
+        description="Dice, Jaccard and surface metrics of each case and class, as summary.json, cases.csv and "
+        "summary.md. With several -pred also the paired comparison of each with the first.",
+    )
+    parser.add_argument("-ref", required=True, metavar="FOLDER", help="True label maps")
+    parser.add_argument(
+        "-pred", required=True, nargs="+", metavar="FOLDER",
+        help="Predicted label maps, a folder a method; the first is the baseline",
+    )  # fmt: skip
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="Of the methods. Default: the folders' names")
+    parser.add_argument(
+        "-djfile", metavar="FILE",
+        help="dataset.json. Default: the one beside the folder of the truth, in it, or with the predictions",
+    )  # fmt: skip
+    parser.add_argument(
+        "-o", metavar="FOLDER",
+        help="Where to write. Default: the prediction folder; needed for a comparison, where each method gets a "
+        "folder in it",
+    )  # fmt: skip
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="Default: all")
+    parser.add_argument("--spacing", choices=("mm", "voxel"), default="mm", help="Unit of distances. Default: mm")
+    parser.add_argument("--tolerance", type=float, default=1.0, help="Of NSD, in the unit of the distances. Default: 1")
+    parser.add_argument(
+        "--empty", choices=EMPTY_RULES, default="nan",
+        help="What an empty prediction or truth gives. "
+        + " ".join(f"{name}: {rule.meaning}" for name, rule in EMPTY_RULES.items()),
+    )  # fmt: skip
+    parser.add_argument(
+        "--groups", metavar="FILE",
+        help="JSON, group name -> list of labels or class names. Default: class_groups in dataset.json",
+    )  # fmt: skip
+    parser.add_argument("--chill", action="store_true", help="Evaluate the cases that every folder has; name the rest")
+    parser.add_argument("--seed", type=int, default=0, help="Of the bootstrap. Default: 0")
+    parser.add_argument(
+        "-np", type=int, help="Cases evaluated at a time. Default: nnU-Net's own (nnUNet_def_n_proc, 8)"
+    )
+    args = parser.parse_args(argv)
+    if args.np is not None and args.np < 1:
+        raise UserError(f"-np {args.np} must be at least 1.")
+    if not 0 <= args.tolerance < math.inf:
+        raise UserError(f"--tolerance {args.tolerance} must be a distance, 0 or more.")
+    names = method_names(args.pred, args.names)
+    if len(names) > 1 and args.o is None:
+        raise UserError("with several -pred, name a folder for the comparison with -o.")
+
+    # heavy: only once the arguments are known to be good
+    from nnunetv2.configuration import default_num_processes
+
+    from nnunet_ssl.evaluation.classes import read_dataset
+    from nnunet_ssl.evaluation.compare import write_comparison
+    from nnunet_ssl.evaluation.folders import evaluate_folders
+    from nnunet_ssl.evaluation.metrics import Options
+    from nnunet_ssl.evaluation.summary import Evaluation, summary_markdown, write_summary
+
+    dataset = read_dataset(args.ref, args.pred, args.djfile, args.groups)
+    options = Options(tuple(m for m in METRICS if m in args.metrics), args.spacing == "mm", args.tolerance, args.empty)
+    folders = dict(zip(names, args.pred, strict=True))
+    cases = evaluate_folders(args.ref, folders, dataset, options, args.np or default_num_processes, args.chill)
+    evaluations = [Evaluation(name, cases, dataset, options) for name in names]
+    try:
+        for evaluation in evaluations:
+            own = folders[evaluation.method] if args.o is None else args.o
+            write_summary(evaluation, own if len(names) == 1 else os.path.join(own, evaluation.method))
+        if len(names) == 1:
+            print(summary_markdown(evaluations[0]))
+        else:
+            print(write_comparison(evaluations, args.o, args.seed))
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be written ({error.strerror}). Name another folder with -o."
+        ) from error
+    print(f"Wrote {args.o or args.pred[0]}")
+
+
+def method_names(predictions: Sequence[str], names: Sequence[str] | None) -> list[str]:
+    """One name a method: those given, or the folders' own, or their paths where these are the same.
+
+    Raises:
+        UserError: too few or too many, one twice, or one that cannot name a folder.
+    """
+    if names is None:
+        names = [os.path.basename(os.path.abspath(folder)) for folder in predictions]
+        if len(set(names)) < len(names):
+            names = [os.path.normpath(folder).strip(os.sep).replace(os.sep, "_") for folder in predictions]
+    if len(names) != len(predictions):
+        raise UserError(
+            f"--names gives {len(names)} name(s) for {len(predictions)} folder(s). Give one for each -pred."
+        )
+    for name in names:
+        if name in ("", ".", "..") or "/" in name or os.sep in name:
+            raise UserError(f"--names {name!r} cannot be the name of a folder. Leave out slashes.")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if list(names).count(name) > 1)
+        raise UserError(f"two methods are named {twice}. Tell them apart with --names.")
+    return list(names)
+
+
+if __name__ == "__main__":
+    main()

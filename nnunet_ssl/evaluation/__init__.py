@@ -1,0 +1,1 @@
+"""Judging predictions: metrics of a case, evaluation of folders, paired comparison of methods."""

@@ -1,0 +1,259 @@
+"""Paired comparison of methods on the same cases: differences to the first, intervals, tests, and the papers' table."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+
+import numpy as np
+from scipy import stats
+
+from nnunet_ssl.evaluation.metrics import METRICS, Metric
+from nnunet_ssl.evaluation.summary import Evaluation, definitions, heading, nanmean, shown, table
+from nnunet_ssl.files import replacing, write_json
+
+EQUAL = 1e-9  # differences up to this are rounding
+RESAMPLES = 9999
+EXPLANATION = (
+    "Differences are means over the cases in which both methods are defined. Interval: 95 % bootstrap over cases "
+    f"(BCa, {RESAMPLES} resamples, seeded). p: Wilcoxon signed-rank test, two-sided, ties dropped. p (Holm): corrected "
+    "over the classes of one metric and method; means and groups are not corrected."
+)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One method against the baseline, in one metric and one class, group or mean.
+
+    Attributes:
+        metric, method, baseline, target: by name; ``kind`` of target: class, group or mean.
+        n: cases in which both are defined.
+        baseline_mean, method_mean: over these cases.
+        difference: mean of method - baseline; ``low`` and ``high``: its 95 % interval.
+        p: of the Wilcoxon signed-rank test; ``p_holm``: corrected, for classes.
+        wins, ties, losses: cases in which the method is better, equal, worse.
+    """
+
+    metric: str
+    method: str
+    baseline: str
+    kind: str
+    target: str
+    n: int
+    baseline_mean: float
+    method_mean: float
+    difference: float
+    low: float
+    high: float
+    p: float
+    p_holm: float
+    wins: int
+    ties: int
+    losses: int
+
+
+def compare(evaluations: Sequence[Evaluation], seed: int = 0) -> list[Difference]:
+    """Compare every method with the first.
+
+    A case's value of the mean (or of a group) is the mean over the classes that are defined for both methods, so that
+    both are judged by the same classes.
+
+    Args:
+        evaluations: at least two, of the same cases in the same order.
+        seed: of the bootstrap.
+
+    Returns:
+        By metric, method and target: mean, groups, classes.
+    """
+    baseline, *others = evaluations
+    classes, groups = baseline.dataset.classes, baseline.dataset.groups
+    targets = [("mean", "Mean", tuple(classes)), *(("group", name, members) for name, members in groups.items())]
+    targets += [("class", name, (label,)) for label, name in classes.items()]
+    column = {label: i for i, label in enumerate(classes)}
+    differences: list[Difference] = []
+    for metric in baseline.metrics:
+        for other in others:
+            a, b = baseline.values(metric.key), other.values(metric.key)
+            unpaired = np.isnan(a) | np.isnan(b)
+            a[unpaired] = b[unpaired] = np.nan
+            found = []
+            for kind, target, members in targets:
+                columns = [column[label] for label in members]
+                pair = [np.array([nanmean(row[columns]) for row in values]) for values in (a, b)]
+                found.append(_difference(metric, other.method, baseline.method, kind, target, *pair, seed))
+            corrected = iter(holm([d.p for d in found if d.kind == "class"]))
+            differences += [replace(d, p_holm=next(corrected)) if d.kind == "class" else d for d in found]
+    return differences
+
+
+def _difference(
+    metric: Metric, method: str, baseline: str, kind: str, target: str, a: np.ndarray, b: np.ndarray, seed: int
+) -> Difference:
+    """Compare values ``[cases]`` of the baseline and of the method, NaN in both where there is no pair."""
+    paired = ~np.isnan(a)
+    a, b = a[paired], b[paired]
+    d = b - a
+    d[np.abs(d) <= EQUAL] = 0
+    gain = d if metric.higher_is_better else -d
+    low, high = bootstrap_interval(d, seed)
+    return Difference(
+        metric.title, method, baseline, kind, target, len(d), nanmean(a), nanmean(b), nanmean(d), low, high,
+        signed_rank_p(d), math.nan, int((gain > 0).sum()), int((gain == 0).sum()), int((gain < 0).sum()),
+    )  # fmt: skip
+
+
+def bootstrap_interval(differences: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % interval of the mean by scipy's bootstrap (BCa).
+
+    Args:
+        differences: ``[cases]``.
+        seed: the interval depends on nothing else.
+
+    Returns:
+        low, high; NaN for fewer than two cases; both the common value where all cases have the same.
+    """
+    if len(differences) < 2:
+        return math.nan, math.nan
+    if np.ptp(differences) == 0:
+        return float(differences[0]), float(differences[0])
+    result = stats.bootstrap(
+        (differences,), np.mean, n_resamples=RESAMPLES, batch=1000, rng=np.random.default_rng(seed)
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def signed_rank_p(differences: np.ndarray) -> float:
+    """Two-sided p of scipy's Wilcoxon signed-rank test.
+
+    Args:
+        differences: ``[cases]``; zeros are dropped.
+
+    Returns:
+        1 where all are zero, NaN where there is no case.
+    """
+    if len(differences) == 0:
+        return math.nan
+    if not differences.any():
+        return 1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of few cases, which the table shows
+        return float(stats.wilcoxon(differences).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's correction (Scand. J. Statist. 6:65-70, 1979) of a family of tests; NaN are no tests and stay NaN."""
+    corrected = [math.nan] * len(p_values)
+    tests = sorted((p, i) for i, p in enumerate(p_values) if not math.isnan(p))
+    so_far = 0.0
+    for rank, (p, i) in enumerate(tests):
+        so_far = max(so_far, min(1.0, (len(tests) - rank) * p))
+        corrected[i] = so_far
+    return corrected
+
+
+def write_comparison(evaluations: Sequence[Evaluation], folder: str, seed: int = 0) -> str:
+    """Write ``comparison.md``, ``comparison.csv`` and ``comparison.json``.
+
+    Args:
+        evaluations: at least two; the first is the baseline.
+        folder: is made where it does not exist.
+        seed: of the bootstrap.
+
+    Returns:
+        The Markdown.
+    """
+    os.makedirs(folder, exist_ok=True)
+    differences = compare(evaluations, seed)
+    markdown = comparison_markdown(evaluations, differences)
+    names = [field.name for field in fields(Difference)]
+    with (
+        replacing(os.path.join(folder, "comparison.csv")) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as stream,
+    ):
+        writer = csv.DictWriter(stream, names)
+        writer.writeheader()
+        writer.writerows(asdict(d) for d in differences)
+    content = {
+        "methods": {e.method: {m.title: e.mean(m.key) for m in e.metrics} for e in evaluations},
+        "differences": [asdict(d) for d in differences],
+        "definitions": {**definitions(evaluations[0].options), "comparison": EXPLANATION},
+        "seed": seed,
+    }
+    write_json(os.path.join(folder, "comparison.json"), content)
+    with (
+        replacing(os.path.join(folder, "comparison.md")) as temporary,
+        open(temporary, "w", encoding="utf-8") as stream,
+    ):
+        stream.write(markdown)
+    return markdown
+
+
+def comparison_markdown(evaluations: Sequence[Evaluation], differences: Sequence[Difference]) -> str:
+    """The papers' table, then the differences with their intervals and tests."""
+    baseline = evaluations[0]
+    lines = [
+        f"# Comparison with {baseline.method}",
+        "",
+        f"{len(baseline.cases)} cases. In brackets: difference to {baseline.method}. Best in bold.",
+        "",
+        *methods_table(evaluations),
+    ]
+    for metric in baseline.metrics:
+        rows = [
+            ["Method", "Class", heading(metric, baseline.options), "95 % interval", "p", "p (Holm)", "Wins", "Ties",
+             "Losses"],
+            *(_row(metric, d) for d in differences if d.metric == metric.title),
+        ]  # fmt: skip
+        lines += ["", f"## {metric.title}: difference to {baseline.method}", "", *table(rows)]
+    lines += ["", EXPLANATION, ""]
+    lines += [f"- {name}: {text}" for name, text in definitions(baseline.options).items()]
+    return "\n".join([*lines, ""])
+
+
+def methods_table(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Lines of a Markdown table with a row a method, as Table I of the SHTA paper.
+
+    Columns: the mean of each metric, then groups and classes in Dice (or the first metric, where Dice was not asked
+    for). Means and groups have the difference to the first method in brackets.
+    """
+    baseline = evaluations[0]
+    dataset, options = baseline.dataset, baseline.options
+    leading = METRICS["dice"] if "dice" in options.metrics else baseline.metrics[0]
+    # heading, metric, classes, whether the difference is shown
+    columns = [(f"Mean {heading(m, options)}", m, tuple(dataset.classes), True) for m in baseline.metrics]
+    columns += [(name, leading, classes, True) for name, classes in dataset.groups.items()]
+    columns += [(name, leading, (label,), False) for label, name in dataset.classes.items()]
+    rows = [["Method"], *([e.method] for e in evaluations)]
+    for title, metric, classes, with_difference in columns:
+        values = [e.mean(metric.key, classes) for e in evaluations]
+        texts = [shown(metric, v) for v in values]
+        defined = [v for v in values if not math.isnan(v)]
+        best = shown(metric, (max if metric.higher_is_better else min)(defined)) if defined else None
+        rows[0].append(title)
+        for i, (row, text) in enumerate(zip(rows[1:], texts, strict=True)):
+            cell = f"**{text}**" if text == best else text
+            gain = values[i] - values[0]
+            if i > 0 and with_difference and not math.isnan(gain):
+                cell += f" ({_signed(metric, gain)})"
+            row.append(cell)
+    return table(rows)
+
+
+def _row(metric: Metric, d: Difference) -> list[str]:
+    interval = "–" if math.isnan(d.low) else f"{_signed(metric, d.low)} to {_signed(metric, d.high)}"
+    target = d.target if d.kind == "class" else f"**{d.target}**"
+    counts = map(str, (d.wins, d.ties, d.losses))
+    return [d.method, target, _signed(metric, d.difference), interval, _p(d.p), _p(d.p_holm), *counts]
+
+
+def _signed(metric: Metric, value: float) -> str:
+    text = shown(metric, value)
+    return text if text.startswith(("-", "–")) else f"+{text}"
+
+
+def _p(value: float) -> str:
+    return "" if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"

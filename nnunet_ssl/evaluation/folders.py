@@ -1,0 +1,285 @@
+"""Evaluate folders of predicted label maps against the folder of the truth.
+
+Each case is read once for all methods. Nothing is left out in silence: a case that is missing somewhere, cannot be
+read or lies on another grid is named, and then there is no result at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import math
+import multiprocessing
+import os
+import threading
+import time
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.classes import Dataset, files_in
+from nnunet_ssl.evaluation.metrics import Label, Options, case_metrics
+
+POOL_PAYS_AFTER = 10.0  # seconds of work left; starting the processes costs several
+MAX_PROBLEMS = 50  # named in one message
+SPACING_TOLERANCE = 1e-3  # relative; headers round
+ORIGIN_TOLERANCE = 1e-2  # of a voxel
+DIRECTION_TOLERANCE = 1e-3  # of direction cosines
+
+
+@dataclass(frozen=True)
+class Case:
+    """The files of a case, and once it is measured the metrics: method -> class -> key -> value."""
+
+    name: str
+    reference: str
+    predictions: dict[str, str]
+    metrics: dict[str, dict[Label, dict[str, float]]] | None = None
+
+
+class Grid(NamedTuple):
+    """Where the voxels of a file lie; None where its format does not say."""
+
+    shape: tuple[int, ...]
+    spacing: tuple[float, ...]
+    origin: tuple[float, ...] | None
+    direction: tuple[float, ...] | None
+
+
+def evaluate_folders(
+    reference: str,
+    predictions: Mapping[str, str],
+    dataset: Dataset,
+    options: Options,
+    num_processes: int = 1,
+    chill: bool = False,
+) -> list[Case]:
+    """Measure every case of every method.
+
+    Args:
+        reference: folder of the true label maps.
+        predictions: method -> folder of its label maps, named as the true ones.
+        dataset: classes and files.
+        options: what is measured.
+        num_processes: at most; small sets are done in this process.
+        chill: evaluate the cases that are in every folder, and print which are not.
+
+    Returns:
+        The cases with their metrics, by name.
+
+    Raises:
+        UserError: names every case with which something is wrong.
+    """
+    cases = find_cases(reference, predictions, dataset.file_ending, chill)
+    problems = [problem for case in cases for problem in _header_problems(case, dataset.reader)]
+    _refuse(problems)
+    jobs = [(case, dataset, options) for case in cases]
+    measured: list[Case] = []
+    try:
+        with contextlib.closing(_outcomes(jobs, num_processes)) as outcomes:
+            for outcome in tqdm(outcomes, "Evaluating", len(jobs)):
+                if isinstance(outcome, Case):
+                    measured.append(outcome)
+                else:
+                    problems.extend(outcome)
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process that evaluated cases was killed, most likely for lack of memory. Evaluate fewer at a time "
+            "(-np 1)."
+        ) from error
+    _refuse(sorted(problems))
+    return sorted(measured, key=lambda case: case.name)
+
+
+def find_cases(reference: str, predictions: Mapping[str, str], ending: str, chill: bool = False) -> list[Case]:
+    """Match the files of the folders by name.
+
+    Raises:
+        UserError: names the files that are in one folder and not in another (not with ``chill``), or there are none
+            that are in all.
+    """
+    true_files = files_in(reference, ending)
+    folders = {method: files_in(folder, ending) for method, folder in predictions.items()}
+    problems = []
+    for method, files in folders.items():
+        problems += [f"{os.path.join(predictions[method], f)} is missing" for f in true_files if f not in set(files)]
+        problems += [
+            f"{os.path.join(reference, f)} is missing, but {method} has a prediction of it"
+            for f in files
+            if f not in set(true_files)
+        ]
+    if chill:
+        for problem in problems:
+            print(f"Left out: {problem}", flush=True)
+    else:
+        _refuse(problems, " --chill evaluates the cases that every folder has.")
+    common = sorted(set(true_files).intersection(*folders.values()))
+    if not common:
+        raise UserError(
+            f"no {ending} file of {reference} is in every prediction folder ({', '.join(predictions.values())}). "
+            "Label maps must be named as the true ones."
+        )
+    return [
+        Case(
+            file.removesuffix(ending),
+            os.path.join(reference, file),
+            {method: os.path.join(folder, file) for method, folder in predictions.items()},
+        )
+        for file in common
+    ]
+
+
+def _refuse(problems: Sequence[str], hint: str = "") -> None:
+    if problems:
+        more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
+        listed = "\n  ".join([*problems[:MAX_PROBLEMS], *more])
+        raise UserError(f"nothing was evaluated, for there are {len(problems)} problem(s).{hint}\n  {listed}")
+
+
+def _outcomes(jobs: list[tuple[Case, Dataset, Options]], num_processes: int) -> Iterator[Case | list[str]]:
+    """Evaluate in this process until the rest is seen to be worth a pool."""
+    start = time.monotonic()
+    for done, job in enumerate(jobs, start=1):
+        yield evaluate_case(*job)
+        time_left = (time.monotonic() - start) / done * (len(jobs) - done)
+        if num_processes > 1 and time_left > POOL_PAYS_AFTER:
+            yield from _outcomes_of_pool(jobs[done:], num_processes)
+            return
+
+
+def _outcomes_of_pool(jobs: list[tuple[Case, Dataset, Options]], num_processes: int) -> Iterator[Case | list[str]]:
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(num_processes, len(jobs)), context, _die_with_parent)
+    try:
+        for future in as_completed([pool.submit(evaluate_case, *job) for job in jobs]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _die_with_parent() -> None:
+    """End this worker when its parent is gone; a pool's workers would otherwise wait for work for ever."""
+
+    def watch() -> None:
+        wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def evaluate_case(case: Case, dataset: Dataset, options: Options) -> Case | list[str]:
+    """Read and measure a case. Problems come back as sentences: raising would break the pool.
+
+    Args:
+        case: its files.
+        dataset: classes and reader.
+        options: what is measured.
+
+    Returns:
+        The case with its metrics, or what is wrong with its files.
+    """
+    try:
+        truth, grid = _read(case.reference, dataset.reader)
+    except Exception as error:
+        return [_unreadable(case.reference, error)]
+    metrics, problems = {}, []
+    for method, file in case.predictions.items():
+        try:
+            prediction, grid_of_prediction = _read(file, dataset.reader)
+        except Exception as error:
+            problems.append(_unreadable(file, error))
+            continue
+        if difference := _difference(grid_of_prediction, grid):
+            problems.append(f"{file} {difference}")
+            continue
+        try:
+            # the last of the reader's numbers are those of the array; they come in its axis order
+            metrics[method] = case_metrics(
+                truth, prediction, dataset.classes, grid.spacing, options, dataset.ignore_label
+            )
+        except Exception as error:
+            problems.append(f"{file} cannot be evaluated ({type(error).__name__}: {error})")
+    return problems or Case(case.name, case.reference, case.predictions, metrics)
+
+
+def _read(file: str, reader: type) -> tuple[np.ndarray, Grid]:
+    """Read a label map: integers ``[*spatial]``."""
+    if file.endswith(".gz"):
+        # SimpleITK takes a file that was cut off for a whole one
+        with gzip.open(file) as stream:
+            while stream.read(1 << 20):
+                pass
+    array, properties = reader().read_seg(file)
+    labels = array[0].astype(np.int32)
+    if not np.array_equal(labels, array[0]):
+        raise ValueError("its voxels are not whole numbers")
+    geometry = properties.get("sitk_stuff", {})
+    origin, direction = geometry.get("origin"), geometry.get("direction")
+    if "nibabel_stuff" in properties:
+        affine = properties["nibabel_stuff"].get("reoriented_affine", properties["nibabel_stuff"]["original_affine"])
+        origin, direction = tuple(affine[:3, 3]), tuple((affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)).flat)
+    return labels, Grid(labels.shape, tuple(map(float, properties["spacing"])), origin, direction)
+
+
+def _header_problems(case: Case, reader: type) -> list[str]:
+    """Compare what the headers say, where that is possible without reading the voxels: soon, and for all cases."""
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+    if reader is not SimpleITKIO:  # others may turn the axes
+        return []
+    problems, grids = [], []
+    for file in (case.reference, *case.predictions.values()):
+        try:
+            grids.append(_grid_of_header(file))
+        except RuntimeError as error:
+            problems.append(_unreadable(file, error))
+            grids.append(None)
+    truth = grids[0]
+    for file, grid in zip(case.predictions.values(), grids[1:], strict=True):
+        if truth and grid and (difference := _difference(grid, truth)):
+            problems.append(f"{file} {difference}")
+    return problems
+
+
+def _grid_of_header(file: str) -> Grid:
+    import SimpleITK as sitk
+
+    header = sitk.ImageFileReader()
+    header.SetFileName(file)
+    header.ReadImageInformation()
+    # from SimpleITK's axis order to that of arrays
+    return Grid(header.GetSize()[::-1], header.GetSpacing()[::-1], header.GetOrigin(), header.GetDirection())
+
+
+def _difference(grid: Grid, truth: Grid) -> str | None:
+    """In which way a prediction lies elsewhere than the truth; None if it does not."""
+    if grid.shape != truth.shape:
+        return f"has the shape {grid.shape}, the truth {truth.shape}"
+    if not np.allclose(grid.spacing, truth.spacing, rtol=SPACING_TOLERANCE, atol=0):
+        return f"has the spacing {_rounded(grid.spacing)}, the truth {_rounded(truth.spacing)}"
+    for what, own, other, tolerance in (
+        ("origin", grid.origin, truth.origin, ORIGIN_TOLERANCE * min(truth.spacing)),
+        ("direction", grid.direction, truth.direction, DIRECTION_TOLERANCE),
+    ):
+        if own is not None and other is not None and not np.allclose(own, other, rtol=0, atol=tolerance):
+            return f"has the {what} {_rounded(own)}, the truth {_rounded(other)}"
+    return None
+
+
+def _rounded(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(round(float(v), 4) if math.isfinite(v) else float(v) for v in values)
+
+
+def _unreadable(file: str, error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    truncated = isinstance(error, EOFError | zlib.error | gzip.BadGzipFile)
+    reason = "cut off or damaged" if truncated else lines[-1].removeprefix("sitk::ERROR: ") if lines else repr(error)
+    return f"{file} cannot be read ({reason})"

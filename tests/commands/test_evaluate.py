@@ -1,0 +1,83 @@
+"""``nnUNetv2_ssl_evaluate``: the real command on tiny files, its arguments, where it writes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from label_maps import write_dataset
+
+from nnunet_ssl.commands.evaluate import main, method_names
+from nnunet_ssl.errors import UserError
+
+SUMMARY = {"summary.json", "summary.md", "cases.csv"}
+COMPARISON = {"comparison.json", "comparison.md", "comparison.csv"}
+
+
+def names_in(folder):
+    """Of files and folders."""
+    return {path.name for path in folder.iterdir()}
+
+
+def test_the_real_command_compares_two_methods(tmp_path, run_nnunet):
+    truth = write_dataset(tmp_path, ("a", "b"), class_groups={"Large": ["one", "two"]})
+    done = run_nnunet(
+        "nnUNetv2_ssl_evaluate", "-ref", truth, "-pred", tmp_path / "a", tmp_path / "b", "--names", "CPS", "CPS + SHTA",
+        "-np", 2, "-o", tmp_path / "out", "--spacing", "voxel", "--tolerance", 2, "--empty", "128",
+    )  # fmt: skip
+    assert names_in(tmp_path / "out") == {"CPS", "CPS + SHTA", *COMPARISON}
+    assert names_in(tmp_path / "out" / "CPS + SHTA") == SUMMARY
+    summary = json.loads((tmp_path / "out" / "CPS" / "summary.json").read_text())
+    assert summary["options"] == {"spacing": "voxel", "tolerance": 2.0, "empty": "128"}
+    assert len(summary["metric_per_case"]) == 4
+    assert (tmp_path / "out" / "comparison.md").read_text() in done.stdout
+    assert "Mean Dice (%) ↑" in done.stdout
+    assert "Evaluating" in done.stderr  # the bar
+
+
+def test_the_real_command_ends_with_the_message_of_what_is_wrong(tmp_path, run_nnunet):
+    truth = write_dataset(tmp_path)
+    (tmp_path / "a" / "case_2.nii.gz").unlink()
+    done = run_nnunet("nnUNetv2_ssl_evaluate", "-ref", truth, "-pred", tmp_path / "a", check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("nnunet_ssl: nothing was evaluated")
+    assert f"{tmp_path / 'a' / 'case_2.nii.gz'} is missing" in done.stderr
+    assert not SUMMARY & names_in(tmp_path / "a")
+
+
+def test_one_method_is_summarised_where_its_predictions_are(tmp_path, capsys):
+    truth = write_dataset(tmp_path)
+    main(["-ref", str(truth), "-pred", str(tmp_path / "a"), "--metrics", "nsd", "dice"])
+    assert names_in(tmp_path / "a") >= SUMMARY
+    assert "| Class | Dice (%) ↑ | NSD (%) ↑ | Missed" in capsys.readouterr().out
+    main(["-ref", str(truth), "-pred", str(tmp_path / "a"), "-o", str(tmp_path / "out")])  # and again, elsewhere
+    assert names_in(tmp_path / "out") == SUMMARY
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    truth = write_dataset(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="file cannot be written"):
+        main(["-ref", str(truth), "-pred", str(tmp_path / "a"), "-o", str(tmp_path / "file")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-pred", "a", "-np", "0"], "-np 0 must be at least 1"),
+        (["-pred", "a", "--tolerance", "-1"], "--tolerance -1.0 must be"),
+        (["-pred", "a", "--tolerance", "nan"], "--tolerance nan must be"),
+        (["-pred", "a", "b"], "name a folder for the comparison with -o"),
+        (["-pred", "a", "b", "-o", "out", "--names", "x"], r"--names gives 1 name\(s\) for 2"),
+        (["-pred", "a", "b", "-o", "out", "--names", "x", "x"], "two methods are named x"),
+        (["-pred", "a", "--names", "x/y"], "cannot be the name of a folder"),
+    ],
+)
+def test_arguments_that_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        main(["-ref", "labels", *arguments])
+
+
+def test_folders_of_the_same_name_are_told_apart_by_their_paths():
+    assert method_names(["runs/cps/test", "runs/shta/test/"], None) == ["runs_cps_test", "runs_shta_test"]
+    assert method_names(["runs/cps", "other/shta"], None) == ["cps", "shta"]

@@ -1,0 +1,113 @@
+"""What is evaluated: from dataset.json wherever it lies, or from the labels themselves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from label_maps import write_dataset
+from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.classes import read_dataset
+
+REGIONS = {
+    "labels": {"background": 0, "whole": [1, 2, 3], "core": [2, 3], "tip": 3, "ignore": 4},
+    "regions_class_order": [1, 2, 3],
+}
+
+
+@pytest.mark.parametrize("place", ["beside the truth", "in it", "with the predictions", "named"])
+def test_dataset_json_is_found(tmp_path, place):
+    truth = write_dataset(tmp_path / "data")
+    new = {"in it": truth, "with the predictions": tmp_path / "data" / "a", "named": tmp_path}.get(place)
+    file = tmp_path / "data" / "dataset.json"
+    if new:
+        file = shutil.move(file, new / "dataset.json")
+    dataset = read_dataset(str(truth), [str(tmp_path / "data" / "a")], str(file) if place == "named" else None)
+    assert dataset.classes == {1: "one", 2: "two", 3: "three"}
+    assert dataset.ignore_label is None
+    assert (dataset.file_ending, dataset.reader) == (".nii.gz", SimpleITKIO)
+
+
+def test_without_dataset_json_the_labels_that_occur_are_the_classes(tmp_path, capsys):
+    truth = write_dataset(tmp_path)
+    (tmp_path / "dataset.json").unlink()
+    dataset = read_dataset(str(truth), [str(tmp_path / "a")])
+    assert dataset.classes == {1: "1", 2: "2", 3: "3"}
+    assert "No dataset.json" in capsys.readouterr().out
+
+
+def test_regions_and_ignore_label(tmp_path):
+    dataset = read_dataset(str(write_dataset(tmp_path, **REGIONS)), [])
+    assert dataset.classes == {(1, 2, 3): "whole", (2, 3): "core", 3: "tip"}
+    assert dataset.ignore_label == 4
+
+
+def test_png(tmp_path):
+    dataset = read_dataset(str(write_dataset(tmp_path, ending=".png")), [])
+    assert (dataset.file_ending, dataset.reader) == (".png", NaturalImage2DIO)
+
+
+def test_groups_by_label_and_by_name(tmp_path):
+    truth = write_dataset(tmp_path, class_groups={"Large": [1, "two"], "Small": [3]})
+    assert read_dataset(str(truth), []).groups == {"Large": (1, 2), "Small": (3,)}
+
+
+def test_groups_of_regions(tmp_path):
+    truth = write_dataset(tmp_path, class_groups={"Both": [[1, 2, 3], "core"]}, **REGIONS)
+    assert read_dataset(str(truth), []).groups == {"Both": ((1, 2, 3), (2, 3))}
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_groups_from_a_file_go_before_those_of_dataset_json(tmp_path, wrapped):
+    truth = write_dataset(tmp_path, class_groups={"Large": [1]})
+    groups = {"Other": [2, 3]}
+    (tmp_path / "groups.json").write_text(json.dumps({"class_groups": groups} if wrapped else groups))
+    assert read_dataset(str(truth), [], groups=str(tmp_path / "groups.json")).groups == {"Other": (2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"class_groups": {"Large": [9]}}, "group Large names 9, which is no class"),
+        ({"class_groups": {"Large": ["liver"]}}, "group Large names 'liver', which is no class"),
+        ({"class_groups": {"Large": []}}, "must be written as"),
+        ({"class_groups": [1, 2]}, "must be written as"),
+        ({"labels": {"one": 1}}, "does not accept its labels"),
+        ({"labels": {"background": 0}}, "no label but the background"),
+    ],
+)
+def test_what_dataset_json_must_not_say(tmp_path, content, message):
+    truth = write_dataset(tmp_path, **content)
+    with pytest.raises(UserError, match=message):
+        read_dataset(str(truth), [])
+
+
+def test_broken_or_wrong_files_are_named(tmp_path):
+    truth = str(write_dataset(tmp_path))
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "plans.json").write_text('{"plans_name": "x"}')
+    with pytest.raises(UserError, match=r"broken\.json cannot be read"):
+        read_dataset(truth, [], str(tmp_path / "broken.json"))
+    with pytest.raises(UserError, match=r"plans\.json names no labels"):
+        read_dataset(truth, [], str(tmp_path / "plans.json"))
+    with pytest.raises(UserError, match="nowhere cannot be read"):
+        read_dataset(str(tmp_path / "nowhere"), [], str(tmp_path / "dataset.json"))
+
+
+def test_folder_without_label_maps(tmp_path):
+    truth = write_dataset(tmp_path)
+    for file in truth.iterdir():
+        file.rename(truth / f".{file.name}")  # hidden files are none
+    with pytest.raises(UserError, match=r"holds no \.nii\.gz file"):
+        read_dataset(str(truth), [])
+
+
+def test_truth_that_no_reader_can_read(tmp_path):
+    truth = write_dataset(tmp_path, num_cases=1)
+    (truth / "case_0.nii.gz").write_text("no image")
+    with pytest.raises(UserError, match="no reader that can read"):
+        read_dataset(str(truth), [])
