@@ -73,13 +73,13 @@ class Setup:
     trainers: tuple[tuple[str, str | None], ...]
 
 
-def build(setup: Setup, trainer_name: str, passes: str | None) -> Any:
-    """A trainer that is ready to step, with batches made in this process."""
+def build(setup: Setup, trainer_name: str, passes: str | None, **more: Any) -> Any:
+    """A trainer that is ready to step, with batches made in this process; ``more`` are settings."""
     import torch
     from nnunetv2.run.run_training import get_trainer_from_args
 
     torch.set_num_threads(setup.threads)
-    settings = {"seed": 0, **({"passes": passes} if passes else {})}
+    settings = {"seed": 0, **({"passes": passes} if passes else {}), **more}
     config = Path(setup.folder) / f"{trainer_name}_{passes}.json"
     config.write_text(json.dumps(settings))
     os.environ["nnUNet_ssl_config"] = str(config)

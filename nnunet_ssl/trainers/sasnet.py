@@ -22,6 +22,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.consistency import pseudo_label_consistency, segmentation_regression_consistency
 from nnunet_ssl.losses.ramps import sigmoid_rampup
 from nnunet_ssl.losses.sar import ConfidenceMemory, reweight, true_class_confidence
@@ -164,7 +165,13 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
             f"SASNet remembers the confidence of {len(shapes)} labelled cases: {needed / 2**20:.0f} MiB "
             + (f"on disk in {folder}" if folder else f"on {device}")
         )
-        return ConfidenceMemory(shapes, rule, device=device, folder=folder)
+        try:
+            return ConfidenceMemory(shapes, rule, device=device, folder=folder)
+        except OSError as error:
+            raise UserError(
+                f"SASNet's memory of confidence, {needed / 2**20:.0f} MiB, cannot be kept in {folder} ({error}); make "
+                "room there, raise sasnet_memory_share to keep it in RAM, or set sasnet_sar to \"off\"."
+            ) from None
 
     def _fused_labels(self, stream: Stream, high: Tensor, low: Tensor | None) -> Tensor:
         """The class with the largest fused probability, ``[B, *patch]``.

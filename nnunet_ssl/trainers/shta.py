@@ -73,8 +73,8 @@ class SHTASettings(SSLSettings):
 
 LOSS_SETTINGS = (
     "temperature conf_threshold fg_threshold purity_threshold hard_ratio matched_hard selection assign_weight "
-    "anchor_weight hard_weight center_weight detach_reference_in_anchor detach_reference_in_center normalize_embeddings "
-    "min_class_mass sync_references"
+    "anchor_weight hard_weight center_weight detach_reference_in_anchor detach_reference_in_center "
+    "normalize_embeddings min_class_mass sync_references"
 ).split()
 READOUTS = (
     "assign anchor hard center hard_ratio candidate_ratio token_accuracy proxy_cosine center_gap"

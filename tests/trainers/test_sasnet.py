@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from test_ddp import _step, on_two_ranks
 from test_resume import train
+from test_step import a_batch
 
 NAME = "nnUNetTrainerSASNet"
 FULL = {"sasnet_rampup": 0.0}
@@ -267,6 +269,18 @@ def test_compiled_networks_give_the_same_gradients(tiny, make_trainer, monkeypat
     with torch.no_grad():
         compiled.validation_step(next(compiled.dataloader_val))
     assert compiled.plans_network.state_dict().keys() == plain.plans_network.state_dict().keys()
+
+
+def test_two_ranks_with_half_a_batch_step_like_one_with_all_of_it(tiny, make_trainer, tmp_path):
+    """Without distance maps, whose mean is over the classes that a rank happens to see."""
+    settings = {**FULL, "sasnet_sdm": False}
+    together, apart = (started(make_trainer(NAME, tiny(), settings=settings)) for _ in range(2))
+    batch = a_batch(together)
+    ranks = on_two_ranks(tmp_path, _step, apart, batch)
+    together.train_step(batch)
+    for name, p in parameters(together).items():
+        torch.testing.assert_close(ranks[0]["weights"][name], p.detach(), rtol=1e-4, atol=1e-6, msg=name)
+        assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name])
 
 
 def test_the_labelled_loader_is_nnunets_where_nothing_asks_for_coordinates(tiny, make_trainer):
