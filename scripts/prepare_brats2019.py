@@ -47,7 +47,7 @@ def cut_bright(case: Case, image: sitk.Image, label: sitk.Image | None) -> tuple
     if not len(positions[0]):
         return image, label
     box = array[tuple(slice(axis.min(), axis.max() + 1) for axis in positions)]
-    return clip(image, float(box.min()), float(np.quantile(box, 0.999))), label
+    return clip(image, float(array.min()), float(np.quantile(box, 0.999))), label
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -43,12 +43,12 @@ def write(
 
 
 def write_dicom(folder: Path, array: np.ndarray, spacing: tuple[float, float, float], numbers: list[int]) -> None:
-    """Write slices (z, y, x), ascending in space, with these instance numbers; stored shifted by 1024, as CT is."""
+    """Write slices in HU (z, y, x), ascending in space, with these instance numbers; the file holds HU + 1024."""
     folder.mkdir(parents=True)
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
     for z, number in enumerate(numbers):
-        content = sitk.GetImageFromArray((array[z] + 1024).astype(np.int16))
+        content = sitk.GetImageFromArray(array[z].astype(np.int16))
         content.SetSpacing(spacing[:2])
         tags = {
             "0008|0060": "CT",

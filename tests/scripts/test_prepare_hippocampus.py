@@ -13,7 +13,6 @@ from raw_files import REAL
 
 from nnunet_ssl.errors import UserError
 
-
 TRAIN, TEST = [f"case_{i}" for i in range(6)], ["test_0", "test_1"]
 
 
