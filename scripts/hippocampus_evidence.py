@@ -1,9 +1,11 @@
-"""The hippocampus table of ``docs/results.md``: a queue of nnU-Net's own commands that can be stopped and restarted.
+"""The hippocampus tables of ``docs/results.md``: a queue of nnU-Net's own commands that can be stopped and restarted.
 
     python scripts/hippocampus_evidence.py prepare --dir runs/hippocampus --data DIR
     python scripts/hippocampus_evidence.py measure --dir runs/hippocampus
     python scripts/hippocampus_evidence.py run     --dir runs/hippocampus --steps 10000 --seeds 0 1 2 --jobs 2
     python scripts/hippocampus_evidence.py report  --dir runs/hippocampus
+
+``--table hosts`` (with ``run`` and ``report``) is SHTA on each of its hosts, and its parts on GA-CPS.
 
 Protocol: 2 mm, patch 20 x 28 x 20, three stages of 8, 16 and 32 features, batch 2 (+ 2 without labels), 5 labelled
 cases, one order of the cases a seed, 40 test cases, no test-time mirroring. A run has 40 epochs of ``steps / 40``
@@ -84,6 +86,17 @@ def without(part: str, **settings: Any) -> Row:
     return Row(key, f"... without {part}", "nnUNetTrainerSASNet", settings=settings)
 
 
+def host(name: str) -> tuple[Row, Row]:
+    """A host of SHTA, by itself and with SHTA."""
+    return tuple(Row(t.lower(), f"`nnUNetTrainer{t}`", f"nnUNetTrainer{t}") for t in (name, f"SHTA_{name}"))
+
+
+def part_of_shta(part: str, *others: str) -> Row:
+    """Table III of the SHTA paper: one part alone, on GA-CPS."""
+    off = {f"shta_{other}_weight": 0 for other in others}
+    return Row(f"shta_gacps_{part}_only", f"... with {part} alone", "nnUNetTrainerSHTA_GACPS", settings=off)
+
+
 ROWS = (
     Row("labeled_only", "`nnUNetTrainerLabeledOnly`, 5 labels", "nnUNetTrainerLabeledOnly"),
     Row("cps", "`nnUNetTrainerCPS`, 5 labels + 155 without", "nnUNetTrainerCPS"),
@@ -96,7 +109,21 @@ ROWS = (
     Row("all_labels", "`nnUNetTrainerLabeledOnly`, all 160 labels", "nnUNetTrainerLabeledOnly", all_labels=True),
     Row("labeled_only_equal_time", "`nnUNetTrainerLabeledOnly`, 5 labels, as long as the dearest above",
         "nnUNetTrainerLabeledOnly", equal_time=True),
+    *host("GACPS"),
+    part_of_shta("assign", "hard", "center"),
+    part_of_shta("hard", "assign", "anchor", "center"),
+    part_of_shta("center", "assign", "anchor", "hard"),
+    *host("URPC"),
+    *host("MagicNet"),
+    Row("shta_labeledonly", "`nnUNetTrainerSHTA_LabeledOnly`", "nnUNetTrainerSHTA_LabeledOnly"),
 )  # fmt: skip
+TABLES = {
+    "hippocampus": "labeled_only cps shta_cps sasnet sasnet_without_sar sasnet_without_sdm "
+    "sasnet_without_low_level_branch sasnet_without_view_variance all_labels labeled_only_equal_time".split(),
+    "hosts": "labeled_only shta_labeledonly cps shta_cps gacps shta_gacps shta_gacps_assign_only "
+    "shta_gacps_hard_only shta_gacps_center_only urpc shta_urpc magicnet shta_magicnet".split(),
+}
+PAIRS = (("labeled_only", "shta_labeledonly"), *((h, f"shta_{h}") for h in ("cps", "gacps", "urpc", "magicnet")))
 DEAREST = "nnUNetTrainerSHTA_CPS"
 
 
@@ -404,6 +431,27 @@ def curve_table(results: dict[str, Any]) -> Iterator[str]:
             yield f"| {row.title} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |"
 
 
+def pairs_table(results: dict[str, Any]) -> Iterator[str]:
+    """What SHTA changes of each host, seed by seed, as Markdown."""
+    final = {(run["row"], run["seed"]): run["curve"][-1] for run in results["runs"]}
+    seeds = sorted({seed for _, seed in final})
+    yield "| SHTA on | anterior | posterior | " + " | ".join(f"seed {s}" for s in seeds) + " | mean |"
+    yield "| --- |" + " ---: |" * (len(seeds) + 3)
+    for alone, with_shta in PAIRS:
+        both = [seed for seed in seeds if (alone, seed) in final and (with_shta, seed) in final]
+        if not both:
+            continue
+
+        def gain(seed: int, name: str, pair: tuple[str, str] = (alone, with_shta)) -> float:
+            before, after = (final[row, seed][name] for row in pair)
+            return after - before
+
+        cells = [f"{statistics.mean(gain(s, name) for s in both):+.3f}" for name in CLASSES.values()]
+        cells += [f"{gain(s, 'mean'):+.3f}" if s in both else "" for s in seeds]
+        title = next(row for row in ROWS if row.key == alone).trainer
+        yield f"| `{title}` | " + " | ".join(cells) + f" | **{statistics.mean(gain(s, 'mean') for s in both):+.3f}** |"
+
+
 def draw_curves(results: dict[str, Any], file: Path) -> None:
     """Test Dice over steps and over training time: a thin line a seed, a thick one for the mean."""
     import matplotlib
@@ -415,9 +463,9 @@ def draw_curves(results: dict[str, Any], file: Path) -> None:
     width, size = (2, (11, 4.2)) if seconds else (1, (6, 4.2))
     figure, panels = plt.subplots(1, width, figsize=size, sharey=True, squeeze=False)
     for panel, unit in zip(panels[0], ("steps", "minutes"), strict=False):
-        for colour, row in zip(plt.get_cmap("tab10").colors, ROWS, strict=False):
+        for colour, row in zip(plt.get_cmap("tab20").colors, ROWS, strict=False):
             curves = [run["curve"] for run in results["runs"] if run["row"] == row.key]
-            if not curves or (unit == "steps" and row.equal_time):
+            if not curves or (row.equal_time if unit == "steps" else row.trainer not in seconds):
                 continue
             scale = 1.0 if unit == "steps" else seconds[row.trainer] / 60
             x = [point["steps"] * scale for point in curves[0]]
@@ -435,8 +483,13 @@ def draw_curves(results: dict[str, Any], file: Path) -> None:
     plt.close(figure)
 
 
-def report(results: dict[str, Any], docs: Path) -> None:
+def report(results: dict[str, Any], docs: Path, name: str = "hippocampus") -> None:
     """Write the results file, the figure, and the tables into ``docs/results.md`` between their marks.
+
+    Args:
+        results: of :func:`collect`.
+        docs: folder of the documentation.
+        name: of ``TABLES``; also of the marks, the results file and the figure.
 
     Raises:
         UserError: the page has no marks.
@@ -445,15 +498,17 @@ def report(results: dict[str, Any], docs: Path) -> None:
     text = page.read_text() if page.is_file() else ""
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     lines = [*table(results), "", "Mean over the seeds on the way:", "", *curve_table(results), ""]
-    lines += ["![Learning curves](figures/hippocampus_curves.png)", "", f"Versions: {versions}."]
-    text = fill(text, "hippocampus", lines, page)
+    if name == "hosts":
+        lines += ["What SHTA changes, at the end:", "", *pairs_table(results), ""]
+    lines += [f"![Learning curves](figures/{name}_curves.png)", "", f"Versions: {versions}."]
+    text = fill(text, name, lines, page)
     if speed := results["benchmark"]:
         plan = f"Hippocampus plan of above, {speed['device']}, {speed['machine']}, {speed['clock']}."
         text = fill(text, "benchmark", [benchmark_trainers.table(speed), "", plan], page)
 
     (docs / "results").mkdir(parents=True, exist_ok=True)
-    (docs / "results" / "hippocampus.json").write_text(json.dumps(results, indent=1) + "\n")
-    draw_curves(results, docs / "figures" / "hippocampus_curves.png")
+    (docs / "results" / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw_curves(results, docs / "figures" / f"{name}_curves.png")
     page.write_text(text)
     print("\n".join(lines))
 
@@ -480,11 +535,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="prepare: folder with images/, labels/ and protocol.json")
     parser.add_argument("--steps", type=int, default=10_000, help="steps of a run, a multiple of 40")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="the protocol's orders")
-    parser.add_argument("--rows", nargs="+", default=[row.key for row in ROWS], choices=[row.key for row in ROWS])
+    parser.add_argument("--table", default="hippocampus", choices=list(TABLES))
+    parser.add_argument("--rows", nargs="+", choices=[row.key for row in ROWS], help="default: all of the table")
     parser.add_argument("--jobs", type=int, default=2, help="run: trainings at a time")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     args = parser.parse_args(argv)
-    home = args.dir.resolve()
+    home, wanted = args.dir.resolve(), args.rows or TABLES[args.table]
 
     if args.what == "prepare":
         if args.data is None:
@@ -496,11 +552,11 @@ def main(argv: list[str] | None = None) -> None:
     elif args.what == "measure":
         measure(home, args.device)
     elif args.what == "run":
-        run_queue(plan_runs(home, args.steps, args.seeds, args.rows, args.device), args.jobs)
+        run_queue(plan_runs(home, args.steps, args.seeds, wanted, args.device), args.jobs)
     else:
         speed_missing = not (home / "speed.json").is_file()
-        rows = [row.key for row in ROWS if row.key in args.rows and not (speed_missing and row.equal_time)]
-        report(collect(plan_runs(home, args.steps, args.seeds, rows, args.device)), ROOT / "docs")
+        rows = [row.key for row in ROWS if row.key in wanted and not (speed_missing and row.equal_time)]
+        report(collect(plan_runs(home, args.steps, args.seeds, rows, args.device)), ROOT / "docs", args.table)
 
 
 if __name__ == "__main__":

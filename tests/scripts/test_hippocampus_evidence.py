@@ -36,6 +36,7 @@ def home(tmp_path):
             "seconds_of_the_step": seconds - 0.02,
             "seconds_a_batch": 0.02,
             "peak_mib": 1000 * seconds,
+            "parameters": round(1000 * seconds),
         }
         for trainer, passes, seconds in measured
     ]
@@ -45,7 +46,7 @@ def home(tmp_path):
 
 
 def all_rows():
-    return [row.key for row in evidence.ROWS]
+    return evidence.TABLES["hippocampus"]
 
 
 def write_summaries(run):
@@ -59,7 +60,7 @@ def write_summaries(run):
 def test_queue_has_every_row_for_every_seed_and_the_longest_last(home):
     runs = evidence.plan_runs(home, 400, [0, 1], all_rows(), "cpu")
     assert [(run.row.key, run.seed) for run in runs[:4]] == [
-        ("labeled_only", 0), ("cps", 0), ("shta_cps", 0), ("all_labels", 0),
+        ("labeled_only", 0), ("cps", 0), ("shta_cps", 0), ("sasnet", 0),
     ]  # fmt: skip
     assert [run.row.key for run in runs[-2:]] == ["labeled_only_equal_time"] * 2
     assert {run.dataset_id for run in runs} == {640, 641, 649}
@@ -69,7 +70,7 @@ def test_queue_has_every_row_for_every_seed_and_the_longest_last(home):
 def test_equal_time_is_the_measured_ratio_of_the_lean_trainers(home):
     run = evidence.plan_runs(home, 400, [0], ["labeled_only_equal_time"], "cpu")[0]
     assert run.epochs == 130  # 40 * 0.13 / 0.04
-    assert run.curve == (13, 32, 65, 130)
+    assert run.curve == (32, 65, 130)
     assert run.trainer == "nnUNetTrainerLabeledOnly_130epochs"
 
 
@@ -123,12 +124,33 @@ def test_report_writes_table_figure_and_results(home, tmp_path):
     # Dice after 40 epochs: 0.54, 0.64 by seed for the first class, 0.1 more for the second
     assert "| 400 | 0.590 | 0.690 | 0.590 | 0.690 | **0.640** |" in written
     assert "| 1,300 | 0.630 | 0.730 | 0.680 |  | **0.680** |" in written  # the seed that is missing stays empty
-    assert "| `nnUNetTrainerSHTA_CPS` | lean | 0.1100 | 5.50 | 0.0200 | 0.1300 | 3.25 | 130 | 3.25 |" in written
+    assert "| `nnUNetTrainerSHTA_CPS` | lean | 0.1100 | 5.50 | 0.0200 | 0.1300 | 3.25 | 130 | 3.25 | 130 |" in written
     assert (docs / "figures" / "hippocampus_curves.png").stat().st_size > 5000
-    assert len(json.loads((docs / "results" / "hippocampus.json").read_text())["runs"]) == 9
+    assert len(json.loads((docs / "results" / "hippocampus.json").read_text())["runs"]) == 2 * len(all_rows()) - 1
 
     evidence.report(evidence.collect(runs), docs)  # a second time replaces the first
     assert (docs / "results.md").read_text() == written
+
+
+def test_every_row_is_in_a_table_and_its_settings_are_the_trainers(home):
+    import dataclasses
+
+    from nnunet_ssl import trainers
+
+    assert {row.key for row in evidence.ROWS} == set().union(*evidence.TABLES.values())
+    for row in evidence.ROWS:
+        fields = {field.name for field in dataclasses.fields(getattr(trainers, row.trainer).Settings)}
+        assert set(row.settings) <= fields, row.key
+
+
+def test_pairs_are_differences_of_the_same_seed(home):
+    runs = [
+        {"row": row, "seed": seed, "curve": [{"anterior": dice, "posterior": dice + 0.2, "mean": dice + 0.1}]}
+        for row, seed, dice in (("cps", 0, 0.5), ("shta_cps", 0, 0.6), ("cps", 1, 0.7), ("shta_cps", 1, 0.65),
+                                ("urpc", 0, 0.1))
+    ]  # fmt: skip
+    lines = list(evidence.pairs_table({"runs": runs}))
+    assert lines[2:] == ["| `nnUNetTrainerCPS` | +0.025 | +0.025 | +0.100 | -0.050 | **+0.025** |"]
 
 
 def test_commands_are_nnunets_own(home):
