@@ -6,19 +6,17 @@ import functools
 import math
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from test_ddp import on_two_ranks
 from test_resume import assert_equal, train, weights
 from test_step import a_batch, gradients, parameters
 
-import nnunet_ssl.trainers
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.cubes import blended_pseudo_labels, class_weights, partition, recover
-from nnunet_ssl.trainers.magicnet import MagicNetSettings, nnUNetTrainerMagicNet
-from nnunet_ssl.trainers.shta import SHTAMixin, SHTASettings
+from nnunet_ssl.trainers.magicnet import nnUNetTrainerMagicNet
 
 NAME = "nnUNetTrainerMagicNet"
 TERMS = ["sup", "within", "location", "cross", "consistency"]
@@ -42,12 +40,12 @@ def test_two_steps_on_every_kind_of_data(magicnet, kind):
     trainer.on_train_start()
     trainer.on_train_epoch_start()
     rows = []
-    for _ in range(2):
-        before = {n: p.detach().clone() for n, p in parameters(trainer).items()}
+    before = {n: p.detach().clone() for n, p in parameters(trainer).items()}
+    for _ in range(2):  # nnU-Net's residual blocks begin as identities: most of their weights move at the second
         assert trainer.train_step(next(trainer.dataloader_train))["loss"].isfinite()
         rows.append(trainer._mean_values())
-        still = [n for n, p in parameters(trainer).items() if torch.equal(p, before[n])]
-        assert all("seg_layers.0." in n for n in still), still  # no weight at the lowest resolution
+    still = [n for n, p in parameters(trainer).items() if torch.equal(p, before[n])]
+    assert all("seg_layers.0." in n for n in still), still  # no weight at the lowest resolution
     assert all(math.isfinite(value) for row in rows for value in row.values())
     for term in TERMS:
         assert rows[0][f"loss_{term}"] != rows[1][f"loss_{term}"]
@@ -403,21 +401,32 @@ def test_compiled_it_gives_the_same_gradients(magicnet, monkeypatch):
             torch.testing.assert_close(compiled[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
-def test_shta_hangs_on_the_direct_forward_of_labelled_images(tiny, make_trainer, monkeypatch):
-    """The trainer that SHTA's file makes for it, made here: no line of SHTA in the host."""
+def _step_of_rank(rank, trainer, batch):
+    trainer.is_ddp = True
+    half = slice(rank, rank + 1)
+    share = {k: [t[half] for t in v] if isinstance(v, list) else v[half] for k, v in batch.items()}
+    torch.manual_seed(rank)  # exchanges and noise of its own
+    labels, real = [], trainer._pseudo_labels
+    trainer._pseudo_labels = lambda *args: labels.append(real(*args)) or labels[-1]
+    trainer.train_step(share)
+    return {**trainer.plans_network.state_dict(), **trainer.training_modules.state_dict()}, labels[0]
 
-    @dataclass(frozen=True, kw_only=True)
-    class Settings(SHTASettings, MagicNetSettings):
-        pass
 
-    class Both(SHTAMixin, nnUNetTrainerMagicNet):
-        pass
+def test_two_ranks_keep_the_same_weights_teacher_and_class_counts(magicnet, tmp_path):
+    trainer = magicnet()
+    before = {n: p.detach().clone() for n, p in trainer.plans_network.named_parameters()}
+    (state, labels), (other, other_labels) = on_two_ranks(tmp_path, _step_of_rank, trainer, a_batch(trainer))
+    assert_equal(state, other)
+    assert any(not torch.equal(state[n], p) for n, p in before.items())
+    both = torch.bincount(torch.cat([labels, other_labels]).flatten().long(), minlength=3)
+    torch.testing.assert_close(state["teacher.class_counts"], 0.05 * both.float())
 
-    Both.Settings = Settings
-    monkeypatch.setattr(nnunet_ssl.trainers, "nnUNetTrainerBothForTest", Both, raising=False)
+
+def test_shta_hangs_on_the_direct_forward_of_labelled_images(tiny, make_trainer):
+    with_shta = "nnUNetTrainerSHTA_MagicNet"
     host = make_trainer(NAME, tiny(), settings=NOW)
-    off = make_trainer("nnUNetTrainerBothForTest", tiny(), settings={**NOW, "shta_weight": 0.0})
-    on = make_trainer("nnUNetTrainerBothForTest", tiny(), settings=NOW)
+    off = make_trainer(with_shta, tiny(), settings={**NOW, "shta_weight": 0.0})
+    on = make_trainer(with_shta, tiny(), settings=NOW)
     seen = []
     on.training_modules["shta_first"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
     for trainer in (host, off, on):
@@ -459,6 +468,7 @@ def test_the_real_commands(tiny_copy, run_nnunet, tmp_path, kind):
     name = f"{NAME}_2epochs"
     command = [dataset.name, dataset.configuration, 0, "-tr", name, "-device", "cpu"]
     settings = {"save_every": 1}
+    run_nnunet = functools.partial(run_nnunet, timeout=900)
     run_nnunet("nnUNetv2_train", *command, settings=settings)
     model = Path(os.environ["nnUNet_results"]) / dataset.name / f"{name}__{dataset.plans_name}__{dataset.configuration}"
     fold = model / "fold_0"
