@@ -9,7 +9,7 @@ from setuptools import Command, find_packages, setup
 from setuptools.command.build import build
 
 ROOT = Path(__file__).parent
-COMMANDS = ("preprocess", "split", "trainers", "export", "demo", "evaluate")
+COMMANDS = ("preprocess", "split", "trainers", "export", "demo", "evaluate", "pseudolabel")
 
 
 class build_startup(Command):  # noqa: N801 - as setuptools names its commands
@@ -90,7 +90,7 @@ setup(
         "edt>=3.0",  # exact distance transforms on the CPU, several times as fast as scipy's
         "psutil",
     ],
-    extras_require={"dev": ["pytest", "pytest-timeout", "ruff", "pre-commit", "setuptools>=77"]},
+    extras_require={"dev": ["h5py", "pytest", "pytest-timeout", "ruff", "pre-commit", "setuptools>=77"]},
     entry_points={
         "console_scripts": [f"nnUNetv2_ssl_{verb} = nnunet_ssl.commands.{verb}:main" for verb in COMMANDS],
     },
