@@ -462,6 +462,7 @@ def test_resumed_it_ends_with_the_weights_of_an_uninterrupted_run(tiny, make_tra
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # four commands that each start Python anew
 @pytest.mark.parametrize("kind", ["3d", "2d"])
 def test_the_real_commands(tiny_copy, run_nnunet, tmp_path, kind):
     dataset = tiny_copy(kind)
