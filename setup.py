@@ -82,7 +82,7 @@ setup(
         "numpy",
         "SimpleITK",
         "acvl-utils",
-        "scipy",
+        "scipy>=1.15",  # stats.bootstrap(rng=...)
         "tqdm",
         "matplotlib",
         "nibabel",  # reads NIfTI headers and data to the end: SimpleITK passes over truncated files in silence

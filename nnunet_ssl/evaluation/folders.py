@@ -201,7 +201,6 @@ def evaluate_case(case: Case, dataset: Dataset, options: Options) -> Case | list
             problems.append(f"{file} {difference}")
             continue
         try:
-            # the last of the reader's numbers are those of the array; they come in its axis order
             metrics[method] = case_metrics(
                 truth, prediction, dataset.classes, grid.spacing, options, dataset.ignore_label
             )
@@ -261,6 +260,8 @@ def _grid_of_header(file: str) -> Grid:
 
 def _difference(grid: Grid, truth: Grid) -> str | None:
     """In which way a prediction lies elsewhere than the truth; None if it does not."""
+    if grid == truth:
+        return None
     if grid.shape != truth.shape:
         return f"has the shape {grid.shape}, the truth {truth.shape}"
     if not np.allclose(grid.spacing, truth.spacing, rtol=SPACING_TOLERANCE, atol=0):

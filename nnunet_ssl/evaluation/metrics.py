@@ -12,11 +12,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import edt
 import numpy as np
 from scipy import ndimage
+from scipy.spatial import cKDTree
 
 Label = int | tuple[int, ...]  # a class, or a region of several labels
+
+_BLOCK = 2**17  # voxels counted at a time: what fits into the cache
 
 SURFACE = (
     "Surface: the voxels of a mask with a face neighbour that is not in it; beyond the image nothing is. Distances are "
@@ -190,9 +192,9 @@ def surface_metrics(
     if "assd" in options.metrics:
         values["ASSD"] = float((to_truth.mean() + to_prediction.mean()) / 2)
     if "nsd" in options.metrics:
-        tolerance = options.tolerance * (1 + 1e-5)  # a distance in float32 that equals the tolerance is within it
-        near = np.count_nonzero(to_truth <= tolerance) + np.count_nonzero(to_prediction <= tolerance)
-        values["NSD"] = float(near) / (len(to_truth) + len(to_prediction))
+        tolerance = options.tolerance * (1 + 1e-5)  # three steps of 0.1 mm are within 0.3 mm, whatever floats say
+        near = int((to_truth <= tolerance).sum() + (to_prediction <= tolerance).sum())
+        values["NSD"] = near / (len(to_truth) + len(to_prediction))
     return values
 
 
@@ -207,11 +209,11 @@ def surface_distances(
     Returns:
         Of each surface voxel of the prediction to the nearest one of the reference, and the other way round; float64.
     """
-    surfaces = _surface(prediction), _surface(reference)
-    step = tuple(spacing) if len(spacing) > 1 else spacing[0]  # as edt wants it
-    # one thread: cases are what is done in parallel
-    maps = [edt.edt(~surface, anisotropy=step, black_border=False, parallel=1) for surface in surfaces]
-    return maps[1][surfaces[0]].astype(np.float64), maps[0][surfaces[1]].astype(np.float64)
+    # Trees of the surfaces' voxels are as exact as distance transforms of the box, and cost by the surface. Plain
+    # splits, since on a grid many coordinates are equal, which the balanced ones are slow with.
+    points = [np.argwhere(_surface(mask)) * np.asarray(spacing, float) for mask in (prediction, reference)]
+    trees = [cKDTree(p, balanced_tree=False, compact_nodes=False) for p in points]
+    return trees[1].query(points[0])[0], trees[0].query(points[1])[0]
 
 
 def _surface(mask: np.ndarray) -> np.ndarray:
@@ -263,10 +265,12 @@ def _bounding_box(*arrays: np.ndarray) -> tuple[slice, ...]:
 
 
 def _joint_counts(truth: np.ndarray, guess: np.ndarray, num: int) -> np.ndarray:
-    """How many voxels have each pair of places: ``[num, num]``, truth first. Slice by slice, to stay in the cache."""
+    """How many voxels have each pair of places: ``[num, num]``, truth first."""
     counts = np.zeros(num * num, np.int64)
-    for of_truth, of_guess in zip(truth, guess, strict=True):
-        counts += np.bincount((of_truth.astype(np.intp) * num + of_guess).ravel(), minlength=num * num)
+    at_a_time = max(1, _BLOCK // truth[0].size)
+    for start in range(0, len(truth), at_a_time):
+        part = slice(start, start + at_a_time)
+        counts += np.bincount((truth[part].astype(np.intp) * num + guess[part]).ravel(), minlength=num * num)
     return counts.reshape(num, num)
 
 
