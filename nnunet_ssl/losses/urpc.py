@@ -16,12 +16,13 @@ W_s and KL_s.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def uncertainty_rectified_consistency(
@@ -49,21 +50,40 @@ def uncertainty_rectified_consistency(
     """
     if len(logits) < 2:
         raise ValueError(f"{len(logits)} scale given; a consistency needs two")
-    pyramid = torch.stack([_resize(scale.float(), logits[0].shape[2:]) for scale in logits])  # [S, B, K, *spatial]
-    # With regions, inside and outside of each are two classes; the square is the same for both, so its mean is too.
-    log_p = torch.cat([F.logsigmoid(pyramid), F.logsigmoid(-pyramid)], 2) if regions else pyramid.log_softmax(2)
-    log_mean = log_p.logsumexp(0) - math.log(len(logits))  # E1
+    log_mean = _once_more_in_backward(_log_mean, regions, *logits)
     if detach_mean:
         log_mean = log_mean.detach()
+    return torch.stack([_once_more_in_backward(_scale_loss, x, log_mean, kl, regions) for x in logits]).mean()  # E4
 
-    mean, p = log_mean.exp(), log_p.exp()
-    log_ratio = log_mean - log_p
-    divergence = (mean * log_ratio if kl == "mean_to_scale" else -p * log_ratio).sum(2)  # E2, [S, B, *spatial]
+
+def _once_more_in_backward(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Compute without keeping what is inside: each of the dozen maps is as large as the full-resolution logits."""
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def _log_probabilities(scale: Tensor, size: torch.Size, regions: bool) -> Tensor:
+    """log p_s, ``[B, K, *spatial]``. With regions, inside and outside of each are two classes: 2 K channels."""
+    scale = _resize(scale.float(), size)
+    return torch.cat([F.logsigmoid(scale), F.logsigmoid(-scale)], 1) if regions else scale.log_softmax(1)
+
+
+def _log_mean(regions: bool, *logits: Tensor) -> Tensor:
+    """log pbar, E1."""
+    size = logits[0].shape[2:]
+    total = _log_probabilities(logits[0], size, regions)
+    for scale in logits[1:]:
+        total = torch.logaddexp(total, _log_probabilities(scale, size, regions))
+    return total - math.log(len(logits))
+
+
+def _scale_loss(scale: Tensor, log_mean: Tensor, kl: str, regions: bool) -> Tensor:
+    """L_s, E2 and E3. With regions the square is the same for inside and outside, so its mean is too."""
+    log_p = _log_probabilities(scale, log_mean.shape[2:], regions)
+    mean, p, log_ratio = log_mean.exp(), log_p.exp(), log_mean - log_p
+    divergence = (mean * log_ratio if kl == "mean_to_scale" else -p * log_ratio).sum(1)  # E2, [B, *spatial]
     certainty = torch.exp(-divergence)
-    square = (mean - p).square().mean(2)
-    over = list(range(1, divergence.ndim))
-    rectified = (square * certainty).mean(over) / (certainty.mean(over) + 1e-8) + divergence.mean(over)  # E3, [S]
-    return rectified.mean()  # E4
+    square = (mean - p).square().mean(1)
+    return (square * certainty).mean() / (certainty.mean() + 1e-8) + divergence.mean()  # E3
 
 
 def _resize(logits: Tensor, size: torch.Size) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.networks.feature_tap import FeatureTap
 
-Branch = Literal["high", "low", "both"]
+Branch = Literal["high", "low", "both", "each"]
 DECODER_PARTS = ("transpconvs", "stages", "seg_layers")  # of nnU-Net's decoders: one entry a stage, coarsest first
 
 
@@ -32,15 +33,16 @@ class DualBranchUNet(nn.Module):
     ``decoder`` keep their names, so the weights without ``low_decoder`` are a plain nnU-Net network.
 
     In training mode ``forward`` gives each branch's outputs. In evaluation it gives logits of the mean of the two
-    branches' probabilities, which any softmax after it turns back into that mean; ``branch`` picks one of them instead.
+    branches' probabilities, which any softmax after it turns back into that mean; ``branch`` picks one of them instead,
+    or with ``"each"`` a tuple of both.
 
     The depth of the low-level decoder follows from the weights: ``load_state_dict`` rebuilds it as they need it. So
     nnU-Net's predictor, which knows the plans alone, loads every trained model.
 
     Args:
         network: a network of nnU-Net's plans, with ``encoder`` (returning skips) and ``decoder``.
-        low_level_start: stages between the bottleneck and the start of the low-level decoder, from 1; 0 for none. None is 1,
-            or 0 in a network of two stages.
+        low_level_start: stages between the bottleneck and the start of the low-level decoder, from 1; 0 for none. None
+            is 1, or 0 in a network of two stages.
 
     Raises:
         UserError: if the network is no such U-Net, or too shallow.
@@ -68,6 +70,8 @@ class DualBranchUNet(nn.Module):
                 f"sasnet_low_level_start is {low_level_start}, but the plans' decoder has {stages} stage(s): it must "
                 f"be 0 (no low-level branch) to {stages - 1}."
             )
+        for tap in getattr(self, "_taps", ()):
+            tap.remove()
         self.low_level_start = low_level_start
         self.low_decoder = None
         if low_level_start:
@@ -86,7 +90,7 @@ class DualBranchUNet(nn.Module):
             if decoder is not None:
                 decoder.deep_supervision = enabled
 
-    def forward(self, x: Tensor) -> tuple[BranchOutputs, ...] | list[Tensor] | Tensor:
+    def forward(self, x: Tensor) -> tuple[BranchOutputs, ...] | tuple | list[Tensor] | Tensor:
         """Run the network.
 
         Args:
@@ -94,7 +98,8 @@ class DualBranchUNet(nn.Module):
 
         Returns:
             In training ``(high, low)``, or ``(high,)`` where there is no low-level branch. In evaluation what a plain
-            network gives: logits ``[B, K, *patch]``, with deep supervision a list, full resolution first.
+            network gives: logits ``[B, K, *patch]``, with deep supervision a list, full resolution first; with branch
+            ``"each"`` those of high and of low.
         """
         skips = self.encoder(x)
         if self.training:
@@ -108,6 +113,8 @@ class DualBranchUNet(nn.Module):
         low = self.low_decoder(skips[: -self.low_level_start])
         if self.branch == "low":
             return low
+        if self.branch == "each":
+            return high, low
         return mean_of_branches(high, low)
 
 
@@ -124,11 +131,20 @@ def mean_of_branches(high: list[Tensor] | Tensor, low: list[Tensor] | Tensor) ->
     return [mean_of_branches(h, s) for h, s in zip(high, low, strict=False)] + list(high[len(low) :])
 
 
+def low_level_start_of(weights: Mapping[str, Tensor], prefix: str = "") -> int:
+    """``low_level_start`` of the network whose state dict this is; its names may begin with ``prefix``."""
+
+    def stages(decoder: str) -> int:
+        start = f"{prefix}{decoder}.stages."
+        return len({key.removeprefix(start).split(".")[0] for key in weights if key.startswith(start)})
+
+    low = stages("low_decoder")
+    return stages("decoder") - low if low else 0
+
+
 def _fit_low_decoder(network: DualBranchUNet, state_dict: dict, prefix: str, *_: object) -> None:
     """Before weights are loaded: give the low-level decoder the depth that they have."""
-    start = f"{prefix}low_decoder.stages."
-    found = {int(key.removeprefix(start).split(".")[0]) for key in state_dict if key.startswith(start)}
-    low_level_start = len(network.decoder.stages) - len(found) if found else 0
+    low_level_start = low_level_start_of(state_dict, prefix)
     if low_level_start != network.low_level_start:
         network._build_low_decoder(low_level_start)
         network.to(next(network.parameters()).device)

@@ -27,11 +27,15 @@ class FeatureTap(nn.Module):
             raise TypeError(f"{type(network).__name__} has no decoder.seg_layers to read the last decoder feature from")
         self.network = network
         self._kept: list[Tensor] | None = None
-        decoder.seg_layers[-1].register_forward_pre_hook(self._keep)
+        self._hook = decoder.seg_layers[-1].register_forward_pre_hook(self._keep)
 
     def _keep(self, _head: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if self._kept is not None:
             self._kept.append(inputs[0])
+
+    def remove(self) -> None:
+        """Leave the network without this tap's hook."""
+        self._hook.remove()
 
     def forward(self, x: Tensor) -> tuple[Tensor | list[Tensor], Tensor]:
         """Run the network.

@@ -256,7 +256,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         if self.is_ddp:  # as nnU-Net does with its network
             self.training_modules = nn.SyncBatchNorm.convert_sync_batchnorm(self.training_modules)
         self.training_optimizer = self.training_lr_scheduler = None
-        if len(self.training_modules):
+        if any(p.requires_grad for p in self.training_modules.parameters()):
             self.training_optimizer, self.training_lr_scheduler = self._configure_training_optimizer()
         self._runnable = nn.ModuleDict()
         for name, network in self.networks().items():
@@ -274,7 +274,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         plain trainer. (With half precision an overflow skips the step of the optimiser that it is in, not the other's.)
         Parameters marked ``no_weight_decay`` get none.
         """
-        parameters = list(self.training_modules.parameters())
+        parameters = [p for p in self.training_modules.parameters() if p.requires_grad]  # a teacher's are not
         network = self.network
         self.network = nn.ParameterList(p for p in parameters if not hasattr(p, "no_weight_decay"))
         try:
@@ -587,7 +587,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         Raises:
             UserError: if there is none, or only that of another checkpoint.
         """
-        candidate, state = find_training_state(filename, self.plans_network, self.device)
+        # on the CPU: a GPU may not have room for all of it twice
+        candidate, state = find_training_state(filename, self.plans_network, "cpu")
         if state is None:
             what = "is of another checkpoint or damaged" if os.path.isfile(filename) else "is missing"
             raise UserError(
@@ -595,9 +596,12 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
                 f"or start anew without --c (-pretrained_weights {self._resumed_from} keeps what was learned). "
                 "Validating with --val does not need it."
             )
-        if state["settings"] != dataclasses.asdict(self.settings):
+        stored = settings_from_dict(self.Settings, state["settings"], filename)  # those of today have their defaults
+        if stored != self.settings:
             names = [
-                name for name, value in dataclasses.asdict(self.settings).items() if state["settings"][name] != value
+                field.name
+                for field in dataclasses.fields(stored)
+                if getattr(stored, field.name) != getattr(self.settings, field.name)
             ]
             raise UserError(
                 f"{self._resumed_from} was trained with other settings than {self.settings_file} says "
@@ -650,6 +654,8 @@ def find_training_state(
             state = torch.load(candidate, map_location=device, weights_only=True)
             if state["network"] == expected:
                 return candidate, state
+        except MemoryError:
+            raise
         except Exception:  # missing, cut short, or something else altogether
             continue
     return None, None

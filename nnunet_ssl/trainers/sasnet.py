@@ -27,7 +27,7 @@ from nnunet_ssl.losses.consistency import pseudo_label_consistency, segmentation
 from nnunet_ssl.losses.ramps import sigmoid_rampup
 from nnunet_ssl.losses.sar import ConfidenceMemory, reweight, true_class_confidence
 from nnunet_ssl.losses.sdm import has_boundary, signed_distance_map
-from nnunet_ssl.networks.dual_branch import BranchOutputs, DualBranchUNet
+from nnunet_ssl.networks.dual_branch import BranchOutputs, DualBranchUNet, low_level_start_of, mean_of_branches
 from nnunet_ssl.trainers.base import Batch, Stream, full_resolution, nnUNetTrainerSSL
 from nnunet_ssl.trainers.settings import SSLSettings
 from nnunet_ssl.unlabeled.coordinates import CoordinateLoader
@@ -48,7 +48,7 @@ class SASNetSettings(SSLSettings):
     sasnet_low_level_start: int = 1  # stages above the bottleneck where the low-level decoder starts; 0: no such branch
     sasnet_sar: Literal["last_two", "running", "off"] = "last_two"  # memory of confidence: Eq. 4-5, or the code's blend
     sasnet_alpha: float = 0.5  # alpha, Eq. 4-5
-    sasnet_memory_share: float = 0.1  # of the GPU's memory, else of RAM, that the memory may take; else it is on disk
+    sasnet_memory_share: float = 0.25  # of the GPU's memory, else of RAM, that the memory may take; else it is on disk
     sasnet_sdm: bool = True  # regression heads and L_src
     sasnet_plc: Literal["sharpened", "plain", "off"] = "sharpened"  # L_plc: as implemented, or as Eq. 15
     sasnet_temperature: float = 0.1  # T of the sharpening
@@ -105,8 +105,19 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
     def initialize(self) -> None:
         """As the base, with the depth of the low-level decoder that the settings name."""
         depth = {"low_level_start": self.settings.sasnet_low_level_start}
+        if self._start_of_checkpoint is not None:
+            depth["low_level_start"] = self._start_of_checkpoint
         self.build_network_architecture = functools.partial(dual_branch_network, **depth)
         super().initialize()
+
+    _start_of_checkpoint: int | None = None
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """As the base. With --val no settings are known: the network is built as the checkpoint's was."""
+        if not self.was_initialized:
+            checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False)
+            self._start_of_checkpoint = low_level_start_of(checkpoint["network_weights"])
+        super().load_checkpoint(filename_or_checkpoint)
 
     def build_training_modules(self) -> dict[str, nn.Module]:
         """A regression head for each branch: a convolution of one voxel and tanh, a channel a foreground class.
@@ -165,6 +176,8 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
             f"SASNet remembers the confidence of {len(shapes)} labelled cases: {needed / 2**20:.0f} MiB "
             + (f"on disk in {folder}" if folder else f"on {device}")
         )
+        if self.device.type == "cuda" and device == "cpu":
+            self.print_to_log_file("Each step waits for it; a larger sasnet_memory_share keeps it on the GPU.")
         try:
             return ConfidenceMemory(shapes, rule, device=device, folder=folder)
         except OSError as error:
@@ -207,7 +220,13 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
         """Take the memory back."""
         super().load_training_state(state)
         if self.memory is not None:
-            self.memory.load_state(state["memory"])
+            try:
+                self.memory.load_state(state["memory"])
+            except ValueError as error:
+                raise UserError(
+                    f"{self.output_folder} cannot be continued: {error}. Restore the split and the prepared images "
+                    "that the run was started with, or start anew without --c."
+                ) from None
 
     # ------------------------------------------------------------------ Section 3.3: view variance
 
@@ -277,14 +296,21 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
     # ------------------------------------------------------------------ validation: high, low, and both
 
     def validation_step(self, batch: dict) -> dict:
-        """nnU-Net's, for both branches together; and for each alone, to be logged."""
-        outputs = {}
-        if self.plans_network.low_decoder is not None:
-            for name in BRANCHES:
-                with self._branch(name):
-                    alone = super().validation_step(deepcopy(batch))  # nnU-Net overwrites ignored voxels of the target
-                outputs |= {f"{key}_{name}": alone[key] for key in ("tp_hard", "fp_hard", "fn_hard")}
-        return {**super().validation_step(batch), **outputs}
+        """nnU-Net's, for both branches together, and for each alone, to be logged; the network runs once."""
+        if self.plans_network.low_decoder is None:
+            return super().validation_step(batch)
+        network, images = self.network, batch["data"].to(self.device, non_blocking=True)
+        with self._branch("each"), self.autocast():
+            high, low = network(images)
+        results = {}
+        try:
+            for name, outputs in (("high", high), ("low", low), ("both", mean_of_branches(high, low))):
+                self.network = functools.partial(_already, outputs)
+                results[name] = super().validation_step(deepcopy(batch))  # it overwrites ignored voxels of the target
+        finally:
+            self.network = network
+        alone = {f"{key}_{name}": results[name][key] for name in BRANCHES for key in ("tp_hard", "fp_hard", "fn_hard")}
+        return {**results["both"], **alone}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         """As nnU-Net; and log the Dice of high, low and both."""
@@ -292,30 +318,36 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
         self.log_value("dice_both", float(self.logger.get_value("mean_fg_dice", step=-1)))
         if self.plans_network.low_decoder is not None:
             for name in BRANCHES:
-                tp, fp, fn = (sum(out[f"{key}_hard_{name}"] for out in val_outputs) for key in ("tp", "fp", "fn"))
-                with np.errstate(invalid="ignore"):
-                    self.log_value(f"dice_{name}", float(np.nanmean(2 * tp / (2 * tp + fp + fn))))
+                counts = [sum(out[f"{key}_hard_{name}"] for out in val_outputs) for key in ("tp", "fp", "fn")]
+                counts = torch.as_tensor(np.stack(counts), device=self.device)
+                if self.is_ddp:
+                    dist.all_reduce(counts)
+                tp, fp, fn = counts
+                self.log_value(f"dice_{name}", (2 * tp / (2 * tp + fp + fn)).nanmean())
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's validation of each branch, kept in ``validation_high`` and ``validation_low``, then of both."""
         if self.plans_network.low_decoder is None:
             return super().perform_actual_validation(save_probabilities)
-        folder = os.path.join(self.output_folder, "validation")
-        dice = {}
+        folder, dice = self.output_folder, {}
         for name in BRANCHES:
-            with self._branch(name):
-                super().perform_actual_validation(False)
+            self.output_folder = os.path.join(folder, f"validating_{name}")  # not to touch what ``validation`` holds
+            try:
+                with self._branch(name):
+                    super().perform_actual_validation(False)
+            finally:
+                self.output_folder, done = folder, self.output_folder
             if self.is_ddp:
                 dist.barrier()
             if self.local_rank == 0:
-                dice[name] = _foreground_dice(folder)
-                shutil.rmtree(f"{folder}_{name}", ignore_errors=True)
-                os.replace(folder, f"{folder}_{name}")
-            if self.is_ddp:
-                dist.barrier()
+                dice[name] = _foreground_dice(os.path.join(done, "validation"))
+                kept = os.path.join(folder, f"validation_{name}")
+                shutil.rmtree(kept, ignore_errors=True)
+                os.replace(os.path.join(done, "validation"), kept)
+                os.rmdir(done)
         super().perform_actual_validation(save_probabilities)
         if self.local_rank == 0:
-            dice["both"] = _foreground_dice(folder)
+            dice["both"] = _foreground_dice(os.path.join(folder, "validation"))
             self.print_to_log_file("Validation Dice: " + ", ".join(f"{k} {v:.4f}" for k, v in dice.items()))
 
     @contextmanager
@@ -340,6 +372,11 @@ def dual_branch_network(
         plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
     )
     return DualBranchUNet(network, low_level_start)
+
+
+def _already(outputs: list[Tensor], _images: Tensor) -> list[Tensor]:
+    """What stands for the network where its outputs are known."""
+    return outputs
 
 
 def _foreground_dice(folder: str) -> float:

@@ -234,3 +234,14 @@ def test_kill_9_and_continue_ends_with_the_weights_of_an_uninterrupted_run(
     shutil.rmtree(fold)
     run_nnunet("nnUNetv2_train", *command, settings=settings)
     assert_equal(weights(fold), continued)
+
+
+def test_a_run_from_before_a_setting_was_there_is_continued(tiny, make_trainer, stopped):
+    """Its training state does not know the setting, which has its default then."""
+    file = stopped / "checkpoint_latest_ssl.pth"
+    state = torch.load(file, weights_only=True)
+    del state["settings"]["shta_matched_hard"]
+    torch.save(state, file)
+    trainer = resumed(make_trainer, tiny, stopped)
+    trainer.on_train_start()
+    assert trainer.current_epoch == 1

@@ -239,6 +239,34 @@ def test_resumed_it_ends_with_the_same_weights_and_memory(tiny, make_trainer, ki
     assert all(torch.equal(t, found[n]) for n, t in expected.items())
 
 
+def test_a_memory_of_other_cases_is_a_sentence(tiny, make_trainer):
+    trainer = started(make_trainer(NAME, tiny()))
+    state = trainer.training_state()
+    state["memory"]["another"] = state["memory"].pop(next(iter(state["memory"])))
+    with pytest.raises(SystemExit, match="start anew without --c"):
+        trainer.load_training_state(state)
+
+
+def test_a_branch_alone_scores_what_it_predicts(tiny, make_trainer):
+    """tp, fp and fn of nnU-Net's validation step, for a low-level branch that is always wrong."""
+    trainer = started(make_trainer(NAME, tiny()))
+    trainer.on_validation_epoch_start()
+    batch = next(trainer.dataloader_val)
+    with torch.no_grad():
+        low = trainer.plans_network.low_decoder.seg_layers[-1]
+        low.weight.zero_()
+        low.bias.copy_(torch.tensor([100.0, 0.0, 0.0]))  # background everywhere
+        outputs = trainer.validation_step(batch)
+        trainer.plans_network.branch = "high"
+        expected = trainer.network(batch["data"])[0].argmax(1)
+    assert (outputs["tp_hard_low"] == 0).all()
+    assert (outputs["fp_hard_low"] == 0).all()
+    target = batch["target"][0][:, 0]
+    for k in (1, 2):
+        assert outputs["fn_hard_low"][k - 1] == (target == k).sum()
+        assert outputs["tp_hard_high"][k - 1] == ((target == k) & (expected == k)).sum()
+
+
 def test_validation_logs_both_branches_alone_and_together(tiny, make_trainer):
     trainer = make_trainer(f"{NAME}_1epochs", tiny("ignore"))
     train(trainer)
@@ -266,8 +294,14 @@ def test_compiled_networks_give_the_same_gradients(tiny, make_trainer, monkeypat
         else:
             torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
     compiled.on_validation_epoch_start()
+    plain.on_validation_epoch_start()
     with torch.no_grad():
-        compiled.validation_step(next(compiled.dataloader_val))
+        found, expected = (t.validation_step(next(plain.dataloader_val)) for t in (compiled, plain))
+    assert found.keys() == expected.keys()
+    images = batch["data"]
+    for branch in ("high", "low", "both"):
+        compiled.plans_network.branch = branch  # the compiled network is traced anew for each
+        torch.testing.assert_close(compiled.network(images)[0], compiled.plans_network(images)[0])
     assert compiled.plans_network.state_dict().keys() == plain.plans_network.state_dict().keys()
 
 
@@ -300,6 +334,10 @@ def test_real_commands_train_continue_validate_predict_and_export(tiny, own_resu
     what = [dataset.id, dataset.configuration, 0, "-p", dataset.plans_name, "-tr", trainer, "-device", "cpu"]
     settings = {"sasnet_low_level_start": 0} if kind == "2d" else {}
     run_nnunet("nnUNetv2_train", *what, settings=settings)
+    run_nnunet("nnUNetv2_train", *what, "--c", "--npz")
+    assert len(list(own_results.glob(f"*/{trainer}__*/fold_0/validation/*.npz"))) == 1
+    run_nnunet("nnUNetv2_train", *what, "--val")  # without the settings of the training
+    assert len(list(own_results.glob(f"*/{trainer}__*/fold_0/validation/*.npz"))) == 1  # what is there stays
     model = ["-d", dataset.id, "-c", dataset.configuration, "-f", 0, "-p", dataset.plans_name, "-tr", trainer]
     images = ["-i", dataset.raw / "imagesTs", "-device", "cpu", "--disable_tta", "--save_probabilities"]
     run_nnunet("nnUNetv2_predict", *model, *images, "-o", tmp_path / "both")

@@ -1,0 +1,35 @@
+"""Half precision as on a GPU: autocast and a GradScaler, here with bfloat16 on the CPU, for every trainer."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from nnunet_ssl.trainers import TRAINERS
+
+CASES = [(name, {}) for name in TRAINERS] + [
+    ("nnUNetTrainerMagicNet", {"magicnet_cubes": [1, 1, 1]}),  # no module learns but the network
+    ("nnUNetTrainerCPS", {"passes": "joint"}),
+    ("nnUNetTrainerURPC", {"urpc_dropout": [0.5, 0.5]}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(x))
+def test_steps_in_half_precision_with_a_scaler(tiny, make_trainer, name, settings):
+    trainer = make_trainer(name, tiny(), settings=settings)
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    trainer.global_step = trainer.total_steps // 2
+    trainer.autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, cache_enabled=False)
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    before = {n: p.detach().clone() for n, p in trainer.plans_network.named_parameters()}
+    for _ in range(2):
+        loss = trainer.train_step(next(trainer.dataloader_train))["loss"]
+        assert loss.dtype == torch.float32
+        assert loss.isfinite()
+    assert trainer.grad_scaler.get_scale() == 2.0**10  # nothing overflowed
+    moved = [n for n, p in trainer.plans_network.named_parameters() if not torch.equal(p, before[n])]
+    assert len(moved) > 0.8 * len(before)
+    assert all(p.isfinite().all() for p in trainer.training_modules.parameters())
