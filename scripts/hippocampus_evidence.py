@@ -38,6 +38,7 @@ from typing import Any
 
 import benchmark_trainers
 
+from nnunet_ssl.commands.evaluate import main as evaluate
 from nnunet_ssl.demo.plans import shrink_plans
 from nnunet_ssl.errors import UserError
 
@@ -52,6 +53,7 @@ LABELED = 5
 FIRST_ID = 640  # one dataset an order, and 649 with all labels
 ALL_LABELS_ID = 649
 CLASSES = {"1": "anterior", "2": "posterior"}
+DISTANCES = ("HD95", "ASD")
 
 ENTRY_POINTS = {
     "nnUNetv2_train": "nnunetv2.run.run_training:run_training_entry",
@@ -340,8 +342,14 @@ def train_and_test(run: Run) -> None:
         places = ["-i", run.dataset / "imagesTs", "-o", out, "-d", run.dataset_id, "-c", CONFIGURATION, "-f", 0]
         options = ["-chk", f"checkpoint_epoch{epoch}.pth", "--disable_tta", "-npp", 1, "-nps", 1]
         execute(command("nnUNetv2_predict", *places, *which, *options, device=run.device), env, log)
-        files = ["-djfile", run.dataset / "dataset.json", "-pfile", run.model.parent / "plans.json", "-np", 1]
-        execute(command("nnUNetv2_evaluate_folder", run.dataset / "labelsTs", out, *files), env, log)
+        execute(command("nnUNetv2_ssl_evaluate", *evaluation_of(run, epoch)), env, log)
+
+
+def evaluation_of(run: Run, epoch: int) -> list[str]:
+    """Arguments of ``nnUNetv2_ssl_evaluate``, which writes its summary where the predictions are."""
+    out = run.summary(epoch).parent
+    files = ["-ref", run.dataset / "labelsTs", "-pred", out, "-djfile", run.dataset / "dataset.json", "-o", out]
+    return [*map(str, files), "-np", "1"]
 
 
 def run_queue(runs: list[Run], jobs: int) -> None:
@@ -372,15 +380,16 @@ def run_queue(runs: list[Run], jobs: int) -> None:
 
 
 def dice_after(run: Run, epoch: int) -> dict[str, float]:
-    """Mean test Dice of each class and of both, from nnU-Net's evaluation after an epoch."""
+    """Mean test Dice of each class and of both after an epoch, and mean surface distances of both in mm."""
     summary = json.loads(run.summary(epoch).read_text())
     dice = {CLASSES[label]: metrics["Dice"] for label, metrics in summary["mean"].items()}
-    return {**dice, "mean": summary["foreground_mean"]["Dice"]}
+    distances = {key: summary["foreground_mean"][key] for key in DISTANCES if key in summary["foreground_mean"]}
+    return {**dice, "mean": summary["foreground_mean"]["Dice"], **distances}
 
 
 def collect(runs: list[Run]) -> dict[str, Any]:
     """Everything the report needs, of the runs that are finished."""
-    finished = [run for run in runs if all(run.summary(epoch).exists() for epoch in run.curve)]
+    finished = [run for run in runs if run.summary(run.epochs).exists()]
     if not finished:
         raise UserError("no run is finished yet; `hippocampus_evidence.py run` makes them.")
     home = finished[0].home
@@ -394,7 +403,11 @@ def collect(runs: list[Run]) -> dict[str, Any]:
                 "row": run.row.key,
                 "seed": run.seed,
                 "steps": run.epochs * run.iterations,
-                "curve": [{"steps": epoch * run.iterations, **dice_after(run, epoch)} for epoch in run.curve],
+                "curve": [
+                    {"steps": epoch * run.iterations, **dice_after(run, epoch)}
+                    for epoch in run.curve
+                    if run.summary(epoch).exists()
+                ],
             }
             for run in finished
         ],
@@ -404,8 +417,9 @@ def collect(runs: list[Run]) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> Iterator[str]:
     """The lines of the table, as Markdown."""
     seeds = sorted({run["seed"] for run in results["runs"]})
-    yield "| trained on | steps | anterior | posterior | " + " | ".join(f"seed {s}" for s in seeds) + " | mean |"
-    yield "| --- | ---: |" + " ---: |" * (len(seeds) + 3)
+    seed_titles = " | ".join(f"seed {s}" for s in seeds)
+    yield f"| trained on | steps | anterior | posterior | {seed_titles} | mean Dice | HD95, mm | ASD, mm |"
+    yield "| --- | ---: |" + " ---: |" * (len(seeds) + 5)
     for row in ROWS:
         runs = {run["seed"]: run for run in results["runs"] if run["row"] == row.key}
         if not runs:
@@ -416,6 +430,9 @@ def table(results: dict[str, Any]) -> Iterator[str]:
         mean = statistics.mean(dice["mean"] for dice in last.values())
         steps = next(iter(runs.values()))["steps"]
         cells = [row.title, f"{steps:,}", *(f"{dice:.3f}" for dice in classes), *each, f"**{mean:.3f}**"]
+        for key in DISTANCES:
+            known = [dice[key] for dice in last.values() if key in dice]
+            cells.append(f"{statistics.mean(known):.2f}" if len(known) == len(last) else "")
         yield "| " + " | ".join(cells) + " |"
 
 
@@ -427,8 +444,9 @@ def curve_table(results: dict[str, Any]) -> Iterator[str]:
     for row in ROWS:
         curves = [run["curve"] for run in results["runs"] if run["row"] == row.key and not row.equal_time]
         if curves:
-            means = [statistics.mean(point["mean"] for point in points) for points in zip(*curves, strict=True)]
-            yield f"| {row.title} | " + " | ".join(f"{mean:.3f}" for mean in means) + " |"
+            at = [[point["mean"] for curve in curves for point in curve if point["steps"] == steps] for steps in points]
+            cells = [f"{statistics.mean(dice):.3f}" if len(dice) == len(curves) else "" for dice in at]
+            yield f"| {row.title} | " + " | ".join(cells) + " |"
 
 
 def pairs_table(results: dict[str, Any]) -> Iterator[str]:
@@ -468,11 +486,13 @@ def draw_curves(results: dict[str, Any], file: Path) -> None:
             if not curves or (row.equal_time if unit == "steps" else row.trainer not in seconds):
                 continue
             scale = 1.0 if unit == "steps" else seconds[row.trainer] / 60
-            x = [point["steps"] * scale for point in curves[0]]
             for curve in curves:
+                x = [point["steps"] * scale for point in curve]
                 panel.plot(x, [point["mean"] for point in curve], color=colour, alpha=0.3, linewidth=0.8)
-            mean = [statistics.mean(point["mean"] for point in points) for points in zip(*curves, strict=True)]
-            panel.plot(x, mean, color=colour, marker="o", label=row.title.replace("`", "").replace("nnUNetTrainer", ""))
+            steps = [p["steps"] for p in curves[0] if all(p["steps"] in (q["steps"] for q in c) for c in curves)]
+            mean = [statistics.mean(p["mean"] for c in curves for p in c if p["steps"] == step) for step in steps]
+            label = row.title.replace("`", "").replace("nnUNetTrainer", "")
+            panel.plot([step * scale for step in steps], mean, color=colour, marker="o", label=label)
         panel.set_xlabel("training steps" if unit == "steps" else "minutes of training, one CPU thread")
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("test Dice, mean of both classes")
@@ -554,6 +574,9 @@ def main(argv: list[str] | None = None) -> None:
     elif args.what == "run":
         run_queue(plan_runs(home, args.steps, args.seeds, wanted, args.device), args.jobs)
     else:
+        for run in plan_runs(home, args.steps, args.seeds, wanted, args.device):
+            if run.summary(run.epochs).exists() and "HD95" not in dice_after(run, run.epochs):
+                evaluate(evaluation_of(run, run.epochs))  # of a run before surface distances were measured
         speed_missing = not (home / "speed.json").is_file()
         rows = [row.key for row in ROWS if row.key in wanted and not (speed_missing and row.equal_time)]
         report(collect(plan_runs(home, args.steps, args.seeds, rows, args.device)), ROOT / "docs", args.table)

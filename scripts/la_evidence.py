@@ -111,7 +111,7 @@ def report(home: Path, page: Path) -> None:
     for trainer in TRAINERS:
         mean = json.loads((home / trainer / "evaluation" / "summary.json").read_text())["foreground_mean"]
         steps = budget["iterations"][trainer] * EPOCHS
-        cells = [f"{mean[metric]:.3f}" for metric in ("Dice", "Jaccard")] + [f"{mean[m]:.2f}" for m in ("HD95", "ASD")]
+        cells = [f"{mean[metric]:.3f}" for metric in ("Dice", "IoU")] + [f"{mean[m]:.2f}" for m in ("HD95", "ASD")]
         lines.append(f"| `{trainer}` | {steps:,} | " + " | ".join(cells) + " |")
     lines += ["", f"Each had {budget['minutes']:g} minutes of one CPU thread."]
     page.write_text(fill(page.read_text(), "la", lines, page, "scripts/la_evidence.py"))
