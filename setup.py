@@ -9,7 +9,7 @@ from setuptools import Command, find_packages, setup
 from setuptools.command.build import build
 
 ROOT = Path(__file__).parent
-COMMANDS = ("preprocess", "split", "trainers", "export", "demo", "evaluate", "pseudolabel")
+COMMANDS = ("preprocess", "split", "trainers", "export", "demo", "evaluate", "pseudolabel", "benchmark")
 
 
 class build_startup(Command):  # noqa: N801 - as setuptools names its commands
@@ -72,6 +72,7 @@ setup(
     # every start of Python ten times what our own files do.
     package_dir={"": "."},
     packages=find_packages(include=["nnunet_ssl", "nnunet_ssl.*"]),
+    package_data={"nnunet_ssl.benchmark": ["protocols/*.json"]},
     python_requires=">=3.10",
     install_requires=[
         "nnunetv2>=2.8.0,<2.9",

@@ -26,7 +26,20 @@ MAY_IMPORT = {
     "_ext": {"trainers"},
     "export": {"losses", "networks", "unlabeled", "trainers"},
     "demo": {"losses", "networks", "unlabeled", "trainers", "evaluation"},
-    "commands": {"_startup", "losses", "networks", "unlabeled", "trainers", "evaluation", "export", "demo"},
+    "self_training": {"unlabeled", "export", "demo"},
+    "benchmark": {"trainers", "evaluation", "demo"},
+    "commands": {
+        "_startup",
+        "losses",
+        "networks",
+        "unlabeled",
+        "trainers",
+        "evaluation",
+        "export",
+        "demo",
+        "self_training",
+        "benchmark",
+    },
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -1,0 +1,339 @@
+"""What came out of a benchmark: ``results.json``, ``report.md`` and the learning curves."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_ssl.benchmark.plan import Plan, Run, epoch_seconds, trainings
+from nnunet_ssl.benchmark.protocol import Row
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.compare import bootstrap_interval, signed_rank_p
+from nnunet_ssl.evaluation.metrics import METRICS, Metric, Options
+from nnunet_ssl.evaluation.summary import heading, nanmean, shown, table
+from nnunet_ssl.files import replacing, write_json
+
+EXPLANATION = (
+    "Each value is the mean over classes of their means over test cases; the table has the mean over seeds. The "
+    "difference of two rows is taken case by case, within a seed, over the classes that are defined for both. Interval "
+    "(95 %, bootstrap) and p (Wilcoxon signed-rank, two-sided, not corrected) are over cases, of the differences "
+    "averaged over seeds: they speak of other patients, not of other seeds or other labelled sets, which the columns "
+    "of the seeds show."
+)
+
+
+def write_report(plan: Plan, page: Path | None = None) -> str:
+    """Write ``results.json``, ``report.md`` and ``curves.png`` of the runs that are finished.
+
+    Args:
+        plan: of the benchmark.
+        page: a Markdown file that gets the report between two marks, and the figure beside it in ``figures/``.
+
+    Returns:
+        The Markdown.
+
+    Raises:
+        UserError: no run is finished, or the page has no marks.
+    """
+    results = collect(plan)
+    name = plan.protocol.name
+    draw_curves(plan, results, plan.home / "curves.png")
+    write_json(str(plan.home / "results.json"), results)
+    text = "\n".join([*markdown(plan, results), "", "![Learning curves](curves.png)", ""])
+    _write(plan.home / "report.md", f"# {name}\n\n{text}")
+    if page is not None:
+        lines = [*markdown(plan, results), "", f"![Learning curves](figures/{name}_curves.png)"]
+        content = fill(page, name, lines)
+        (page.parent / "figures").mkdir(exist_ok=True)
+        draw_curves(plan, results, page.parent / "figures" / f"{name}_curves.png")
+        _write(page, content)
+    return text
+
+
+def _write(file: Path, text: str) -> None:
+    with replacing(str(file)) as temporary:
+        Path(temporary).write_text(text, encoding="utf-8")
+
+
+def fill(page: Path, name: str, lines: Sequence[str]) -> str:
+    """The page with ``lines`` between the marks of a protocol.
+
+    Raises:
+        UserError: there is no page, or the marks are not in it.
+    """
+    begin, end = f"<!-- {name}: written by nnUNetv2_ssl_benchmark -->", f"<!-- {name}: end -->"
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    if begin not in text or end not in text:
+        raise UserError(f"{page} has no lines '{begin}' and '{end}' for the report to stand between; write them.")
+    return "\n".join([text.split(begin)[0] + begin, "", *lines, "", end + text.split(end)[1]])
+
+
+# ----------------------------------------------------------------------------------------------------------- numbers
+
+
+def collect(plan: Plan) -> dict[str, Any]:
+    """Everything that the report needs, as it goes into ``results.json``."""
+    p = plan.protocol
+    runs = {run.folder: _result(plan, run) for run in plan.queue() if is_finished(plan, run)}
+    if not runs:
+        raise UserError(f"no run in {plan.home} is finished yet, so there is nothing to report.")
+    tables = [
+        {
+            "budget": budget.key,
+            "labeled": labeled,
+            "runs": [runs[run.folder] for run in own if run.folder in runs],
+            "differences": list(_differences(plan, own)),
+        }
+        for budget, labeled, own in plan.tables()
+    ]
+    records = sorted((json.loads(file.read_text()) for file in (plan.home / "done").rglob("train.json")),
+                     key=lambda record: record["started"])  # fmt: skip
+    return {
+        "protocol": p.name,
+        "unfinished": [run.title for run in plan.queue() if run.folder not in runs],
+        "seconds_a_step": plan.seconds_a_step(),
+        "surroundings": [dict(place) for place in dict.fromkeys(map(_place, records))],
+        "tables": tables,
+    }
+
+
+def is_finished(plan: Plan, run: Run) -> bool:
+    """Whether every point of its curve is evaluated."""
+    return all(plan.summary(run, epoch).is_file() for epoch in plan.protocol.curve_epochs)
+
+
+def _place(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Versions and machine of a record, to tell records apart by."""
+    return (("device", record["device"]), ("machine", record["machine"]), *record["versions"].items())
+
+
+def _result(plan: Plan, run: Run) -> dict[str, Any]:
+    """One run: its numbers at the end and on the way."""
+    p = plan.protocol
+    leading = METRICS[p.metrics[0]].key
+    last = json.loads(plan.summary(run, p.epochs).read_text())
+    keys = [METRICS[name].key for name in p.metrics]
+    points = [(epoch, json.loads(plan.summary(run, epoch).read_text())) for epoch in p.curve_epochs]
+    return {
+        "row": run.row.name,
+        "trainer": run.row.trainer,
+        "labeled": run.labeled,
+        "seed": run.seed,
+        "steps": run.steps_before + run.iterations * p.epochs,
+        "minutes": sum(sum(epoch_seconds(fold).values()) for fold in trainings(run.folder)) / 60,
+        "metrics": {key: _mean(last, key) for key in keys},
+        "groups": {name: values[leading] for name, values in last.get("group_mean", {}).items()},
+        "classes": {last["class_names"][label]: values[leading] for label, values in last["mean"].items()},
+        "options": last["options"],
+        "curve": [
+            {"steps": run.steps_before + epoch * run.iterations, leading: _mean(summary, leading)}
+            for epoch, summary in points
+        ],
+    }
+
+
+def _mean(summary: dict[str, Any], key: str) -> float:
+    return nanmean(values[key] for values in summary["mean"].values())
+
+
+def case_values(summary: dict[str, Any], key: str) -> np.ndarray:
+    """``[cases, classes]`` of a metric, the cases by name; NaN where undefined."""
+    cases = sorted(summary["metric_per_case"], key=lambda case: os.path.basename(case["reference_file"]))
+    return np.array([[values[key] for values in case["metrics"].values()] for case in cases], float)
+
+
+def _differences(plan: Plan, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+    """Each row but the first against the one it is compared with, in every metric."""
+    p = plan.protocol
+    done = {(run.row.name, run.seed): run for run in runs if is_finished(plan, run)}
+    for row in p.rows:
+        other = p.against(row)
+        seeds = [seed for seed in p.seeds if (row.name, seed) in done and (other.name, seed) in done]
+        if row is other or not seeds:
+            continue
+        pairs = [
+            tuple(json.loads(plan.summary(done[name, seed], p.epochs).read_text()) for name in (row.name, other.name))
+            for seed in seeds
+        ]
+        for metric in (METRICS[name] for name in p.metrics):
+            by_seed = [case_differences(*(case_values(summary, metric.key) for summary in pair)) for pair in pairs]
+            by_case = np.array([nanmean(values) for values in np.stack(by_seed, axis=1)])
+            by_case = by_case[~np.isnan(by_case)]
+            low, high = bootstrap_interval(by_case)
+            yield {
+                "row": row.name,
+                "against": other.name,
+                "metric": metric.key,
+                "seeds": {str(seed): nanmean(values) for seed, values in zip(seeds, by_seed, strict=True)},
+                "mean": nanmean(by_case),
+                "low": low,
+                "high": high,
+                "p": signed_rank_p(by_case),
+                "cases": len(by_case),
+            }
+
+
+def case_differences(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """``[cases]``: mean over the classes that are defined in both ``[cases, classes]`` of one - other."""
+    return np.array([nanmean(row) for row in one - other])
+
+
+# ------------------------------------------------------------------------------------------------------------- text
+
+
+def markdown(plan: Plan, results: dict[str, Any]) -> Iterator[str]:
+    """The lines of the report, without its title and figure."""
+    p = plan.protocol
+    if p.about:
+        yield from (p.about, "")
+    yield f"{p.configuration}, {p.plans}, {p.epochs} epochs; {EXPLANATION}"
+    for content in results["tables"]:
+        if not content["runs"]:
+            continue
+        labeled = content["labeled"] if content["labeled"] == "all" else f"{content['labeled']:g}"
+        yield from ("", f"### {labeled} labelled, {_title(plan, content['budget'])}", "")
+        yield from methods_table(plan, content["runs"])
+        if content["differences"]:
+            yield from ("", "Differences, row by row:", "", *differences_table(plan, content))
+        if len(p.curve) > 1:
+            leading = METRICS[p.metrics[0]]
+            yield from ("", f"{leading.title} on the way, mean over seeds:", "", *curve_table(plan, content["runs"]))
+    if results["unfinished"]:
+        yield from ("", f"Not finished, and left out above: {'; '.join(results['unfinished'])}.")
+    if results["seconds_a_step"]:
+        names = {row.key: row.name for row in p.rows}
+        measured = ", ".join(f"{names[key]} {value:.4f}" for key, value in results["seconds_a_step"].items())
+        yield from ("", f"Measured seconds a step, by which equal time was made: {measured}.")
+    for place in results["surroundings"]:
+        threads = ", one thread a run" if place["device"] == "cpu" else ""
+        versions = ", ".join(f"{k} {v}" for k, v in place.items() if k not in ("device", "machine"))
+        yield from ("", f"Made on {place['machine']} ({place['device']}{threads}) with {versions}.")
+
+
+def _title(plan: Plan, key: str) -> str:
+    budget = next(budget for budget in plan.protocol.budgets if budget.key == key)
+    if budget.steps is not None:
+        return f"equal steps ({budget.steps:,})"
+    if budget.minutes is not None:
+        return f"equal time ({budget.minutes:g} minutes of training)"
+    return f"equal time (as long as {budget.time_of} takes for {plan.protocol.equal_steps.steps:,} steps)"
+
+
+def _rows(plan: Plan, runs: Sequence[dict[str, Any]]) -> Iterator[tuple[Row, dict[int, dict[str, Any]]]]:
+    """Each row with its runs by seed."""
+    for row in plan.protocol.rows:
+        own = {run["seed"]: run for run in runs if run["row"] == row.name}
+        if own:
+            yield row, own
+
+
+def methods_table(plan: Plan, runs: Sequence[dict[str, Any]]) -> list[str]:
+    """A row a method: steps, minutes, each metric, the leading one of groups or few classes, and of every seed."""
+    p = plan.protocol
+    metrics = [METRICS[name] for name in p.metrics]
+    leading, given = metrics[0], runs[0]["options"]
+    options = Options(tuple(p.metrics), given["spacing"] == "mm", given["tolerance"], given["empty"])
+    seeds = [seed for seed in p.seeds if any(run["seed"] == seed for run in runs)]
+    parts = "groups" if runs[0]["groups"] else "classes"
+    names = list(runs[0][parts]) if 1 < len(runs[0][parts]) <= 6 else []
+    head = ["Method", "Steps", "Minutes", *(heading(metric, options) for metric in metrics), *names]
+    rows = [[*head, *(f"{leading.title}, seed {seed}" for seed in seeds)]]
+    for row, own in _rows(plan, runs):
+        first = next(iter(own.values()))
+        title = row.name if row.labeled is None else f"{row.name} ({row.labeled} labelled)"
+        cells = [title, f"{first['steps']:,}", f"{statistics.mean(run['minutes'] for run in own.values()):.1f}"]
+        cells += [shown(m, nanmean(run["metrics"][m.key] for run in own.values())) for m in metrics]
+        cells += [shown(leading, nanmean(run[parts][name] for run in own.values())) for name in names]
+        cells += [shown(leading, own[seed]["metrics"][leading.key]) if seed in own else "" for seed in seeds]
+        rows.append(cells)
+    _embolden(rows, metrics)
+    return table(rows)
+
+
+def _embolden(rows: list[list[str]], metrics: Sequence[Metric]) -> None:
+    """Put the best of each metric's column in bold, in place."""
+    for column, metric in enumerate(metrics, start=3):
+        values = [float(row[column]) for row in rows[1:] if row[column] != "–"]
+        if values:
+            best = (max if metric.higher_is_better else min)(values)
+            for row in rows[1:]:
+                if row[column] != "–" and float(row[column]) == best:
+                    row[column] = f"**{row[column]}**"
+
+
+def differences_table(plan: Plan, content: dict[str, Any]) -> list[str]:
+    """A line a row and metric: the difference of each seed, their mean, interval and p."""
+    seeds = [seed for seed in plan.protocol.seeds if any(str(seed) in d["seeds"] for d in content["differences"])]
+    rows = [["Method", "Against", "Metric", *(f"Seed {seed}" for seed in seeds), "Mean", "95 % interval", "p"]]
+    by_key = {metric.key: metric for metric in METRICS.values()}
+    for d in content["differences"]:
+        metric = by_key[d["metric"]]
+        each = [signed(metric, d["seeds"][str(seed)]) if str(seed) in d["seeds"] else "" for seed in seeds]
+        interval = "–" if np.isnan(d["low"]) else f"{signed(metric, d['low'])} to {signed(metric, d['high'])}"
+        p = "–" if np.isnan(d["p"]) else "< 0.001" if d["p"] < 0.001 else f"{d['p']:.3f}"
+        unit = metric.title if metric.is_distance else f"{metric.title} (%)"
+        rows.append([d["row"], d["against"], unit, *each, signed(metric, d["mean"]), interval, p])
+    return table(rows)
+
+
+def signed(metric: Metric, value: float) -> str:
+    """A difference as it is printed, with its sign."""
+    text = shown(metric, value)
+    return text if text.startswith(("-", "–")) else f"+{text}"
+
+
+def curve_table(plan: Plan, runs: Sequence[dict[str, Any]]) -> list[str]:
+    """The leading metric at each point of the curve, mean over seeds."""
+    leading = METRICS[plan.protocol.metrics[0]]
+    rows = [["Method", *(f"{100 * share:g} % of the training" for share in plan.protocol.curve)]]
+    for row, own in _rows(plan, runs):
+        curves = [[point[leading.key] for point in run["curve"]] for run in own.values()]
+        rows.append([row.name, *(shown(leading, nanmean(values)) for values in zip(*curves, strict=True))])
+    return table(rows)
+
+
+# ------------------------------------------------------------------------------------------------------------ figure
+
+
+def draw_curves(plan: Plan, results: dict[str, Any], file: Path) -> None:
+    """The leading metric over steps, or over minutes where the budget is one of time; a panel a table.
+
+    A thin line is a seed, a thick one the mean.
+    """
+    from matplotlib import colormaps, style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    leading = METRICS[plan.protocol.metrics[0]]
+    contents = [content for content in results["tables"] if content["runs"]]
+    with style.context("default"):
+        figure = Figure(figsize=(5.2 * len(contents), 4.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(1, len(contents), squeeze=False, sharey=True)[0]
+        colours = dict(zip((row.name for row in plan.protocol.rows), colormaps["tab20"].colors * 5, strict=False))
+        for panel, content in zip(panels, contents, strict=True):
+            in_steps = content["budget"].startswith("steps")
+            for row, own in _rows(plan, content["runs"]):
+                curves = [_points(run, leading, in_steps) for run in own.values()]
+                for x, y in curves:
+                    panel.plot(x, y, color=colours[row.name], alpha=0.35, linewidth=0.8)
+                x, y = (np.mean(values, axis=0) for values in zip(*curves, strict=True))
+                panel.plot(x, y, color=colours[row.name], marker="o", markersize=4, label=row.name)
+            panel.set_title(f"{content['labeled']} labelled, {_title(plan, content['budget'])}", fontsize=9)
+            panel.set_xlabel("training steps" if in_steps else "minutes of training")
+            panel.grid(alpha=0.3)
+        panels[0].set_ylabel(f"test {leading.title}, mean of the classes")
+        panels[-1].legend(fontsize=7)
+        with replacing(str(file)) as temporary:
+            figure.savefig(temporary, format="png", dpi=130)
+
+
+def _points(run: dict[str, Any], metric: Metric, in_steps: bool) -> tuple[list[float], list[float]]:
+    scale = 1.0 if in_steps else run["minutes"] / run["steps"]
+    return [point["steps"] * scale for point in run["curve"]], [point[metric.key] for point in run["curve"]]

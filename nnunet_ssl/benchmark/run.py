@@ -1,0 +1,361 @@
+"""Executes a plan: what is done is skipped, what was stopped goes on, what fails does not stop the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from nnunet_ssl import __version__
+from nnunet_ssl.benchmark.plan import Plan, Run, Step
+from nnunet_ssl.demo.run import executable
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import write_json
+
+ADDED_TO = ("seeds", "labeled", "rows", "budgets")  # what a protocol may get more of while its benchmark is under way
+FREE = ("about",)
+ENTRY_POINTS = {
+    "nnUNetv2_train": "nnunetv2.run.run_training:run_training_entry",
+    "nnUNetv2_predict": "nnunetv2.inference.predict_from_raw_data:predict_entry_point",
+}
+
+
+class StepError(Exception):
+    """A command failed; the text says which and where its output is."""
+
+
+class Benchmark:
+    """A benchmark in its folder.
+
+    Args:
+        plan: what is to be done.
+        jobs: trainings at a time.
+    """
+
+    def __init__(self, plan: Plan, jobs: int = 1) -> None:
+        self.plan, self.home, self.jobs = plan, plan.home, jobs
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._stopped = False
+        self._lock = threading.Lock()
+
+    def check_source(self) -> None:
+        """What the protocol's script needs is there, where a dataset is still to be made.
+
+        Raises:
+            UserError: the script or the data are not.
+        """
+        protocol, machine = self.plan.protocol, self.plan.machine
+        if protocol.data.script is None or all(self.is_done(s) for s in self.plan.prepare() if s.makes is not None):
+            return
+        script = machine.scripts / protocol.data.script
+        if not script.is_file():
+            raise UserError(
+                f"{script} does not exist, which makes the datasets of {protocol.name}. It is part of a checkout, not "
+                "of an installation: name the checkout's folder with --scripts."
+            )
+        if not machine.data.is_dir():
+            raise UserError(
+                f"{machine.data} is no folder; name the folder of the published data with --data. What it has to hold "
+                f"is said by python {script} --help"
+            )
+
+    def run(self) -> None:
+        """Everything up to the comparison.
+
+        Raises:
+            UserError: a command failed. A failure in the preparation ends it, one of a run is told at the end.
+        """
+        write_json(str(self.home / "datasets.json"), self.plan.ids)
+        try:
+            for step in [*self.plan.prepare(), *self.plan.measure()]:
+                self.do(step)
+        except StepError as error:
+            raise UserError(f"{error} Mend it and start again: what is done is not done twice.") from None
+        failed = self._work_through(self.plan.queue())
+        for runs, step in self.plan.compare():
+            if not failed.keys() & {run.folder for run in runs}:
+                try:
+                    self.do(step)
+                except StepError as error:
+                    failed[self.home / step.key] = str(error)
+        if failed:
+            raise UserError(
+                f"{len(failed)} failed: {' '.join(failed.values())} The rest is done. Mend it and start again."
+            )
+
+    def _work_through(self, runs: Sequence[Run]) -> dict[Path, str]:
+        """Train and test all runs, ``jobs`` at a time; returns folder and message of those that failed."""
+
+        def work(run: Run) -> tuple[Path, str] | None:
+            try:
+                for step in self.plan.steps_of(run):
+                    self.do(step)
+            except StepError as error:
+                return run.folder, str(error)
+            return None
+
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                return dict(filter(None, pool.map(work, runs)))
+            except BaseException:  # Ctrl-C or kill: the commands have sessions of their own and would go on
+                self._stop()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    # ------------------------------------------------------------------------------------------------ one step
+
+    def is_done(self, step: Step) -> bool:
+        """Whether there is a record of the same command, or what it makes."""
+        if step.makes is not None and any(step.makes.parent.glob(step.makes.name)):
+            return True
+        file = self._record(step)
+        return file.is_file() and json.loads(file.read_text())["words"] == list(step.words)
+
+    def do(self, step: Step) -> None:
+        """Do a step that is not done, and record it.
+
+        Raises:
+            StepError: the command failed.
+        """
+        if self.is_done(step):
+            return
+        step = resumed(step)
+        print(f"{step.title}\n  $ {step.shell()}", flush=True)
+        if step.settings is not None:
+            file, settings = step.settings
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(str(file), settings)
+        log = self.home / "logs" / f"{step.key}.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        started, start = datetime.now(timezone.utc), time.time()
+        with log.open("a") as stream:
+            stream.write(f"\n$ {step.shell()}\n")
+            stream.flush()
+            code = self._execute(words_to_run(step, self.plan.machine.device), step, stream)
+        seconds = time.time() - start
+        if code != 0:
+            raise StepError(f"{step.title}: exit code {code}, its output is at the end of {log}.")
+        words = [word for word in step.words if word != "--c"]
+        record = {
+            "words": words,
+            "command": step.shell(),
+            "settings": step.settings[1] if step.settings else None,
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": round(seconds, 2),
+            **surroundings(self.plan.machine.device),
+        }
+        self._record(step).parent.mkdir(parents=True, exist_ok=True)
+        write_json(str(self._record(step)), record)
+        print(f"  done after {seconds / 60:.1f} min: {step.title}", flush=True)
+
+    def _record(self, step: Step) -> Path:
+        return self.home / "done" / f"{step.key}.json"
+
+    def _execute(self, words: list[str], step: Step, stream: Any) -> int:
+        environment = {"MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1", **os.environ, **step.variables}
+        with self._lock:
+            if self._stopped:
+                return 1
+            process = subprocess.Popen(
+                words, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            self._running.add(process)
+        try:
+            return process.wait()
+        except BaseException:
+            self._stop()
+            raise
+        finally:
+            self._running.discard(process)
+
+    def _stop(self) -> None:
+        """End every command that runs, with the workers that it has started."""
+        with self._lock:
+            self._stopped = True
+            for process in list(self._running):
+                try:
+                    os.killpg(process.pid, signal.SIGTERM)
+                except ProcessLookupError:
+                    pass
+
+
+def resumed(step: Step) -> Step:
+    """The step, with ``--c`` where a training has left checkpoints."""
+    if step.checkpoints is None or not any(found(step.checkpoints / "checkpoint_*.pth")):
+        return step
+    return replace(step, words=(*step.words, "--c"))
+
+
+def found(pattern: Path) -> Iterator[Path]:
+    """What a pattern with ``*`` in it stands for."""
+    return Path(pattern.anchor).glob(str(pattern.relative_to(pattern.anchor)))
+
+
+def words_to_run(step: Step, device: str) -> list[str]:
+    """The command as this process starts it.
+
+    Patterns are filled in; nnU-Net's commands are those of this Python; on the CPU one that trains or predicts is held
+    to one thread, since ``-device cpu`` asks torch for as many threads as there are cores.
+
+    Raises:
+        StepError: there is no such dataset, or more than one.
+    """
+    name, *rest = (_filled_in(word) for word in [*step.words, *step.machine])
+    if name == "python":
+        return [sys.executable, *rest]
+    if name.startswith("nnUNetv2_ssl_"):
+        return [sys.executable, "-m", f"nnunet_ssl.commands.{name.removeprefix('nnUNetv2_ssl_')}", *rest]
+    if device == "cpu" and name in ENTRY_POINTS:
+        module, function = ENTRY_POINTS[name].split(":")
+        code = f"import multiprocessing as m; m.cpu_count = lambda: 1; from {module} import {function} as f; f()"
+        return [sys.executable, "-c", code, *rest]
+    return [executable(name), *rest]
+
+
+def _filled_in(word: str) -> str:
+    before, star, after = word.partition("_*")
+    if not star or not Path(before).name.startswith("Dataset"):
+        return word
+    folders = sorted(found(Path(before + star)))
+    if len(folders) != 1:
+        raise StepError(f"{before}_* is there {len(folders)} times, expected once.")
+    return f"{folders[0]}{after}"
+
+
+def surroundings(device: str) -> dict[str, Any]:
+    """Versions and machine, for records."""
+    import torch
+
+    names = ("nnunetv2", "torch", "batchgeneratorsv2", "batchgenerators", "numpy", "scipy")
+    versions = {"nnunet_ssl": __version__, "python": platform.python_version()}
+    for name in names:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    machine = torch.cuda.get_device_name() if device == "cuda" else processor()
+    return {"versions": versions, "device": device, "machine": machine}
+
+
+def processor() -> str:
+    """The CPU's name, as far as the system says it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+# ------------------------------------------------------------------------------------------------------ the folder
+
+
+@contextmanager
+def claimed(home: Path, given: dict[str, Any], device: str) -> Iterator[None]:
+    """Take the folder for a protocol and a device, and keep others out while it is worked in.
+
+    Args:
+        home: is made where it does not exist.
+        given: the protocol as it stands in its file.
+        device: where it runs.
+
+    Raises:
+        UserError: the folder belongs to something else, to a protocol that differs, or is worked in right now.
+    """
+    note = home / "protocol.json"
+    if home.exists() and not note.is_file() and (not home.is_dir() or set(os.listdir(home)) - {".lock"}):
+        raise UserError(f"{home} exists and holds no benchmark; take another -o.")
+    lock = FileLock(home / ".lock", timeout=0)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"another nnUNetv2_ssl_benchmark works in {home}; wait for it, or take another -o.") from None
+    except OSError as error:
+        raise UserError(f"{error.filename or home} cannot be written ({error.strerror}); take another -o.") from None
+    with lock:
+        refuse_other(home, given, device)
+        write_json(str(note), {"device": device, "protocol": given})
+        yield
+
+
+def refuse_other(home: Path, given: dict[str, Any], device: str) -> None:
+    """Refuse a protocol whose runs would not belong with those that are in the folder.
+
+    Seeds, labelled sets, rows and budgets may be added or left out; a row of the same name must be the same.
+    """
+    note = home / "protocol.json"
+    if not note.is_file():
+        return
+    before = json.loads(note.read_text())
+    old = before["protocol"]
+    if before["device"] != device:
+        raise UserError(f"{home} was begun with --device {before['device']}; keep to it, or take another -o.")
+    for name in sorted(set(old) | set(given)):
+        if name not in (*ADDED_TO, *FREE) and old.get(name) != given.get(name):
+            raise UserError(
+                f"{home} was begun with '{name}' {json.dumps(old.get(name))}, the protocol now says "
+                f"{json.dumps(given.get(name))}; undo that, or take another -o."
+            )
+    rows = {row["name"]: row for row in old["rows"]}
+    for row in given["rows"]:
+        was = rows.get(row["name"], row)
+        if {k: v for k, v in was.items() if k != "against"} != {k: v for k, v in row.items() if k != "against"}:
+            raise UserError(
+                f"{home} was begun with another row {row['name']!r} ({json.dumps(was)}); undo that, give the row "
+                "another name, or take another -o."
+            )
+
+
+def begun_with(home: Path) -> str | None:
+    """The device of a benchmark that was begun."""
+    file = home / "protocol.json"
+    return json.loads(file.read_text()).get("device") if file.is_file() else None
+
+
+def known_ids(home: Path) -> dict[str, int]:
+    """The dataset ids that this benchmark has chosen so far."""
+    file = home / "datasets.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def script_of(benchmark: Benchmark) -> Iterator[str]:
+    """What is still to be done, as lines of a shell script."""
+    plan = benchmark.plan
+
+    def lines(steps: Iterable[Step]) -> Iterator[str]:
+        for step in steps:
+            if benchmark.is_done(step):
+                yield f"# done: {step.title}"
+                continue
+            yield f"# {step.title}"
+            if step.settings is not None:
+                file, settings = step.settings
+                if settings["num_iterations_per_epoch"] is None:
+                    yield "# num_iterations_per_epoch follows from the seconds a step that are measured above"
+                yield f"mkdir -p {shlex.quote(str(file.parent))}"
+                yield f"echo {shlex.quote(json.dumps(settings))} > {shlex.quote(str(file))}"
+            yield resumed(step).shell()
+
+    yield f"export nnUNet_raw={shlex.quote(str(plan.machine.raw))}"
+    yield f"export nnUNet_preprocessed={shlex.quote(str(plan.machine.preprocessed))}"
+    yield from lines(plan.prepare())
+    yield from lines(plan.measure())
+    for run in plan.queue():
+        yield from lines(plan.steps_of(run))
+    yield from lines(step for _, step in plan.compare())

@@ -1,0 +1,125 @@
+"""Reading a protocol: what the fields become, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nnunet_ssl.benchmark.protocol import read_protocol, shipped
+from nnunet_ssl.errors import UserError
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+
+
+def test_fields_and_defaults(given, write_protocol, tmp_path):
+    del given["curve"], given["measure"], given["metrics"]
+    protocol = read_protocol(str(write_protocol(given)))
+    assert protocol.curve == (1,)
+    assert protocol.metrics == ("dice",)
+    assert protocol.plans == "nnUNetPlans"
+    assert (protocol.measure.epochs, protocol.measure.rounds) == (4, 2)
+    assert protocol.data.test == str(tmp_path / "test.txt")  # beside the protocol, not where the command is run
+    assert [row.key for row in protocol.rows] == ["labels_only", "cps", "cps_shta", "more_labels"]
+    assert [budget.key for budget in protocol.budgets] == ["steps80", "time_of_cps"]
+    assert protocol.against(protocol.rows[2]).name == "CPS"
+    assert protocol.against(protocol.rows[1]).name == "Labels only"
+
+
+def set_(*path):
+    """A change of the protocol: ``set_("rows", 0, "name", value)``."""
+
+    def change(given):
+        *way, last, value = path
+        for step in way:
+            given = given[step]
+        given[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda g: g.pop("first_id"), "lacks 'first_id'; give a dataset id from 1 to 999"),
+        (set_("epoch", 3), "has 'epoch', which means nothing here; did you mean 'epochs'"),
+        (set_("first_id", 1000), "sets 'first_id' to 1000; it must be a dataset id"),
+        (set_("seeds", [0, -1]), "sets 'seeds' to .* whole numbers from 0"),
+        (set_("seeds", [0, 0]), "names something twice in 'seeds'"),
+        (set_("seeds", [True]), "sets 'seeds'"),
+        (set_("labeled", [1.5]), "sets 'labeled'"),
+        (set_("labeled", ["all"]), "for a dataset that is split, give the number of cases"),
+        (set_("metrics", ["dise"]), "sets 'metrics'"),
+        (set_("name", "a/b"), "sets 'name' to 'a/b'"),
+        (set_("data", {}), "needs either 'script' or 'dataset'"),
+        (set_("data", "script", "prepare_la.py"), "needs either 'script' or 'dataset'"),
+        (set_("data", {"dataset": 1}), "lacks 'test'"),
+        (set_("data", "test", "no.txt"), "no.txt does not exist"),
+        (set_("data", "options", ["--x"]), "'options', which are for 'script'"),
+        (set_("data", {"script": "prepare_la.py", "validation": 2}), "which are for 'dataset'"),
+        (set_("data", {"script": "../evil.py"}), "it must be the name of a script"),
+        (set_("rows", 1, "name", "labels ONLY"), r"rows\[1\], is named 'labels ONLY', as another row is"),
+        (set_("rows", 1, "name", "a|b"), r"rows\[1\], sets 'name'"),
+        (set_("rows", 1, "trainer", "nnUNetTrainerCPSS"), r"rows\[1\], .* did you mean nnUNetTrainerCPS\?"),
+        (set_("rows", 1, "trainer", "nnUNetTrainerCPS_10epochs"), "without _<N>epochs"),
+        (set_("rows", 1, "settings", {"cps_weigth": 1}), r"rows\[1\] \(CPS\), sets 'cps_weigth'.*'cps_weight'"),
+        (set_("rows", 0, "settings", {"cps_weight": 1}), r"rows\[0\] \(Labels only\), sets 'cps_weight'"),
+        (set_("rows", 1, "settings", {"seed": 1}), "sets 'seed' among the settings"),
+        (set_("settings", {"keep_epochs": [1]}), "sets 'keep_epochs' among the settings"),
+        (set_("rows", 2, "against", "URPC"), r"rows\[2\], sets 'against' to 'URPC'; the rows are Labels only, CPS"),
+        (set_("budgets", [{"steps": 81}]), "sets 'steps' to 81; take a multiple of epochs"),
+        (set_("budgets", [{"steps": 80, "minutes": 1}]), "needs one of 'steps', 'minutes' and 'time_of'"),
+        (set_("budgets", [{}]), "needs one of 'steps'"),
+        (set_("budgets", [{"steps": 80}, {"steps": 80}]), r"budgets\[1\], is there twice"),
+        (set_("budgets", [{"time_of": "CPS"}]), "needs a budget in 'steps' besides"),
+        (set_("budgets", [{"steps": 80}, {"time_of": "X"}]), "the rows are"),
+        (set_("budgets", [{"minutes": 0}]), "a number above 0"),
+        (set_("rows", 0, "self_training", {"rounds": 2}), r"trainings of Labels only \(3\), 12"),
+        (set_("rows", 0, "self_training", {"round": 2}), r"rows\[0\], self_training, has 'round'"),
+        (set_("curve", [0.5]), "growing shares that end with 1"),
+        (set_("curve", [1, 0.5]), "growing shares"),
+        (set_("curve", [0.99, 1]), "growing shares"),  # of four epochs, both are the last
+        (set_("curve", [0.1, 1]), "growing shares"),  # epoch 0
+        (set_("shrink", {"features": [8, 16]}), "shrink, lacks 'patch_size'"),
+        (set_("measure", {"epochs": 1}), "measure, sets 'epochs' to 1; it must be a whole number from 2"),
+    ],
+)
+def test_what_is_refused(given, write_protocol, change, message):
+    change(given)
+    file = write_protocol(given)
+    with pytest.raises(UserError, match=message) as error:
+        read_protocol(str(file))
+    assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "message"), [("{", "cannot be read as JSON"), ("[]", "write one JSON object")])
+def test_files_that_are_no_protocol(write_protocol, text, message):
+    with pytest.raises(UserError, match=message):
+        read_protocol(str(write_protocol(text)))
+
+
+def test_an_unknown_name_is_told_the_known_ones():
+    with pytest.raises(UserError, match="no_such does not exist; name a JSON file, or one of amos, brats2019"):
+        read_protocol("no_such")
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_protocols_that_ship(name):
+    """Each is sound, named as its file, and its script exists and knows the options."""
+    protocol = read_protocol(name)
+    assert protocol.name == name
+    script = (SCRIPTS / protocol.data.script).read_text(encoding="utf-8")
+    known = script + (SCRIPTS / "raw_dataset.py").read_text(encoding="utf-8")
+    for option in protocol.data.options:
+        name_in_code = option.replace("-list", "") if option.endswith("-list") else option
+        assert not option.startswith("--") or name_in_code.removeprefix("--") in known
+    assert protocol.rows[0].trainer == "nnUNetTrainerLabeledOnly"  # the baseline
+    assert {budget.steps is None for budget in protocol.budgets} == {True, False}  # equal steps and equal time
+    assert len(protocol.seeds) == 3
+
+
+def test_every_protocol_of_the_papers_ships():
+    assert {name: read_protocol(name).labeled for name in shipped()} == {
+        "amos": (10,), "brats2019": (25, 50), "hippocampus": (5,), "la": (8, 16), "pancreas_ct": (6, 12),
+        "synapse": (4,),
+    }  # fmt: skip

@@ -1,0 +1,135 @@
+"""The report of runs whose numbers are known."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from nnunet_ssl.benchmark.report import case_differences, case_values, fill, write_report
+from nnunet_ssl.errors import UserError
+
+CASES = ("case_a", "case_b", "case_c")
+
+
+def summary(dice, hd95):
+    """A summary as ``nnUNetv2_ssl_evaluate`` writes it; ``dice`` is ``[cases, 2]``, ``hd95`` the same for all."""
+    per_case = [
+        {
+            "reference_file": f"labelsTs/{case}.nii.gz",
+            "metrics": {label: {"Dice": row[i], "HD95": hd95} for i, label in enumerate(("1", "2"))},
+        }
+        for case, row in zip(CASES, dice, strict=True)
+    ]
+    mean = {label: {"Dice": float(np.nanmean([row[i] for row in dice])), "HD95": hd95} for i, label in enumerate("12")}
+    return {
+        "metric_per_case": per_case[::-1],  # cases come in any order
+        "mean": mean,
+        "group_mean": {},
+        "class_names": {"1": "liver", "2": "spleen"},
+        "options": {"spacing": "mm", "tolerance": 1.0, "empty": "nan"},
+    }
+
+
+@pytest.fixture
+def plan(given, make_plan, write_times):
+    """Every run with equal steps is finished but one, and none with equal time but the shared one."""
+    plan = make_plan(given)
+    dice = {"Labels only": 0.5, "CPS": 0.6, "CPS + SHTA": 0.62, "More labels": 0.8}
+    records = plan.home / "done"
+    for run in plan.runs(plan.protocol.budgets[0], 2):
+        if run.row.name == "More labels" and run.seed == 1:
+            continue
+        write_times(run.folder, [70, 50])
+        for epoch in (2, 4):
+            value = dice[run.row.name] + 0.1 * run.seed + 0.01 * (epoch - 4)
+            rows = [[value, value - 0.1], [value, value - 0.1], [value + 0.1, float("nan")]]
+            file = plan.summary(run, epoch)
+            file.parent.mkdir(parents=True)
+            file.write_text(json.dumps(summary(rows, 3.0 if run.row.name == "CPS" else 4.0)))
+        record = records / run.budget.key / run.folder.name / "train.json"
+        record.parent.mkdir(parents=True)
+        place = {"device": "cpu", "machine": "A processor", "versions": {"nnunetv2": "2.8.1"}}
+        record.write_text(json.dumps({"started": "2026", **place}))
+    return plan
+
+
+def test_tables(plan):
+    text = write_report(plan)
+    lines = text.splitlines()
+    assert lines[0] == "Five made-up organs"
+    head = next(line for line in lines if line.startswith("| Method | Steps"))
+    assert head == (
+        "| Method | Steps | Minutes | Dice (%) ↑ | HD95 (mm) ↓ | liver | spleen | Dice, seed 0 | Dice, seed 1 |"
+    )
+    # Dice of labels only, seed 0: the liver's mean (0.5 + 0.5 + 0.6) / 3, the spleen's 0.4, of both 0.46667
+    assert "| Labels only | 80 | 2.0 | 51.67 | 4.00 | 58.33 | 45.00 | 46.67 | 56.67 |" in lines
+    assert "| CPS | 80 | 2.0 | 61.67 | **3.00** | 68.33 | 55.00 | 56.67 | 66.67 |" in lines
+    assert "| More labels (4 labelled) | 80 | 2.0 | **76.67** | 4.00 | 83.33 | 70.00 | 76.67 |  |" in lines
+    # every case differs by the same
+    assert "| CPS | Labels only | Dice (%) | +10.00 | +10.00 | +10.00 | +10.00 to +10.00 | 0.250 |" in lines
+    assert "| CPS + SHTA | CPS | Dice (%) | +2.00 | +2.00 | +2.00 | +2.00 to +2.00 | 0.250 |" in lines
+    assert "| CPS + SHTA | CPS | HD95 | +1.00 | +1.00 | +1.00 | +1.00 to +1.00 | 0.250 |" in lines
+    assert "| More labels | Labels only | Dice (%) | +30.00 |  | +30.00 | +30.00 to +30.00 | 0.250 |" in lines
+    assert "| Method | 50 % of the training | 100 % of the training |" in lines
+    assert "| CPS | 59.67 | 61.67 |" in lines
+
+
+def test_the_run_that_two_tables_share_is_in_both(plan):
+    text = write_report(plan)
+    assert "### 2 labelled, equal steps (80)" in text
+    _, equal_time = text.split("### 2 labelled, equal time (as long as CPS takes for 80 steps)")
+    assert "| CPS | 80 |" in equal_time
+    assert "| Labels only |" not in equal_time
+
+
+def test_what_is_not_finished_is_named(plan):
+    text = write_report(plan)
+    assert "Not finished, and left out above: More labels, 4 labelled, seed 1, steps80; Labels only, 2" in text
+
+
+def test_files(plan):
+    write_report(plan)
+    results = json.loads((plan.home / "results.json").read_text())
+    assert results["surroundings"] == [{"device": "cpu", "machine": "A processor", "nnunetv2": "2.8.1"}]
+    run = results["tables"][0]["runs"][0]
+    assert run["curve"] == [
+        {"steps": 40, "Dice": pytest.approx(0.44667, abs=1e-5)}, {"steps": 80, "Dice": pytest.approx(0.46667, abs=1e-5)}
+    ]  # fmt: skip
+    assert (plan.home / "report.md").read_text().startswith("# made_up\n\nFive")
+    assert (plan.home / "curves.png").stat().st_size > 5000
+
+
+def test_nothing_is_finished(given, make_plan):
+    with pytest.raises(UserError, match=r"no run in .* is finished yet"):
+        write_report(make_plan(given))
+
+
+def test_a_page_gets_the_report_between_its_marks(plan, tmp_path):
+    page = tmp_path / "docs" / "results.md"
+    page.parent.mkdir()
+    page.write_text("before\n<!-- made_up: written by nnUNetv2_ssl_benchmark -->\nold\n<!-- made_up: end -->\nafter\n")
+    write_report(plan, page)
+    text = page.read_text()
+    assert text.startswith("before\n<!-- made_up")
+    assert text.endswith("<!-- made_up: end -->\nafter\n")
+    assert "old" not in text
+    assert "| CPS | 80 |" in text
+    assert (page.parent / "figures" / "made_up_curves.png").is_file()
+    write_report(plan, page)
+    assert page.read_text() == text  # a second time replaces the first
+    page.write_text("no marks")
+    with pytest.raises(UserError, match="has no lines '<!-- made_up: written by"):
+        fill(page, "made_up", [])
+
+
+def test_differences_are_over_the_classes_that_both_have():
+    nan = float("nan")
+    one, other = np.array([[0.5, 0.9], [0.5, nan], [nan, nan]]), np.array([[0.4, nan], [0.3, 0.1], [0.2, nan]])
+    assert case_differences(one, other) == pytest.approx([0.1, 0.2, nan], nan_ok=True)
+
+
+def test_cases_are_matched_by_name():
+    values = case_values(summary([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]], 1.0), "Dice")
+    assert values.tolist() == [[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]]

@@ -1,0 +1,202 @@
+"""Doing steps: what is done is not done again, what fails or is stopped is done next time."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+
+from nnunet_ssl.benchmark.plan import Step
+from nnunet_ssl.benchmark.run import Benchmark, StepError, claimed, refuse_other, resumed, script_of, words_to_run
+from nnunet_ssl.errors import UserError
+
+
+@pytest.fixture
+def benchmark(given, make_plan):
+    return Benchmark(make_plan(given))
+
+
+def python(key, code, *words, **more):
+    """A step that runs a line of Python."""
+    return Step(key, f"Step {key}", ("python", "-c", code, *words), **more)
+
+
+def test_a_step_is_done_once_and_leaves_a_record(benchmark, tmp_path):
+    file = tmp_path / "done.txt"
+    code = "import os, sys; open(sys.argv[1], 'a').write(os.environ['WHAT'])"
+    step = python("a/b", code, str(file), machine=("--jobs", "3"), variables={"WHAT": "x"})
+    benchmark.do(step)
+    benchmark.do(replace(step, machine=("--jobs", "4")))  # other words for the machine change nothing
+    assert file.read_text() == "x"
+    record = json.loads((benchmark.home / "done" / "a" / "b.json").read_text())
+    assert record["words"] == list(step.words)
+    assert record["seconds"] > 0
+    assert record["command"].startswith("WHAT=x python -c")
+    assert {"nnunet_ssl", "nnunetv2", "torch", "python"} <= set(record["versions"])
+    assert record["machine"]
+    benchmark.do(replace(step, words=(*step.words, "more")))  # another command is another step
+    assert file.read_text() == "xx"
+
+
+def test_what_makes_a_folder_is_done_where_the_folder_is(benchmark, tmp_path):
+    step = python("dataset_500", "raise SystemExit(1)", makes=tmp_path / "raw" / "Dataset500_*")
+    assert not benchmark.is_done(step)
+    (tmp_path / "raw" / "Dataset500_Made").mkdir()
+    assert benchmark.is_done(step)
+    benchmark.do(step)
+
+
+def test_a_failed_step_names_its_log_and_is_not_done(benchmark):
+    step = python("bad", "print('what went wrong'); raise SystemExit(3)")
+    with pytest.raises(StepError, match=r"Step bad: exit code 3.*bad\.txt"):
+        benchmark.do(step)
+    assert "what went wrong" in (benchmark.home / "logs" / "bad.txt").read_text()
+    assert not benchmark.is_done(step)
+
+
+def test_settings_are_written_and_checkpoints_make_it_go_on(benchmark, tmp_path):
+    file = tmp_path / "run" / "settings.json"
+    checkpoints = tmp_path / "run" / "results" / "Dataset*" / "model" / "fold_0"
+    code = "import json, sys; print(json.load(open(sys.argv[1])), sys.argv[2:])"
+    step = python("train", code, str(file), settings=(file, {"seed": 4}), checkpoints=checkpoints)
+    assert resumed(step) == step
+    fold = tmp_path / "run" / "results" / "Dataset501_Made" / "model" / "fold_0"
+    fold.mkdir(parents=True)
+    (fold / "checkpoint_latest.pth").touch()
+    benchmark.do(step)
+    assert "{'seed': 4} ['--c']" in (benchmark.home / "logs" / "train.txt").read_text()
+    assert benchmark.is_done(step)
+
+
+def test_stopping_ends_the_command_and_nothing_else_begins(benchmark):
+    step = python("long", "import time; time.sleep(100)")
+    errors = []
+
+    def work():
+        for one in (step, python("next", "pass")):
+            try:
+                benchmark.do(one)
+            except StepError as error:
+                errors.append(str(error))
+
+    thread = threading.Thread(target=work)
+    start = time.time()
+    thread.start()
+    while not benchmark._running and time.time() - start < 30:
+        time.sleep(0.02)
+    benchmark._stop()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert time.time() - start < 60
+    assert len(errors) == 2
+    assert not benchmark.is_done(step)
+
+
+def test_a_failed_run_does_not_stop_the_others_and_is_named(benchmark, monkeypatch):
+    """The runs' own commands are replaced by short ones; they are tested by ``test_benchmark.py`` of the commands."""
+    plan = benchmark.plan
+    plan.home.mkdir()
+
+    def steps(run):
+        fails = run.row.name == "CPS" and run.seed == 1
+        yield python(f"runs/{run.folder.name}_{run.budget.key}", f"raise SystemExit({int(fails)})")
+
+    monkeypatch.setattr(plan, "prepare", lambda: [])
+    monkeypatch.setattr(plan, "measure", lambda: [])
+    monkeypatch.setattr(plan, "steps_of", steps)
+    compared = [(runs, python(step.key, "pass")) for runs, step in plan.compare()]
+    monkeypatch.setattr(plan, "compare", lambda: compared)
+    with pytest.raises(UserError, match="1 failed: Step runs/cps_2labeled_seed1_steps80: exit code 1"):
+        benchmark.run()
+    done = {file.name for file in (benchmark.home / "done").rglob("*.json")}
+    assert len([name for name in done if name.startswith("compare")]) == 2  # seed 0, of both tables
+    assert len(done) == len(plan.queue()) - 1 + 2
+    assert json.loads((benchmark.home / "datasets.json").read_text()) == plan.ids
+
+
+# ------------------------------------------------------------------------------------------------------- commands
+
+
+def test_the_dataset_is_filled_in(tmp_path):
+    step = Step("x", "x", ("nnUNetv2_ssl_evaluate", "-ref", str(tmp_path / "Dataset501_*" / "labelsTs")))
+    with pytest.raises(StepError, match=r"Dataset501_\* is there 0 times"):
+        words_to_run(step, "cuda")
+    (tmp_path / "Dataset501_A").mkdir()
+    words = words_to_run(step, "cuda")
+    assert words[1:] == ["-m", "nnunet_ssl.commands.evaluate", "-ref", str(tmp_path / "Dataset501_A" / "labelsTs")]
+    (tmp_path / "Dataset501_B").mkdir()
+    with pytest.raises(StepError, match="is there 2 times"):
+        words_to_run(step, "cuda")
+
+
+def test_nnunets_commands_are_its_own_and_on_the_cpu_hold_to_one_thread():
+    step = Step("x", "x", ("nnUNetv2_train", "501", "3d_fullres", "0"), ("-device", "cpu"))
+    assert words_to_run(step, "cuda")[0].endswith("nnUNetv2_train")
+    words = words_to_run(step, "cpu")
+    assert "m.cpu_count = lambda: 1; from nnunetv2.run.run_training import run_training_entry" in words[2]
+    assert words[3:] == ["501", "3d_fullres", "0", "-device", "cpu"]
+
+
+def test_the_script_has_every_step_and_says_what_is_done(benchmark, tmp_path):
+    lines = list(script_of(benchmark))
+    commands = [line for line in lines if not line.startswith(("#", "export", "mkdir", "echo"))]
+    plan = benchmark.plan
+    runs = [step for run in plan.queue() for step in plan.steps_of(run)]
+    steps = [*plan.prepare(), *plan.measure(), *runs, *(step for _, step in plan.compare())]
+    assert len(commands) == len(steps)
+    assert all("nnUNetv2_" in command for command in commands)
+    assert any("# num_iterations_per_epoch follows from" in line for line in lines)
+    assert not (tmp_path / "home").exists()  # nothing is done
+
+    (tmp_path / "raw" / "Dataset500_Made").mkdir()
+    assert next(line for line in script_of(benchmark) if "Make the dataset" in line).startswith("# done")
+
+
+def test_source_of_the_data(given, make_plan, tmp_path):
+    given["data"] = {"script": "prepare_la.py"}
+    del given["rows"][3]
+    benchmark = Benchmark(make_plan(given))
+    with pytest.raises(UserError, match=r"prepare_la.py does not exist.*--scripts"):
+        benchmark.check_source()
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "prepare_la.py").touch()
+    with pytest.raises(UserError, match=r"DATA is no folder; .*--data"):
+        benchmark.check_source()
+    (tmp_path / "raw" / "Dataset500_LA").mkdir()  # it is made already
+    benchmark.check_source()
+
+
+# --------------------------------------------------------------------------------------------------------- folder
+
+
+def test_a_folder_takes_more_rows_and_seeds_but_no_other_protocol(given, tmp_path):
+    home = tmp_path / "home"
+    with claimed(home, given, "cpu"):
+        pass
+    more = json.loads(json.dumps(given))
+    more["seeds"] += [2]
+    more["rows"] += [{"name": "URPC", "trainer": "nnUNetTrainerURPC"}]
+    more["about"] = "something else"
+    more["rows"][2]["against"] = "Labels only"
+    refuse_other(home, more, "cpu")
+    with pytest.raises(UserError, match="begun with --device cpu"):
+        refuse_other(home, more, "cuda")
+    with pytest.raises(UserError, match="begun with 'epochs' 4, the protocol now says 5"):
+        refuse_other(home, given | {"epochs": 5}, "cpu")
+    more["rows"][1]["settings"] = {}
+    with pytest.raises(UserError, match="begun with another row 'CPS'"):
+        refuse_other(home, more, "cpu")
+
+
+def test_two_at_a_time_or_a_folder_of_something_else(given, tmp_path):
+    home = tmp_path / "home"
+    works = pytest.raises(UserError, match="another nnUNetv2_ssl_benchmark works in")
+    with claimed(home, given, "cpu"), works, claimed(home, given, "cpu"):
+        pass
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(UserError, match="exists and holds no benchmark"), claimed(tmp_path / "other", given, "cpu"):
+        pass
