@@ -254,6 +254,11 @@ class Plan:
             epochs = [time for found in rounds for epoch, time in found.items() if epoch > 0]
             if [len(found) for found in rounds] == [p.measure.epochs] * p.measure.rounds:
                 seconds[row.key] = statistics.median(epochs) / p.measure.iterations
+                if seconds[row.key] == 0:
+                    raise UserError(
+                        f"the short runs of {row.name} took no time that nnU-Net's log can show; set "
+                        f"measure.iterations in {p.name} above {p.measure.iterations} and take another -o."
+                    )
         return seconds
 
     def _measure_folder(self, row: Row, number: int) -> Path:

@@ -230,7 +230,8 @@ BUDGET_FIELDS: dict[str, tuple[Kind, Any]] = {
     "time_of": (TEXT, None),
 }
 SHRINK_FIELDS: dict[str, tuple[Kind, Any]] = {
-    "features": (_list_of("channels, one a stage", lambda v: _is_whole(v, 1), 2), REQUIRED),
+    # with two stages nnU-Net's deep supervision has one output, to which it gives the weight 0
+    "features": (_list_of("channels, one a stage, of three or more", lambda v: _is_whole(v, 1), 3), REQUIRED),
     "patch_size": (_list_of("voxels, one an axis", lambda v: _is_whole(v, 1), 2), REQUIRED),
     "batch_size": (COUNT, 2),
 }

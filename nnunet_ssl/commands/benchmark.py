@@ -80,8 +80,11 @@ def main(argv: list[str] | None = None) -> None:
     with claimed(home, load_json(args.protocol)[0], device):
         if not args.report:
             benchmark.check_source()
-            signal.signal(signal.SIGTERM, _end)
-            benchmark.run()
+            before = signal.signal(signal.SIGTERM, _end)
+            try:
+                benchmark.run()
+            finally:
+                signal.signal(signal.SIGTERM, before)
         print(write_report(plan, args.page))
     print(f"Wrote {home / 'report.md'}, {home / 'results.json'} and {home / 'curves.png'}")
 

@@ -60,7 +60,7 @@ def test_no_free_id(given, make_plan, tmp_path):
 
 def test_preparation(given, make_plan, tmp_path):
     given |= {"planning": ["-overwrite_target_spacing", 2, 2, 2], "plans": "small"}
-    given["shrink"] = {"features": [4, 8], "patch_size": [8, 8, 8]}
+    given["shrink"] = {"features": [4, 6, 8], "patch_size": [8, 8, 8]}
     steps = list(make_plan(given).prepare())
     assert [step.key for step in steps if step.key.endswith("500")] == [
         "dataset_500", "plan_500", "shrink_500", "unlabeled_500",
@@ -74,7 +74,7 @@ def test_preparation(given, make_plan, tmp_path):
         "nnUNetv2_plan_and_preprocess -d 500 -c 3d_fullres -overwrite_target_spacing 2 2 2 "
         "-overwrite_plans_name small -np 2 -npfp 2"
     )
-    assert "shrink_plans(sys.argv[1], '3d_fullres', [4, 8], patch_size=[8, 8, 8], batch_size=2)" in shrink
+    assert "shrink_plans(sys.argv[1], '3d_fullres', [4, 6, 8], patch_size=[8, 8, 8], batch_size=2)" in shrink
     assert unlabeled == "nnUNetv2_ssl_preprocess -d 500 -c 3d_fullres -p small -np 2"
     # only rows without unlabelled images learn from the sets with four labels
     assert not [step for step in steps if step.key in ("unlabeled_502", "unlabeled_503")]
@@ -129,6 +129,15 @@ def test_a_measurement_that_is_not_complete_does_not_count(given, make_plan, wri
     write_times(plan.home / "measure" / "cps_0", [2.0, 1.0, 1.0])
     write_times(plan.home / "measure" / "cps_1", [2.0, 1.0])
     assert plan.seconds_a_step() == {}
+
+
+def test_a_measurement_too_short_for_the_log(given, make_plan, write_times):
+    """nnU-Net writes hundredths of a second."""
+    plan = make_plan(given)
+    for number in range(2):
+        write_times(plan.home / "measure" / f"cps_{number}", [0.5, 0.0, 0.0])
+    with pytest.raises(UserError, match=r"short runs of CPS took no time .* measure.iterations"):
+        plan.seconds_a_step()
 
 
 def test_the_row_that_sets_the_time_is_not_trained_twice(given, make_plan, write_times):
