@@ -92,7 +92,7 @@ def prepare_unlabeled(
     if images is None:
         return _take_as_it_is(folder, task, dataset_name, labeled_cases)
     refuse_labeled_names(images, labeled_cases)
-    stamps = _stamps(images)
+    stamps = image_stamps(images)
     prepared = PreparedFolder(folder, list(images))
     if not _Manifest.read(folder).difference(stamps, task.preprocessing):
         return prepared
@@ -147,7 +147,7 @@ def wait_until_prepared(
             refuse_labeled_names(images, labeled_cases)
         except UserError:
             raise SystemExit(1) from None
-        if not _Manifest.read(folder).difference(_stamps(images), task.preprocessing):
+        if not _Manifest.read(folder).difference(image_stamps(images), task.preprocessing):
             return PreparedFolder(folder, list(images))
         if time.monotonic() > end:
             raise UserError(
@@ -313,7 +313,7 @@ def _take_as_it_is(folder: str, task: _Task, dataset_name: str, labeled_cases: C
     return PreparedFolder(folder, cases)
 
 
-def _stamps(images: dict[str, list[str]]) -> Stamps:
+def image_stamps(images: dict[str, list[str]]) -> Stamps:
     """What tells that a raw image has changed; with it the file that nnU-Net's TIFF reader takes the spacing from."""
     stamps: Stamps = {}
     for case, files in images.items():

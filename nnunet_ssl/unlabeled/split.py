@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 from collections import Counter
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -80,7 +81,7 @@ def split_dataset(
     source_folder = os.path.join(raw, source)
     if not os.path.isdir(source_folder):
         raise UserError(f"{source_folder} does not exist. Name a raw dataset that has labels with -d.")
-    _refuse_existing(target_id)
+    refuse_existing(target_id)
     dataset_json = read_dataset_json(source_folder)
     images = find_labeled(source_folder, dataset_json)
     if not images:
@@ -100,7 +101,7 @@ def split_dataset(
     building = os.path.join(raw, f".{target}")
     shutil.rmtree(building, ignore_errors=True)  # left by a killed run
     try:
-        _write_dataset(building, source_folder, dataset_json, {**images, **unlabeled}, split, copy)
+        write_dataset(building, source_folder, dataset_json, {**images, **unlabeled}, split, copy)
         write_record(building, source, target, split, seed)
         os.rename(building, os.path.join(raw, target))
     except OSError as error:
@@ -171,9 +172,30 @@ def write_record(folder: str, source: str, target: str, split: Split, seed: int)
     save_json(record, os.path.join(folder, RECORD), sort_keys=False)
 
 
-def _write_dataset(
-    folder: str, source_folder: str, dataset_json: dict, images: dict[str, list[str]], split: Split, copy: bool
+def write_dataset(
+    folder: str,
+    source_folder: str,
+    dataset_json: dict,
+    images: dict[str, list[str]],
+    split: Split,
+    copy: bool,
+    labeled_elsewhere: Collection[str] = (),
 ) -> None:
+    """Write the images, labels, ``dataset.json`` and ``splits_final.json`` of a new raw dataset.
+
+    Args:
+        folder: the new dataset's, directly below ``nnUNet_raw``; a dot before its name is not part of the name.
+        source_folder: the raw dataset that the labels come from.
+        dataset_json: the source's.
+        images: case -> channel files, of every case of ``split``.
+        split: who is what.
+        copy: copy the files instead of linking to them.
+        labeled_elsewhere: cases of ``split.labeled`` whose label the source does not have; the caller writes it.
+
+    Raises:
+        UserError: a case has no label that is to keep it.
+        OSError: a file cannot be written.
+    """
     ending = dataset_json["file_ending"]
 
     def put(file: str, *target: str) -> None:
@@ -202,7 +224,8 @@ def _write_dataset(
 
     for case in {*split.labeled, *split.validation}:
         put_image(case, "imagesTr")
-        put_label(case, "labelsTr")
+        if case not in labeled_elsewhere:
+            put_label(case, "labelsTr")
     for case in split.unlabeled:
         put_image(case, UNLABELED_FOLDER)
     for case in split.test:
@@ -247,7 +270,12 @@ def _already_unlabeled(source_folder: str, dataset_json: dict, images: dict[str,
     return found
 
 
-def _refuse_existing(target_id: int) -> None:
+def refuse_existing(target_id: int) -> None:
+    """Refuse an id that no new dataset can have.
+
+    Raises:
+        UserError: it is none, or one of nnU-Net's three folders knows a dataset of this id.
+    """
     if not 1 <= target_id <= 999:
         raise UserError(f"-o {target_id} is not a dataset id. Give a number from 1 to 999.")
     existing = find_candidate_datasets(target_id)

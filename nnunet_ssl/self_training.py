@@ -1,0 +1,340 @@
+"""Offline self-training in rounds: predict, keep the confident, make a dataset of them, train on it, again.
+
+Each round begins with the unlabelled images of the first dataset, all of them, and with the model that the last round
+trained: what was kept in one round may be labelled otherwise, or dropped, in the next. Predicting, moving the plans,
+preprocessing and training are nnU-Net's own commands; a step whose result is there is skipped, so a stopped run goes on
+where it was.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+from nnunetv2.utilities.file_path_utilities import get_output_folder
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_ssl.demo.run import executable
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.export import find_model_folder
+from nnunet_ssl.unlabeled.find import UNLABELED_FOLDER, required_folder, resolve_dataset
+from nnunet_ssl.unlabeled.pseudolabel import RECORD, REPORT, Predictions, Source, read_source, write_pseudolabeled
+from nnunet_ssl.unlabeled.split import SPLITS, refuse_existing
+
+ATTEMPTS = 2  # to predict a case
+TO_PREDICT = "to_predict"  # links to the images that are still to be predicted, where these are not all
+
+
+class Teacher(NamedTuple):
+    """A model that predicts: a dataset's, of one fold."""
+
+    dataset: str
+    fold: str
+
+
+@dataclass(frozen=True)
+class SelfTraining:
+    """Self-training of one model.
+
+    Attributes:
+        dataset: id or name of the raw dataset with ``imagesUn`` that the first teacher was trained on.
+        configuration, fold, trainer: of the first teacher; all but the fold also of the students.
+        target_id: id of the first round's dataset; each further round has the next.
+        min_confidence: keep the cases whose confidence reaches it; None keeps a fraction.
+        keep: the fraction of the cases to keep, the most confident ones; None keeps by confidence.
+        plans, checkpoint: of teacher and students.
+        rounds: how many students to train; with 0 the first round's dataset is made, and nothing trained.
+        device: ``cpu``, ``cuda`` or ``mps``, as nnU-Net's ``-device``.
+        mirroring: whether the teacher predicts with nnU-Net's test-time mirroring.
+        parts: predict in so many parts, of which only one has its probabilities on the disk at a time.
+        processes: of predicting and preprocessing; None leaves it to nnU-Net.
+        copy: copy images instead of linking to them.
+        dry_run: print the commands that are still to be run, and do nothing.
+    """
+
+    dataset: str
+    configuration: str
+    fold: str
+    trainer: str
+    target_id: int
+    min_confidence: float | None
+    keep: float | None = None
+    plans: str = "nnUNetPlans"
+    checkpoint: str = "checkpoint_final.pth"
+    rounds: int = 0
+    device: str = "cuda"
+    mirroring: bool = True
+    parts: int = 1
+    processes: int | None = None
+    copy: bool = False
+    dry_run: bool = False
+
+    def run(self) -> list[str]:
+        """Do all of it; returns the names of the datasets.
+
+        Raises:
+            UserError: no trained model, no unlabelled image, an id that is taken, or a command that failed.
+        """
+        dataset = resolve_dataset(self.dataset)
+        self._refuse_what_cannot_work(dataset)
+        source = read_source(dataset, self.fold)
+        targets = [self._target(source, number) for number in range(1, max(1, self.rounds) + 1)]
+        for target in targets:
+            self._refuse_taken(target)
+
+        teacher = Teacher(dataset, self.fold)
+        for number, target in enumerate(targets, 1):
+            print(f"\nRound {number}: {target}, by the model of {teacher.dataset}, fold {teacher.fold}", flush=True)
+            self._make_dataset(source, teacher, target)
+            if not self.dry_run:
+                self._complete_preprocessed(dataset, target)
+            if self.rounds:
+                self._move_plans(dataset, target)
+                self._preprocess(target)
+                self._train(target)
+            teacher = Teacher(target, "0")
+        if not self.rounds and not self.dry_run:
+            print("Train on it, for instance:")
+            for words in (self._move_command(dataset, targets[0]), self._preprocess_command(targets[0]),
+                          self._train_command(targets[0])):  # fmt: skip
+                print(f"  {shlex.join(words)}")
+        return targets
+
+    # ------------------------------------------------------------------ checks
+
+    def _refuse_what_cannot_work(self, dataset: str) -> None:
+        model = find_model_folder(dataset, self.trainer, self.plans, self.configuration)
+        checkpoint = self._checkpoint(Teacher(dataset, self.fold))
+        if not os.path.isfile(checkpoint):
+            raise UserError(f"no checkpoint {checkpoint}. Train this fold to its end, or name another with -f or -chk.")
+        plans_manager = PlansManager(os.path.join(model, "plans.json"))
+        if plans_manager.get_configuration(self.configuration).previous_stage_name is not None:
+            raise UserError(
+                f"-c {self.configuration} needs the predictions of a previous stage, which unlabelled images do not "
+                "have; use 3d_fullres or 3d_lowres."
+            )
+        plans_file = os.path.join(required_folder("nnUNet_preprocessed"), dataset, f"{self.plans}.json")
+        if self.rounds and not os.path.isfile(plans_file):
+            raise UserError(f"{plans_file} does not exist, but the students are to be trained with these plans.")
+
+    def _target(self, source: Source, number: int) -> str:
+        return f"Dataset{self.target_id + number - 1:03d}_{source.name.partition('_')[2]}_pseudo{number}"
+
+    def _refuse_taken(self, target: str) -> None:
+        """Refuse an id that another dataset has; one that an earlier run of this command made is taken up."""
+        target_id = int(target[len("Dataset") :].partition("_")[0])
+        if set(find_candidate_datasets(target_id)) != {target} or not self._record_file(target).is_file():
+            refuse_existing(target_id)
+
+    # ------------------------------------------------------------------ steps
+
+    def _make_dataset(self, source: Source, teacher: Teacher, target: str) -> None:
+        """Predict the unlabelled images and write the dataset, unless it is there."""
+        folder = os.path.join(self._model(teacher.dataset), f"unlabeled_fold_{teacher.fold}")
+        record = self._record_file(target)
+        if record.is_file() and not self._waits(teacher):
+            if load_json(str(record))["made_with"] != self._made_with(source, teacher):
+                raise UserError(
+                    f"{record.parent} was made with other options or by another model ({RECORD} says which). Choose "
+                    "another -o, or remove this dataset from all three folders."
+                )
+            self._skip(f"{target} is there")
+        elif self.dry_run:
+            self._show_prediction(source, teacher, folder)
+            which = (
+                f"of confidence {self.min_confidence:g} or more"
+                if self.keep is None
+                else f"of the best {self.keep:g} of all cases"
+            )
+            self._skip(f"here {target} is written, with the predictions {which}")
+        else:
+            predictions = self._predict(source, teacher, folder)
+            options = (self.min_confidence, self.keep, self._made_with(source, teacher), self.copy)
+            split = write_pseudolabeled(target, source, predictions, *options)
+            num_kept = len(split.labeled) - len(source.labeled)
+            print(
+                f"{target}: {len(source.labeled)} labelled, {num_kept} pseudo-labelled, {len(split.unlabeled)} "
+                f"unlabelled and {len(split.validation)} validation cases\n  confidences: {record.parent / REPORT}",
+                flush=True,
+            )
+            if not split.unlabeled:
+                print("  No image is left without a label: a trainer that learns from such images cannot go on here.")
+
+    def _predict(self, source: Source, teacher: Teacher, folder: str) -> Predictions:
+        """Predict with nnU-Net's own command what is not predicted yet, part by part."""
+        model = self._model(teacher.dataset)
+        plans_manager = PlansManager(os.path.join(model, "plans.json"))
+        dataset_json = load_json(os.path.join(model, "dataset.json"))
+        ending = dataset_json["file_ending"]
+        predictions = Predictions(folder, self._identity(teacher), source.unlabeled, ending)
+        if not predictions.missing():
+            self._skip(f"the predictions in {folder} are there")
+            return predictions
+        predictions.begin()
+        predictions.collect(plans_manager, dataset_json)  # what a run that was stopped has left
+        for part in range(self.parts):
+            for _ in range(ATTEMPTS):
+                if cases := predictions.missing(part, self.parts):
+                    images = self._input_folder(source, folder, cases)
+                    self._link_images(source, images, cases)
+                    self._command(self._predict_command(teacher, images, folder))
+                    predictions.collect(plans_manager, dataset_json)
+        shutil.rmtree(os.path.join(folder, TO_PREDICT), ignore_errors=True)
+        if missing := predictions.missing():
+            raise UserError(
+                f"nnUNetv2_predict left no usable prediction of {missing[0]} in {folder}, nor of "
+                f"{len(missing) - 1} other(s). Look for what it printed above, and at the space on that disk."
+            )
+        return predictions
+
+    def _show_prediction(self, source: Source, teacher: Teacher, folder: str) -> None:
+        identity = None if self._waits(teacher) else self._identity(teacher)
+        predictions = Predictions(folder, identity, source.unlabeled, source.dataset_json["file_ending"])
+        if not predictions.missing():
+            self._skip(f"the predictions in {folder} are there")
+        for part in range(self.parts):
+            if cases := predictions.missing(part, self.parts):
+                self._command(self._predict_command(teacher, self._input_folder(source, folder, cases), folder))
+
+    def _input_folder(self, source: Source, folder: str, cases: list[str]) -> str:
+        """Where nnU-Net finds these images and no others."""
+        if len(cases) == len(source.unlabeled):
+            return os.path.join(source.folder, UNLABELED_FOLDER)
+        return os.path.join(folder, TO_PREDICT)
+
+    def _link_images(self, source: Source, images: str, cases: list[str]) -> None:
+        """Fill ``TO_PREDICT`` with these cases, each file with the spacing file that nnU-Net's TIFF reader wants."""
+        if os.path.basename(images) != TO_PREDICT:
+            return
+        shutil.rmtree(images, ignore_errors=True)
+        os.makedirs(images)
+        put = shutil.copy2 if self.copy else os.symlink
+        for case in cases:
+            spacing = os.path.join(source.folder, UNLABELED_FOLDER, f"{case}.json")
+            for file in [*source.unlabeled[case], *([spacing] if os.path.isfile(spacing) else [])]:
+                put(os.path.abspath(file), os.path.join(images, os.path.basename(file)))
+
+    def _complete_preprocessed(self, source: str, target: str) -> None:
+        """What training reads from nnUNet_preprocessed and nnUNetv2_preprocess does not write.
+
+        The fingerprint is the one that the plans were made from; nnU-Net only files it with the model.
+        """
+        raw = self._record_file(target).parent
+        folder = os.path.join(required_folder("nnUNet_preprocessed"), target)
+        os.makedirs(folder, exist_ok=True)
+        for file in ("dataset.json", SPLITS):
+            shutil.copyfile(raw / file, os.path.join(folder, file))
+        fingerprint = "dataset_fingerprint.json"
+        shutil.copyfile(os.path.join(self._model(source), fingerprint), os.path.join(folder, fingerprint))
+
+    def _move_plans(self, source: str, target: str) -> None:
+        """The first dataset's plans, so that network, spacing and normalisation stay what they were."""
+        if self._preprocessed_mark(target).exists():
+            return self._skip(f"{self.plans} of {target} are there")
+        return self._command(self._move_command(source, target))
+
+    def _preprocess(self, target: str) -> None:
+        if self._preprocessed_mark(target).exists():
+            return self._skip(f"{self.configuration} of {target} is preprocessed")
+        self._command(self._preprocess_command(target))
+        if not self.dry_run:
+            self._preprocessed_mark(target).touch()
+        return None
+
+    def _train(self, target: str) -> None:
+        if not self._waits(Teacher(target, "0")):
+            return self._skip(f"the model of {target} is trained")
+        return self._command(self._train_command(target))
+
+    # ------------------------------------------------------------------ commands
+
+    def _predict_command(self, teacher: Teacher, images: str, folder: str) -> list[str]:
+        words = ["nnUNetv2_predict", "-i", images, "-o", folder]
+        words += ["-d", teacher.dataset, "-c", self.configuration, "-f", teacher.fold, "-tr", self.trainer]
+        words += ["-p", self.plans, "-chk", self.checkpoint, "-device", self.device, "--save_probabilities"]
+        if not self.mirroring:
+            words += ["--disable_tta"]
+        if self.processes is not None:
+            words += ["-npp", str(self.processes), "-nps", str(self.processes)]
+        return words
+
+    def _move_command(self, source: str, target: str) -> list[str]:
+        words = ["nnUNetv2_move_plans_between_datasets", "-s", source, "-t", target]
+        return [*words, "-sp", self.plans, "-tp", self.plans]
+
+    def _preprocess_command(self, target: str) -> list[str]:
+        words = ["nnUNetv2_preprocess", "-d", str(int(target[len("Dataset") :].partition("_")[0]))]
+        words += ["-c", self.configuration, "-plans_name", self.plans]
+        return words if self.processes is None else [*words, "-np", str(self.processes)]
+
+    def _train_command(self, target: str) -> list[str]:
+        words = ["nnUNetv2_train", target, self.configuration, "0", "-tr", self.trainer, "-p", self.plans]
+        started = any(Path(self._model(target), "fold_0").glob("checkpoint_*.pth"))
+        return [*words, "-device", self.device, *(["--c"] if started else [])]
+
+    def _command(self, words: list[str]) -> None:
+        """Run one of nnU-Net's commands; what it prints goes where our own output goes.
+
+        Raises:
+            UserError: it failed.
+        """
+        print(f"  $ {shlex.join(words)}", flush=True)
+        if self.dry_run:
+            return
+        done = subprocess.run([executable(words[0]), *words[1:]])
+        if done.returncode != 0:
+            raise UserError(
+                f"{words[0]} ended with exit code {done.returncode}; what it printed above says why. Started again "
+                "with the same options, this command goes on from here."
+            )
+
+    def _skip(self, what: str) -> None:
+        print(f"  # {what}", flush=True)
+
+    # ------------------------------------------------------------------ where things are
+
+    def _model(self, dataset: str) -> str:
+        return get_output_folder(dataset, self.trainer, self.plans, self.configuration)
+
+    def _checkpoint(self, teacher: Teacher) -> str:
+        return os.path.join(self._model(teacher.dataset), f"fold_{teacher.fold}", self.checkpoint)
+
+    def _waits(self, teacher: Teacher) -> bool:
+        """Whether this teacher is a student that has not been trained to its end."""
+        if teacher.dataset == resolve_dataset(self.dataset):
+            return False
+        fold = Path(self._model(teacher.dataset), f"fold_{teacher.fold}")
+        return not ((fold / "checkpoint_final.pth").is_file() and (fold / "validation" / "summary.json").is_file())
+
+    def _record_file(self, target: str) -> Path:
+        return Path(required_folder("nnUNet_raw"), target, RECORD)
+
+    def _preprocessed_mark(self, target: str) -> Path:
+        """An empty file that says that nnUNetv2_preprocess came to its end."""
+        folder = Path(required_folder("nnUNet_preprocessed"), target)
+        return folder / f"{self.plans}_{self.configuration}.preprocessed"
+
+    def _identity(self, teacher: Teacher) -> dict[str, Any]:
+        """What makes a teacher's predictions what they are."""
+        status = os.stat(self._checkpoint(teacher))
+        return {
+            "dataset": teacher.dataset,
+            "configuration": self.configuration,
+            "trainer": self.trainer,
+            "plans": self.plans,
+            "fold": teacher.fold,
+            "checkpoint": [self.checkpoint, status.st_size, status.st_mtime_ns],
+            "mirroring": self.mirroring,
+        }
+
+    def _made_with(self, source: Source, teacher: Teacher) -> dict[str, Any]:
+        """What makes a round's dataset what it is."""
+        rule = {"min_confidence": self.min_confidence} if self.keep is None else {"keep": self.keep}
+        return {"source": source.name, "teacher": self._identity(teacher), **rule}

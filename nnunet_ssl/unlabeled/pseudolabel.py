@@ -1,0 +1,401 @@
+"""Offline self-training, the part without a training: which predictions of unlabelled images become labels.
+
+A trained model, the teacher, has predicted every unlabelled image. The cases that it is confident of join the labelled
+ones in a new raw dataset, with its predictions as their labels; the validation cases stay as they are.
+
+How confident a teacher is of a case: for each foreground class, the mean of its probability over the voxels that are
+predicted as that class (with softmax this is the largest probability of each of them); of these the mean over the
+classes that are predicted at all, so that a small organ weighs as much as a large one. A case without any predicted
+foreground has confidence 0 and is never kept: an empty label map is what a teacher that has failed predicts, with
+certainty.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import pickle
+import shutil
+import zipfile
+import zlib
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from tqdm import tqdm
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import write_json
+from nnunet_ssl.unlabeled.find import (
+    find_labeled,
+    find_unlabeled,
+    read_dataset_json,
+    refuse_labeled_names,
+    required_folder,
+)
+from nnunet_ssl.unlabeled.prepare import image_stamps
+from nnunet_ssl.unlabeled.split import SPLITS, Split, write_dataset
+
+FORMAT = 1
+CONFIDENCES = "confidences.json"
+RECORD = "ssl_pseudolabel.json"
+REPORT, PICTURE = "pseudolabels.csv", "pseudolabels.png"
+
+
+# ---------------------------------------------------------------------- how confident, and who is kept
+
+
+class Measured(NamedTuple):
+    """What the prediction of one case says of itself, by the names of the foreground classes or regions.
+
+    Attributes:
+        voxels: how many are predicted as the class.
+        probability: the mean of the class's probability over these voxels; None where there are none.
+    """
+
+    voxels: dict[str, int]
+    probability: dict[str, float | None]
+
+    @property
+    def confidence(self) -> float:
+        """The mean over the classes that are predicted; 0 if none is."""
+        present = [value for value in self.probability.values() if value is not None]
+        return float(np.mean(present)) if present else 0.0
+
+
+def foreground_channels(label_manager: LabelManager) -> dict[str, int]:
+    """Name of each foreground class or region -> its channel in nnU-Net's probabilities."""
+    named = {
+        name: np.unique(value)
+        for name, value in label_manager.label_dict.items()
+        if name != "ignore" and np.any(np.unique(value) != 0)
+    }
+    if label_manager.has_regions:  # a sigmoid each, in the order of dataset.json
+        return {name: channel for channel, name in enumerate(named)}
+    return {name: int(labels[0]) for name, labels in named.items()}
+
+
+def measure(probabilities: np.ndarray, label_manager: LabelManager) -> Measured:
+    """Measure how confident a prediction is, by the definition at the top of this file.
+
+    Args:
+        probabilities: float ``[C, *image]``, as nnU-Net saves them: softmax over classes, or a sigmoid for each region.
+        label_manager: nnU-Net's, of the model that predicted.
+    """
+    if not label_manager.has_regions:
+        predicted = label_manager.convert_probabilities_to_segmentation(probabilities)
+    voxels: dict[str, int] = {}
+    probability: dict[str, float | None] = {}
+    for name, channel in foreground_channels(label_manager).items():
+        inside = probabilities[channel] > 0.5 if label_manager.has_regions else predicted == channel
+        voxels[name] = int(np.count_nonzero(inside))
+        mean = probabilities[channel].mean(where=inside, dtype=np.float64) if voxels[name] else None
+        probability[name] = None if mean is None else float(mean)
+    return Measured(voxels, probability)
+
+
+def choose(confidences: dict[str, float], min_confidence: float | None, keep: float | None) -> list[str]:
+    """Choose the cases whose predictions become labels.
+
+    Args:
+        confidences: of every case; those with 0 are never chosen.
+        min_confidence: keep the cases that reach it, or
+        keep: keep this fraction of all cases, the most confident ones, at least one.
+
+    Returns:
+        The cases, sorted.
+    """
+    order = sorted((case for case in confidences if confidences[case] > 0), key=lambda case: (-confidences[case], case))
+    if keep is not None:
+        return sorted(order[: max(1, round(keep * len(confidences)))])
+    return sorted(case for case in order if confidences[case] >= min_confidence)
+
+
+# ---------------------------------------------------------------------- the teacher's predictions
+
+
+class Predictions:
+    """A teacher's label maps of the unlabelled images, and how confident it was of each.
+
+    They lie in one folder as nnU-Net wrote them, with ``confidences.json``. Probabilities are removed as soon as they
+    are measured. What was made by another teacher or from another image is made again.
+
+    Args:
+        folder: of the predictions; need not exist.
+        teacher: what identifies the teacher, as JSON keeps it: another one makes all predictions worthless. None while
+            it is not trained yet.
+        images: case -> channel files, of every unlabelled case.
+        ending: the dataset's file ending.
+    """
+
+    def __init__(self, folder: str, teacher: dict[str, Any] | None, images: dict[str, list[str]], ending: str) -> None:
+        self.folder, self.teacher, self.ending = folder, teacher, ending
+        self.cases = list(images)
+        self.measured: dict[str, Measured] = {}
+        self._stamps = image_stamps(images)
+        try:
+            stored = load_json(os.path.join(folder, CONFIDENCES))
+        except (OSError, ValueError):
+            stored = {}
+        same_teacher = teacher is not None and stored.get("format") == FORMAT and stored["teacher"] == teacher
+        self._stored_stamps: dict[str, list] = stored["images"] if same_teacher else {}
+        if same_teacher:
+            self.measured = {
+                case: Measured(**entry)
+                for case, entry in stored["cases"].items()
+                if self._is_current(case) and os.path.isfile(self.label_file(case))
+            }
+
+    def label_file(self, case: str) -> str:
+        """The predicted label map of a case."""
+        return os.path.join(self.folder, case + self.ending)
+
+    def missing(self, part: int = 0, parts: int = 1) -> list[str]:
+        """The cases that are still to be predicted or measured; of ``parts`` parts of all cases, those in ``part``."""
+        return [case for case in self.cases[part::parts] if case not in self.measured]
+
+    def begin(self) -> None:
+        """Make the folder ready for nnU-Net to predict into: what is there is current, or half-done at most."""
+        if not self._stored_stamps:
+            shutil.rmtree(self.folder, ignore_errors=True)  # of another teacher
+        os.makedirs(self.folder, exist_ok=True)
+        for case in self._stored_stamps:
+            if not self._is_current(case):
+                self._remove(case)
+        self._save()
+
+    def collect(self, plans_manager: PlansManager, dataset_json: dict) -> None:
+        """Measure what nnU-Net has predicted, and remove the probabilities.
+
+        nnU-Net writes a label map after its probabilities. One that a kill cut off is not what the probabilities say;
+        it is removed, and stays missing.
+
+        Args:
+            plans_manager: the teacher's plans.
+            dataset_json: the teacher's.
+        """
+        label_manager = plans_manager.get_label_manager(dataset_json)
+        reader = plans_manager.image_reader_writer_class()
+        found = [case for case in self.missing() if os.path.isfile(self._file(case, ".npz"))]
+        for case in tqdm(found, desc="Measuring confidence", disable=not found):
+            try:
+                with np.load(self._file(case, ".npz")) as archive:
+                    probabilities = archive["probabilities"]
+                written = reader.read_seg(self.label_file(case))[0][0]
+            except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error,
+                    pickle.UnpicklingError):  # fmt: skip
+                self._remove(case)
+                continue
+            if np.array_equal(written, label_manager.convert_probabilities_to_segmentation(probabilities)):
+                self.measured[case] = measure(probabilities, label_manager)
+            else:
+                self._remove(case)
+        self._save()
+        for case in self.measured:
+            for ending in (".npz", ".pkl"):
+                if os.path.isfile(file := self._file(case, ending)):
+                    os.remove(file)
+
+    def _is_current(self, case: str) -> bool:
+        return case in self._stamps and self._stored_stamps.get(case) == self._stamps[case]
+
+    def _file(self, case: str, ending: str) -> str:
+        return os.path.join(self.folder, case + ending)
+
+    def _remove(self, case: str) -> None:
+        for ending in (self.ending, ".npz", ".pkl"):
+            if os.path.isfile(file := self._file(case, ending)):
+                os.remove(file)
+
+    def _save(self) -> None:
+        self._stored_stamps = self._stamps
+        content = {
+            "format": FORMAT,
+            "teacher": self.teacher,
+            "images": self._stamps,
+            "cases": {case: self.measured[case]._asdict() for case in self.cases if case in self.measured},
+        }
+        write_json(os.path.join(self.folder, CONFIDENCES), content)
+
+
+# ---------------------------------------------------------------------- the new dataset
+
+
+class Source(NamedTuple):
+    """The dataset to start from, seen by one of its folds. No label of an unlabelled case has a place in it.
+
+    Attributes:
+        name: for instance ``Dataset504_Hippocampus_5labeled``.
+        folder: the raw dataset.
+        dataset_json: its ``dataset.json``.
+        images: case -> channel files, of the labelled cases.
+        unlabeled: the same of ``imagesUn``.
+        labeled, validation: the cases that the fold trains and validates on.
+    """
+
+    name: str
+    folder: str
+    dataset_json: dict
+    images: dict[str, list[str]]
+    unlabeled: dict[str, list[str]]
+    labeled: list[str]
+    validation: list[str]
+
+
+def read_source(name: str, fold: str) -> Source:
+    """Find out who is what in a raw dataset, by names alone.
+
+    Args:
+        name: of the dataset.
+        fold: a number, or ``all``: then all labelled cases train and validate, as nnU-Net has it.
+
+    Raises:
+        UserError: no such dataset or fold, no unlabelled image, or one that bears a labelled one's name.
+    """
+    folder = os.path.join(required_folder("nnUNet_raw"), name)
+    dataset_json = read_dataset_json(folder)
+    images = find_labeled(folder, dataset_json)
+    unlabeled = find_unlabeled(folder, dataset_json)
+    refuse_labeled_names(unlabeled, images)
+    if fold == "all":
+        return Source(name, folder, dataset_json, images, unlabeled, list(images), list(images))
+    file = os.path.join(required_folder("nnUNet_preprocessed"), name, SPLITS)
+    try:
+        splits = load_json(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}). It says which cases fold {fold} was trained on.") from error
+    if int(fold) >= len(splits):
+        raise UserError(f"{file} has {len(splits)} fold(s), but not -f {fold}. Name one that it has, or all.")
+    labeled, validation = (sorted(splits[int(fold)][part]) for part in ("train", "val"))
+    if unknown := sorted({*labeled, *validation} - set(images)):
+        raise UserError(f"{file} names {unknown[0]}, which {os.path.join(folder, 'imagesTr')} does not hold.")
+    return Source(name, folder, dataset_json, images, unlabeled, labeled, validation)
+
+
+def write_pseudolabeled(
+    target: str,
+    source: Source,
+    predictions: Predictions,
+    min_confidence: float | None,
+    keep: float | None,
+    made_with: dict[str, Any],
+    copy: bool = False,
+) -> Split:
+    """Make the raw dataset in which the teacher's confident predictions are labels.
+
+    Images and true labels are links, as ``nnUNetv2_ssl_split`` makes them; the pseudo-labels are files of its own.
+
+    Args:
+        target: the new dataset's name.
+        source: where images and true labels come from.
+        predictions: the teacher's, all of them measured.
+        min_confidence, keep: as for ``choose``.
+        made_with: what the record says of how it was made.
+        copy: copy the files instead of linking to them.
+
+    Returns:
+        Who is what; ``labeled`` holds the pseudo-labelled cases too.
+
+    Raises:
+        UserError: no case is kept, or the dataset cannot be written. Nothing is written then.
+    """
+    confidences = {case: measured.confidence for case, measured in predictions.measured.items()}
+    kept = choose(confidences, min_confidence, keep)
+    if not kept:
+        best = max(confidences, key=confidences.get)
+        raise UserError(
+            f"no prediction in {predictions.folder} is kept: the most confident is that of {best}, with "
+            f"{confidences[best]:.3f}. "
+            + ("Lower --min-confidence, or use --keep." if confidences[best] else "The teacher sees no foreground.")
+        )
+    rest = [case for case in source.unlabeled if case not in kept]
+    split = Split(sorted([*source.labeled, *kept]), source.validation, rest, [])
+
+    raw = os.path.dirname(source.folder)
+    building = os.path.join(raw, f".{target}")  # nnU-Net does not see names that begin with a dot
+    shutil.rmtree(building, ignore_errors=True)  # left by a killed run
+    try:
+        images = {**source.images, **source.unlabeled}
+        write_dataset(building, source.folder, source.dataset_json, images, split, copy, labeled_elsewhere=kept)
+        for case in kept:
+            label = predictions.label_file(case)
+            shutil.copyfile(label, os.path.join(building, "labelsTr", os.path.basename(label)))
+            spacing = os.path.join(predictions.folder, f"{case}.json")  # of nnU-Net's TIFF reader
+            if os.path.isfile(spacing):
+                shutil.copyfile(spacing, os.path.join(building, "labelsTr", f"{case}.json"))
+        write_report(os.path.join(building, REPORT), predictions.measured, kept)
+        draw_confidences(os.path.join(building, PICTURE), confidences, kept, min_confidence)
+        record = {
+            "name": target,
+            "source": source.name,
+            "made_with": made_with,
+            "labeled": source.labeled,
+            "validation": source.validation,
+            "pseudo_labeled": kept,
+            "unlabeled": rest,
+        }
+        save_json(record, os.path.join(building, RECORD), sort_keys=False)
+        os.rename(building, os.path.join(raw, target))
+    except OSError as error:
+        hint = "" if copy else " Where links are not allowed, --copy copies the files."
+        raise UserError(
+            f"{error.filename or building} cannot be written ({error.strerror}). Nothing was kept.{hint}"
+        ) from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+    return split
+
+
+# ---------------------------------------------------------------------- the report
+
+
+def write_report(file: str, measured: dict[str, Measured], kept: Iterable[str]) -> None:
+    """Write a row for each unlabelled case, the most confident first."""
+    kept = set(kept)
+    names = list(next(iter(measured.values())).voxels)
+    with open(file, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream)
+        columns = [f"{what}_{name}" for name in names for what in ("voxels", "confidence")]
+        writer.writerow(["case", "confidence", "kept", *columns])
+        for case in sorted(measured, key=lambda case: (-measured[case].confidence, case)):
+            values = []
+            for name in names:
+                probability = measured[case].probability[name]
+                values += [measured[case].voxels[name], "" if probability is None else f"{probability:.4f}"]
+            writer.writerow([case, f"{measured[case].confidence:.4f}", "yes" if case in kept else "no", *values])
+
+
+def draw_confidences(
+    file: str, confidences: dict[str, float], kept: Iterable[str], min_confidence: float | None
+) -> None:
+    """Draw the histogram of confidences, kept and not kept, with the threshold that parts them.
+
+    Args:
+        file: the picture to write.
+        confidences: of every case.
+        kept: the cases that are kept.
+        min_confidence: the threshold; None where a fraction was kept, which the least confident of them bounds.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    kept = set(kept)
+    threshold = min(confidences[case] for case in kept) if min_confidence is None else min_confidence
+    groups = {
+        f"kept ({len(kept)})": [confidences[case] for case in kept],
+        f"not kept ({len(confidences) - len(kept)})": [confidences[case] for case in confidences if case not in kept],
+    }
+    figure = Figure(figsize=(6, 3.5))
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    bins = np.linspace(min([*confidences.values(), threshold, 0.99]), 1, 31)
+    axis.hist(list(groups.values()), bins, stacked=True, label=list(groups), color=["#30638e", "#d1495b"])
+    axis.axvline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.3g}")
+    axis.set_xlabel("confidence of a case")
+    axis.set_ylabel("cases")
+    axis.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)

@@ -1,0 +1,290 @@
+"""Which predictions become labels, how a teacher's predictions are kept, and the dataset that is made of them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import TinyDataset
+from matplotlib.image import imread
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.unlabeled.find import find_unlabeled
+from nnunet_ssl.unlabeled.pseudolabel import (
+    Measured,
+    Predictions,
+    choose,
+    draw_confidences,
+    foreground_channels,
+    measure,
+    read_source,
+    write_pseudolabeled,
+    write_report,
+)
+
+TEACHER = {"checkpoint": ["checkpoint_final.pth", 1, 2]}
+CERTAINTY = {"un_00": 0.95, "un_01": 0.7, "un_02": 0.92, "un_03": 0.8}
+
+
+# ---------------------------------------------------------------------- confidence
+
+
+def test_confidence_is_the_mean_over_predicted_classes_of_the_mean_probability_inside_them():
+    labels = LabelManager({"background": 0, "a": 1, "b": 2, "c": 3, "ignore": 4}, None)
+    voxels = [(0.8, 0.1, 0.1, 0.0), (0.2, 0.7, 0.1, 0.0), (0.05, 0.9, 0.05, 0.0), (0.2, 0.2, 0.6, 0.0)]
+    probabilities = np.array(voxels, np.float32).T.reshape(4, 2, 2)
+    measured = measure(probabilities, labels)
+    assert measured.voxels == {"a": 2, "b": 1, "c": 0}
+    assert measured.probability["a"] == pytest.approx(0.8)
+    assert measured.probability["b"] == pytest.approx(0.6)
+    assert measured.probability["c"] is None
+    assert measured.confidence == pytest.approx(0.7)  # not 0.733, the mean over voxels
+
+
+def test_confidence_of_regions_that_overlap():
+    labels = LabelManager({"background": 0, "whole": [1, 2], "core": 2}, [1, 2])
+    probabilities = np.array([[[0.9, 0.7, 0.2]], [[0.6, 0.1, 0.5]]], np.float32)
+    measured = measure(probabilities, labels)
+    assert measured.voxels == {"whole": 2, "core": 1}
+    assert measured.confidence == pytest.approx((0.8 + 0.6) / 2)
+
+
+def test_a_prediction_without_foreground_has_confidence_0():
+    labels = LabelManager({"background": 0, "a": 1}, None)
+    measured = measure(np.stack([np.ones((3, 4, 5)), np.zeros((3, 4, 5))]), labels)
+    assert measured == Measured({"a": 0}, {"a": None})
+    assert measured.confidence == 0
+
+
+def test_channels_are_those_that_nnunet_predicts_into():
+    order = {"background": 0, "second": 2, "first": 1, "ignore": 3}
+    assert foreground_channels(LabelManager(order, None)) == {"second": 2, "first": 1}
+    regions = {"background": 0, "core": [2], "whole": [1, 2]}
+    assert foreground_channels(LabelManager(regions, [2, 1])) == {"core": 0, "whole": 1}
+
+
+def test_the_confident_are_chosen():
+    confidences = {"d": 0.9, "a": 0.8, "c": 0.0, "b": 0.95, "e": 0.8}
+    assert choose(confidences, 0.9, None) == ["b", "d"]  # what reaches the threshold
+    assert choose(confidences, 0.901, None) == ["b"]
+    assert choose(confidences, 0.99, None) == []
+    assert choose(confidences, None, 0.6) == ["a", "b", "d"]  # of equal ones the first by name
+    assert choose(confidences, None, 0.01) == ["b"]
+    assert choose(confidences, None, 1.0) == ["a", "b", "d", "e"]  # never one without foreground
+    assert choose({"a": 0.0}, None, 1.0) == []
+
+
+# ---------------------------------------------------------------------- predictions
+
+
+@pytest.fixture
+def dataset(tiny_copy) -> TinyDataset:
+    """Of its five labelled cases one validates, and one is in neither part of the fold."""
+    dataset = tiny_copy("3d")
+    splits = [{"train": ["tr_02", "tr_00", "tr_01"], "val": ["tr_03"]}]
+    (dataset.preprocessed / "splits_final.json").write_text(json.dumps(splits))
+    return dataset
+
+
+def predict(dataset: TinyDataset, folder: Path, case: str, certainty: float) -> None:
+    """Write what ``nnUNetv2_predict --save_probabilities`` leaves of a case: here the same certainty everywhere."""
+    reader = SimpleITKIO()
+    image, properties = reader.read_images([str(dataset.raw / "imagesUn" / f"{case}_0000.nii.gz")])
+    labels = np.zeros(image.shape[1:], np.uint8)
+    labels[4:10, 5:15] = 1
+    labels[6:8, 8:12] = 2
+    probabilities = np.full((3, *labels.shape), (1 - certainty) / 2, np.float32)
+    np.put_along_axis(probabilities, labels[None].astype(int), certainty, 0)
+    np.savez_compressed(folder / f"{case}.npz", probabilities=probabilities)
+    (folder / f"{case}.pkl").write_bytes(b"")
+    reader.write_seg(labels, str(folder / f"{case}.nii.gz"), properties)
+
+
+def predictions_of(dataset: TinyDataset, folder: Path, teacher: dict = TEACHER) -> Predictions:
+    return Predictions(str(folder), teacher, find_unlabeled(str(dataset.raw), dataset.dataset_json), ".nii.gz")
+
+
+def collect(dataset: TinyDataset, predictions: Predictions) -> None:
+    predictions.collect(PlansManager(dataset.plans), dataset.dataset_json)
+
+
+@pytest.fixture
+def predicted(dataset, tmp_path) -> Predictions:
+    predictions = predictions_of(dataset, tmp_path / "predicted")
+    predictions.begin()
+    for case, certainty in CERTAINTY.items():
+        predict(dataset, tmp_path / "predicted", case, certainty)
+    collect(dataset, predictions)
+    return predictions
+
+
+def files_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_predictions_are_measured_and_kept_without_their_probabilities(dataset, predicted, tmp_path):
+    confidences = {case: measured.confidence for case, measured in predicted.measured.items()}
+    assert confidences == pytest.approx(CERTAINTY)
+    assert files_in(tmp_path / "predicted") == {"confidences.json", *(f"{case}.nii.gz" for case in CERTAINTY)}
+    again = predictions_of(dataset, tmp_path / "predicted")
+    assert again.missing() == []
+    assert again.measured == predicted.measured
+
+
+def test_what_a_kill_has_cut_off_is_predicted_again(dataset, tmp_path):
+    folder = tmp_path / "predicted"
+    predictions = predictions_of(dataset, folder)
+    predictions.begin()
+    for case in ("un_00", "un_01", "un_02"):
+        predict(dataset, folder, case, 0.9)
+    for file in (folder / "un_00.nii.gz", folder / "un_01.npz"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+    predictions = predictions_of(dataset, folder)
+    predictions.begin()
+    collect(dataset, predictions)
+    assert predictions.missing() == ["un_00", "un_01", "un_03"]
+    assert predictions.missing(1, 2) == ["un_01", "un_03"]
+    assert files_in(folder) == {"confidences.json", "un_02.nii.gz"}
+
+
+def test_another_teacher_and_another_image_make_predictions_stale(dataset, predicted, tmp_path):
+    folder = tmp_path / "predicted"
+    os.utime(dataset.raw / "imagesUn" / "un_01_0000.nii.gz", ns=(0, 0))
+    (folder / "un_03.nii.gz").unlink()
+    again = predictions_of(dataset, folder)
+    assert again.missing() == ["un_01", "un_03"]
+    assert "un_01.nii.gz" in files_in(folder)  # looking changes nothing
+    again.begin()
+    assert files_in(folder) == {"confidences.json", "un_00.nii.gz", "un_02.nii.gz"}
+    assert predictions_of(dataset, folder).missing() == ["un_01", "un_03"]
+
+    other = predictions_of(dataset, folder, {"checkpoint": ["checkpoint_final.pth", 1, 3]})
+    assert other.missing() == sorted(CERTAINTY)
+    other.begin()
+    assert files_in(folder) == {"confidences.json"}
+    assert predictions_of(dataset, folder, None).missing() == sorted(CERTAINTY)  # a teacher that is yet to come
+
+
+# ---------------------------------------------------------------------- the dataset
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("copy", [False, True])
+def test_the_dataset_holds_true_and_predicted_labels(dataset, predicted, tmp_path, copy):
+    for case in CERTAINTY:  # labels that nobody can open without waiting for ever
+        os.mkfifo(dataset.raw / "labelsTr" / f"{case}.nii.gz")
+    source = read_source(dataset.name, "0")
+    made_with = {"source": dataset.name, "min_confidence": 0.9}
+    split = write_pseudolabeled("Dataset960_Tiny_pseudo1", source, predicted, 0.9, None, made_with, copy)
+
+    folder = dataset.folders.raw / "Dataset960_Tiny_pseudo1"
+    true, kept, rest = ["tr_00", "tr_01", "tr_02", "tr_03"], ["un_00", "un_02"], ["un_01", "un_03"]
+    written = content(folder)
+    expected = {f"imagesTr/{case}_0000.nii.gz" for case in true + kept}
+    expected |= {f"labelsTr/{case}.nii.gz" for case in true + kept} | {f"imagesUn/{case}_0000.nii.gz" for case in rest}
+    expected |= {"dataset.json", "splits_final.json", "ssl_pseudolabel.json", "pseudolabels.csv", "pseudolabels.png"}
+    assert set(written) == expected
+    for name, data in written.items():
+        if name.startswith("images"):
+            place = "imagesUn" if "/un_" in name else "imagesTr"
+            assert data == (dataset.raw / place / Path(name).name).read_bytes()
+            assert (folder / name).is_symlink() is not copy
+    for case in true:
+        assert written[f"labelsTr/{case}.nii.gz"] == (dataset.raw / "labelsTr" / f"{case}.nii.gz").read_bytes()
+    for case in kept:
+        assert written[f"labelsTr/{case}.nii.gz"] == (tmp_path / "predicted" / f"{case}.nii.gz").read_bytes()
+        assert not (folder / "labelsTr" / f"{case}.nii.gz").is_symlink()  # outlives the predictions
+
+    [fold] = json.loads(written["splits_final.json"])
+    assert fold == {"train": ["tr_00", "tr_01", "tr_02", *kept], "val": ["tr_03"]}
+    assert split.labeled == fold["train"]
+    assert json.loads(written["dataset.json"]) == {**dataset.dataset_json, "numTraining": 6, "name": folder.name}
+    record = json.loads(written["ssl_pseudolabel.json"])
+    assert (record["pseudo_labeled"], record["unlabeled"], record["made_with"]) == (kept, rest, made_with)
+    assert [f.name for f in dataset.folders.raw.iterdir() if f.name.startswith(".")] == []
+
+
+def test_report_names_each_case_the_most_confident_first(predicted, tmp_path):
+    predicted.measured["un_01"] = Measured({"shell": 0, "core": 0}, {"shell": None, "core": None})
+    write_report(str(tmp_path / "report.csv"), predicted.measured, ["un_00"])
+    with open(tmp_path / "report.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["case"] for row in rows] == ["un_00", "un_02", "un_03", "un_01"]
+    assert rows[0] == {
+        "case": "un_00", "confidence": "0.9500", "kept": "yes", "voxels_shell": str(6 * 10 * 24 - 2 * 4 * 24),
+        "confidence_shell": "0.9500", "voxels_core": str(2 * 4 * 24), "confidence_core": "0.9500",
+    }  # fmt: skip
+    assert rows[3]["confidence"] == "0.0000"
+    assert rows[3]["kept"] == "no"
+    assert rows[3]["confidence_core"] == ""
+
+
+@pytest.mark.parametrize("threshold", [0.85, None])
+def test_picture_shows_all_confidences(tmp_path, threshold):
+    drawn = []
+    for number, confidences in enumerate((CERTAINTY, {**CERTAINTY, "un_03": 0.0}, dict.fromkeys(CERTAINTY, 1.0))):
+        file = tmp_path / f"{number}.png"
+        draw_confidences(str(file), confidences, ["un_00", "un_02"], threshold)
+        drawn.append(imread(file))
+    assert drawn[0].shape[:2] == (420, 720)
+    assert not np.array_equal(drawn[0], drawn[1])
+
+
+def test_fold_all_trains_and_validates_on_all_true_labels(dataset, predicted):
+    source = read_source(dataset.name, "all")
+    assert source.labeled == source.validation == dataset.cases("imagesTr")
+    split = write_pseudolabeled("Dataset960_All", source, predicted, None, 0.5, {})
+    [fold] = json.loads((dataset.folders.raw / "Dataset960_All" / "splits_final.json").read_text())
+    assert fold == {"train": [*dataset.cases("imagesTr"), "un_00", "un_02"], "val": dataset.cases("imagesTr")}
+    assert split.unlabeled == ["un_01", "un_03"]
+
+
+def test_all_kept_leaves_no_images_without_labels(dataset, predicted):
+    write_pseudolabeled("Dataset960_All", read_source(dataset.name, "0"), predicted, 0.1, None, {})
+    assert not (dataset.folders.raw / "Dataset960_All" / "imagesUn").exists()
+
+
+def test_refuses_and_leaves_nothing(dataset, predicted, monkeypatch):
+    source = read_source(dataset.name, "0")
+    before = content(dataset.folders.raw)
+    with pytest.raises(UserError, match=r"un_00, with 0\.950\. Lower --min-confidence, or use --keep"):
+        write_pseudolabeled("Dataset960_X", source, predicted, 0.99, None, {})
+    monkeypatch.setattr(os, "symlink", lambda *_: (_ for _ in ()).throw(PermissionError(1, "Operation not permitted")))
+    with pytest.raises(UserError, match=r"Operation not permitted.*--copy"):
+        write_pseudolabeled("Dataset960_X", source, predicted, 0.9, None, {})
+    predicted.measured = {case: Measured({"a": 0}, {"a": None}) for case in CERTAINTY}
+    with pytest.raises(UserError, match="sees no foreground"):
+        write_pseudolabeled("Dataset960_X", source, predicted, 0.1, None, {})
+    assert content(dataset.folders.raw) == before
+    assert not list(dataset.folders.raw.glob(".*"))
+
+
+def test_refuses_sources_that_cannot_work(dataset):
+    splits = dataset.preprocessed / "splits_final.json"
+    with pytest.raises(UserError, match=r"has 1 fold\(s\), but not -f 3"):
+        read_source(dataset.name, "3")
+    splits.write_text('[{"train": ["nobody"], "val": ["tr_03"]}]')
+    with pytest.raises(UserError, match="names nobody"):
+        read_source(dataset.name, "0")
+    splits.unlink()
+    with pytest.raises(UserError, match=r"splits_final\.json cannot be read"):
+        read_source(dataset.name, "0")
+    image = dataset.raw / "imagesUn" / "un_00_0000.nii.gz"
+    image.rename(image.with_name("tr_04_0000.nii.gz"))
+    with pytest.raises(UserError, match="tr_04 is also a labelled or validation case"):
+        read_source(dataset.name, "all")
+    (dataset.raw / "imagesUn").rename(dataset.raw / "elsewhere")
+    with pytest.raises(UserError, match="imagesUn does not exist"):
+        read_source(dataset.name, "all")
