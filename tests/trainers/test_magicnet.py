@@ -481,6 +481,6 @@ def test_the_real_commands(tiny_copy, run_nnunet, tmp_path, kind):
     out = tmp_path / "predictions"
     run_nnunet(
         "nnUNetv2_predict", "-d", dataset.name, "-c", dataset.configuration, "-f", 0, "-tr", name, "-device", "cpu",
-        "-i", dataset.raw / "imagesTs", "-o", out,
+        "-i", dataset.raw / "imagesTs", "-o", out, "-npp", 1, "-nps", 1, "--disable_tta",
     )  # fmt: skip
     assert len(list(out.glob(f"*{dataset.recipe.file_ending}"))) == dataset.recipe.test
