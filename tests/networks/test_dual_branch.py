@@ -103,7 +103,7 @@ def test_the_weights_say_how_deep_the_low_branch_is(saved, built):
 
 def test_a_deeper_start_leaves_fewer_stages():
     network = a_network()
-    with pytest.raises(UserError, match="0 .no low-level branch. to 1"):
+    with pytest.raises(UserError, match=r"0 \(no low-level branch\) to 1"):
         DualBranchUNet(network, 2)
 
 
