@@ -1,0 +1,226 @@
+"""``nnUNetv2_ssl_pseudolabel`` with a trained model: the real commands, resuming, what it refuses."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from datasets import TinyDataset
+
+from nnunet_ssl import self_training
+from nnunet_ssl.commands.pseudolabel import main
+from nnunet_ssl.errors import UserError
+
+TRAINER = "nnUNetTrainerLabeledOnly_1epochs"
+
+
+@pytest.fixture
+def trained(tiny_copy: Callable, make_trainer: Callable) -> Callable[..., tuple[TinyDataset, Path, list[str]]]:
+    """``trained(kind)``: a dataset, the model of its fold 0, and the command's arguments but for the new id."""
+
+    def train(kind: str = "3d") -> tuple[TinyDataset, Path, list[str]]:
+        dataset = tiny_copy(kind)
+        splits = [{"train": ["tr_00", "tr_01", "tr_02"], "val": ["tr_03", "tr_04"]}]
+        (dataset.preprocessed / "splits_final.json").write_text(json.dumps(splits))
+        for case in dataset.cases("imagesUn"):  # labels that nobody can open without waiting for ever
+            os.mkfifo(dataset.raw / "labelsTr" / f"{case}{dataset.recipe.file_ending}")
+        trainer = make_trainer(TRAINER, dataset, settings={"num_iterations_per_epoch": 30})
+        trainer.run_training()
+        where = [
+            "-d",
+            str(dataset.id),
+            "-c",
+            dataset.configuration,
+            "-f",
+            "0",
+            "-tr",
+            TRAINER,
+            "-p",
+            dataset.plans_name,
+        ]
+        return dataset, Path(trainer.output_folder).parent, [*where, "-device", "cpu", "-np", "1", "--disable_tta"]
+
+    return train
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net's real commands, but in this process, and with forked workers: a new process imports for seconds."""
+    real = multiprocessing.get_context
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method=None: real("fork"))
+    monkeypatch.setattr(multiprocessing, "cpu_count", lambda: 1)  # what nnUNetv2_train takes for threads
+    commands = {entry.name: entry for entry in metadata.entry_points(group="console_scripts")}
+
+    def run(words: list[str]) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", words)
+        commands[Path(words[0]).name].load()()
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(self_training, "subprocess", SimpleNamespace(run=run))
+
+
+def commands_in(output: str) -> list[str]:
+    """nnU-Net's commands that it ran, or would run, by name."""
+    return re.findall(r"^  \$ (\w+)", output, re.M)
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-f", "one"], "-f one"),
+        (["--rounds", "-1"], "--rounds -1"),
+        (["--min-confidence", "1.5"], r"--min-confidence 1\.5"),
+        (["--keep", "0"], "--keep 0"),
+        (["--parts", "0"], "--parts 0"),
+        (["-np", "0"], "-np 0"),
+    ],
+)
+def test_impossible_arguments_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        main(["-d", "1", "-c", "3d_fullres", "-o", "2", *arguments])
+
+
+def test_refuses_what_it_cannot_do(trained, tmp_path):
+    dataset, model, arguments = trained()
+
+    def refused(*words: str, arguments: list[str] = arguments, target: str = "960") -> None:
+        before = tree(tmp_path)
+        with pytest.raises(UserError) as error:
+            main([*arguments, "-o", target])
+        assert all(word in str(error.value) for word in words), str(error.value)
+        assert tree(tmp_path) == before
+
+    refused("no trained model", "-tr", arguments=[*arguments, "-tr", "nnUNetTrainerCPS"])
+    refused("no checkpoint", "fold_1", arguments=[*arguments, "-f", "1"])
+    refused("checkpoint_best", arguments=[*arguments, "-chk", "checkpoint_best_of_all.pth"])
+    refused("-o 901", "exists already", target="901")
+    refused("-o 1000", target="1000")
+    refused("-o 901", "exists already", arguments=[*arguments, "--rounds", "2"], target="900")
+    plans = dataset.plans_file.rename(dataset.preprocessed / "moved.json")
+    refused(dataset.plans_file.name, "students", arguments=[*arguments, "--rounds", "1"])
+    plans.rename(dataset.plans_file)
+
+    plans = json.loads((model / "plans.json").read_text())
+    plans["configurations"]["3d_fullres"]["previous_stage"] = "3d_lowres"
+    (model / "plans.json").write_text(json.dumps(plans))
+    refused("previous stage", "3d_fullres")
+    del plans["configurations"]["3d_fullres"]["previous_stage"]
+    (model / "plans.json").write_text(json.dumps(plans))
+
+    (dataset.raw / "imagesUn").rename(tmp_path / "elsewhere")
+    refused("imagesUn does not exist")
+
+
+def test_dry_run_prints_every_command_and_writes_nothing(trained, tmp_path, capsys):
+    dataset, model, arguments = trained()
+    before = tree(tmp_path)
+    capsys.readouterr()
+    main([*arguments, "-o", "960", "--rounds", "2", "--parts", "2", "--dry-run"])
+    output = capsys.readouterr().out
+    steps = ["nnUNetv2_predict"] * 2 + [
+        "nnUNetv2_move_plans_between_datasets", "nnUNetv2_preprocess", "nnUNetv2_train",
+    ]  # fmt: skip
+    assert commands_in(output) == steps * 2
+    assert "--save_probabilities" in output
+    assert "-s Dataset901_Tiny -t Dataset961_Tiny_pseudo2" in output
+    assert f"nnUNetv2_train Dataset961_Tiny_pseudo2 3d_fullres 0 -tr {TRAINER}" in output
+    assert "Dataset960_Tiny_pseudo1, fold 0" in output  # the second teacher
+    assert "of confidence 0.9 or more" in output
+    assert tree(tmp_path) == before
+    main([*arguments, "-o", "960", "--keep", "0.5", "--dry-run"])
+    output = capsys.readouterr().out
+    assert commands_in(output) == ["nnUNetv2_predict"]
+    assert f"-i {dataset.raw / 'imagesUn'} -o {model / 'unlabeled_fold_0'} -d {dataset.name}" in output
+    assert "of the best 0.5 of all cases" in output
+
+
+@pytest.mark.timeout(600)
+def test_predictions_of_nnunet_become_labels_and_are_used_again(trained, in_process, capsys):
+    dataset, model, arguments = trained()
+    predictions = model / "unlabeled_fold_0"
+
+    def run(*options: str) -> str:
+        capsys.readouterr()
+        main([*arguments, *options])
+        return capsys.readouterr().out
+
+    output = run("-o", "960", "--keep", "0.5")
+    assert commands_in(output) == ["nnUNetv2_predict"]
+    folder = dataset.folders.raw / "Dataset960_Tiny_pseudo1"
+    record = json.loads((folder / "ssl_pseudolabel.json").read_text())
+    assert len(record["pseudo_labeled"]) == len(record["unlabeled"]) == 2
+    for case in record["pseudo_labeled"]:
+        label = folder / "labelsTr" / f"{case}.nii.gz"
+        assert label.read_bytes() == (predictions / label.name).read_bytes()
+        values = np.unique(sitk.GetArrayFromImage(sitk.ReadImage(str(label))))
+        assert {0} < set(values) <= {0, 1, 2}
+    assert not list(predictions.glob("*.np[yz]"))
+    assert f"{folder.name}: 3 labelled, 2 pseudo-labelled, 2 unlabelled and 2 validation cases" in output
+    assert f"nnUNetv2_train {folder.name} 3d_fullres 0" in output
+
+    output = run("-o", "960", "--keep", "0.5")
+    assert commands_in(output) == []
+    assert f"{folder.name} is there" in output
+    with pytest.raises(UserError, match="was made with other options"):
+        run("-o", "960", "--keep", "0.25")
+
+    (predictions / "un_02.nii.gz").unlink()  # one prediction is lost: only this one is made again
+    before = (predictions / "un_01.nii.gz").stat().st_mtime_ns
+    output = run("-o", "961", "--keep", "1")
+    assert f"-i {predictions / 'to_predict'}" in output
+    assert (predictions / "un_02.nii.gz").is_file()
+    assert (predictions / "un_01.nii.gz").stat().st_mtime_ns == before
+    assert not (predictions / "to_predict").exists()
+    assert "No image is left without a label" in output
+
+
+@pytest.mark.timeout(600)
+def test_two_rounds_and_going_on(trained, in_process, capsys):
+    dataset, model, arguments = trained()
+    arguments = [*arguments, "-o", "960", "--rounds", "2", "--keep", "0.5"]
+    capsys.readouterr()
+    main(arguments)
+    steps = ["nnUNetv2_predict", "nnUNetv2_move_plans_between_datasets", "nnUNetv2_preprocess", "nnUNetv2_train"]
+    assert commands_in(capsys.readouterr().out) == steps * 2
+
+    results = model.parent.parent
+    teacher = dataset.name
+    for name in ("Dataset960_Tiny_pseudo1", "Dataset961_Tiny_pseudo2"):
+        record = json.loads((dataset.folders.raw / name / "ssl_pseudolabel.json").read_text())
+        assert record["source"] == dataset.name
+        assert record["made_with"]["teacher"]["dataset"] == teacher
+        teacher = name
+        student = results / name / model.name
+        assert json.loads((student / "plans.json").read_text()) == {**dataset.plans, "dataset_name": name}
+        prepared = dataset.folders.preprocessed / name / f"{dataset.plans_name}_3d_fullres"
+        cases = {*record["labeled"], *record["pseudo_labeled"], "tr_03", "tr_04"}
+        assert {file.stem for file in prepared.glob("*.pkl")} == cases
+        summary = json.loads((student / "fold_0" / "validation" / "summary.json").read_text())
+        validated = {Path(case["prediction_file"]).name for case in summary["metric_per_case"]}
+        assert validated == {"tr_03.nii.gz", "tr_04.nii.gz"}
+
+    main(arguments)
+    assert commands_in(capsys.readouterr().out) == []
+    # a student that was stopped while it was validating goes on
+    fold = results / "Dataset961_Tiny_pseudo2" / model.name / "fold_0"
+    (fold / "validation" / "summary.json").unlink()
+    main(arguments)
+    output = capsys.readouterr().out
+    assert commands_in(output) == ["nnUNetv2_train"]
+    assert re.search(r"nnUNetv2_train .* --c$", output, re.M)
+    assert (fold / "validation" / "summary.json").is_file()
