@@ -163,7 +163,8 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
     def _confidence_memory(self) -> ConfidenceMemory:
         """On the device that trains, in RAM, or on disk: the first that has room within the settings' share."""
         dataset, _ = self.get_tr_and_val_datasets()
-        shapes = {case: tuple(dataset.load_case(case)[0].shape[1:]) for case in dataset.identifiers}
+        # str: where nnU-Net has just made the split, its names are numpy's, which no training state may hold
+        shapes = {str(case): tuple(dataset.load_case(case)[0].shape[1:]) for case in dataset.identifiers}
         rule, share = self.settings.sasnet_sar, self.settings.sasnet_memory_share
         needed = ConfidenceMemory.bytes_needed(shapes, rule)
         device, folder = "cpu", None

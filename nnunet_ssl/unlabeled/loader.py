@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+import torch
 from batchgenerators.dataloading.data_loader import SlimDataLoaderBase
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
@@ -106,5 +107,12 @@ def start_workers(
         pin_memory=pin_memory,
         wait_time=0.002,
     )
-    workers._start()
+    # A forked worker inherits how many threads its parent has, but not the threads: once OpenMP has run here with two,
+    # an FFT (of nnU-Net's blur) in the worker would wait for the second one for ever. Workers are to have one anyway.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        workers._start()
+    finally:
+        torch.set_num_threads(threads)
     return workers
