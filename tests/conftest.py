@@ -177,7 +177,7 @@ def run_nnunet() -> Callable[..., subprocess.CompletedProcess[str]]:
         process = subprocess.run(
             [*_executable(command), *map(str, args)],
             env=variables,
-            text=True,
+            encoding="utf-8",
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             timeout=timeout,

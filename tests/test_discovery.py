@@ -106,7 +106,7 @@ class SmallEnvironment:
         elsewhere.mkdir(exist_ok=True)
         done = subprocess.run(
             [str(self.python), *map(str, arguments)], cwd=elsewhere, env={**kept, **variables},
-            capture_output=True, text=True, timeout=300,
+            capture_output=True, encoding="utf-8", timeout=300,
         )  # fmt: skip
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done

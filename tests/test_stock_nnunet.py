@@ -86,7 +86,7 @@ class StockEnvironment:
             [str(self.python), "-c", code, *map(str, args)],
             env={**{k: v for k, v in os.environ.items() if k not in ours}, "nnUNet_n_proc_DA": "1", **variables},
             cwd=self.folder,
-            text=True,
+            encoding="utf-8",
             capture_output=True,
             timeout=500,
         )

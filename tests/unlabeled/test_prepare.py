@@ -64,7 +64,7 @@ def child(dataset: TinyDataset, np: int = 1, before: str = "", **popen: object) 
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
         **popen,
     )
 
