@@ -278,7 +278,11 @@ def train_each(rows: list[dict]) -> list[int]:
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", "")))),
     }
     process = subprocess.run(
-        [sys.executable, "-c", TRAIN_EACH, json.dumps(rows)], env=variables, encoding="utf-8", capture_output=True, timeout=300
+        [sys.executable, "-c", TRAIN_EACH, json.dumps(rows)],
+        env=variables,
+        encoding="utf-8",
+        capture_output=True,
+        timeout=300,
     )
     assert process.returncode == 0, process.stderr
     return [int(code) for code in re.findall(r"^code (-?\d+)$", process.stdout, flags=re.M)]
