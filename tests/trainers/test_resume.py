@@ -218,8 +218,10 @@ def test_kill_9_and_continue_ends_with_the_weights_of_an_uninterrupted_run(
     processes = []
     real_run = subprocess.run
 
-    def run_and_kill(words, *, env, text, stdout, stderr, timeout):
-        process = subprocess.Popen(words, env=env, text=text, stdout=stdout, stderr=stderr, start_new_session=True)
+    def run_and_kill(words, *, env, encoding, stdout, stderr, timeout):
+        process = subprocess.Popen(
+            words, env=env, encoding=encoding, stdout=stdout, stderr=stderr, start_new_session=True
+        )
         processes.append(process)
         wait_for(lambda: fold.is_dir() and moment(fold), process)
         os.killpg(process.pid, signal.SIGKILL)
