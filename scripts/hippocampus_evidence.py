@@ -340,7 +340,8 @@ def train_and_test(run: Run) -> None:
             continue
         out = run.summary(epoch).parent
         places = ["-i", run.dataset / "imagesTs", "-o", out, "-d", run.dataset_id, "-c", CONFIGURATION, "-f", 0]
-        options = ["-chk", f"checkpoint_epoch{epoch}.pth", "--disable_tta", "-npp", 1, "-nps", 1]
+        # without workers: so few small cases take less time than it takes to start them
+        options = ["-chk", f"checkpoint_epoch{epoch}.pth", "--disable_tta", "-npp", 0, "-nps", 0]
         execute(command("nnUNetv2_predict", *places, *which, *options, device=run.device), env, log)
         execute(command("nnUNetv2_ssl_evaluate", *evaluation_of(run, epoch)), env, log)
 
