@@ -1,0 +1,1 @@
+"""Pictures for papers, from trained models: cases, entropy, tokens, assignment, curves, boxes."""

@@ -1,0 +1,93 @@
+"""How the figures look in print, and how they are written: ``NAME.png``, ``NAME.pdf`` and the caption, ``NAME.md``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps, style
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from nnunet_ssl.files import replacing
+
+DPI = 300
+WIDTHS = {1: 3.5, 2: 7.16}  # inches, of IEEE's columns
+# Okabe and Ito's colours, which the colour-blind tell apart; black is left to outlines and text
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
+STYLE = {
+    "font.family": "sans-serif",
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.2,
+    "grid.linewidth": 0.4,
+    "pdf.fonttype": 42,  # text stays text, in fonts that publishers accept
+    "image.interpolation": "nearest",
+    "savefig.dpi": DPI,
+}
+
+
+@contextmanager
+def paper_style() -> Iterator[None]:
+    """Matplotlib's settings while a figure is drawn; those of the process, which nnU-Net changes, come back after."""
+    with style.context(["default", STYLE]):
+        yield
+
+
+def column_width(num_columns: int) -> float:
+    """Width in inches of a figure over 1 or 2 columns of a page."""
+    return WIDTHS[num_columns]
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """A figure that pyplot knows nothing of: nothing to close, and no window system.
+
+    Args:
+        width, height: inches.
+    """
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def class_colors(num: int) -> list[str]:
+    """So many colours, as ``#rrggbb``.
+
+    Up to seven are safe for the colour-blind. More cannot all be, and are spread over a map of even brightness steps.
+    """
+    if num <= len(PALETTE):
+        return list(PALETTE[:num])
+    return [to_hex(color) for color in colormaps["turbo"](np.linspace(0.05, 0.95, num))]
+
+
+def save_figure(figure: Figure, folder: Path, name: str, caption: str) -> None:
+    """Write ``name.png``, ``name.pdf`` and ``name.md``, each whole or not at all, and empty the figure.
+
+    Args:
+        figure: made by ``new_figure`` within ``paper_style``.
+        folder: is made where it does not exist.
+        name: without an ending.
+        caption: Markdown: what the figure shows, from which files, with which settings, by which rule.
+    """
+    os.makedirs(folder, exist_ok=True)
+    with paper_style():
+        for kind in ("png", "pdf"):
+            # no date: the same figure is the same file
+            metadata = {"CreationDate": None} if kind == "pdf" else None
+            with replacing(str(folder / f"{name}.{kind}")) as temporary:
+                figure.savefig(temporary, format=kind, dpi=DPI, metadata=metadata)
+    with replacing(str(folder / f"{name}.md")) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+        stream.write(caption.rstrip() + "\n")
+    figure.clear()

@@ -1,0 +1,377 @@
+"""What the figures are made from: trained runs, cases with their truth, and the predictions of one for the other."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.utilities.file_path_utilities import get_output_folder
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from tqdm import tqdm
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.metrics import Label
+from nnunet_ssl.files import write_json
+from nnunet_ssl.unlabeled.find import find_images, find_labeled, read_dataset_json, required_folder, resolve_dataset
+
+FINAL = "checkpoint_final.pth"
+RECORD = "made_from.json"
+WORKERS_PAY_FROM = 2**26  # bytes of images; starting nnU-Net's workers takes half a minute
+
+
+class NotApplicable(UserError):
+    """These runs cannot give this figure: skipped, unless it was asked for."""
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """One fold of a trained model.
+
+    Attributes:
+        name: in figures.
+        trainer: the class's name.
+        folder: ``<nnUNet_results>/<dataset>/<trainer>__<plans>__<configuration>``.
+        fold: a number, or ``all``.
+        checkpoint: file name of the weights.
+    """
+
+    name: str
+    trainer: str
+    folder: Path
+    fold: str
+    checkpoint: str
+
+    @property
+    def fold_folder(self) -> Path:
+        """Where the training wrote."""
+        return self.folder / f"fold_{self.fold}"
+
+    @property
+    def checkpoint_file(self) -> Path:
+        """The weights."""
+        return self.fold_folder / self.checkpoint
+
+    @property
+    def reader(self) -> BaseReaderWriter:
+        """nnU-Net's reader of this model's images and label maps."""
+        return PlansManager(str(self.folder / "plans.json")).image_reader_writer_class()
+
+
+@dataclass(frozen=True)
+class Case:
+    """An image with its truth.
+
+    Attributes:
+        name: as nnU-Net calls it.
+        images: a file a channel.
+        label: the true label map.
+        validation: whether it is a validation case of the fold, not a test case.
+    """
+
+    name: str
+    images: tuple[Path, ...]
+    label: Path
+    validation: bool = False
+
+
+@dataclass(frozen=True)
+class FigureOptions:
+    """What all figures are told.
+
+    Attributes:
+        dataset_json: its content, from the raw dataset.
+        labels: name -> label, or labels of a region; without background and ignore label.
+        classes: those of ``labels`` that are drawn.
+        device: ``cuda``, ``cpu`` or ``mps``.
+        tta: predict with nnU-Net's mirroring.
+        num_processes: at most.
+        seed: of everything random.
+        embedding: ``pca``, ``tsne``.
+    """
+
+    dataset_json: dict[str, Any]
+    labels: dict[str, Label]
+    classes: list[Label]
+    device: str = "cpu"
+    tta: bool = True
+    num_processes: int = 1
+    seed: int = 0
+    embedding: tuple[str, ...] = ("pca", "tsne")
+
+    @property
+    def names(self) -> dict[Label, str]:
+        """The chosen classes with their names, in the dataset's order."""
+        return {label: name for name, label in self.labels.items() if label in self.classes}
+
+    @property
+    def ignore_label(self) -> int | None:
+        """Of voxels that nobody labelled."""
+        return self.dataset_json["labels"].get("ignore")
+
+    @property
+    def file_ending(self) -> str:
+        """For instance ``.nii.gz``."""
+        return self.dataset_json["file_ending"]
+
+
+# ----------------------------------------------------------------------------------------------------------- runs
+
+
+def find_runs(
+    dataset_id: str | int,
+    trainers: Sequence[str],
+    plans: str,
+    configuration: str,
+    fold: str,
+    checkpoint: str = FINAL,
+    names: Sequence[str] | None = None,
+) -> list[TrainedRun]:
+    """Find the trained models.
+
+    Args:
+        dataset_id: id or name.
+        trainers: class names, each once.
+        plans, configuration, fold, checkpoint: the same of all.
+        names: one a trainer; by default the trainers' own, without what they share.
+
+    Raises:
+        UserError: a trainer or name twice, too few names, or a model that is not there.
+    """
+    required_folder("nnUNet_results")
+    dataset = resolve_dataset(dataset_id)
+    if names is None:
+        names = short_names(trainers)
+    if len(names) != len(trainers):
+        raise UserError(f"--names gives {len(names)} name(s) for {len(trainers)} trainer(s). Give one for each -tr.")
+    for option, values in (("-tr", trainers), ("--names", names)):
+        if len(set(values)) < len(values):
+            raise UserError(f"{option} gives {next(v for v in values if list(values).count(v) > 1)} twice. Once will do.")
+    runs = []
+    for name, trainer in zip(names, trainers, strict=True):
+        folder = Path(get_output_folder(dataset, trainer, plans, configuration))
+        run = TrainedRun(name, trainer, folder, str(fold), checkpoint)
+        for file in (folder / "plans.json", folder / "dataset.json", run.checkpoint_file):
+            if not file.is_file():
+                raise UserError(
+                    f"{file} does not exist: there is no such trained model. Check -d, -c, -f, -tr, -p and -chk, or "
+                    f"train it: nnUNetv2_train {dataset_id} {configuration} {fold} -tr {trainer} -p {plans}"
+                )
+        runs.append(run)
+    return runs
+
+
+def short_names(trainers: Sequence[str]) -> list[str]:
+    """The trainers' names without ``nnUNetTrainer`` and the number of epochs, where these do not tell them apart."""
+    short = [re.sub(r"_\d+epochs?$", "", trainer).removeprefix("nnUNetTrainer").strip("_") for trainer in trainers]
+    short = [name or "nnU-Net" for name in short]
+    return short if len(set(short)) == len(short) else list(trainers)
+
+
+# ---------------------------------------------------------------------------------------------------------- cases
+
+
+def test_cases(dataset_id: str | int, fold: str) -> list[Case]:
+    """The test cases that have a truth; where there are none the validation cases of the fold.
+
+    Args:
+        dataset_id: id or name of the raw dataset.
+        fold: a number, or ``all``.
+
+    Raises:
+        UserError: there is neither.
+    """
+    dataset = resolve_dataset(dataset_id)
+    raw = Path(required_folder("nnUNet_raw")) / dataset
+    dataset_json = read_dataset_json(str(raw))
+    ending = dataset_json["file_ending"]
+    if (raw / "imagesTs").is_dir() and (raw / "labelsTs").is_dir():
+        images = find_images(str(raw / "imagesTs"), ending)[0]
+        cases = [_case(name, files, raw / "labelsTs" / f"{name}{ending}") for name, files in images.items()]
+        with_truth = [case for case in cases if case.label.is_file()]
+        if len(with_truth) < len(cases):
+            without = ", ".join(case.name for case in cases if case not in with_truth)
+            print(f"Left out, for {raw / 'labelsTs'} does not have their truth: {without}", flush=True)
+        if with_truth:
+            return with_truth
+    return _validation_cases(dataset, raw, dataset_json, fold)
+
+
+test_cases.__test__ = False  # pytest takes the name for a test's
+
+
+def _validation_cases(dataset: str, raw: Path, dataset_json: dict[str, Any], fold: str) -> list[Case]:
+    """As nnU-Net splits them; fold ``all`` validates on the training cases."""
+    images = find_labeled(str(raw), dataset_json)
+    names = list(images)
+    if fold != "all":
+        file = Path(required_folder("nnUNet_preprocessed")) / dataset / "splits_final.json"
+        try:
+            names = sorted(load_json(str(file))[int(fold)]["val"])
+        except (OSError, ValueError, LookupError) as error:
+            raise UserError(
+                f"{raw} has no test cases with a truth (imagesTs and labelsTs), and {file} does not name validation "
+                f"cases of fold {fold}. Add one or the other."
+            ) from error
+    explicit = dataset_json.get("dataset", {})
+    cases = []
+    for name in names:
+        if name not in images:
+            raise UserError(f"{raw} does not hold the image of validation case {name} of fold {fold}. Restore it.")
+        label = explicit.get(name, {}).get("label", os.path.join("labelsTr", name + dataset_json["file_ending"]))
+        cases.append(_case(name, images[name], raw / os.path.expandvars(label), validation=True))
+    if not cases:
+        raise UserError(f"{raw} has neither test cases with a truth nor validation cases: there is nothing to draw.")
+    return cases
+
+
+def _case(name: str, images: Iterable[str], label: Path, validation: bool = False) -> Case:
+    return Case(name, tuple(map(Path, images)), label, validation)
+
+
+def cases_in_words(cases: Sequence[Case]) -> str:
+    """For captions: how many of which kind, from where."""
+    kind = "validation" if cases[0].validation else "test"
+    return f"{len(cases)} {kind} case{'s' if len(cases) > 1 else ''}, truth from `{cases[0].label.parent}`"
+
+
+def class_mask(label_map: np.ndarray, label: Label) -> np.ndarray:
+    """Where a label map has a class, or any label of a region."""
+    return np.isin(label_map, label) if isinstance(label, tuple) else label_map == label
+
+
+# ---------------------------------------------------------------------------------------------------- predictions
+
+
+def predictions(run: TrainedRun, cases: Sequence[Case], out: Path, options: FigureOptions) -> Path:
+    """The folder with the run's label map of every case, predicted now where it is not there.
+
+    Of validation cases it is nnU-Net's own ``validation`` folder, if that is complete and of the final checkpoint.
+    """
+    own = run.fold_folder / "validation"
+    if (
+        all(case.validation for case in cases)
+        and run.checkpoint == FINAL
+        and all((own / f"{case.name}{options.file_ending}").is_file() for case in cases)
+    ):
+        return own
+    folder = prediction_folder(run, out)
+    predict(run, cases, folder, False, options.device, options.tta, options.num_processes)
+    return folder
+
+
+def prediction_folder(run: TrainedRun, out: Path) -> Path:
+    """Where predictions made for the figures are kept."""
+    return out / "predictions" / run.trainer
+
+
+def predict(
+    run: TrainedRun,
+    cases: Sequence[Case],
+    folder: Path,
+    probabilities: bool,
+    device: str,
+    tta: bool,
+    num_processes: int = 1,
+) -> None:
+    """Predict with nnU-Net's own predictor what is not there yet.
+
+    What another checkpoint, other images or other settings gave is removed first. A case is there whole or not at all.
+
+    Args:
+        run: the model.
+        cases: to predict.
+        folder: gets ``<case><ending>``, with ``probabilities`` also ``<case>.npz`` and ``.pkl``.
+        probabilities: nnU-Net's ``--save_probabilities``: float ``probabilities`` ``[C, *image]``.
+        device: ``cuda``, ``cpu`` or ``mps``.
+        tta: with nnU-Net's mirroring.
+        num_processes: nnU-Net's workers, for large images; small ones are done in this process.
+    """
+    ending = load_json(str(run.folder / "dataset.json"))["file_ending"]
+    _keep_only_what_is_current(run, cases, folder, tta, ending)
+    wanted = [ending, ".npz"] if probabilities else [ending]
+    missing = [case for case in cases if not all((folder / f"{case.name}{e}").is_file() for e in wanted)]
+    if not missing:
+        return
+    predictor = _predictor(run, device, tta)
+    size = sum(file.stat().st_size for case in missing for file in case.images)
+    workers = num_processes if size > WORKERS_PAY_FROM else 1
+    at_a_time = 1 if workers == 1 else 4 * workers
+    building = folder / "unfinished"
+    shutil.rmtree(building, ignore_errors=True)  # left by a killed run
+    building.mkdir()
+    try:
+        with tqdm(total=len(missing), desc=f"Predicting, {run.name}") as bar:
+            for start in range(0, len(missing), at_a_time):
+                batch = missing[start : start + at_a_time]
+                files = [list(map(str, case.images)) for case in batch], [str(building / case.name) for case in batch]
+                with contextlib.redirect_stdout(io.StringIO()):  # several lines a case
+                    if workers == 1:
+                        predictor.predict_from_files_sequential(*files, save_probabilities=probabilities)
+                    else:
+                        predictor.predict_from_files(
+                            *files, probabilities, num_processes_preprocessing=workers,
+                            num_processes_segmentation_export=workers,
+                        )  # fmt: skip
+                for case in batch:
+                    for kind in (".npz", ".pkl", ending):  # the label map last: with it the case counts as there
+                        if (building / f"{case.name}{kind}").is_file():
+                            os.replace(building / f"{case.name}{kind}", folder / f"{case.name}{kind}")
+                bar.update(len(batch))
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _predictor(run: TrainedRun, device: str, tta: bool) -> Any:
+    import torch
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        predictor = nnUNetPredictor(use_mirroring=tta, device=torch.device(device), allow_tqdm=False)
+        predictor.initialize_from_trained_model_folder(str(run.folder), (run.fold,), run.checkpoint)
+    if predictor.configuration_manager.previous_stage_name is not None:
+        raise UserError(
+            f"{run.folder} is the second stage of a cascade, whose predictions need those of the first. Name a "
+            "configuration that stands alone with -c."
+        )
+    return predictor
+
+
+def _keep_only_what_is_current(run: TrainedRun, cases: Sequence[Case], folder: Path, tta: bool, ending: str) -> None:
+    """Remove predictions that this model would not make now, and write down what makes the others."""
+    made_from = {"checkpoint": [str(run.checkpoint_file), *_stamp(run.checkpoint_file)], "mirroring": tta}
+    images = {case.name: [[str(file), *_stamp(file)] for file in case.images] for case in cases}
+    try:
+        stored = load_json(str(folder / RECORD))
+        stored_images = stored.pop("images") if isinstance(stored, dict) else {}
+    except (OSError, ValueError, KeyError):
+        stored, stored_images = None, {}
+    if stored != made_from:
+        if stored is not None:
+            for case in stored_images:
+                _remove(folder, case, ending)
+        stored_images = {}
+    for case, files in images.items():
+        if stored_images.get(case) != files:
+            _remove(folder, case, ending)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(str(folder / RECORD), {**made_from, "images": {**stored_images, **images}})
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _remove(folder: Path, case: str, ending: str) -> None:
+    for kind in (ending, ".npz", ".pkl"):
+        (folder / f"{case}{kind}").unlink(missing_ok=True)
