@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nnunet_ssl"
 
-OPEN_TO_ALL = {"errors", "files", "randomness"}  # small modules below every room
+OPEN_TO_ALL = {"errors", "files", "pools", "randomness"}  # small modules below every room
 # room -> the rooms that it may import besides itself
 MAY_IMPORT = {
     "__init__": set(),

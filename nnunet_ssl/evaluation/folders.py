@@ -9,16 +9,11 @@ from __future__ import annotations
 import contextlib
 import gzip
 import math
-import multiprocessing
 import os
-import threading
-import time
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import wait
 from typing import NamedTuple
 
 import numpy as np
@@ -27,8 +22,8 @@ from tqdm import tqdm
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.classes import Dataset, files_in
 from nnunet_ssl.evaluation.metrics import Label, Options, case_metrics
+from nnunet_ssl.pools import outcomes
 
-POOL_PAYS_AFTER = 10.0  # seconds of work left; starting the processes costs several
 MAX_PROBLEMS = 50  # named in one message
 SPACING_TOLERANCE = 1e-3  # relative; headers round
 ORIGIN_TOLERANCE = 1e-2  # of a voxel
@@ -84,8 +79,8 @@ def evaluate_folders(
     jobs = [(case, dataset, options) for case in cases]
     measured: list[Case] = []
     try:
-        with contextlib.closing(_outcomes(jobs, num_processes)) as outcomes:
-            for outcome in tqdm(outcomes, "Evaluating", len(jobs)):
+        with contextlib.closing(outcomes(evaluate_case, jobs, num_processes)) as finished:
+            for outcome in tqdm(finished, "Evaluating", len(jobs)):
                 if isinstance(outcome, Case):
                     measured.append(outcome)
                 else:
@@ -142,37 +137,6 @@ def _refuse(problems: Sequence[str], hint: str = "") -> None:
         more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
         listed = "\n  ".join([*problems[:MAX_PROBLEMS], *more])
         raise UserError(f"nothing was evaluated, for there are {len(problems)} problem(s).{hint}\n  {listed}")
-
-
-def _outcomes(jobs: list[tuple[Case, Dataset, Options]], num_processes: int) -> Iterator[Case | list[str]]:
-    """Evaluate in this process until the rest is seen to be worth a pool."""
-    start = time.monotonic()
-    for done, job in enumerate(jobs, start=1):
-        yield evaluate_case(*job)
-        time_left = (time.monotonic() - start) / done * (len(jobs) - done)
-        if num_processes > 1 and time_left > POOL_PAYS_AFTER:
-            yield from _outcomes_of_pool(jobs[done:], num_processes)
-            return
-
-
-def _outcomes_of_pool(jobs: list[tuple[Case, Dataset, Options]], num_processes: int) -> Iterator[Case | list[str]]:
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(num_processes, len(jobs)), context, _die_with_parent)
-    try:
-        for future in as_completed([pool.submit(evaluate_case, *job) for job in jobs]):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _die_with_parent() -> None:
-    """End this worker when its parent is gone; a pool's workers would otherwise wait for work for ever."""
-
-    def watch() -> None:
-        wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def evaluate_case(case: Case, dataset: Dataset, options: Options) -> Case | list[str]:

@@ -16,18 +16,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
-import threading
 import time
-from collections import deque
 from collections.abc import Collection, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
-from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +33,7 @@ from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_json
+from nnunet_ssl.pools import outcomes
 from nnunet_ssl.unlabeled.check import BadImageError, CheckingPlans
 from nnunet_ssl.unlabeled.find import channel_names, find_unlabeled, refuse_labeled_names, required_folder
 
@@ -46,7 +41,6 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 WORK = ".work"
 SAVE_EVERY = 2.0  # seconds between two writes of the manifest
-POOL_PAYS_AFTER = 10.0  # seconds of work in one process that justify starting others
 POLL_EVERY = 2.0  # seconds between two looks of a waiting rank
 
 Stamps = dict[str, list[list]]  # case -> [file name, size in bytes, mtime in ns] of each raw file
@@ -363,8 +357,8 @@ def _complete(
     jobs = [(task, case, images[case], os.path.join(work, case)) for case in images if case not in manifest.cases]
     problems: list[str] = []
     try:
-        with contextlib.closing(_outcomes(jobs, num_processes)) as outcomes:
-            for outcome in tqdm(outcomes, "Preparing unlabelled images", len(jobs), disable=not jobs):
+        with contextlib.closing(outcomes(_prepare_case, jobs, num_processes)) as finished:
+            for outcome in tqdm(finished, "Preparing unlabelled images", len(jobs), disable=not jobs):
                 if outcome.fatal:
                     raise UserError(_cannot_write(folder, outcome.problem))
                 if outcome.problem is not None:
@@ -390,42 +384,6 @@ def _complete(
     for entry in os.scandir(folder):
         if entry.is_file() and entry.name not in listed and entry.name != MANIFEST:
             os.remove(entry.path)
-
-
-def _outcomes(jobs: list[tuple], num_processes: int) -> Iterator[_Outcome]:
-    """Prepare cases, and yield the outcomes as they come: the first ones in this process, to see how long one takes.
-
-    Starting other processes costs seconds each, since they import nnU-Net; often the images are done before that.
-    """
-    times: deque[float] = deque(maxlen=5)
-    for done, job in enumerate(jobs, start=1):
-        start = time.monotonic()
-        yield _prepare_case(*job)
-        times.append(time.monotonic() - start)
-        long_enough = median(times) * (len(jobs) - done) > POOL_PAYS_AFTER
-        if num_processes > 1 and long_enough and (done >= 3 or times[0] > 1.0):  # the very first one may be slow
-            yield from _outcomes_of_pool(jobs[done:], num_processes)
-            return
-
-
-def _outcomes_of_pool(jobs: list[tuple], num_processes: int) -> Iterator[_Outcome]:
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(num_processes, len(jobs)), context, _die_with_parent)
-    try:
-        for future in as_completed([pool.submit(_prepare_case, *job) for job in jobs]):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _die_with_parent() -> None:
-    """End this worker when its parent is gone; a pool's workers would otherwise wait for work for ever."""
-
-    def watch() -> None:
-        wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def _prepare_case(task: _Task, case: str, files: list[str], folder: str) -> _Outcome:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from label_maps import SHAPE, SPACING, labels, write, write_dataset
 
+from nnunet_ssl import pools
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation import folders
 from nnunet_ssl.evaluation.classes import read_dataset
@@ -34,13 +35,13 @@ def test_each_case_and_method_has_its_own_metrics(tmp_path):
 def test_pool_gives_the_same(tmp_path, monkeypatch):
     write_dataset(tmp_path)
     serial = evaluate(tmp_path)
-    monkeypatch.setattr(folders, "POOL_PAYS_AFTER", 0)
+    monkeypatch.setattr(pools, "PAYS_AFTER", 0)
     np.testing.assert_equal([c.metrics for c in evaluate(tmp_path, num_processes=2)], [c.metrics for c in serial])
 
 
 def test_problem_in_a_worker_is_named(tmp_path, monkeypatch):
     write_dataset(tmp_path)
-    monkeypatch.setattr(folders, "POOL_PAYS_AFTER", 0)
+    monkeypatch.setattr(pools, "PAYS_AFTER", 0)
     write(tmp_path / "a" / "case_3.nii.gz", labels(0).astype(np.float32) + 0.5)
     with pytest.raises(UserError, match=r"case_3.nii.gz cannot be read \(its voxels are not whole numbers\)"):
         evaluate(tmp_path, num_processes=2)

@@ -251,7 +251,8 @@ def test_kill_midway_and_run_again(tiny_copy, num_processes):
     dataset = tiny_copy("3d")
     add_images(dataset, 40)
     folder = dataset.preprocessed / f"{dataset.plans_name}_3d_fullres_unlabeled"
-    hasty = "from nnunet_ssl.unlabeled import prepare; prepare.SAVE_EVERY = prepare.POOL_PAYS_AFTER = 0; "
+    hasty = "from nnunet_ssl import pools; from nnunet_ssl.unlabeled import prepare; "
+    hasty += "prepare.SAVE_EVERY = pools.PAYS_AFTER = 0; "
     process = child(dataset, num_processes, hasty, start_new_session=True)
     end = time.monotonic() + 120
     while len(recorded(folder)) < 8 and process.poll() is None and time.monotonic() < end:

@@ -1,0 +1,70 @@
+"""Many independent jobs: in this process while that is quick, in others once they are worth starting."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.connection import wait
+from statistics import median
+from typing import Any, TypeVar
+
+PAYS_AFTER = 10.0  # seconds of work in one process that justify starting others
+
+Outcome = TypeVar("Outcome")
+
+
+def outcomes(
+    function: Callable[..., Outcome], jobs: Sequence[tuple[Any, ...]], num_processes: int
+) -> Iterator[Outcome]:
+    """Call ``function`` with each job's arguments, and yield what it returns, as it comes.
+
+    The first jobs are done in this process, to see how long one takes. Starting other processes costs seconds each,
+    since they import nnU-Net; often the work is done before that.
+
+    Args:
+        function: of a module, so that other processes find it. It should return problems: raising ends everything.
+        jobs: arguments of each call.
+        num_processes: at most so many.
+
+    Yields:
+        In any order.
+
+    Raises:
+        BrokenProcessPool: a process was killed, for instance by a machine that is out of memory.
+    """
+    times: deque[float] = deque(maxlen=5)
+    for done, job in enumerate(jobs, start=1):
+        start = time.monotonic()
+        yield function(*job)
+        times.append(time.monotonic() - start)
+        long_enough = median(times) * (len(jobs) - done) > PAYS_AFTER
+        if num_processes > 1 and long_enough and (done >= 3 or times[0] > 1.0):  # the very first one may be slow
+            yield from _outcomes_of_pool(function, jobs[done:], num_processes)
+            return
+
+
+def _outcomes_of_pool(
+    function: Callable[..., Outcome], jobs: Sequence[tuple[Any, ...]], num_processes: int
+) -> Iterator[Outcome]:
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(num_processes, len(jobs)), context, _die_with_parent)
+    try:
+        for future in as_completed([pool.submit(function, *job) for job in jobs]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _die_with_parent() -> None:
+    """End this worker when its parent is gone; a pool's workers would otherwise wait for work for ever."""
+
+    def watch() -> None:
+        wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
