@@ -29,7 +29,7 @@ RECORD = "made_from.json"
 WORKERS_PAY_FROM = 2**26  # bytes of images; starting nnU-Net's workers takes half a minute
 
 
-class NotApplicable(UserError):
+class NotApplicable(UserError):  # noqa: N818 - says what it is
     """These runs cannot give this figure: skipped, unless it was asked for."""
 
 
@@ -155,7 +155,8 @@ def find_runs(
         raise UserError(f"--names gives {len(names)} name(s) for {len(trainers)} trainer(s). Give one for each -tr.")
     for option, values in (("-tr", trainers), ("--names", names)):
         if len(set(values)) < len(values):
-            raise UserError(f"{option} gives {next(v for v in values if list(values).count(v) > 1)} twice. Once will do.")
+            twice = next(value for value in values if list(values).count(value) > 1)
+            raise UserError(f"{option} gives {twice} twice. Once will do.")
     runs = []
     for name, trainer in zip(names, trainers, strict=True):
         folder = Path(get_output_folder(dataset, trainer, plans, configuration))
