@@ -37,7 +37,7 @@ from nnunet_ssl.unlabeled.find import (
     required_folder,
 )
 from nnunet_ssl.unlabeled.prepare import image_stamps
-from nnunet_ssl.unlabeled.split import SPLITS, Split, write_dataset
+from nnunet_ssl.unlabeled.split import SPLITS, Split, new_dataset, write_dataset
 
 FORMAT = 1
 CONFIDENCES = "confidences.json"
@@ -315,9 +315,7 @@ def write_pseudolabeled(
     split = Split(sorted([*source.labeled, *kept]), source.validation, rest, [])
 
     raw = os.path.dirname(source.folder)
-    building = os.path.join(raw, f".{target}")  # nnU-Net does not see names that begin with a dot
-    shutil.rmtree(building, ignore_errors=True)  # left by a killed run
-    try:
+    with new_dataset(raw, target, copy) as building:
         images = {**source.images, **source.unlabeled}
         write_dataset(building, source.folder, source.dataset_json, images, split, copy, labeled_elsewhere=kept)
         for case in kept:
@@ -338,14 +336,6 @@ def write_pseudolabeled(
             "unlabeled": rest,
         }
         save_json(record, os.path.join(building, RECORD), sort_keys=False)
-        os.rename(building, os.path.join(raw, target))
-    except OSError as error:
-        hint = "" if copy else " Where links are not allowed, --copy copies the files."
-        raise UserError(
-            f"{error.filename or building} cannot be written ({error.strerror}). Nothing was kept.{hint}"
-        ) from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
     return split
 
 

@@ -16,7 +16,8 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -97,12 +98,31 @@ def split_dataset(
     split = split._replace(unlabeled=sorted([*split.unlabeled, *unlabeled]))
     target = _target_name(target_id, name, source, len(split.labeled))
 
-    # nnU-Net does not see names that begin with a dot
-    building = os.path.join(raw, f".{target}")
-    shutil.rmtree(building, ignore_errors=True)  # left by a killed run
-    try:
+    with new_dataset(raw, target, copy) as building:
         write_dataset(building, source_folder, dataset_json, {**images, **unlabeled}, split, copy)
         write_record(building, source, target, split, seed)
+    # nnUNetv2_plan_experiment would copy it here too; this is for those who bring plans from elsewhere
+    os.makedirs(os.path.join(preprocessed, target), exist_ok=True)
+    shutil.copyfile(os.path.join(raw, target, SPLITS), os.path.join(preprocessed, target, SPLITS))
+    return target, split
+
+
+@contextmanager
+def new_dataset(raw: str, target: str, copy: bool) -> Iterator[str]:
+    """Yield a folder to write a raw dataset into; it gets its name when the body has ended well, or is removed.
+
+    Args:
+        raw: nnU-Net's folder of raw datasets.
+        target: the new dataset's name.
+        copy: whether files are copied rather than linked to, for the message.
+
+    Raises:
+        UserError: something could not be written.
+    """
+    building = os.path.join(raw, f".{target}")  # nnU-Net does not see names that begin with a dot
+    shutil.rmtree(building, ignore_errors=True)  # left by a killed run
+    try:
+        yield building
         os.rename(building, os.path.join(raw, target))
     except OSError as error:
         hint = "" if copy else " Where links are not allowed, --copy copies the files."
@@ -111,10 +131,6 @@ def split_dataset(
         ) from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    # nnUNetv2_plan_experiment would copy it here too; this is for those who bring plans from elsewhere
-    os.makedirs(os.path.join(preprocessed, target), exist_ok=True)
-    shutil.copyfile(os.path.join(raw, target, SPLITS), os.path.join(preprocessed, target, SPLITS))
-    return target, split
 
 
 def choose(cases: list[str], labeled: str, validation: str | None, test: str | None, seed: int, source: str) -> Split:
