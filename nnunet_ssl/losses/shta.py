@@ -195,10 +195,10 @@ class SHTALoss(nn.Module):
         num_tokens = in_omega_l.sum()
 
         # Semantic assignment
-        log_q = F.log_softmax(F.normalize(z, dim=1) @ F.normalize(self.proxies, dim=1).T / self.temperature, 1)  # Eq. 3
+        log_q = self.log_assignment(z)  # Eq. 3
         if self.normalize_embeddings:
             z = F.normalize(z, dim=1)
-        reference, mass = self._class_references(z, y_tok)  # Eq. 4
+        reference, mass = self.class_references(z, y_tok)  # Eq. 4
         present = mass > self.min_class_mass  # K'
         assign = masked_mean(-(y_tok * log_q).sum(1), in_omega_l)  # Eq. 5
         anchor_reference = reference.detach() if self.detach_reference_in_anchor else reference
@@ -206,16 +206,10 @@ class SHTALoss(nn.Module):
         anchor = masked_mean(1 - proxy_cosine, present)  # Eq. 5
 
         # Hard token refinement
-        dominant_share, dominant = y_tok[:, 1:].max(1)
-        dominant = dominant + 1  # y_i of Eq. 8, a foreground class
+        eligible, dominant = self.eligible(y_tok)
         with torch.no_grad():
             confidence = log_q.exp().amax(1)  # h_i, Eq. 6
-            candidates = (
-                in_omega_l
-                & (self.matched_hard | (confidence >= self.conf_threshold))
-                & (y_tok[:, 1:].sum(1) >= self.fg_threshold)  # m_i
-                & (dominant_share >= self.purity_threshold)  # p_i
-            )
+            candidates = eligible & (self.matched_hard | (confidence >= self.conf_threshold))
             hard_set = self._top_share(candidates, confidence, dominant)  # Eq. 7
         hard = masked_mean(F.nll_loss(log_q, dominant, reduction="none"), hard_set)  # Eq. 8
 
@@ -254,7 +248,29 @@ class SHTALoss(nn.Module):
                 center_gap=masked_mean(gap, has_center),
             )
 
-    def _class_references(self, z: Tensor, y_tok: Tensor) -> tuple[Tensor, Tensor]:
+    def log_assignment(self, z: Tensor) -> Tensor:
+        """Eq. 3: log q ``[N, K]`` of embeddings z ``[N, C_z]``, by their cosine similarity to the proxies."""
+        return F.log_softmax(F.normalize(z, dim=1) @ F.normalize(self.proxies, dim=1).T / self.temperature, 1)
+
+    def eligible(self, y_tok: Tensor) -> tuple[Tensor, Tensor]:
+        """What Eq. 7 asks of the labels alone, and y_i of Eq. 8.
+
+        Args:
+            y_tok: ``[N, K]`` class shares.
+
+        Returns:
+            A mask ``[N]`` of the tokens that are foreground enough and pure enough, and the most frequent foreground
+            class ``[N]`` of every token.
+        """
+        dominant_share, dominant = y_tok[:, 1:].max(1)
+        mask = (
+            (y_tok.sum(1) > 0)
+            & (y_tok[:, 1:].sum(1) >= self.fg_threshold)  # m_i
+            & (dominant_share >= self.purity_threshold)  # p_i
+        )
+        return mask, dominant + 1
+
+    def class_references(self, z: Tensor, y_tok: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 4: c_k ``[K, C_z]`` and the mass ``[K]`` of each class in tokens."""
         weighted_sum, mass = y_tok.T @ z, y_tok.sum(0)
         if self.sync_references and dist.is_available() and dist.is_initialized():

@@ -101,11 +101,14 @@ class SHTABranch(nn.Module):
             The terms of :class:`nnunet_ssl.losses.shta.SHTATerms`.
         """
         with torch.autocast(feature.device.type, enabled=False):
-            tokens = average_pool(feature, self.stride).float().flatten(2).transpose(1, 2)  # [B, L, C]
             y_tok, _ = token_class_distribution(
                 labels[:, 0], self.stride, self.num_classes, self.ignore_label, self.min_valid_fraction
             )
-            return self.loss(self.embed(tokens).flatten(0, 1), y_tok.flatten(0, 1))
+            return self.loss(self.embed(self.tokens(feature)).flatten(0, 1), y_tok.flatten(0, 1))
+
+    def tokens(self, feature: Tensor) -> Tensor:
+        """P of Eq. 1: the mean feature of each token, ``[B, C, *patch]`` -> ``[B, L, C]`` float32, in C order."""
+        return average_pool(feature, self.stride).float().flatten(2).transpose(1, 2)
 
 
 def average_pool(feature: Tensor, stride: Sequence[int]) -> Tensor:

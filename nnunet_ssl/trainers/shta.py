@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
 from nnunet_ssl.errors import UserError
@@ -108,8 +110,6 @@ class SHTAMixin(nnUNetTrainerSSL):
         return {**self.training_modules, **branches}
 
     def _build_branch(self, name: str) -> SHTABranch:
-        stride = self._token_stride()
-        settings = self.settings
         decoder = getattr(self.networks()[name], "decoder", None)
         if not hasattr(decoder, "seg_layers"):
             raise UserError(
@@ -118,30 +118,15 @@ class SHTAMixin(nnUNetTrainerSSL):
                 "use plans with one of nnU-Net's U-Nets, or nnUNetTrainerCPS."
             )
         with self.seeded("shta", name):
-            branch = SHTABranch(
+            branch = build_branch(
+                self.settings,
                 decoder.seg_layers[-1].in_channels,
-                stride,
-                self.label_manager.num_segmentation_heads,
-                settings.shta_hidden_dim,
-                settings.shta_embedding_dim,
-                self.label_manager.ignore_label,
-                settings.shta_min_valid_fraction,
-                **{key: getattr(settings, f"shta_{key}") for key in LOSS_SETTINGS},
+                self.configuration_manager,
+                self.label_manager,
+                self.batch_size,
             )
-        self.print_to_log_file(f"SHTA on the {name} network, tokens of {' x '.join(map(str, stride))} voxels")
+        self.print_to_log_file(f"SHTA on the {name} network, tokens of {' x '.join(map(str, branch.stride))} voxels")
         return branch
-
-    def _token_stride(self) -> list[int]:
-        patch_size, stride = self.configuration_manager.patch_size, list(self.settings.shta_stride)
-        if not stride:
-            spacing = self.configuration_manager.spacing
-            return token_stride(patch_size, spacing, self.batch_size, self.settings.shta_max_tokens)
-        if len(stride) != len(patch_size) or any(s < 1 or n % s for n, s in zip(patch_size, stride, strict=True)):
-            raise UserError(
-                f"shta_stride {stride} does not divide the patch {list(patch_size)} of '{self.configuration_name}'; "
-                "give a divisor for each axis, or [] for the default."
-            )
-        return stride
 
     def term_weights(self) -> dict[str, float]:
         """lambda, with its warm-up if there is one."""
@@ -159,6 +144,45 @@ class SHTAMixin(nnUNetTrainerSSL):
             self.log_value(f"shta_{readout}", getattr(shta, readout))
         self.log_value("tokens_hard", shta.num_hard)  # a panel of its own: a count among ratios
         return {**terms, "shta": shta.total}
+
+
+def build_branch(
+    settings: SHTASettings,
+    in_channels: int,
+    configuration_manager: ConfigurationManager,
+    label_manager: LabelManager,
+    batch_size: int,
+) -> SHTABranch:
+    """The branch that these settings describe, with weights drawn from torch's generator.
+
+    Args:
+        settings: of the run.
+        in_channels: C of the decoder feature.
+        configuration_manager: of nnU-Net's plans.
+        label_manager: of nnU-Net's plans.
+        batch_size: labelled samples in a step of one GPU.
+
+    Raises:
+        UserError: if ``shta_stride`` does not divide the patch.
+    """
+    patch_size, stride = configuration_manager.patch_size, list(settings.shta_stride)
+    if not stride:
+        stride = token_stride(patch_size, configuration_manager.spacing, batch_size, settings.shta_max_tokens)
+    if len(stride) != len(patch_size) or any(s < 1 or n % s for n, s in zip(patch_size, stride, strict=True)):
+        raise UserError(
+            f"shta_stride {stride} does not divide the patch {list(patch_size)} of the plans; give a divisor for each "
+            "axis, or [] for the default."
+        )
+    return SHTABranch(
+        in_channels,
+        stride,
+        label_manager.num_segmentation_heads,
+        settings.shta_hidden_dim,
+        settings.shta_embedding_dim,
+        label_manager.ignore_label,
+        settings.shta_min_valid_fraction,
+        **{key: getattr(settings, f"shta_{key}") for key in LOSS_SETTINGS},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

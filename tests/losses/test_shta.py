@@ -192,6 +192,23 @@ def test_most_confident_candidates_are_taken():
     assert top_share(torch.ones(30, dtype=torch.bool), torch.rand(30), 0.00004).sum() == 1
 
 
+def test_who_is_eligible_follows_from_the_shares_alone():
+    shares = torch.tensor([[1, 0, 0], [0, 0, 1], [0.5, 0.5, 0], [0.3, 0.2, 0.5], [0.2, 0.4, 0.4], [0, 0, 0]])
+    mask, dominant = SHTALoss(3, 4, fg_threshold=0.6).eligible(shares)
+    assert mask.tolist() == [False, True, False, True, False, False]
+    assert dominant[mask].tolist() == [2, 2]
+    assert SHTALoss(3, 4, purity_threshold=0.4).eligible(shares)[0].tolist() == [False, True, True, True, True, False]
+    assert not SHTALoss(3, 4, fg_threshold=0, purity_threshold=0).eligible(shares)[0][5]
+
+
+def test_the_assignment_is_a_softmax_of_cosines():
+    loss, (z, _) = SHTALoss(3, 8), some_tokens(3)
+    q = loss.log_assignment(z).exp()
+    for i in range(len(z)):
+        odds = [math.exp(cosine(z[i], mu) / loss.temperature) for mu in loss.proxies.detach()]
+        torch.testing.assert_close(q[i], torch.tensor(odds) / sum(odds))
+
+
 def test_a_quota_per_class_gives_every_class_its_share():
     z, y = some_tokens(4, num_tokens=200)
     loss = SHTALoss(4, 8, selection="per_class", hard_ratio=0.5)
@@ -281,7 +298,7 @@ def _reference_on_rank(rank, folder, z, y):
     torch.manual_seed(0)
     loss = SHTALoss(4, 8, sync_references=True)
     half = slice(rank, None, 2)
-    reference, mass = loss._class_references(z[half], y[half])
+    reference, mass = loss.class_references(z[half], y[half])
     torch.save((reference, mass), os.path.join(folder, f"rank{rank}.pt"))
     dist.destroy_process_group()
 
@@ -289,7 +306,7 @@ def _reference_on_rank(rank, folder, z, y):
 def test_synchronised_references_are_those_of_all_ranks_tokens(tmp_path):
     z, y = some_tokens(4)
     mp.start_processes(_reference_on_rank, (str(tmp_path), z, y), nprocs=2, start_method="fork")
-    expected = SHTALoss(4, 8)._class_references(z, y)
+    expected = SHTALoss(4, 8).class_references(z, y)
     for rank in range(2):
         for a, b in zip(torch.load(tmp_path / f"rank{rank}.pt"), expected, strict=True):
             torch.testing.assert_close(a, b)
