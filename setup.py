@@ -9,7 +9,7 @@ from setuptools import Command, find_packages, setup
 from setuptools.command.build import build
 
 ROOT = Path(__file__).parent
-COMMANDS = ("preprocess", "split", "trainers", "export", "demo", "evaluate", "pseudolabel", "benchmark")
+COMMANDS = ("preprocess", "split", "trainers", "export", "demo", "evaluate", "pseudolabel", "benchmark", "figures")
 
 
 class build_startup(Command):  # noqa: N801 - as setuptools names its commands
@@ -84,6 +84,7 @@ setup(
         "SimpleITK",
         "acvl-utils",
         "scipy>=1.15",  # stats.bootstrap(rng=...)
+        "scikit-learn",
         "tqdm",
         "matplotlib",
         "nibabel",  # reads NIfTI headers and data to the end: SimpleITK passes over truncated files in silence

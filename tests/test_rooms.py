@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "export": {"losses", "networks", "unlabeled", "trainers"},
     "demo": {"losses", "networks", "unlabeled", "trainers", "evaluation"},
     "self_training": {"unlabeled", "export", "demo"},
+    "figures": {"losses", "networks", "unlabeled", "trainers", "evaluation"},
     "benchmark": {"trainers", "evaluation", "demo"},
     "commands": {
         "_startup",
@@ -39,6 +40,7 @@ MAY_IMPORT = {
         "demo",
         "self_training",
         "benchmark",
+        "figures",
     },
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -124,6 +124,37 @@ class FigureOptions:
         return self.dataset_json["file_ending"]
 
 
+def find_classes(
+    dataset_json: dict[str, Any], chosen: Sequence[str] | None = None
+) -> tuple[dict[str, Label], list[Label]]:
+    """The classes of a dataset, and those that are asked for.
+
+    Args:
+        dataset_json: its content.
+        chosen: labels or names; None for all.
+
+    Returns:
+        name -> label or labels of a region, without background and ignore label; the chosen ones in this order.
+
+    Raises:
+        UserError: a name or label that the dataset does not have.
+    """
+    labels = {
+        name: int(value) if np.isscalar(value) else tuple(map(int, value))
+        for name, value in dataset_json["labels"].items()
+        if name != "ignore" and value not in (0, [0])
+    }
+    if chosen is None:
+        return labels, list(labels.values())
+    by_text = {str(label): label for label in labels.values()} | labels
+    for text in chosen:
+        if text not in by_text:
+            known = ", ".join(f"{label} ({name})" for name, label in labels.items())
+            raise UserError(f"--classes {text} is no class of this dataset; the classes are {known}.")
+    wanted = {by_text[text] for text in chosen}
+    return labels, [label for label in labels.values() if label in wanted]
+
+
 # ----------------------------------------------------------------------------------------------------------- runs
 
 

@@ -1,0 +1,115 @@
+"""``nnUNetv2_ssl_figures``: the pictures of a paper, from trained models."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import traceback
+from pathlib import Path
+
+from nnunet_ssl.errors import UserError
+
+FIGURES = ("cases", "entropy", "tokens", "assignment", "curves", "boxes")
+EMBEDDINGS = ("pca", "tsne")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point.
+
+    Args:
+        argv: arguments without the program's name; ``sys.argv`` when None.
+    """
+    parser = argparse.ArgumentParser(
+        prog="nnUNetv2_ssl_figures",
+        description="Draw what a paper shows of trained models: cases, entropy, tokens, assignment, curves, boxes. "
+        "Each figure is a PNG, a PDF and its caption. Test cases with a truth are predicted with nnU-Net; where there "
+        "are none, the validation cases of the fold are shown.",
+    )
+    parser.add_argument("-d", required=True, help="Dataset name or id")
+    parser.add_argument("-c", required=True, help="Configuration, for instance 3d_fullres")
+    parser.add_argument("-f", default="0", help="Fold: a number, or all. Default: 0")
+    parser.add_argument("-tr", required=True, nargs="+", metavar="TRAINER", help="Trainers; the first is the baseline")
+    parser.add_argument("-o", required=True, type=Path, metavar="DIR", help="Where to write")
+    parser.add_argument("-p", default="nnUNetPlans", help="Plans identifier. Default: nnUNetPlans")
+    parser.add_argument("-chk", default="checkpoint_final.pth", help="Checkpoint. Default: checkpoint_final.pth")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="Of the trainers in figures. Default: their own")
+    parser.add_argument(
+        "--which", nargs="+", choices=FIGURES, metavar="FIGURE",
+        help=f"Of {' '.join(FIGURES)}. Default: all that these models can give",
+    )  # fmt: skip
+    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="Labels or names. Default: all but background")
+    parser.add_argument("-device", choices=("cuda", "cpu", "mps"), help="Default: cuda where there is a GPU, else cpu")
+    parser.add_argument("--disable_tta", action="store_true", help="Predict without mirroring: faster, less accurate")
+    parser.add_argument("-np", type=int, help="Cases at a time. Default: nnU-Net's own (nnUNet_def_n_proc, 8)")
+    parser.add_argument("--embedding", nargs="+", choices=EMBEDDINGS, default=list(EMBEDDINGS), help="Default: both")
+    parser.add_argument("--seed", type=int, default=0, help="Of t-SNE, bootstrap and all else drawn. Default: 0")
+    args = parser.parse_args(argv)
+
+    if args.f != "all" and not args.f.isdigit():
+        raise UserError(f"-f {args.f} is not a fold. Give a number, or all.")
+    if args.np is not None and args.np < 1:
+        raise UserError(f"-np {args.np} must be at least 1.")
+
+    # heavy: only once the arguments are known to be good
+    import torch
+    from nnunetv2.configuration import default_num_processes
+
+    from nnunet_ssl.figures.runs import FigureOptions, find_classes, find_runs, test_cases
+    from nnunet_ssl.unlabeled.find import read_dataset_json, required_folder, resolve_dataset
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("-device cuda: torch sees no GPU here; leave -device out to use the CPU.")
+    runs = find_runs(args.d, args.tr, args.p, args.c, args.f, args.chk, args.names)
+    cases = test_cases(args.d, args.f)
+    dataset_json = read_dataset_json(str(Path(required_folder("nnUNet_raw")) / resolve_dataset(args.d)))
+    labels, classes = find_classes(dataset_json, args.classes)
+    options = FigureOptions(
+        dataset_json=dataset_json,
+        labels=labels,
+        classes=classes,
+        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        tta=not args.disable_tta,
+        num_processes=args.np or default_num_processes,
+        seed=args.seed,
+        embedding=tuple(e for e in EMBEDDINGS if e in args.embedding),
+    )
+    try:
+        args.o.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{args.o} cannot be made ({error.strerror}). Name another folder with -o.") from error
+    draw_figures(args.which, runs, cases, args.o, options)
+
+
+def draw_figures(which: list[str] | None, runs: list, cases: list, out: Path, options: object) -> None:
+    """Draw one figure after the other; what goes wrong with one does not stop the others.
+
+    Args:
+        which: of ``FIGURES``; None for all that these runs can give.
+        runs, cases, out, options: as ``draw_<figure>`` of ``nnunet_ssl/figures/<figure>.py`` takes them.
+
+    Raises:
+        UserError: after all others are drawn, says which are not, and why.
+    """
+    from nnunet_ssl.figures.runs import NotApplicable
+
+    failed = []
+    for figure in [figure for figure in FIGURES if which is None or figure in which]:
+        try:
+            module = importlib.import_module(f"nnunet_ssl.figures.{figure}")
+            getattr(module, f"draw_{figure}")(runs, cases, out, options)
+            print(f"Wrote {figure} to {out}", flush=True)
+        except UserError as error:
+            reason = str(error).removeprefix("nnunet_ssl: ")
+            if which is None and isinstance(error, NotApplicable):
+                print(f"Skipped {figure}: {reason}", flush=True)
+            else:
+                failed.append(f"{figure}: {reason}")
+        except Exception as error:
+            traceback.print_exc()
+            failed.append(f"{figure}: {type(error).__name__}: {error}")
+    if failed:
+        raise UserError(f"{len(failed)} figure(s) could not be drawn.\n  " + "\n  ".join(failed))
+
+
+if __name__ == "__main__":
+    main()

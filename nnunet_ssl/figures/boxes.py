@@ -1,0 +1,145 @@
+"""Figure 6: Dice of every case, as boxes side by side, with the cases paired by lines."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from tqdm import tqdm
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.classes import Dataset
+from nnunet_ssl.evaluation.compare import compare, comparison_markdown
+from nnunet_ssl.evaluation.folders import Case as EvaluatedCase
+from nnunet_ssl.evaluation.folders import evaluate_case
+from nnunet_ssl.evaluation.metrics import Options
+from nnunet_ssl.evaluation.summary import Evaluation, nanmean, summary_markdown
+from nnunet_ssl.figures.page import class_colors, column_width, new_figure, paper_style, save_figure
+from nnunet_ssl.figures.runs import Case, FigureOptions, TrainedRun, cases_in_words, predictions
+from nnunet_ssl.pools import outcomes
+
+BOXES_A_ROW = 24
+LINES_UP_TO = 60  # cases; more lines would be a grey area
+MEAN = "Mean"
+
+
+def draw_boxes(runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path, options: FigureOptions) -> None:
+    """Write ``boxes``: a group of boxes a class and one of the mean over the classes, a box a run.
+
+    Raises:
+        UserError: a file cannot be read, or lies on another grid than the truth.
+    """
+    evaluations = evaluate(runs, cases, out, options)
+    with paper_style():
+        save_figure(boxes_figure(evaluations, options.seed), out, "boxes", _caption(evaluations, runs, cases, options))
+
+
+def evaluate(
+    runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path, options: FigureOptions
+) -> list[Evaluation]:
+    """Dice of each run, as ``nnUNetv2_ssl_evaluate --metrics dice`` gives it."""
+    dataset = Dataset(options.names, options.file_ending, type(runs[0].reader), options.ignore_label)
+    measure = Options(metrics=("dice",))
+    folders = {run.name: predictions(run, cases, out, options) for run in runs}
+    jobs = []
+    for case in cases:
+        files = {name: str(folder / f"{case.name}{options.file_ending}") for name, folder in folders.items()}
+        jobs.append((EvaluatedCase(case.name, str(case.label), files), dataset, measure))
+    measured: list[EvaluatedCase] = []
+    for outcome in tqdm(outcomes(evaluate_case, jobs, options.num_processes), "Evaluating", len(jobs)):
+        if not isinstance(outcome, EvaluatedCase):
+            raise UserError(f"{outcome[0]}. Mend it, or remove the prediction to have it made again.")
+        measured.append(outcome)
+    measured.sort(key=lambda case: case.name)
+    return [Evaluation(run.name, measured, dataset, measure) for run in runs]
+
+
+def boxes_figure(evaluations: Sequence[Evaluation], seed: int = 0) -> Figure:
+    """Rows of panels, each with the boxes of some classes.
+
+    Args:
+        evaluations: of the same cases.
+        seed: of the points' places within a box's width.
+    """
+    names = list(evaluations[0].dataset.classes.values())
+    # [groups][runs, cases]; a case's mean is over the classes that are defined in it
+    values = list(np.stack([e.values("Dice") for e in evaluations]).transpose(2, 0, 1) * 100)
+    if len(names) > 1:
+        of_runs = np.stack([e.values("Dice") for e in evaluations]) * 100
+        of_runs[:, np.isnan(of_runs).any(0)] = np.nan  # the same classes of all runs
+        values.append(np.array([[nanmean(case) for case in run] for run in of_runs]))
+        names.append(MEAN)
+    num_runs = len(evaluations)
+    a_row = max(1, BOXES_A_ROW // num_runs)
+    num_rows = -(-len(names) // a_row)
+    a_row = -(-len(names) // num_rows)  # rows alike
+    width = column_width(1 if a_row * num_runs <= 9 else 2)
+    figure = new_figure(width, 0.35 + 2.2 * num_rows)
+    colors = class_colors(num_runs)
+    rng = np.random.default_rng(seed)
+    shift = rng.uniform(-0.22, 0.22, values[0].shape[1])  # of a case, in all boxes: lines stay parallel
+    for row, axes in enumerate(figure.subplots(num_rows, 1, squeeze=False, sharey=True)[:, 0]):
+        part = slice(row * a_row, (row + 1) * a_row)
+        _panel(axes, values[part], names[part], colors, shift)
+        axes.set_xlim(-0.6, a_row * (num_runs + 1) - 1.4)
+    handles = [Patch(color=color, alpha=0.6, linewidth=0, label=e.method)
+               for color, e in zip(colors, evaluations, strict=True)]  # fmt: skip
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(num_runs, 4 if width < 5 else 8))
+    return figure
+
+
+def _panel(
+    axes: Axes, groups: Sequence[np.ndarray], names: Sequence[str], colors: Sequence[str], shift: np.ndarray
+) -> None:
+    num_runs = len(colors)
+    middles = []
+    for g, values in enumerate(groups):
+        places = g * (num_runs + 1) + np.arange(num_runs)
+        middles.append(places.mean())
+        boxes = axes.boxplot(
+            [run[~np.isnan(run)] for run in values], positions=places, widths=0.75, showfliers=False,
+            patch_artist=True, manage_ticks=False, medianprops={"color": "black", "linewidth": 1.2},
+            whiskerprops={"linewidth": 0.7}, capprops={"linewidth": 0.7}, boxprops={"linewidth": 0.7},
+        )  # fmt: skip
+        for box, color in zip(boxes["boxes"], colors, strict=True):
+            box.set_facecolor((*to_rgb(color), 0.55))
+        x = places[:, None] + shift
+        if values.shape[1] <= LINES_UP_TO:
+            axes.plot(x, values, color="0.5", linewidth=0.3, alpha=0.5, zorder=2.5)
+        axes.plot(x.T, values.T, ".", color="0.2", markersize=2, alpha=0.6, markeredgewidth=0, zorder=3)
+    axes.set_xticks(middles, names)
+    axes.tick_params("x", length=0)
+    axes.set_ylabel("Dice (%)")
+    axes.grid(axis="y", alpha=0.4)
+    axes.set_axisbelow(True)
+
+
+def _caption(
+    evaluations: Sequence[Evaluation], runs: Sequence[TrainedRun], cases: Sequence[Case], options: FigureOptions
+) -> str:
+    head = [
+        f"**Dice of {cases_in_words(cases)}.** A point is a case; lines join the same case (up to {LINES_UP_TO} "
+        "cases). Boxes: quartiles and median; whiskers: the last case within 1.5 interquartile ranges. "
+        f"{MEAN}: of each case, over the classes that are defined in it for all runs. What is undefined (truth and "
+        "prediction empty) is left out.",
+        "",
+        "Models:",
+        "",
+        *(f"- {run.name}: `{run.checkpoint_file}`" for run in runs),
+        "",
+        "Predictions: "
+        + ", ".join(f"`{Path(evaluations[0].cases[0].predictions[run.name]).parent}`" for run in runs)
+        + f"; mirroring {'on' if options.tta else 'off'} where they were made for this figure.",
+        "",
+    ]
+    if len(evaluations) > 1:
+        tables = comparison_markdown(evaluations, compare(evaluations, options.seed))
+    else:
+        tables = summary_markdown(evaluations[0])
+    return "\n".join([*head, re.sub(r"^#", "##", tables, flags=re.MULTILINE)])

@@ -1,0 +1,292 @@
+"""Figure 1: the image, the truth's contour and each run's prediction, in the worst, median and best slice of a class.
+
+A picture a class, as Fig. 4 of the SHTA paper, with slices that a rule has chosen (``slices.py``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.metrics import Label
+from nnunet_ssl.evaluation.summary import table
+from nnunet_ssl.figures.page import class_colors, column_width, new_figure, paper_style, save_figure
+from nnunet_ssl.figures.runs import Case, FigureOptions, TrainedRun, cases_in_words, class_mask, predictions
+from nnunet_ssl.figures.slices import (
+    RULE,
+    Slice,
+    choose_slices,
+    measure_all_slices,
+    read_label_map,
+    slice_axis,
+)
+from nnunet_ssl.unlabeled.find import channel_names
+
+MAX_PANEL = 1.9  # inches
+ZOOM = 2.0  # side of the window, in sizes of the class
+MIN_WINDOW = 0.3  # of the image's longer side
+TRUTH = "white"
+OUTLINE = [patheffects.withStroke(linewidth=2.0, foreground="black")]
+
+
+@dataclass(frozen=True)
+class Plane:
+    """A slice as it is drawn: rows downwards, columns to the right.
+
+    Attributes:
+        image: float ``[rows, columns]`` or ``[rows, columns, 3]``, from 0 to 1.
+        truth: int ``[rows, columns]``.
+        predictions: the same of each run.
+        size: mm (or what the spacing is in) of a row and of a column.
+    """
+
+    image: np.ndarray
+    truth: np.ndarray
+    predictions: tuple[np.ndarray, ...]
+    size: tuple[float, float]
+
+
+def draw_cases(runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path, options: FigureOptions) -> None:
+    """Write ``cases_<label>_<class>`` for each chosen class.
+
+    Raises:
+        UserError: a file cannot be read, or no case has any of the classes.
+    """
+    measured = measure_all_slices(runs, cases, out, options)
+    drawn = 0
+    for i, (label, name) in enumerate(options.names.items()):
+        slices = choose_slices(measured, i)
+        if not slices:
+            print(f"No case has {name}: there is no picture of it.", flush=True)
+            continue
+        planes = [read_plane(s, runs, cases, out, options) for s in slices]
+        with paper_style():
+            figure = cases_figure(slices, planes, [run.name for run in runs], label, options)
+            save_figure(figure, out, file_name(label, name), _caption(slices, runs, cases, name, out, options))
+        drawn += 1
+    if not drawn:
+        raise UserError(
+            f"none of {cases_in_words(cases)} has any of the classes {', '.join(options.names.values())}. Choose "
+            "others with --classes."
+        )
+
+
+def file_name(label: Label, name: str) -> str:
+    """``cases_1_anterior``: by label, so that files sort as the classes do and no two have one name."""
+    number = "-".join(map(str, label)) if isinstance(label, tuple) else str(label)
+    return f"cases_{number}_{re.sub(r'[^A-Za-z0-9.-]+', '_', name)}"
+
+
+# --------------------------------------------------------------------------------------------------------- reading
+
+
+def read_plane(
+    chosen: Slice, runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path, options: FigureOptions
+) -> Plane:
+    """Read image, truth and predictions of a slice, and turn them as radiologists look at them."""
+    reader = runs[0].reader
+    truth, properties = read_label_map(chosen.case.label, reader)
+    axis = slice_axis(properties["spacing"], truth.shape)
+    flips = upright(properties, axis)
+    size = tuple(float(s) for a, s in enumerate(properties["spacing"]) if a != axis)
+
+    def plane(array: np.ndarray) -> np.ndarray:
+        return np.take(array, chosen.index, axis)[flips]
+
+    try:
+        image = reader.read_images([str(file) for file in chosen.case.images])[0]
+    except Exception as error:
+        raise UserError(f"{chosen.case.images[0]} cannot be read ({error}). It may be damaged: replace it.") from error
+    maps = [
+        read_label_map(predictions(run, cases, out, options) / f"{chosen.case.name}{options.file_ending}", reader)[0]
+        for run in runs
+    ]
+    return Plane(
+        in_grey(np.stack([plane(channel) for channel in image]), runs[0], options),
+        plane(truth),
+        tuple(map(plane, maps)),
+        size,
+    )
+
+
+def upright(properties: dict, axis: int) -> tuple[slice, slice]:
+    """How rows and columns of a slice are turned: front or head up, the patient's left on the right.
+
+    Args:
+        properties: nnU-Net's, of SimpleITK's reader; images of others are shown as they are.
+        axis: across which the slice lies, in arrays.
+
+    Returns:
+        For rows and columns a slice that turns them round, or leaves them.
+    """
+    direction = properties.get("sitk_stuff", {}).get("direction", ())
+    if len(direction) != 9:
+        return slice(None), slice(None)
+    # SimpleITK: axes x, y, z in space to the left, back and head; arrays have them the other way round
+    toward = np.reshape(direction, (3, 3))[:, ::-1]
+    turns = []
+    for array_axis in (a for a in range(3) if a != axis):
+        along = toward[:, array_axis]
+        space = int(np.abs(along).argmax())
+        wanted = -1 if space == 2 else 1  # rows go from head to foot, from front to back; columns to the left
+        turns.append(slice(None) if along[space] * wanted > 0 else slice(None, None, -1))
+    return turns[0], turns[1]
+
+
+def in_grey(channels: np.ndarray, run: TrainedRun, options: FigureOptions) -> np.ndarray:
+    """Scale the first channel of a slice to 0 to 1, or show the three of a colour image.
+
+    CT is shown in the window that nnU-Net's plans clip it to, all else from the slice's 0.5th to 99.5th percentile.
+
+    Args:
+        channels: ``[C, rows, columns]``.
+        run: whose plans know the window.
+        options: whose ``dataset.json`` names the channels.
+    """
+    names = [str(name).lower() for name in channel_names(options.dataset_json).values()]
+    if len(channels) == 3 and (names == ["r", "g", "b"] or names == ["red", "green", "blue"] or len(names) == 1):
+        return np.clip(np.moveaxis(channels, 0, -1) / (255 if channels.max() > 1 else 1), 0, 1)
+    image = channels[0].astype(float)
+    low, high = np.percentile(image, (0.5, 99.5))
+    if names[0] == "ct":
+        properties = PlansManager(str(run.folder / "plans.json")).foreground_intensity_properties_per_channel["0"]
+        low, high = properties["percentile_00_5"], properties["percentile_99_5"]
+    return np.clip((image - low) / max(high - low, 1e-8), 0, 1)
+
+
+# --------------------------------------------------------------------------------------------------------- drawing
+
+
+def cases_figure(
+    slices: Sequence[Slice], planes: Sequence[Plane], names: Sequence[str], label: Label, options: FigureOptions
+) -> Figure:
+    """Rows: slices. Columns: image with the truth's contour, then each run's prediction with it.
+
+    Args:
+        slices, planes: what to show.
+        names: of the runs.
+        label: the class that the slices were chosen for; drawn in full colour, the others pale.
+        options: classes and names.
+    """
+    num_columns = 1 + len(names)
+    width = min(column_width(1 if num_columns <= 2 else 2), 0.25 + MAX_PANEL * num_columns)
+    panel = (width - 0.25) / num_columns
+    figure = new_figure(width, 0.2 + panel * len(slices) + 0.3)
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
+    colors = dict(zip(options.names, class_colors(len(options.names)), strict=True))
+    grid = figure.subplots(len(slices), num_columns, squeeze=False)
+    seen: set[Label] = set()
+    for row, chosen, plane in zip(grid, slices, planes, strict=True):
+        row[0].set_ylabel(chosen.rank)
+        window = window_around(class_mask(plane.truth, label), plane.size)
+        for axes, prediction, dice in zip(row, (None, *plane.predictions), (None, *chosen.dice), strict=True):
+            _panel(axes, plane, prediction, label, colors, window)
+            if prediction is not None:
+                text = axes.text(0.04, 0.04, f"{100 * dice:.1f}", transform=axes.transAxes, color="white")
+                text.set_path_effects(OUTLINE)
+                seen |= {cls for cls in colors if class_mask(prediction, cls).any()}
+    for axes, title in zip(grid[0], ("Image, truth", *names), strict=True):
+        axes.set_title(title)
+    handles = [Line2D([], [], color=TRUTH, path_effects=OUTLINE, label=f"truth, {options.names[label]}")]
+    handles += [
+        Patch(color=colors[cls], alpha=_opacity(cls, label), linewidth=0, label=options.names[cls])
+        for cls in colors
+        if cls == label or cls in seen
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6))
+    return figure
+
+
+def window_around(mask: np.ndarray, size: tuple[float, float]) -> tuple[float, float, float, float]:
+    """A square around a class: left, right, bottom, top, in the unit of ``size``.
+
+    Its side is twice the class's extent, at least 30 % and at most all of the image's longer side; it is moved into
+    the image where it would leave it on one side.
+
+    Args:
+        mask: ``[rows, columns]``, not empty.
+        size: of a row and of a column.
+    """
+    image = np.array(mask.shape) * size
+    where = np.argwhere(mask)
+    first, last = where.min(0) * size, (where.max(0) + 1) * size
+    side = min(max(ZOOM * (last - first).max(), MIN_WINDOW * image.max()), image.max())
+    start = (first + last - side) / 2
+    # an image narrower than the window lies in its middle
+    start = np.where(image >= side, np.clip(start, 0, np.maximum(image - side, 0)), (image - side) / 2)
+    return start[1], start[1] + side, start[0] + side, start[0]
+
+
+def _panel(
+    axes: Axes,
+    plane: Plane,
+    prediction: np.ndarray | None,
+    label: Label,
+    colors: dict[Label, str],
+    window: tuple[float, float, float, float],
+) -> None:
+    rows, columns = plane.truth.shape
+    extent = (0, columns * plane.size[1], rows * plane.size[0], 0)
+    axes.imshow(plane.image, cmap="gray", vmin=0, vmax=1, extent=extent)
+    if prediction is not None:
+        axes.imshow(_overlay(prediction, label, colors), extent=extent)
+    # a margin of background closes the contours of what touches the image's edge
+    mask = np.pad(class_mask(plane.truth, label), 1).astype(float)
+    x, y = (np.arange(-0.5, n + 1) * size for n, size in ((columns, plane.size[1]), (rows, plane.size[0])))
+    lines = axes.contour(x, y, mask, levels=[0.5], colors=TRUTH, linewidths=1.0)
+    lines.set_path_effects(OUTLINE)
+    axes.set(xlim=window[:2], ylim=window[2:], xticks=[], yticks=[], facecolor="black", aspect="equal")
+    axes.spines[:].set_visible(False)
+
+
+def _overlay(prediction: np.ndarray, label: Label, colors: dict[Label, str]) -> np.ndarray:
+    """Colour and opacity ``[rows, columns, 4]``; the class in question lies on top."""
+    overlay = np.zeros((*prediction.shape, 4))
+    for cls in sorted(colors, key=lambda cls: cls == label):
+        overlay[class_mask(prediction, cls)] = (*to_rgb(colors[cls]), _opacity(cls, label))
+    return overlay
+
+
+def _opacity(cls: Label, label: Label) -> float:
+    return 0.65 if cls == label else 0.3
+
+
+def _caption(
+    slices: Sequence[Slice],
+    runs: Sequence[TrainedRun],
+    cases: Sequence[Case],
+    name: str,
+    out: Path,
+    options: FigureOptions,
+) -> str:
+    rows = [["Slice", "Case", "Index", *(f"{run.name}, Dice (%)" for run in runs)]]
+    rows += [[s.rank, s.case.name, str(s.index), *(f"{100 * d:.1f}" for d in s.dice)] for s in slices]
+    return "\n".join(
+        [
+            f"**Worst, median and best slice of {name}.** Outline: the truth's {name}. Colours: predictions, {name} in "
+            "full colour and other classes pale. Numbers: Dice (%) of the class in the slice. The window is a square "
+            f"of {ZOOM:g} times the class's extent, at least {MIN_WINDOW:.0%} of the image. Grey values: CT in the "
+            "window of nnU-Net's plans, other images from their 0.5th to 99.5th percentile; of several channels the "
+            "first.",
+            "",
+            RULE,
+            "",
+            *table(rows),
+            "",
+            f"Chosen from {cases_in_words(cases)}. Predictions and models:",
+            "",
+            *(f"- {run.name}: `{predictions(run, cases, out, options)}`, `{run.checkpoint_file}`" for run in runs),
+        ]
+    )

@@ -1,0 +1,205 @@
+"""Figure 5: the training curves of several runs in one picture, from the logs that the runs have left."""
+
+from __future__ import annotations
+
+import csv
+import pickle
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.summary import table
+from nnunet_ssl.figures.page import class_colors, column_width, new_figure, paper_style, save_figure
+from nnunet_ssl.figures.runs import FINAL, Case, FigureOptions, TrainedRun
+
+LINES = ("-", "--", "-.", ":")
+SUPERVISED = ("loss_sup", "loss_seg_high")  # the first that a run has: SASNet has no loss_sup
+OF_LABELS = ("loss_sup", "loss_seg")  # how the names of losses against labels begin
+
+
+class Panel(NamedTuple):
+    """What a panel shows: a heading for its axis, and an explanation for the caption."""
+
+    heading: str
+    explanation: str
+
+
+PANELS = {
+    "dice": Panel(
+        "Pseudo Dice (%)",
+        "nnU-Net's mean foreground Dice on patches of validation cases (thin) and its moving average (thick)",
+    ),
+    "labeled": Panel(
+        "Loss, labelled images",
+        "nnU-Net's loss of the (first) network on labelled patches: `loss_sup` (SASNet: `loss_seg_high`) of "
+        "`ssl_log.csv`; of trainers without one nnU-Net's training loss",
+    ),
+    "validation": Panel("Loss, validation", "nnU-Net's validation loss"),
+    "further": Panel(
+        "Further terms, weighted",
+        "the sum of all other terms of the loss times their weights, as far as they are not losses of a second network "
+        "or branch on labelled patches; trainers without such terms have no curve",
+    ),
+    "shta_token_accuracy": Panel(
+        "Token accuracy (%)", "SHTA: tokens whose nearest proxy is their most frequent class"
+    ),
+    "shta_hard_ratio": Panel("Hard tokens (%)", "SHTA: share of labelled tokens that are selected as hard"),
+}
+IN_PERCENT = ("dice", "shta_token_accuracy", "shta_hard_ratio")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One run in one panel: ``[points]`` each; ``raw`` is what ``values`` smooths, if anything."""
+
+    epochs: np.ndarray
+    values: np.ndarray
+    raw: np.ndarray | None = None
+
+
+def draw_curves(runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path, options: FigureOptions) -> None:
+    """Write ``curves``. Cases are not needed.
+
+    Raises:
+        UserError: a checkpoint holds no log, or a log cannot be read.
+    """
+    curves = {run.name: read_curves(run) for run in runs}
+    with paper_style():
+        save_figure(curves_figure(curves), out, "curves", _caption(runs, curves))
+
+
+# --------------------------------------------------------------------------------------------------------- reading
+
+
+def read_curves(run: TrainedRun) -> dict[str, Curve]:
+    """The curves of a run by panel, those that it has."""
+    log = nnunet_log(run)
+    rows = ssl_log(run)
+    curves = {
+        "dice": Curve(*_of_list(log["ema_fg_dice"]), raw=np.array(log["mean_fg_dice"], float)),
+        "validation": Curve(*_of_list(log["val_losses"])),
+    }
+    own = next((name for name in SUPERVISED if rows and name in rows[0]), None)
+    curves["labeled"] = _of_rows(rows, own) if own else Curve(*_of_list(log["train_losses"]))
+    further = _further_terms(rows)
+    if len(further.epochs):
+        curves["further"] = further
+    for name in ("shta_token_accuracy", "shta_hard_ratio"):
+        if len((curve := _of_rows(rows, name)).epochs):
+            curves[name] = curve
+    return curves
+
+
+def nnunet_log(run: TrainedRun) -> dict[str, list]:
+    """What nnU-Net logged an epoch each, from the final checkpoint; from the run's own if there is none."""
+    import torch
+
+    final = run.fold_folder / FINAL
+    file = final if final.is_file() else run.checkpoint_file
+    try:  # mapped, so that the weights are not read
+        log = torch.load(file, map_location="cpu", weights_only=False, mmap=True)["logging"]
+        return {name: log[name] for name in ("mean_fg_dice", "ema_fg_dice", "train_losses", "val_losses")}
+    except (OSError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{file} holds no log of nnU-Net's ({error!r}), as exported models do not. Leave out its curves with "
+            "--which."
+        ) from error
+
+
+def ssl_log(run: TrainedRun) -> list[dict[str, float]]:
+    """The rows of ``ssl_log.csv``; none for a trainer that is not of this package."""
+    file = run.fold_folder / "ssl_log.csv"
+    if not file.is_file():
+        return []
+    try:
+        with open(file, newline="", encoding="utf-8") as stream:
+            return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(stream)]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error}). Mend or remove it: nnU-Net's log is left.") from error
+
+
+def _of_list(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    return np.arange(len(values)), np.array(values, float)
+
+
+def _of_rows(rows: Sequence[Mapping[str, float]], name: str) -> Curve:
+    points = [(row["epoch"], row[name]) for row in rows if name in row]
+    return Curve(*np.array(points, float).reshape(-1, 2).T)
+
+
+def _further_terms(rows: Sequence[Mapping[str, float]]) -> Curve:
+    names = [name for name in (rows[0] if rows else {}) if name.startswith("loss_") and not name.startswith(OF_LABELS)]
+    points = [
+        (row["epoch"], sum(row[name] * row.get(f"weight_{name.removeprefix('loss_')}", 1.0) for name in names))
+        for row in rows
+        if names and all(name in row for name in names)
+    ]
+    return Curve(*np.array(points, float).reshape(-1, 2).T)
+
+
+# --------------------------------------------------------------------------------------------------------- drawing
+
+
+def curves_figure(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:
+    """A panel for each quantity that a run has.
+
+    Args:
+        curves: run -> panel -> curve.
+    """
+    panels = [name for name in PANELS if any(name in of_run for of_run in curves.values())]
+    num_columns = 3 if len(panels) > 4 else 2
+    num_rows = -(-len(panels) // num_columns)
+    figure = new_figure(column_width(2), 0.4 + 1.9 * num_rows)
+    grid = figure.subplots(num_rows, num_columns, squeeze=False).flat
+    lines = dict(zip(curves, class_colors(len(curves)), strict=True))
+    for axes, name in zip(grid, panels, strict=False):
+        scale = 100 if name in IN_PERCENT else 1
+        for i, (run, of_run) in enumerate(curves.items()):
+            if name in of_run:
+                _line(axes, of_run[name], scale, run, lines[run], LINES[i % len(LINES)])
+        axes.set(xlabel="Epoch", ylabel=PANELS[name].heading)
+        axes.grid(alpha=0.4)
+    for axes in list(grid)[len(panels):]:
+        axes.remove()
+    handles, labels = figure.axes[0].get_legend_handles_labels()  # every run has a Dice
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(curves), 6))
+    return figure
+
+
+def _line(axes: Axes, curve: Curve, scale: float, name: str, color: str, line: str) -> None:
+    if curve.raw is not None:
+        axes.plot(curve.epochs, scale * curve.raw, color=color, linewidth=0.5, alpha=0.4)
+    single = {"marker": "o", "markersize": 2} if len(curve.epochs) == 1 else {}
+    axes.plot(curve.epochs, scale * curve.values, line, color=color, label=name, **single)
+
+
+def _caption(runs: Sequence[TrainedRun], curves: Mapping[str, Mapping[str, Curve]]) -> str:
+    shown = [panel for name, panel in PANELS.items() if any(name in of_run for of_run in curves.values())]
+    rows = [["Run", "Epochs", "Steps an epoch", "Files"]]
+    for run in runs:
+        files = [run.fold_folder / FINAL if (run.fold_folder / FINAL).is_file() else run.checkpoint_file]
+        files += [file for file in (run.fold_folder / "ssl_log.csv",) if file.is_file()]
+        epochs = len(curves[run.name]["dice"].epochs)
+        rows.append([run.name, str(epochs), _steps(run), ", ".join(f"`{file}`" for file in files)])
+    return "\n".join(
+        [
+            "**Training curves.** A value an epoch, the mean over its steps.",
+            "",
+            *(f"- {panel.heading}: {panel.explanation}." for panel in shown),
+            "",
+            *table(rows),
+        ]
+    )
+
+
+def _steps(run: TrainedRun) -> str:
+    """As the run's settings say; nnU-Net's trainers do not write it down."""
+    file = run.fold_folder / "ssl_settings.json"
+    return str(load_json(str(file))["settings"]["num_iterations_per_epoch"]) if file.is_file() else "not recorded"
