@@ -40,9 +40,10 @@ def main(argv: list[str] | None = None) -> None:
     from nnunet_ssl.export import export_model  # torch is heavy: only once the arguments are known to be good
 
     model, exported = export_model(args.d, args.c, folds, args.o, args.tr, args.p, args.chk, args.both, args.branch)
+    part = f"{args.branch} branch" if args.branch else "network"
     for fold in exported:
-        network = f"{fold.network} network" if args.both else f"{args.branch} branch" if args.branch else "network"
-        print(f"fold_{fold.fold}: the {network} of fold {fold.source_fold}, verified")
+        name = f"{fold.network} {part}" if args.both else part
+        print(f"fold_{fold.fold}: the {name} of fold {fold.source_fold}, verified")
     print(f"Wrote {model}")
     print(f"  nnUNetv2_predict_from_modelfolder -m {model} -f {' '.join(str(f.fold) for f in exported)} -i IN -o OUT")
     if args.zip:

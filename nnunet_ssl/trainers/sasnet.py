@@ -104,10 +104,9 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
 
     def initialize(self) -> None:
         """As the base, with the depth of the low-level decoder that the settings name."""
-        depth = {"low_level_start": self.settings.sasnet_low_level_start}
-        if self._start_of_checkpoint is not None:
-            depth["low_level_start"] = self._start_of_checkpoint
-        self.build_network_architecture = functools.partial(dual_branch_network, **depth)
+        known = self._start_of_checkpoint
+        start = self.settings.sasnet_low_level_start if known is None else known
+        self.build_network_architecture = functools.partial(dual_branch_network, low_level_start=start)
         super().initialize()
 
     _start_of_checkpoint: int | None = None
@@ -172,7 +171,6 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
             device = self.device
         elif needed > share * psutil.virtual_memory().total / (dist.get_world_size() if self.is_ddp else 1):
             folder = os.path.join(self.output_folder, f"confidence_memory_{self.local_rank}")
-            os.makedirs(folder, exist_ok=True)
         self.print_to_log_file(
             f"SASNet remembers the confidence of {len(shapes)} labelled cases: {needed / 2**20:.0f} MiB "
             + (f"on disk in {folder}" if folder else f"on {device}")
@@ -307,7 +305,8 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
         try:
             for name, outputs in (("high", high), ("low", low), ("both", mean_of_branches(high, low))):
                 self.network = functools.partial(_already, outputs)
-                results[name] = super().validation_step(deepcopy(batch))  # it overwrites ignored voxels of the target
+                target = deepcopy(batch["target"])  # nnU-Net overwrites ignored voxels of it
+                results[name] = super().validation_step({**batch, "data": images, "target": target})
         finally:
             self.network = network
         alone = {f"{key}_{name}": results[name][key] for name in BRANCHES for key in ("tp_hard", "fp_hard", "fn_hard")}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-from pathlib import Path
 
 import pytest
 import torch
-from test_resume import train, weights
+from test_resume import assert_resumed_equals_uninterrupted, weights
 from test_step import a_batch, gradients, parameters
 from test_urpc import with_stages
 
@@ -140,16 +139,8 @@ def test_a_step_under_bfloat16_autocast(tiny, make_trainer, monkeypatch):
 
 @pytest.mark.slow
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tiny, make_trainer):
-    name, settings = f"{NAME}_2epochs", {"save_every": 1}
-    stopped = make_trainer(name, tiny(), settings=settings)
-    train(stopped, until=1)
-    folder = Path(stopped.output_folder)
-    again = make_trainer(name, tiny(), settings=settings)
-    again.load_checkpoint(str(folder / "checkpoint_latest.pth"))
-    train(again)
-    continued = weights(folder)
-    train(make_trainer(name, tiny(), settings=settings))
-    assert all(torch.equal(w, continued[n]) for n, w in weights(folder).items())
+    settings = {"save_every": 1}
+    assert_resumed_equals_uninterrupted(lambda: make_trainer(f"{NAME}_2epochs", tiny(), settings=settings))
 
 
 @pytest.mark.slow

@@ -49,6 +49,31 @@ def train(trainer, until: int | None = None) -> None:
     trainer.on_train_end()
 
 
+def assert_resumed_equals_uninterrupted(make, until: int = 1) -> Path:
+    """A run that stops, and one that goes on from its latest checkpoint, end as a run that does not stop.
+
+    Args:
+        make: makes a trainer that saves each epoch, always into the same folder.
+        until: epoch before which the first one stops.
+
+    Returns:
+        The folder of the whole run.
+    """
+    stopped = make()
+    train(stopped, until)
+    folder = Path(stopped.output_folder)
+    resumed = make()
+    resumed.load_checkpoint(str(folder / "checkpoint_latest.pth"))
+    assert resumed.current_epoch == until
+    train(resumed)
+    at_the_end, log = weights(folder), (folder / "ssl_log.csv").read_text()
+    shutil.rmtree(folder)
+    train(make())
+    assert_equal(weights(folder), at_the_end)
+    assert (folder / "ssl_log.csv").read_text() == log
+    return folder
+
+
 @pytest.fixture
 def stopped(tiny, make_trainer):
     """A run of three epochs that has stopped after the second, with its latest checkpoint of the first."""
@@ -87,20 +112,12 @@ def test_the_state_is_of_plain_types_so_loading_runs_no_code(stopped):
     assert any(name.startswith("shta_first.") for name in state["modules"])
 
 
-def test_resumed_in_process_it_ends_with_the_same_weights(tiny, make_trainer, stopped, tmp_path):
-    interrupted = resumed(make_trainer, tiny, stopped)
-    assert interrupted.current_epoch == 1
-    train(interrupted)
-    at_the_end = weights(stopped)
-    log = (stopped / "ssl_log.csv").read_text().splitlines()
-    shutil.rmtree(stopped)
-    whole = make_trainer(NAME, tiny(), settings={"save_every": 1})
-    train(whole)
-    assert_equal(weights(stopped), at_the_end)
-    assert log == (stopped / "ssl_log.csv").read_text().splitlines()
+def test_resumed_in_process_it_ends_with_the_same_weights(tiny, make_trainer):
+    folder = assert_resumed_equals_uninterrupted(lambda: make_trainer(NAME, tiny(), settings={"save_every": 1}))
+    log = (folder / "ssl_log.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in log] == ["epoch", "0", "1", "2"]
-    assert (stopped / "progress_ssl.png").stat().st_size > 5000
-    assert not list(stopped.glob("checkpoint_latest*"))
+    assert (folder / "progress_ssl.png").stat().st_size > 5000
+    assert not list(folder.glob("checkpoint_latest*"))
 
 
 def test_killed_between_the_two_files_it_finds_the_state_that_fits(tiny, make_trainer, stopped):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import TinyDataset
-from test_resume import train, weights
+from test_resume import assert_resumed_equals_uninterrupted
 from test_step import a_batch, gradients, parameters
 
 from nnunet_ssl.errors import UserError
@@ -235,16 +234,8 @@ def test_a_step_under_bfloat16_autocast(tiny, make_trainer, monkeypatch):
 
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tiny, make_trainer):
     """Dropout draws the same channels too."""
-    name, settings = f"{NAME}_2epochs", {"save_every": 1, "urpc_dropout": [0.3, 0.1]}
-    stopped = make_trainer(name, tiny(), settings=settings)
-    train(stopped, until=1)
-    folder = Path(stopped.output_folder)
-    again = make_trainer(name, tiny(), settings=settings)
-    again.load_checkpoint(str(folder / "checkpoint_latest.pth"))
-    train(again)
-    continued = weights(folder)
-    train(make_trainer(name, tiny(), settings=settings))
-    assert all(torch.equal(w, continued[n]) for n, w in weights(folder).items())
+    settings = {"save_every": 1, "urpc_dropout": [0.3, 0.1]}
+    assert_resumed_equals_uninterrupted(lambda: make_trainer(f"{NAME}_2epochs", tiny(), settings=settings))
 
 
 @pytest.mark.slow
