@@ -38,6 +38,8 @@ from typing import Any
 
 import benchmark_trainers
 
+from nnunet_ssl.benchmark.report import fill
+from nnunet_ssl.benchmark.run import of_this_python
 from nnunet_ssl.commands.evaluate import main as evaluate
 from nnunet_ssl.demo.plans import shrink_plans
 from nnunet_ssl.errors import UserError
@@ -54,11 +56,7 @@ FIRST_ID = 640  # one dataset an order, and 649 with all labels
 ALL_LABELS_ID = 649
 CLASSES = {"1": "anterior", "2": "posterior"}
 DISTANCES = ("HD95", "ASD")
-
-ENTRY_POINTS = {
-    "nnUNetv2_train": "nnunetv2.run.run_training:run_training_entry",
-    "nnUNetv2_predict": "nnunetv2.inference.predict_from_raw_data:predict_entry_point",
-}
+WRITER = "scripts/hippocampus_evidence.py report"
 
 
 @dataclass(frozen=True)
@@ -205,17 +203,8 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 
 def command(name: str, *args: Any, device: str | None = None) -> list[str]:
     """A command of nnU-Net's or ours; on the CPU one that trains or predicts is held to one thread."""
-    arguments = [str(a) for a in args]
-    if device is not None:
-        arguments += ["-device", device]
-    if name.startswith("nnUNetv2_ssl_"):
-        verb = name.removeprefix("nnUNetv2_ssl_")
-        return [sys.executable, "-m", f"nnunet_ssl.commands.{verb}", *arguments]
-    if device == "cpu":
-        module, function = ENTRY_POINTS[name].split(":")
-        code = f"import multiprocessing as m; m.cpu_count = lambda: 1; from {module} import {function} as f; f()"
-        return [sys.executable, "-c", code, *arguments]
-    return [str(Path(sys.executable).parent / name), *arguments]
+    options = [] if device is None else ["-device", device]
+    return of_this_python([name, *map(str, args), *options], device or "")
 
 
 def execute(words: list[str], env: dict[str, str], log: Path) -> None:
@@ -516,36 +505,20 @@ def report(results: dict[str, Any], docs: Path, name: str = "hippocampus") -> No
         UserError: the page has no marks.
     """
     page = docs / "results.md"
-    text = page.read_text() if page.is_file() else ""
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     lines = [*table(results), "", "Mean over the seeds on the way:", "", *curve_table(results), ""]
     if name == "hosts":
         lines += ["What SHTA changes, at the end:", "", *pairs_table(results), ""]
     lines += [f"![Learning curves](figures/{name}_curves.png)", "", f"Versions: {versions}."]
-    text = fill(text, name, lines, page)
+    page.write_text(fill(page, name, lines, WRITER))
     if speed := results["benchmark"]:
         plan = f"Hippocampus plan of above, {speed['device']}, {speed['machine']}, {speed['clock']}."
-        text = fill(text, "benchmark", [benchmark_trainers.table(speed), "", plan], page)
+        page.write_text(fill(page, "benchmark", [benchmark_trainers.table(speed), "", plan], WRITER))
 
     (docs / "results").mkdir(parents=True, exist_ok=True)
     (docs / "results" / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     draw_curves(results, docs / "figures" / f"{name}_curves.png")
-    page.write_text(text)
     print("\n".join(lines))
-
-
-def fill(
-    text: str, name: str, lines: list[str], page: Path, script: str = "scripts/hippocampus_evidence.py"
-) -> str:
-    """``text`` with ``lines`` between the marks of ``name``.
-
-    Raises:
-        UserError: the marks are not there.
-    """
-    begin, end = (f"<!-- {name}: {word} -->" for word in (f"written by {script} report", "end"))
-    if begin not in text or end not in text:
-        raise UserError(f"{page} has no lines '{begin}' and '{end}' for the tables to stand between.")
-    return "\n".join([text.split(begin)[0] + begin, "", *lines, "", end + text.split(end)[1]])
 
 
 def main(argv: list[str] | None = None) -> None:

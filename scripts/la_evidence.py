@@ -20,8 +20,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from hippocampus_evidence import command, environment, execute, fill, raw_dataset, seconds_a_step
+from hippocampus_evidence import command, environment, execute, raw_dataset, seconds_a_step
 
+from nnunet_ssl.benchmark.report import fill
 from nnunet_ssl.demo.plans import shrink_plans
 from nnunet_ssl.errors import UserError
 
@@ -114,7 +115,7 @@ def report(home: Path, page: Path) -> None:
         cells = [f"{mean[metric]:.3f}" for metric in ("Dice", "IoU")] + [f"{mean[m]:.2f}" for m in ("HD95", "ASD")]
         lines.append(f"| `{trainer}` | {steps:,} | " + " | ".join(cells) + " |")
     lines += ["", f"Each had {budget['minutes']:g} minutes of one CPU thread."]
-    page.write_text(fill(page.read_text(), "la", lines, page, "scripts/la_evidence.py"))
+    page.write_text(fill(page, "la", lines, "scripts/la_evidence.py report"))
     print("\n".join(lines))
 
 

@@ -322,7 +322,7 @@ class Plan:
             words = ["nnUNetv2_predict", "-i", dataset / "imagesTs", "-o", self.predictions(run, epoch)]
             words += ["-d", number, "-c", p.configuration, "-f", 0, "-p", p.plans, "-tr", self._trainer(run.row)]
             words += ["-chk", f"checkpoint_epoch{epoch}.pth", *p.predict]
-            machine = ("-device", m.device, *(("-npp", "1", "-nps", "1") if m.device == "cpu" else ()))
+            machine = ("-device", m.device, *(("-npp", "0", "-nps", "0") if m.device == "cpu" else ()))
             title = f"Predict the test cases after epoch {epoch}: {run.title}"
             yield Step(f"{key}/predict_{epoch}", title, tuple(map(str, words)), machine, variables)
             # on the way there the leading metric is enough

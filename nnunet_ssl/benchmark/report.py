@@ -61,13 +61,19 @@ def _write(file: Path, text: str) -> None:
         Path(temporary).write_text(text, encoding="utf-8")
 
 
-def fill(page: Path, name: str, lines: Sequence[str]) -> str:
-    """The page with ``lines`` between the marks of a protocol.
+def fill(page: Path, name: str, lines: Sequence[str], writer: str = "nnUNetv2_ssl_benchmark") -> str:
+    """The page with ``lines`` between two marks.
+
+    Args:
+        page: a Markdown file.
+        name: in the marks, for instance of a protocol.
+        lines: what shall stand between them.
+        writer: the command that the first mark names.
 
     Raises:
         UserError: there is no page, or the marks are not in it.
     """
-    begin, end = f"<!-- {name}: written by nnUNetv2_ssl_benchmark -->", f"<!-- {name}: end -->"
+    begin, end = f"<!-- {name}: written by {writer} -->", f"<!-- {name}: end -->"
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
     if begin not in text or end not in text:
         raise UserError(f"{page} has no lines '{begin}' and '{end}' for the report to stand between; write them.")

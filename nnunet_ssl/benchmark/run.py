@@ -208,15 +208,25 @@ def found(pattern: Path) -> Iterator[Path]:
 
 
 def words_to_run(step: Step, device: str) -> list[str]:
-    """The command as this process starts it.
-
-    Patterns are filled in; nnU-Net's commands are those of this Python; on the CPU one that trains or predicts is held
-    to one thread, since ``-device cpu`` asks torch for as many threads as there are cores.
+    """The command as this process starts it, its patterns filled in.
 
     Raises:
         StepError: there is no such dataset, or more than one.
     """
-    name, *rest = (_filled_in(word) for word in [*step.words, *step.machine])
+    return of_this_python([_filled_in(word) for word in [*step.words, *step.machine]], device)
+
+
+def of_this_python(words: Sequence[str], device: str) -> list[str]:
+    """A command with the executable of the environment that runs this.
+
+    On the CPU a command of nnU-Net's that trains or predicts is held to one thread, since ``-device cpu`` asks torch
+    for as many threads as there are cores.
+
+    Args:
+        words: as typed: ``python``, one of our commands or one of nnU-Net's, and its arguments.
+        device: ``cuda``, ``cpu`` or ``mps``.
+    """
+    name, *rest = words
     if name == "python":
         return [sys.executable, *rest]
     if name.startswith("nnUNetv2_ssl_"):
