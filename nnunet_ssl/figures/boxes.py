@@ -40,9 +40,7 @@ def draw_boxes(runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path, opt
         save_figure(boxes_figure(evaluations, options.seed), out, "boxes", _caption(evaluations, runs, cases, options))
 
 
-def evaluate(
-    runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path, options: FigureOptions
-) -> list[Evaluation]:
+def evaluate(runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path, options: FigureOptions) -> list[Evaluation]:
     """Dice of each run, as ``nnUNetv2_ssl_evaluate --metrics dice`` gives it."""
     dataset = Dataset(options.names, options.file_ending, type(runs[0].reader), options.ignore_label)
     measure = Options(metrics=("dice",))

@@ -37,6 +37,7 @@ from nnunet_ssl.unlabeled.find import channel_names
 MAX_PANEL = 1.9  # inches
 ZOOM = 2.0  # side of the window, in sizes of the class
 MIN_WINDOW = 0.3  # of the image's longer side
+FINE = 6  # points of a contour along a voxel
 TRUTH = "white"
 OUTLINE = [patheffects.withStroke(linewidth=2.0, foreground="black")]
 
@@ -125,17 +126,22 @@ def upright(properties: dict, axis: int) -> tuple[slice, slice]:
     """How rows and columns of a slice are turned: front or head up, the patient's left on the right.
 
     Args:
-        properties: nnU-Net's, of SimpleITK's reader; images of others are shown as they are.
+        properties: nnU-Net's, of SimpleITK's or nibabel's readers; images of others are shown as they are.
         axis: across which the slice lies, in arrays.
 
     Returns:
         For rows and columns a slice that turns them round, or leaves them.
     """
-    direction = properties.get("sitk_stuff", {}).get("direction", ())
-    if len(direction) != 9:
-        return slice(None), slice(None)
-    # SimpleITK: axes x, y, z in space to the left, back and head; arrays have them the other way round
-    toward = np.reshape(direction, (3, 3))[:, ::-1]
+    if "nibabel_stuff" in properties:
+        geometry = properties["nibabel_stuff"]
+        affine = geometry.get("reoriented_affine", geometry["original_affine"])
+        toward = affine[:3, :3] * [[-1], [-1], [1]]  # from right, front, head to left, back, head
+    else:
+        direction = properties.get("sitk_stuff", {}).get("direction", ())
+        if len(direction) != 9:
+            return slice(None), slice(None)
+        toward = np.reshape(direction, (3, 3))  # to the left, back and head already
+    toward = toward[:, ::-1]  # of the axes x, y, z; arrays have them the other way round
     turns = []
     for array_axis in (a for a in range(3) if a != axis):
         along = toward[:, array_axis]
@@ -242,9 +248,10 @@ def _panel(
     axes.imshow(plane.image, cmap="gray", vmin=0, vmax=1, extent=extent)
     if prediction is not None:
         axes.imshow(_overlay(prediction, label, colors), extent=extent)
-    # a margin of background closes the contours of what touches the image's edge
-    mask = np.pad(class_mask(plane.truth, label), 1).astype(float)
-    x, y = (np.arange(-0.5, n + 1) * size for n, size in ((columns, plane.size[1]), (rows, plane.size[0])))
+    # Contours run between points: with several a voxel they follow the voxels' edges. The margin of background closes
+    # those of what touches the image's edge.
+    mask = np.pad(class_mask(plane.truth, label), 1).repeat(FINE, 0).repeat(FINE, 1).astype(float)
+    y, x = (((np.arange(n) + 0.5) / FINE - 1) * size for n, size in zip(mask.shape, plane.size, strict=True))
     lines = axes.contour(x, y, mask, levels=[0.5], colors=TRUTH, linewidths=1.0)
     lines.set_path_effects(OUTLINE)
     axes.set(xlim=window[:2], ylim=window[2:], xticks=[], yticks=[], facecolor="black", aspect="equal")

@@ -47,9 +47,7 @@ PANELS = {
         "the sum of all other terms of the loss times their weights, as far as they are not losses of a second network "
         "or branch on labelled patches; trainers without such terms have no curve",
     ),
-    "shta_token_accuracy": Panel(
-        "Token accuracy (%)", "SHTA: tokens whose nearest proxy is their most frequent class"
-    ),
+    "shta_token_accuracy": Panel("Token accuracy (%)", "SHTA: tokens whose nearest proxy is their most frequent class"),
     "shta_hard_ratio": Panel("Hard tokens (%)", "SHTA: share of labelled tokens that are selected as hard"),
 }
 IN_PERCENT = ("dice", "shta_token_accuracy", "shta_hard_ratio")
@@ -157,7 +155,7 @@ def curves_figure(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:
     num_columns = 3 if len(panels) > 4 else 2
     num_rows = -(-len(panels) // num_columns)
     figure = new_figure(column_width(2), 0.4 + 1.9 * num_rows)
-    grid = figure.subplots(num_rows, num_columns, squeeze=False).flat
+    grid = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
     lines = dict(zip(curves, class_colors(len(curves)), strict=True))
     for axes, name in zip(grid, panels, strict=False):
         scale = 100 if name in IN_PERCENT else 1
@@ -166,7 +164,7 @@ def curves_figure(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:
                 _line(axes, of_run[name], scale, run, lines[run], LINES[i % len(LINES)])
         axes.set(xlabel="Epoch", ylabel=PANELS[name].heading)
         axes.grid(alpha=0.4)
-    for axes in list(grid)[len(panels):]:
+    for axes in grid[len(panels) :]:
         axes.remove()
     handles, labels = figure.axes[0].get_legend_handles_labels()  # every run has a Dice
     figure.legend(handles, labels, loc="outside upper center", ncols=min(len(curves), 6))

@@ -1,0 +1,99 @@
+"""``nnUNetv2_ssl_figures``: what it refuses, what it skips, and the whole way from two trainings to all figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from figure_folders import TRAINERS, MadeUp, make_folders, set_environment
+
+from nnunet_ssl.commands.figures import FIGURES, main
+from nnunet_ssl.errors import UserError
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MadeUp:
+    set_environment(monkeypatch, tmp_path)
+    return make_folders(tmp_path)
+
+
+def figures(made: MadeUp, *arguments: str, trainers: tuple[str, ...] = TRAINERS) -> None:
+    main(["-d", "990", "-c", "3d_fullres", "-tr", *trainers, "-o", str(made.out), "-device", "cpu", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-f", "first"), "-f first is not a fold"),
+        (("-np", "0"), "-np 0 must be at least 1"),
+        (("--classes", "spleen"), "--classes spleen is no class"),
+        (("--names", "A"), "--names gives 1 name"),
+        (("-p", "nnUNetPlans_other"), "there is no such trained model"),
+    ],
+)
+def test_wrong_arguments(made: MadeUp, arguments: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        figures(made, *arguments)
+    assert not made.out.exists()
+
+
+def test_what_cannot_be_made_is_skipped_and_a_failure_loses_no_other(
+    made: MadeUp, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One run without SHTA, whose checkpoint is empty: no pair, no tokens, no log; cases and boxes need none."""
+    with pytest.raises(UserError, match=r"^nnunet_ssl: 1 figure.s. could not be drawn.\n  curves: .*holds no log"):
+        figures(made, trainers=TRAINERS[:1])
+    written = {file.stem.split("_")[0] for file in made.out.glob("*.pdf")}
+    assert written == {"cases", "boxes"}
+    printed = capsys.readouterr().out
+    assert [line.split(":")[0] for line in printed.splitlines() if line.startswith("Skipped")] == [
+        "Skipped entropy",
+        "Skipped tokens",
+        "Skipped assignment",
+    ]
+
+
+def test_what_was_asked_for_is_refused_after_the_others_are_drawn(made: MadeUp) -> None:
+    with pytest.raises(UserError, match="tokens: none of the trainers has SHTA"):
+        figures(made, "--which", "tokens", "boxes", "--names", "Mine", trainers=TRAINERS[:1])
+    assert sorted(file.name for file in made.out.iterdir()) == ["boxes.md", "boxes.pdf", "boxes.png"]
+    assert "- Mine: `" in (made.out / "boxes.md").read_text()
+
+
+def test_only_the_chosen_classes_are_drawn(made: MadeUp) -> None:
+    figures(made, "--which", "cases", "--classes", "core")
+    assert [file.stem for file in made.out.glob("*.png")] == ["cases_2_core"]
+
+
+@pytest.mark.slow
+def test_from_two_trainings_to_all_figures(
+    tiny: Callable, own_results: Path, run_nnunet: Callable, tmp_path: Path
+) -> None:
+    dataset = tiny("3d")
+    trainers = ["nnUNetTrainerLabeledOnly_1epochs", "nnUNetTrainerSHTA_CPS_1epochs"]
+    for trainer in trainers:
+        run_nnunet(
+            "nnUNetv2_train", dataset.id, dataset.configuration, 0, "-tr", trainer, "-p", dataset.plans_name,
+            "-device", "cpu", settings={"num_iterations_per_epoch": 10},
+        )  # fmt: skip
+    out = tmp_path / "figures"
+    command = [
+        "nnUNetv2_ssl_figures", "-d", dataset.id, "-c", dataset.configuration, "-p", dataset.plans_name, "-o", out,
+        "-tr", *trainers, "-device", "cpu", "-np", 1,
+    ]  # fmt: skip
+    printed = run_nnunet(*command)
+    assert printed.stdout.count("Wrote ") + printed.stdout.count("Skipped ") == len(FIGURES)
+    for name in ("cases_1_shell", "cases_2_core", "curves", "boxes"):
+        for kind in ("png", "pdf", "md"):
+            assert (out / f"{name}.{kind}").stat().st_size > 200
+    for figure in ("tokens", "assignment"):
+        assert f"Wrote {figure}" in printed.stdout, "a run with SHTA has them"
+        assert list(out.glob(f"{figure}*.pdf"))
+    assert "Predicting, SHTA_CPS: 100%" in printed.stderr
+
+    # the second time nothing is predicted, and the pictures are the same
+    before = {file.name: file.read_bytes() for file in out.glob("*.png")}
+    printed = run_nnunet(*command)
+    assert "Predicting" not in printed.stderr
+    assert {file.name: file.read_bytes() for file in out.glob("*.png")} == before

@@ -1,0 +1,161 @@
+"""Figure 1 shows what is in the files, where it is, with the numbers of the caption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from figure_folders import SPACING, TRAINERS, MadeUp, everything, make_folders, set_environment
+from matplotlib.colors import to_rgb
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.figures import cases as module
+from nnunet_ssl.figures.cases import cases_figure, draw_cases, file_name, in_grey, read_plane, upright, window_around
+from nnunet_ssl.figures.page import class_colors
+from nnunet_ssl.figures.slices import choose_slices, measure_all_slices
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MadeUp:
+    set_environment(monkeypatch, tmp_path)
+    return make_folders(tmp_path)
+
+
+def test_what_is_drawn_is_what_the_files_hold(made: MadeUp) -> None:
+    runs, cases, options = everything(made)
+    slices = choose_slices(measure_all_slices(runs, cases, made.out, options), 1)
+    planes = [read_plane(s, runs, cases, made.out, options) for s in slices]
+    figure = cases_figure(slices, planes, [run.name for run in runs], 2, options)
+    grid = np.array(figure.axes).reshape(3, 3)
+    assert [axes.get_title() for axes in grid[0]] == ["Image, truth", "LabeledOnly", "SHTA_CPS"]
+    color = to_rgb(class_colors(2)[1])
+    for row, chosen in zip(grid, slices, strict=True):
+        assert row[0].get_ylabel() == chosen.rank
+        assert len(row[0].images) == 1
+        for axes, trainer, dice in zip(row[1:], TRAINERS, chosen.dice, strict=True):
+            truth = made.truth(chosen.case.name)[chosen.index] == 2
+            guess = made.prediction(trainer, chosen.case.name)[chosen.index] == 2
+            overlay = axes.images[1].get_array()
+            drawn = (overlay[..., 3] > 0.5) & np.isclose(overlay[..., :3], color).all(-1)
+            assert np.array_equal(drawn, guess)
+            wanted = 200 * (truth & guess).sum() / (truth.sum() + guess.sum())
+            assert 100 * dice == pytest.approx(wanted)
+            assert axes.texts[0].get_text() == f"{wanted:.1f}"
+            # the outline encloses the truth and nothing else: its area is that of the voxels, in mm
+            (lines,) = axes.collections
+            assert enclosed(lines.get_paths()) == pytest.approx(truth.sum() * SPACING[1] * SPACING[2], rel=0.02)
+
+
+def enclosed(paths: list) -> float:
+    """Area within closed contours by the shoelace formula; holes run the other way round."""
+    area = 0.0
+    for path in paths:
+        for polygon in path.to_polygons(closed_only=True):
+            x, y = polygon.T
+            area += np.sum(x[:-1] * y[1:] - x[1:] * y[:-1]) / 2
+    return abs(area)
+
+
+def test_files_and_caption(made: MadeUp) -> None:
+    runs, cases, options = everything(made, ["core"])
+    draw_cases(runs, cases, made.out, options)
+    assert sorted(f.name for f in made.out.iterdir()) == [f"cases_2_core.{kind}" for kind in ("md", "pdf", "png")]
+    caption = (made.out / "cases_2_core.md").read_text()
+    for run in runs:
+        assert f"`{run.fold_folder / 'validation'}`" in caption
+        assert f"`{run.checkpoint_file}`" in caption
+    assert f"3 validation cases, truth from `{made.raw / 'labelsTr'}`" in caption
+    for s in choose_slices(measure_all_slices(runs, cases, made.out, options), 0):
+        assert f"| {s.rank} | {s.case.name} | {s.index} | {100 * s.dice[0]:.1f} | {100 * s.dice[1]:.1f} |" in caption
+
+
+def test_a_class_that_no_case_has(made: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, cases, options = everything(made)
+    monkeypatch.setitem(options.labels, "spleen", 9)
+    options.classes.append(9)
+    draw_cases(runs, cases, made.out, options)
+    assert not list(made.out.glob("cases_9*"))
+    options.classes[:] = [9]
+    with pytest.raises(UserError, match=r"3 validation cases.* has any of the classes spleen"):
+        draw_cases(runs, cases, made.out, options)
+
+
+def test_names_of_files() -> None:
+    assert file_name(3, "left kidney/L") == "cases_3_left_kidney_L"
+    assert file_name((1, 2), "whole") == "cases_1-2_whole"
+
+
+# ------------------------------------------------------------------------------------------------------ which way up
+
+LPS = np.eye(3)
+RAS = np.diag([-1.0, -1.0, 1.0])
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("direction", [LPS, RAS, np.diag([1.0, -1.0, -1.0]), LPS[:, [1, 2, 0]]])
+def test_front_or_head_is_up_and_the_patients_left_on_the_right(axis: int, direction: np.ndarray) -> None:
+    """The volume holds the place of each voxel in the patient; the turned slice must show it grow the right way."""
+    index = np.stack(np.meshgrid(*[np.arange(4.0)] * 3, indexing="ij"))[::-1]  # x, y, z of arrays [z, y, x]
+    place = np.einsum("ij,j...->i...", direction, index)  # to the left, back, head
+    flips = upright({"sitk_stuff": {"direction": tuple(direction.flat)}}, axis)
+    shown = np.take(place, 1, axis + 1)[:, flips[0], flips[1]]
+    for steps in (shown[:, 1, 0] - shown[:, 0, 0], shown[:, 0, 1] - shown[:, 0, 0]):
+        space = int(np.abs(steps).argmax())
+        assert np.sign(steps[space]) == (-1 if space == 2 else 1)
+
+
+def test_nibabels_axes_point_the_other_way() -> None:
+    same = {"nibabel_stuff": {"original_affine": np.diag([-2.0, -2.0, 3.0, 1.0])}}
+    for axis in range(3):
+        assert upright(same, axis) == upright({"sitk_stuff": {"direction": tuple(LPS.flat)}}, axis)
+
+
+def test_pictures_without_a_patient_are_left_as_they_are() -> None:
+    assert upright({"spacing": (999, 1, 1)}, 0) == (slice(None), slice(None))
+    assert upright({"sitk_stuff": {"direction": (1, 0, 0, 1)}}, 0) == (slice(None), slice(None))
+
+
+# ---------------------------------------------------------------------------------------------------- window, greys
+
+
+@pytest.mark.parametrize(
+    ("where", "size", "window"),
+    [
+        ((slice(40, 60), slice(45, 55)), (1.0, 1.0), (30, 70, 70, 30)),  # twice the longer side
+        ((slice(49, 51), slice(49, 51)), (1.0, 1.0), (35, 65, 65, 35)),  # at least 30 % of the image
+        ((slice(0, 20), slice(90, 100)), (1.0, 1.0), (60, 100, 40, 0)),  # moved into the image
+        ((slice(10, 90), slice(10, 90)), (1.0, 1.0), (0, 100, 100, 0)),  # no larger than the image
+        ((slice(40, 60), slice(45, 55)), (3.0, 1.0), (-10, 110, 210, 90)),  # mm, not voxels; the image is narrower
+    ],
+)
+def test_window(where: tuple, size: tuple, window: tuple) -> None:
+    mask = np.zeros((100, 100), bool)
+    mask[where] = True
+    assert window_around(mask, size) == pytest.approx(window)
+
+
+def test_ct_is_shown_in_the_plans_window(made: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, _, options = everything(made)
+    image = np.linspace(0, 1000, 1001).reshape(1, 7, 143)
+    grey = in_grey(image, runs[0], options)
+    assert (grey.min(), grey.max()) == (0, 1)
+    assert grey.flat[5] == 0
+    assert grey.flat[500] == pytest.approx(0.5)
+
+    class Plans:
+        def __init__(self, file: str) -> None:
+            assert file == str(runs[0].folder / "plans.json")
+
+        foreground_intensity_properties_per_channel = {"0": {"percentile_00_5": 100.0, "percentile_99_5": 300.0}}
+
+    monkeypatch.setattr(module, "PlansManager", Plans)
+    monkeypatch.setitem(options.dataset_json, "channel_names", {"0": "CT"})
+    assert in_grey(image, runs[0], options).flat[[99, 100, 200, 301]].tolist() == [0, 0, 0.5, 1]
+
+
+def test_colour_images_are_shown_in_colour(made: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, _, options = everything(made)
+    monkeypatch.setitem(options.dataset_json, "channel_names", {"0": "R", "1": "G", "2": "B"})
+    image = np.random.default_rng(0).integers(2, 256, (3, 4, 5))
+    assert np.allclose(in_grey(image, runs[0], options), np.moveaxis(image, 0, 2) / 255)

@@ -1,0 +1,217 @@
+"""Runs, cases, classes, and predictions that are kept as long as they are current."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from figure_folders import TRAINERS, MadeUp, make_folders, set_environment, write
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.figures import runs as module
+from nnunet_ssl.figures.runs import (
+    Case,
+    FigureOptions,
+    TrainedRun,
+    class_mask,
+    find_classes,
+    find_runs,
+    predict,
+    predictions,
+    short_names,
+    test_cases,
+)
+
+
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MadeUp:
+    set_environment(monkeypatch, tmp_path)
+    return make_folders(tmp_path)
+
+
+def find(trainers: tuple[str, ...] = TRAINERS, **options: object) -> list[TrainedRun]:
+    return find_runs(990, trainers, "nnUNetPlans", "3d_fullres", "0", **options)
+
+
+# ------------------------------------------------------------------------------------------------------------ runs
+
+
+def test_runs_are_found_with_short_names(made: MadeUp) -> None:
+    first, second = find()
+    assert (first.name, second.name) == ("LabeledOnly", "SHTA_CPS")
+    assert second.checkpoint_file == made.fold(TRAINERS[1]) / "checkpoint_final.pth"
+    assert [run.name for run in find(names=["A", "B"])] == ["A", "B"]
+
+
+def test_short_names_never_coincide() -> None:
+    assert short_names(["nnUNetTrainer", "nnUNetTrainerCPS_250epochs"]) == ["nnU-Net", "CPS"]
+    both = ["nnUNetTrainerCPS_250epochs", "nnUNetTrainerCPS_50epochs"]
+    assert short_names(both) == both
+
+
+def test_a_missing_model_is_named_with_the_command_that_makes_it(made: MadeUp) -> None:
+    with pytest.raises(UserError, match=r"nnUNetTrainerCPS__.*nnUNetv2_train 990 3d_fullres 0 -tr nnUNetTrainerCPS "):
+        find((TRAINERS[0], "nnUNetTrainerCPS"))
+    with pytest.raises(UserError, match=r"fold_0/checkpoint_best.pth does not exist"):
+        find(checkpoint="checkpoint_best.pth")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"names": ["A"]}, "1 name.s. for 2 trainer"),
+        ({"names": ["A", "A"]}, "--names gives A twice"),
+        ({"trainers": TRAINERS[:1] * 2, "names": ["A", "B"]}, f"-tr gives {TRAINERS[0]} twice"),
+    ],
+)
+def test_names_that_cannot_be_told_apart(made: MadeUp, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        find(**options)
+
+
+# ----------------------------------------------------------------------------------------------------------- cases
+
+
+def test_validation_cases_where_there_is_no_test_set(made: MadeUp) -> None:
+    cases = test_cases(990, "0")
+    assert [case.name for case in cases] == ["a", "b", "c"]
+    assert all(case.validation and case.label.is_file() and case.images[0].is_file() for case in cases)
+    with pytest.raises(UserError, match=r"splits_final.json does not name validation cases of fold 3"):
+        test_cases(990, "3")
+    assert len(test_cases(990, "all")) == 3
+
+
+def test_test_cases_with_a_truth_come_first(made: MadeUp, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("t1", "t2"):
+        write(np.zeros((3, 4, 5), np.float32), made.raw / f"imagesTs/{name}_0000.nii.gz")
+    assert test_cases(990, "0")[0].validation, "no labelsTs"
+    write(np.zeros((3, 4, 5), np.uint8), made.raw / "labelsTs/t2.nii.gz")
+    (case,) = test_cases(990, "0")
+    assert (case.name, case.validation) == ("t2", False)
+    assert capsys.readouterr().out.rstrip().endswith(": t1")
+
+
+def test_a_validation_case_without_image(made: MadeUp) -> None:
+    (made.raw / "imagesTr/b_0000.nii.gz").unlink()
+    with pytest.raises(UserError, match="validation case b"):
+        test_cases(990, "0")
+
+
+# --------------------------------------------------------------------------------------------------------- classes
+
+REGIONS = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
+
+
+def test_classes_by_label_and_name_in_the_datasets_order() -> None:
+    content = {"labels": {"background": 0, "liver": 1, "spleen": 2, "aorta": 5}}
+    assert find_classes(content) == ({"liver": 1, "spleen": 2, "aorta": 5}, [1, 2, 5])
+    assert find_classes(content, ["aorta", "1"])[1] == [1, 5]
+    with pytest.raises(UserError, match=r"--classes 3 .*1 \(liver\), 2 \(spleen\), 5 \(aorta\)"):
+        find_classes(content, ["3"])
+
+
+def test_regions_are_classes_too() -> None:
+    labels, classes = find_classes({"labels": REGIONS}, ["whole"])
+    assert (labels, classes) == ({"whole": (1, 2), "core": 2}, [(1, 2)])
+    array = np.array([0, 1, 2, 3])
+    assert class_mask(array, (1, 2)).tolist() == [False, True, True, False]
+    assert class_mask(array, 2).tolist() == [False, False, True, False]
+
+
+# ----------------------------------------------------------------------------------------------------- predictions
+
+
+def options_of(case_dataset: dict, **changes: object) -> FigureOptions:
+    labels, classes = find_classes(case_dataset)
+    return FigureOptions(case_dataset, labels, classes, **changes)
+
+
+def test_nnunets_own_validation_is_used_when_it_is_complete(made: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(module, "predict", lambda *arguments: asked.append(arguments))
+    run, cases = find()[0], test_cases(990, "0")
+    options = options_of(json.loads((made.raw / "dataset.json").read_text()))
+    assert predictions(run, cases, made.out, options) == made.fold(run.trainer) / "validation"
+    assert not asked
+    (made.fold(run.trainer) / "validation/b.nii.gz").unlink()
+    assert predictions(run, cases, made.out, options) == made.out / "predictions" / run.trainer
+    assert len(asked) == 1
+
+
+@pytest.fixture
+def model(tiny: object, make_trainer: object) -> tuple[TrainedRun, list[Case], object]:
+    """An untrained model of nnU-Net's, its test cases, and a function that writes other weights."""
+    dataset = tiny("3d")
+    trainer = make_trainer("nnUNetTrainer", dataset)
+    folder = Path(trainer.output_folder_base)
+    (folder / "plans.json").write_text(json.dumps(dataset.plans))
+    (folder / "dataset.json").write_text(json.dumps(dataset.dataset_json))
+
+    def save() -> None:
+        trainer.save_checkpoint(str(folder / "fold_0/checkpoint_final.pth"))
+
+    save()
+    run = find_runs(dataset.id, ["nnUNetTrainer"], dataset.plans_name, dataset.configuration, "0")[0]
+    return run, test_cases(dataset.id, "0"), save
+
+
+def states(folder: Path) -> dict[str, int]:
+    return {file.name: file.stat().st_mtime_ns for file in folder.iterdir() if file.name != module.RECORD}
+
+
+def test_predictions_are_nnunets_and_are_kept_while_they_are_current(model: tuple, tmp_path: Path) -> None:
+    run, cases, save = model
+    folder = tmp_path / "predicted"
+    predict(run, cases, folder, False, "cpu", False)
+    assert sorted(states(folder)) == sorted(f"{case.name}.nii.gz" for case in cases)
+
+    predictor = module._predictor(run, "cpu", False)
+    array, properties = run.reader.read_images(list(map(str, cases[0].images)))
+    wanted = predictor.predict_single_npy_array(array, properties)
+    assert np.array_equal(run.reader.read_seg(str(folder / f"{cases[0].name}.nii.gz"))[0][0], wanted)
+
+    before = states(folder)
+    predict(run, cases, folder, False, "cpu", False)
+    assert states(folder) == before
+
+    (folder / f"{cases[1].name}.nii.gz").unlink()  # only what is missing is made
+    predict(run, cases, folder, False, "cpu", False)
+    after = states(folder)
+    assert after[f"{cases[0].name}.nii.gz"] == before[f"{cases[0].name}.nii.gz"]
+    assert sorted(after) == sorted(before)
+
+    save()  # another checkpoint
+    predict(run, cases, folder, False, "cpu", False)
+    assert all(states(folder)[name] > after[name] for name in after)
+
+    before = states(folder)
+    predict(run, cases, folder, False, "cpu", True)  # other settings
+    assert all(states(folder)[name] > before[name] for name in before)
+
+    before = states(folder)
+    image = cases[0].images[0]
+    status = image.stat()
+    try:
+        os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))  # another image
+        predict(run, cases, folder, False, "cpu", True)
+    finally:
+        os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    changed = [name for name in before if states(folder)[name] != before[name]]
+    assert changed == [f"{cases[0].name}.nii.gz"]
+
+
+def test_probabilities_are_added_where_they_are_missing(model: tuple, tmp_path: Path) -> None:
+    run, cases, _ = model
+    folder = tmp_path / "predicted"
+    predict(run, cases[:1], folder, False, "cpu", False)
+    labels = run.reader.read_seg(str(folder / f"{cases[0].name}.nii.gz"))[0][0]
+    (folder / "unfinished").mkdir()  # a killed run's
+    (folder / "unfinished/x.npz").touch()
+    predict(run, cases[:1], folder, True, "cpu", False)
+    probabilities = np.load(folder / f"{cases[0].name}.npz")["probabilities"]
+    assert np.array_equal(probabilities.argmax(0), labels)
+    assert np.allclose(probabilities.sum(0), 1, atol=1e-3)
+    assert not (folder / "unfinished").exists()
