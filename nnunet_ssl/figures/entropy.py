@@ -1,0 +1,341 @@
+"""Figure 2: where a baseline and SHTA are sure, and where they are not, in the windows in which they differ most.
+
+As Fig. 5 of the SHTA paper, a row a class. Case, slice and window are chosen by a rule that favours neither run.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+from scipy.ndimage import uniform_filter
+from scipy.special import entr
+from tqdm import tqdm
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.summary import table
+from nnunet_ssl.figures.cases import in_grey, upright
+from nnunet_ssl.figures.page import class_colors, column_width, new_figure, paper_style, save_figure
+from nnunet_ssl.figures.runs import (
+    Case,
+    FigureOptions,
+    NotApplicable,
+    TrainedRun,
+    cases_in_words,
+    predict,
+    prediction_folder,
+    predictions,
+)
+from nnunet_ssl.figures.shta_tokens import baseline_and_shta
+from nnunet_ssl.figures.slices import read_label_map, slice_axis
+
+MAX_ROWS = 4
+WINDOW = 0.25  # side of the window, of the slice's longer side
+MIN_WINDOW = 24  # voxels
+RULE = (
+    f"A row a class: of the chosen ones the {MAX_ROWS} on which the two runs disagree most, in voxels that only one of "
+    "them gives to the class, for each voxel of the class in the truth of all cases. Case: the one with most such "
+    "voxels. In it slice and window: where the sum of the absolute difference of the two entropies is largest, over "
+    "voxels that the truth or either run gives to the class. Slices lie across the axis with the largest spacing; the "
+    f"window's side is {WINDOW:.0%} of the slice's longer side and at least {MIN_WINDOW} voxels. Neither run is "
+    "favoured: differences count whoever is right."
+)
+
+
+@dataclass(frozen=True)
+class Zoom:
+    """A window of one slice of one case.
+
+    Attributes:
+        case: where it is from.
+        axis, index: of the slice.
+        start, side: first row and column, and their number, in the slice as it lies in the array.
+    """
+
+    case: Case
+    axis: int
+    index: int
+    start: tuple[int, int]
+    side: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a row of the figure shows: a slice, and a window of it; rows downwards, columns to the right.
+
+    Attributes:
+        label: the class.
+        zoom: where.
+        image: float ``[rows, columns]`` or ``[rows, columns, 3]``, the whole slice.
+        truth, predictions, entropies: ``[rows, columns]``, of the whole slice; the last two of each run.
+        corner: first row and column of the window.
+        side: rows and columns of the window.
+        size: mm (or what the spacing is in) of a row and of a column.
+    """
+
+    label: int
+    zoom: Zoom
+    image: np.ndarray
+    truth: np.ndarray
+    predictions: tuple[np.ndarray, np.ndarray]
+    entropies: tuple[np.ndarray, np.ndarray]
+    corner: tuple[int, int]
+    side: tuple[int, int]
+    size: tuple[float, float]
+
+
+def draw_entropy(runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path, options: FigureOptions) -> None:
+    """Write ``entropy``.
+
+    Raises:
+        NotApplicable: fewer than two runs, labels in regions, or the two runs predict the same everywhere.
+        UserError: a file cannot be read.
+    """
+    if len(runs) < 2:
+        raise NotApplicable("entropy compares two runs. Add a second one with -tr.")
+    if any(isinstance(label, tuple) for label in options.labels.values()):
+        raise NotApplicable("entropy needs classes that exclude each other, and these labels are regions.")
+    first, second = baseline_and_shta(runs)
+    pair = (first, second) if first is not None and second is not None else tuple(runs[:2])
+    chosen = choose_cases(pair, cases, out, options)
+    if not chosen:
+        raise NotApplicable(f"{pair[0].name} and {pair[1].name} predict the same classes everywhere.")
+    wanted = list({case.name: case for case in chosen.values()}.values())
+    for run in pair:
+        folder = prediction_folder(run, out)
+        predict(run, wanted, folder, True, options.device, options.tta, options.num_processes)
+    rows = [read_row(label, case, pair, out, options) for label, case in chosen.items()]
+    with paper_style():
+        figure = entropy_figure(rows, [run.name for run in pair], options)
+        save_figure(figure, out, "entropy", _caption(rows, pair, cases, out, options))
+
+
+# ---------------------------------------------------------------------------------------------------------- choice
+
+
+def choose_cases(
+    pair: Sequence[TrainedRun], cases: Sequence[Case], out: Path, options: FigureOptions
+) -> dict[int, Case]:
+    """The classes on which two runs disagree most, each with the case in which they do; by ``RULE``.
+
+    Returns:
+        label -> case, in the dataset's order; only classes on which they disagree at all.
+    """
+    folders = [predictions(run, cases, out, options) for run in pair]
+    reader = pair[0].reader
+    labels = list(options.names)
+    differing = np.zeros((len(cases), len(labels)), int)
+    size = np.zeros(len(labels), int)
+    ordered = sorted(cases, key=lambda case: case.name)
+    for i, case in enumerate(tqdm(ordered, "Comparing predictions")):
+        truth, _ = read_label_map(case.label, reader)
+        one, other = (read_label_map(f / f"{case.name}{options.file_ending}", reader)[0] for f in folders)
+        counted = _counted(truth, options)
+        for j, label in enumerate(labels):
+            differing[i, j] = ((one == label) != (other == label))[counted].sum()
+            size[j] += (truth == label).sum()
+    share = differing.sum(0) / np.maximum(size, 1)
+    most = [int(j) for j in np.argsort(-share, kind="stable")[:MAX_ROWS] if share[j] > 0]
+    return {labels[j]: ordered[int(differing[:, j].argmax())] for j in sorted(most)}
+
+
+def _counted(truth: np.ndarray, options: FigureOptions) -> np.ndarray:
+    """Voxels that are not marked to be ignored."""
+    return np.ones(truth.shape, bool) if options.ignore_label is None else truth != options.ignore_label
+
+
+def normalized_entropy(probabilities: np.ndarray) -> np.ndarray:
+    """Entropy of the classes' probabilities ``[K, *spatial]``, from 0 (sure) to 1 (all classes alike)."""
+    entropy = np.zeros(probabilities.shape[1:], np.float32)
+    for channel in probabilities:  # one at a time: all together take as much memory again
+        entropy += entr(channel.astype(np.float32))
+    return entropy / np.log(len(probabilities))
+
+
+def window_side(shape: Sequence[int], spacing: Sequence[float]) -> tuple[int, int]:
+    """Rows and columns of a window that is square in mm, by ``WINDOW`` and ``MIN_WINDOW``, and fits the slice."""
+    side = max(WINDOW * max(n * s for n, s in zip(shape, spacing, strict=True)), MIN_WINDOW * min(spacing))
+    rows, columns = (min(n, max(1, round(side / s))) for n, s in zip(shape, spacing, strict=True))
+    return rows, columns
+
+
+def best_window(values: np.ndarray, side: tuple[int, int]) -> tuple[int, tuple[int, int]]:
+    """The window with the largest sum.
+
+    Args:
+        values: ``[slices, rows, columns]``, nowhere negative.
+        side: rows and columns of the window, at most those of a slice.
+
+    Returns:
+        The slice, and the window's first row and column. Of equal sums the first.
+    """
+    # a window beyond the edge holds zeros there; moved inside, it holds the same and more
+    sums = uniform_filter(values.astype(np.float64), (1, *side), mode="constant")
+    index, *center = (int(i) for i in np.unravel_index(sums.argmax(), sums.shape))
+    row, column = (min(max(c - n // 2, 0), size - n) for c, n, size in zip(center, side, values.shape[1:], strict=True))
+    return index, (row, column)
+
+
+# --------------------------------------------------------------------------------------------------------- reading
+
+
+def read_row(label: int, case: Case, pair: Sequence[TrainedRun], out: Path, options: FigureOptions) -> Row:
+    """Find slice and window in a case, and read what they hold, turned as radiologists look at it."""
+    reader = pair[0].reader
+    truth, properties = read_label_map(case.label, reader)
+    maps, entropies = [], []
+    for run in pair:
+        file = prediction_folder(run, out) / f"{case.name}.npz"
+        try:
+            with np.load(file) as stored:
+                entropies.append(normalized_entropy(stored["probabilities"]))
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise UserError(f"{file} cannot be read ({error}). Remove it, and it is predicted again.") from error
+        maps.append(read_label_map(file.with_name(f"{case.name}{options.file_ending}"), reader)[0])
+    for run, array in zip(pair, entropies, strict=True):
+        if array.shape != truth.shape:
+            raise UserError(f"{case.label} has the shape {truth.shape}, {run.name}'s prediction {array.shape}.")
+
+    axis = slice_axis(properties["spacing"], truth.shape)
+    size = tuple(float(s) for a, s in enumerate(properties["spacing"]) if a != axis)
+    concerned = ((truth == label) | (maps[0] == label) | (maps[1] == label)) & _counted(truth, options)
+    difference = np.moveaxis(np.abs(entropies[0] - entropies[1]) * concerned, axis, 0)
+    side = window_side(difference.shape[1:], size)
+    index, start = best_window(difference, side)
+
+    turns = upright(properties, axis)
+    shape = difference.shape[1:]
+    corner = tuple(
+        first if turn.step is None else n - first - length
+        for first, length, n, turn in zip(start, side, shape, turns, strict=True)
+    )
+
+    def plane(array: np.ndarray) -> np.ndarray:
+        return np.take(array, index, axis)[turns]
+
+    image = reader.read_images([str(file) for file in case.images])[0]
+    return Row(
+        label,
+        Zoom(case, axis, index, start, side),
+        in_grey(np.stack([plane(channel) for channel in image]), pair[0], options),
+        plane(truth),
+        (plane(maps[0]), plane(maps[1])),
+        (plane(entropies[0]), plane(entropies[1])),
+        corner,
+        side,
+        size,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- drawing
+
+
+def entropy_figure(rows: Sequence[Row], names: Sequence[str], options: FigureOptions) -> Figure:
+    """Rows: classes. Columns: slice, truth, both predictions and both entropies in the window."""
+    titles = ["Slice", "Truth", *names, *(f"Entropy, {name}" for name in names)]
+    width = column_width(2)
+    figure = new_figure(width, (width - 0.7) / len(titles) * len(rows) + 0.7)
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
+    grid = figure.subplots(len(rows), len(titles), squeeze=False)
+    colors = dict(zip(options.labels.values(), class_colors(len(options.labels)), strict=True))
+    highest = max(_window(entropy, row).max() for row in rows for entropy in row.entropies)
+    seen = set()
+    for axes, row in zip(grid, rows, strict=True):
+        _slice_panel(axes[0], row)
+        axes[0].set_ylabel({v: k for k, v in options.labels.items()}[row.label])
+        for panel, label_map in zip(axes[1:4], (row.truth, *row.predictions), strict=True):
+            shown = _window(label_map, row)
+            seen |= set(np.unique(shown)) & set(colors)
+            panel.imshow(_window(row.image, row), cmap="gray", vmin=0, vmax=1, aspect=row.size[0] / row.size[1])
+            panel.imshow(_overlay(shown, colors), aspect=row.size[0] / row.size[1])
+        for panel, entropy in zip(axes[4:], row.entropies, strict=True):
+            drawn = panel.imshow(
+                _window(entropy, row), cmap="magma", vmin=0, vmax=highest, aspect=row.size[0] / row.size[1]
+            )
+        for panel in axes[1:]:
+            _outline(panel, _window(row.truth == row.label, row))
+            panel.set(xticks=[], yticks=[])
+            panel.spines[:].set_visible(False)
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title)
+    figure.colorbar(drawn, ax=grid[:, 4:].ravel().tolist(), label="entropy / log K", fraction=0.05, pad=0.02)
+    handles = [
+        Patch(color=colors[k], alpha=0.6, linewidth=0, label=name) for name, k in options.labels.items() if k in seen
+    ]
+    handles.append(Line2D([], [], color="white", label="truth, the row's class", path_effects=_shadow()))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6))
+    return figure
+
+
+def _window(array: np.ndarray, row: Row) -> np.ndarray:
+    (r, c), (rows, columns) = row.corner, row.side
+    return array[r : r + rows, c : c + columns]
+
+
+def _slice_panel(axes: Axes, row: Row) -> None:
+    axes.imshow(row.image, cmap="gray", vmin=0, vmax=1, aspect=row.size[0] / row.size[1])
+    axes.add_patch(
+        Rectangle(
+            (row.corner[1] - 0.5, row.corner[0] - 0.5), row.side[1], row.side[0], fill=False, edgecolor="white",
+            linewidth=1.0, path_effects=_shadow(),
+        )
+    )  # fmt: skip
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
+def _overlay(label_map: np.ndarray, colors: dict[int, str]) -> np.ndarray:
+    overlay = np.zeros((*label_map.shape, 4))
+    for label, color in colors.items():
+        overlay[label_map == label] = (*to_rgb(color), 0.6)
+    return overlay
+
+
+def _outline(axes: Axes, mask: np.ndarray) -> None:
+    if mask.any() and not mask.all():
+        lines = axes.contour(mask.astype(float), levels=[0.5], colors="white", linewidths=0.8)
+        lines.set_path_effects(_shadow())
+
+
+def _shadow() -> list[patheffects.AbstractPathEffect]:
+    return [patheffects.withStroke(linewidth=1.8, foreground="black")]
+
+
+def _caption(
+    rows: Sequence[Row], pair: Sequence[TrainedRun], cases: Sequence[Case], out: Path, options: FigureOptions
+) -> str:
+    names = {label: name for name, label in options.labels.items()}
+    cells = [["Class", "Case", "Slice (axis)", "Window, first row and column", "rows x columns",
+              *(f"mean entropy, {run.name}" for run in pair)]]  # fmt: skip
+    for row in rows:
+        zoom = row.zoom
+        means = [f"{_window(entropy, row).mean():.4f}" for entropy in row.entropies]
+        cells.append([names[row.label], zoom.case.name, f"{zoom.index} ({zoom.axis})", "{}, {}".format(*zoom.start),
+                      "{} x {}".format(*zoom.side), *means])  # fmt: skip
+    return "\n".join(
+        [
+            f"**Entropy of {pair[0].name} and {pair[1].name} where they differ most.** From the left: the slice with "
+            "the window, then in the window truth, both predictions and the entropy of their probabilities over the "
+            "classes, divided by log K (0 sure, 1 all classes alike; one scale for all). Outline: the truth's class of "
+            "the row.",
+            "",
+            RULE,
+            "",
+            *table(cells),
+            "",
+            f"Chosen from {cases_in_words(cases)}. Probabilities by nnU-Net's predictor, "
+            f"{'with' if options.tta else 'without'} mirroring, in `CASE.npz`; indices count from 0 in the arrays that "
+            "nnU-Net reads:",
+            "",
+            *(f"- {run.name}: `{prediction_folder(run, out)}`, `{run.checkpoint_file}`" for run in pair),
+        ]
+    )

@@ -1,0 +1,270 @@
+"""What SHTA's branch says of labelled images: their tokens, embeddings and assignments, read from trained runs.
+
+The branch is no part of a model that predicts. It lies in the training state beside a checkpoint, and reads the feature
+that the checkpoint's network has before its last layer. Images and labels go through nnU-Net's preprocessing; patches
+lie side by side and do not overlap, so each token is seen once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import Tensor, nn
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.figures.runs import Case, TrainedRun
+from nnunet_ssl.losses.shta import token_class_distribution
+from nnunet_ssl.networks.feature_tap import FeatureTap
+from nnunet_ssl.networks.shta_branch import SHTABranch
+from nnunet_ssl.trainers.base import find_training_state, training_state_file
+from nnunet_ssl.trainers.shta import SHTASettings, build_branch
+
+BRANCH = "shta_first."  # of the network that predicts
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A trained network, and how nnU-Net prepares images for it.
+
+    Attributes:
+        tap: the network, in evaluation mode; gives the last decoder feature as well.
+        plans_manager, configuration_manager, dataset_json: of the model's folder.
+    """
+
+    tap: FeatureTap
+    plans_manager: PlansManager
+    configuration_manager: ConfigurationManager
+    dataset_json: dict
+
+    @property
+    def network(self) -> nn.Module:
+        """The network without its tap."""
+        return self.tap.network
+
+
+@dataclass(frozen=True)
+class Patches:
+    """The patches of one case that hold eligible tokens, P of them with L tokens each.
+
+    Attributes:
+        case: its name.
+        images: ``[P, C, *patch]``.
+        shares: ``[P, L, K]``, the classes' shares of each token (TokDist of Eq. 1).
+        eligible: ``[P, L]``, what Eq. 7 asks of the labels.
+        position: ``[P, L, dim]``, the tokens' centres in voxels of the preprocessed image.
+    """
+
+    case: str
+    images: Tensor
+    shares: Tensor
+    eligible: Tensor
+    position: Tensor
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The N eligible tokens of one case as one network sees them, all on the CPU.
+
+    Attributes:
+        case: its name.
+        feature: ``[N, C]``, T of Eq. 1.
+        shares: ``[N, K]``.
+        classes: ``[N]``, the most frequent foreground class (y_i of Eq. 8).
+        position: ``[N, dim]``, see :class:`Patches`.
+        embedding: ``[N, C_z]``, Z of Eq. 1; None of a network without a branch.
+        assignment: ``[N, K]``, q of Eq. 3; None of a network without a branch.
+    """
+
+    case: str
+    feature: Tensor
+    shares: Tensor
+    classes: Tensor
+    position: Tensor
+    embedding: Tensor | None = None
+    assignment: Tensor | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+
+def has_branch(run: TrainedRun) -> bool:
+    """Whether a run was trained with SHTA, by the settings that it wrote down."""
+    return _settings(run).get("shta_weight", 0) != 0
+
+
+def _settings(run: TrainedRun) -> dict[str, Any]:
+    file = run.fold_folder / "ssl_settings.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))["settings"]
+    except FileNotFoundError:  # a trainer of nnU-Net itself
+        return {}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error!r}). Restore it.") from error
+
+
+def baseline_and_shta(runs: Sequence[TrainedRun]) -> tuple[TrainedRun | None, TrainedRun | None]:
+    """The two runs to compare: SHTA on a host, and that host.
+
+    The first run with SHTA whose host is among the runs, else the first without and the first with SHTA; either may be
+    missing.
+    """
+    with_shta = [run for run in runs if has_branch(run)]
+    without = [run for run in runs if run not in with_shta]
+    for run in with_shta:
+        for host in without:
+            if host.trainer == run.trainer.replace("SHTA_", ""):
+                return host, run
+    return next(iter(without), None), next(iter(with_shta), None)
+
+
+def load_model(run: TrainedRun, device: str) -> TrainedModel:
+    """The network of a run, as nnU-Net's predictor builds it.
+
+    Raises:
+        UserError: the network has no decoder whose last feature could be read.
+    """
+    with contextlib.redirect_stdout(io.StringIO()):
+        predictor = nnUNetPredictor(device=torch.device(device), allow_tqdm=False)
+        predictor.initialize_from_trained_model_folder(str(run.folder), (run.fold,), run.checkpoint)
+    network = getattr(predictor.network, "_orig_mod", predictor.network)  # without torch.compile
+    try:
+        tap = FeatureTap(network.to(device).eval())
+    except TypeError as error:
+        raise UserError(f"{run.checkpoint_file}: {error}. Leave {run.trainer} out.") from error
+    return TrainedModel(tap, predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json)
+
+
+def load_branch(run: TrainedRun, model: TrainedModel) -> SHTABranch:
+    """The branch that was trained with a checkpoint, in evaluation mode, where the model is.
+
+    Args:
+        run: with SHTA.
+        model: of the same run.
+
+    Raises:
+        UserError: the training state is missing, or of another checkpoint, or holds no branch.
+    """
+    file = training_state_file(str(run.checkpoint_file))
+    _, state = find_training_state(file, model.network, "cpu")
+    weights = {} if state is None else state["modules"]
+    weights = {name.removeprefix(BRANCH): w for name, w in weights.items() if name.startswith(BRANCH)}
+    if not weights:
+        raise UserError(
+            f"{file} does not hold the SHTA branch that was trained with {run.checkpoint}: it is missing, damaged or "
+            "of another checkpoint. Restore it, or name another checkpoint with -chk."
+        )
+    stored = state.get("settings", _settings(run))  # early versions of this package did not write them there
+    ours = {field.name for field in dataclasses.fields(SHTASettings)}
+    settings = SHTASettings(**{name: value for name, value in stored.items() if name in ours})
+    branch = build_branch(
+        settings,
+        getattr(model.network, "decoder", model.network).seg_layers[-1].in_channels,
+        model.configuration_manager,
+        model.plans_manager.get_label_manager(model.dataset_json),
+        model.configuration_manager.batch_size,
+    )
+    branch.load_state_dict(weights)
+    return branch.to(next(model.network.parameters()).device).eval()
+
+
+# ----------------------------------------------------------------------------------------------------------- tokens
+
+
+def cut_patches(model: TrainedModel, branch: SHTABranch, case: Case) -> Patches:
+    """Prepare a case, and cut out the patches with tokens that the branch could select.
+
+    What pads the image to whole patches counts as unlabelled: a token that is mostly padding is none.
+
+    Args:
+        model: how images are prepared.
+        branch: says what a token is, and which are eligible.
+        case: image and truth.
+    """
+    configuration = model.configuration_manager
+    image, labels, _ = configuration.preprocessor_class(verbose=False).run_case(
+        [str(file) for file in case.images],
+        str(case.label),
+        model.plans_manager,
+        configuration,
+        model.dataset_json,
+    )
+    outside = branch.num_classes if branch.ignore_label is None else branch.ignore_label
+    images, origins = side_by_side(torch.as_tensor(image), configuration.patch_size, 0)
+    labels, _ = side_by_side(torch.as_tensor(labels), configuration.patch_size, outside)
+    # a few patches at a time: counting takes several times the memory of the labels
+    counts = [
+        token_class_distribution(few[:, 0], branch.stride, branch.num_classes, outside, branch.min_valid_fraction)[0]
+        for few in labels.split(configuration.batch_size)
+    ]
+    shares = torch.cat(counts)
+    eligible = branch.loss.eligible(shares.flatten(0, 1))[0].reshape(shares.shape[:2])
+    # a slice of a volume, in a 2D configuration, is one voxel thick
+    stride = (1,) * (origins.shape[1] - len(branch.stride)) + branch.stride
+    patch = (1,) * (origins.shape[1] - len(branch.stride)) + tuple(configuration.patch_size)
+    centers = torch.cartesian_prod(*[torch.arange(0, n, s) + (s - 1) / 2 for n, s in zip(patch, stride, strict=True)])
+    keep = eligible.any(1)
+    position = origins[keep, None] + centers
+    return Patches(case.name, images[keep], shares[keep], eligible[keep], position)
+
+
+def side_by_side(volume: Tensor, patch_size: Sequence[int], fill: float) -> tuple[Tensor, Tensor]:
+    """Pad a volume to whole patches, as nnU-Net pads, and cut it into them.
+
+    Args:
+        volume: ``[C, *spatial]``; with one axis more than ``patch_size`` the first spatial axis counts slices.
+        patch_size: voxels along each axis.
+        fill: value of the padding.
+
+    Returns:
+        ``[P, C, *patch]``, and ``[P, dim]`` int64, where in the volume each patch starts (below 0 in the padding).
+    """
+    padded, inside = pad_nd_image(volume, patch_size, "constant", {"value": fill}, True, tuple(patch_size))
+    spatial = padded.ndim - 1
+    patch = (1,) * (spatial - len(patch_size)) + tuple(patch_size)
+    grid = [n // p for n, p in zip(padded.shape[1:], patch, strict=True)]
+    # [C, g1, p1, g2, p2, ...] -> [g1, g2, ..., C, p1, p2, ...]
+    cut = padded.reshape(padded.shape[0], *(size for pair in zip(grid, patch, strict=True) for size in pair))
+    cut = cut.permute(*range(1, 2 * spatial, 2), 0, *range(2, 2 * spatial + 1, 2))
+    starts = [torch.arange(0, g * p, p) - place.start for g, p, place in zip(grid, patch, inside[1:], strict=True)]
+    return cut.reshape(-1, padded.shape[0], *patch_size), torch.cartesian_prod(*starts)
+
+
+@torch.inference_mode()
+def read_tokens(model: TrainedModel, branch: SHTABranch, patches: Patches, embed: bool) -> Tokens:
+    """Run a network over patches and keep what it says of the eligible tokens.
+
+    Args:
+        model: any network of the same configuration.
+        branch: says what a token is.
+        patches: of one case, at least one.
+        embed: whether the branch was trained with this very network.
+    """
+    device = next(model.network.parameters()).device
+    batch_size = model.configuration_manager.batch_size
+    features = []
+    for images, eligible in zip(patches.images.split(batch_size), patches.eligible.split(batch_size), strict=True):
+        with torch.autocast(device.type, enabled=device.type == "cuda"):  # as nnU-Net predicts
+            _, feature = model.tap(images.to(device))
+        features.append(branch.tokens(feature)[eligible.to(device)])
+    shares = patches.shares[patches.eligible]
+    feature = torch.cat(features)
+    embedding = branch.embed(feature) if embed else None
+    return Tokens(
+        patches.case,
+        feature.cpu(),
+        shares,
+        branch.loss.eligible(shares)[1],
+        patches.position[patches.eligible],
+        embedding.cpu() if embed else None,
+        branch.loss.log_assignment(embedding).exp().cpu() if embed else None,
+    )
