@@ -56,6 +56,7 @@ FIRST_ID = 640  # one dataset an order, and 649 with all labels
 ALL_LABELS_ID = 649
 CLASSES = {"1": "anterior", "2": "posterior"}
 DISTANCES = ("HD95", "ASD")
+DEAREST = "nnUNetTrainerSHTA_CPS"  # of the equal time; GA-CPS takes the same, MagicNet a fifth more
 WRITER = "scripts/hippocampus_evidence.py report"
 
 
@@ -68,7 +69,7 @@ class Row:
         title: in the table.
         trainer: nnU-Net trainer class.
         all_labels: whether all 160 training cases keep their labels.
-        equal_time: whether it gets as many steps as the dearest trainer's time allows.
+        equal_time: whether it gets as many steps as the time of ``DEAREST`` allows.
         settings: of the method, beside those that all runs share.
     """
 
@@ -91,6 +92,12 @@ def host(name: str) -> tuple[Row, Row]:
     return tuple(Row(t.lower(), f"`nnUNetTrainer{t}`", f"nnUNetTrainer{t}") for t in (name, f"SHTA_{name}"))
 
 
+def as_long(name: str, key: str | None = None) -> Row:
+    """A trainer for as long as ``DEAREST`` takes."""
+    title = f"`nnUNetTrainer{name}`, as long as `{DEAREST}`"
+    return Row(key or f"{name.lower()}_equal_time", title, f"nnUNetTrainer{name}", equal_time=True)
+
+
 def part_of_shta(part: str, *others: str) -> Row:
     """Table III of the SHTA paper: one part alone, on GA-CPS."""
     off = {f"shta_{other}_weight": 0 for other in others}
@@ -99,6 +106,7 @@ def part_of_shta(part: str, *others: str) -> Row:
 
 ROWS = (
     Row("labeled_only", "`nnUNetTrainerLabeledOnly`, 5 labels", "nnUNetTrainerLabeledOnly"),
+    Row("shta_labeledonly", "`nnUNetTrainerSHTA_LabeledOnly`, 5 labels", "nnUNetTrainerSHTA_LabeledOnly"),
     Row("cps", "`nnUNetTrainerCPS`, 5 labels + 155 without", "nnUNetTrainerCPS"),
     Row("shta_cps", "`nnUNetTrainerSHTA_CPS`, 5 labels + 155 without", "nnUNetTrainerSHTA_CPS"),
     Row("sasnet", "`nnUNetTrainerSASNet`, 5 labels + 155 without", "nnUNetTrainerSASNet"),
@@ -107,24 +115,30 @@ ROWS = (
     without("low-level branch", sasnet_low_level_start=0),
     without("view variance", sasnet_views="off"),
     Row("all_labels", "`nnUNetTrainerLabeledOnly`, all 160 labels", "nnUNetTrainerLabeledOnly", all_labels=True),
-    Row("labeled_only_equal_time", "`nnUNetTrainerLabeledOnly`, 5 labels, as long as the dearest above",
-        "nnUNetTrainerLabeledOnly", equal_time=True),
+    as_long("LabeledOnly", "labeled_only_equal_time"),
+    as_long("SHTA_LabeledOnly"),
+    as_long("URPC"),
+    as_long("SHTA_URPC"),
     *host("GACPS"),
     part_of_shta("assign", "hard", "center"),
     part_of_shta("hard", "assign", "anchor", "center"),
     part_of_shta("center", "assign", "anchor", "hard"),
     *host("URPC"),
     *host("MagicNet"),
-    Row("shta_labeledonly", "`nnUNetTrainerSHTA_LabeledOnly`", "nnUNetTrainerSHTA_LabeledOnly"),
 )  # fmt: skip
 TABLES = {
     "hippocampus": "labeled_only cps shta_cps sasnet sasnet_without_sar sasnet_without_sdm "
     "sasnet_without_low_level_branch sasnet_without_view_variance all_labels labeled_only_equal_time".split(),
     "hosts": "labeled_only shta_labeledonly cps shta_cps gacps shta_gacps shta_gacps_assign_only "
-    "shta_gacps_hard_only shta_gacps_center_only urpc shta_urpc magicnet shta_magicnet".split(),
+    "shta_gacps_hard_only shta_gacps_center_only urpc shta_urpc magicnet shta_magicnet labeled_only_equal_time "
+    "shta_labeledonly_equal_time urpc_equal_time shta_urpc_equal_time".split(),
 }
-PAIRS = (("labeled_only", "shta_labeledonly"), *((h, f"shta_{h}") for h in ("cps", "gacps", "urpc", "magicnet")))
-DEAREST = "nnUNetTrainerSHTA_CPS"
+PAIRS = (
+    ("labeled_only", "shta_labeledonly"),
+    *((name, f"shta_{name}") for name in ("cps", "gacps", "urpc", "magicnet")),
+    ("labeled_only_equal_time", "shta_labeledonly_equal_time"),
+    ("urpc_equal_time", "shta_urpc_equal_time"),
+)
 
 
 @dataclass(frozen=True)
@@ -258,8 +272,8 @@ def measure(home: Path, device: str) -> None:
     subprocess.run(script + plan + options, env=environment(home, nnUNet_n_proc_DA="0"), check=True)
 
 
-def time_factor(home: Path) -> float:
-    """How many steps of the labelled-only trainer take the time of one step of the dearest one.
+def time_factor(home: Path, trainer: str) -> float:
+    """How many steps of a trainer take the time of one step of ``DEAREST``.
 
     Raises:
         UserError: ``measure`` has not been run.
@@ -268,7 +282,7 @@ def time_factor(home: Path) -> float:
     if not file.is_file():
         raise UserError(f"{file} is missing; run `hippocampus_evidence.py measure` first, or leave the row out.")
     seconds = seconds_a_step(json.loads(file.read_text()))
-    return seconds[DEAREST] / seconds["nnUNetTrainerLabeledOnly"]
+    return seconds[DEAREST] / seconds[trainer]
 
 
 def seconds_a_step(benchmark: dict[str, Any]) -> dict[str, float]:
@@ -296,7 +310,7 @@ def equal_time_epochs(run: Run) -> int:
     """The epochs of a run that was started, which a later measurement does not change, or those of the times."""
     for model in run.folder.glob(f"results/*/{run.row.trainer}_*epochs__{PLANS}__{CONFIGURATION}"):
         return int(model.name.removeprefix(f"{run.row.trainer}_").split("epochs__")[0])
-    return round(EPOCHS * time_factor(run.home))
+    return round(EPOCHS * time_factor(run.home, run.row.trainer))
 
 
 def train_and_test(run: Run) -> None:
@@ -456,8 +470,9 @@ def pairs_table(results: dict[str, Any]) -> Iterator[str]:
 
         cells = [f"{statistics.mean(gain(s, name) for s in both):+.3f}" for name in CLASSES.values()]
         cells += [f"{gain(s, 'mean'):+.3f}" if s in both else "" for s in seeds]
-        title = next(row for row in ROWS if row.key == alone).trainer
-        yield f"| `{title}` | " + " | ".join(cells) + f" | **{statistics.mean(gain(s, 'mean') for s in both):+.3f}** |"
+        row = next(row for row in ROWS if row.key == alone)
+        title = f"`{row.trainer}`" + (f", as long as `{DEAREST}`" if row.equal_time else "")
+        yield f"| {title} | " + " | ".join(cells) + f" | **{statistics.mean(gain(s, 'mean') for s in both):+.3f}** |"
 
 
 def draw_curves(results: dict[str, Any], file: Path) -> None:
@@ -470,10 +485,11 @@ def draw_curves(results: dict[str, Any], file: Path) -> None:
     seconds = seconds_a_step(results["benchmark"]) if results["benchmark"] else None
     width, size = (2, (11, 4.2)) if seconds else (1, (6, 4.2))
     figure, panels = plt.subplots(1, width, figsize=size, sharey=True, squeeze=False)
+    drawn = [row for row in ROWS if row.key in {run["row"] for run in results["runs"]}]
     for panel, unit in zip(panels[0], ("steps", "minutes"), strict=False):
-        for colour, row in zip(plt.get_cmap("tab20").colors, ROWS, strict=False):
+        for colour, row in zip(plt.get_cmap("tab20").colors, drawn, strict=False):
             curves = [run["curve"] for run in results["runs"] if run["row"] == row.key]
-            if not curves or (row.equal_time if unit == "steps" else row.trainer not in seconds):
+            if row.equal_time if unit == "steps" else row.trainer not in seconds:
                 continue
             scale = 1.0 if unit == "steps" else seconds[row.trainer] / 60
             for curve in curves:
