@@ -241,7 +241,7 @@ def read_row(label: int, case: Case, pair: Sequence[TrainedRun], out: Path, opti
 
 def entropy_figure(rows: Sequence[Row], names: Sequence[str], options: FigureOptions) -> Figure:
     """Rows: classes. Columns: slice, truth, both predictions and both entropies in the window."""
-    titles = ["Slice", "Truth", *names, *(f"Entropy, {name}" for name in names)]
+    titles = ["Slice", "Truth", *names, *(f"{name},\nentropy" for name in names)]
     width = column_width(2)
     figure = new_figure(width, (width - 0.7) / len(titles) * len(rows) + 0.7)
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
@@ -282,14 +282,17 @@ def _window(array: np.ndarray, row: Row) -> np.ndarray:
 
 
 def _slice_panel(axes: Axes, row: Row) -> None:
+    """The whole slice in the middle of a square, so that all panels are of one size."""
     axes.imshow(row.image, cmap="gray", vmin=0, vmax=1, aspect=row.size[0] / row.size[1])
-    axes.add_patch(
-        Rectangle(
-            (row.corner[1] - 0.5, row.corner[0] - 0.5), row.side[1], row.side[0], fill=False, edgecolor="white",
-            linewidth=1.0, path_effects=_shadow(),
-        )
-    )  # fmt: skip
-    axes.set(xticks=[], yticks=[])
+    (r, c), (rows, columns) = row.corner, row.side
+    frame = {"fill": False, "edgecolor": "white", "linewidth": 1.0, "path_effects": _shadow(), "clip_on": False}
+    axes.add_patch(Rectangle((c - 0.5, r - 0.5), columns, rows, **frame))
+    shape = row.image.shape[:2]
+    half = max(n * s for n, s in zip(shape, row.size, strict=True)) / 2
+    (top, bottom), (left, right) = (
+        ((n - 1) / 2 - half / s, (n - 1) / 2 + half / s) for n, s in zip(shape, row.size, strict=True)
+    )
+    axes.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[], facecolor="black")
     axes.spines[:].set_visible(False)
 
 
