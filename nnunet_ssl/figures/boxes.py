@@ -20,11 +20,20 @@ from nnunet_ssl.evaluation.folders import Case as EvaluatedCase
 from nnunet_ssl.evaluation.folders import evaluate_case
 from nnunet_ssl.evaluation.metrics import Options
 from nnunet_ssl.evaluation.summary import Evaluation, nanmean, summary_markdown
-from nnunet_ssl.figures.page import class_colors, column_width, new_figure, paper_style, save_figure
+from nnunet_ssl.figures.page import (
+    class_colors,
+    column_width,
+    legend_columns,
+    new_figure,
+    paper_style,
+    save_figure,
+    wrapped,
+)
 from nnunet_ssl.figures.runs import Case, FigureOptions, TrainedRun, cases_in_words, predictions
 from nnunet_ssl.pools import outcomes
 
-BOXES_A_ROW = 24
+BOXES_A_ROW = 36  # with the gaps between the groups
+MAX_HEIGHT = 8.5  # inches
 LINES_UP_TO = 60  # cases; more lines would be a grey area
 MEAN = "Mean"
 
@@ -74,11 +83,12 @@ def boxes_figure(evaluations: Sequence[Evaluation], seed: int = 0) -> Figure:
         values.append(np.array([[nanmean(case) for case in run] for run in of_runs]))
         names.append(MEAN)
     num_runs = len(evaluations)
-    a_row = max(1, BOXES_A_ROW // num_runs)
+    a_row = max(1, BOXES_A_ROW // (num_runs + 1))
     num_rows = -(-len(names) // a_row)
     a_row = -(-len(names) // num_rows)  # rows alike
-    width = column_width(1 if a_row * num_runs <= 9 else 2)
-    figure = new_figure(width, 0.35 + 2.2 * num_rows)
+    width = column_width(1 if a_row * (num_runs + 1) <= 12 else 2)
+    figure = new_figure(width, 0.35 + min(2.2 * num_rows, MAX_HEIGHT))
+    names = [wrapped(name, 0.9 * (width - 0.5) / a_row) for name in names]
     colors = class_colors(num_runs)
     rng = np.random.default_rng(seed)
     shift = rng.uniform(-0.22, 0.22, values[0].shape[1])  # of a case, in all boxes: lines stay parallel
@@ -88,7 +98,9 @@ def boxes_figure(evaluations: Sequence[Evaluation], seed: int = 0) -> Figure:
         axes.set_xlim(-0.6, a_row * (num_runs + 1) - 1.4)
     handles = [Patch(color=color, alpha=0.6, linewidth=0, label=e.method)
                for color, e in zip(colors, evaluations, strict=True)]  # fmt: skip
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(num_runs, 4 if width < 5 else 8))
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=legend_columns([e.method for e in evaluations], width)
+    )
     return figure
 
 

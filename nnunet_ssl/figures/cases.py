@@ -5,8 +5,9 @@ A picture a class, as Fig. 4 of the SHTA paper, with slices that a rule has chos
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,15 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.metrics import Label
 from nnunet_ssl.evaluation.summary import table
-from nnunet_ssl.figures.page import class_colors, column_width, new_figure, paper_style, save_figure
+from nnunet_ssl.figures.page import (
+    class_colors,
+    column_width,
+    legend_columns,
+    new_figure,
+    paper_style,
+    save_figure,
+    wrapped,
+)
 from nnunet_ssl.figures.runs import Case, FigureOptions, TrainedRun, cases_in_words, class_mask, predictions
 from nnunet_ssl.figures.slices import (
     RULE,
@@ -39,7 +48,6 @@ ZOOM = 2.0  # side of the window, in sizes of the class
 MIN_WINDOW = 0.3  # of the image's longer side
 FINE = 6  # points of a contour along a voxel
 TRUTH = "white"
-OUTLINE = [patheffects.withStroke(linewidth=2.0, foreground="black")]
 
 
 @dataclass(frozen=True)
@@ -189,30 +197,46 @@ def cases_figure(
     num_columns = 1 + len(names)
     width = min(column_width(1 if num_columns <= 2 else 2), 0.25 + MAX_PANEL * num_columns)
     panel = (width - 0.25) / num_columns
-    figure = new_figure(width, 0.2 + panel * len(slices) + 0.3)
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
+    titles = [wrapped(title, panel) for title in ("Image, truth", *names)]
+    line = min(1.0, 0.7 * panel)  # points; small panels take thin lines and small numbers
+    outline = [patheffects.withStroke(linewidth=2 * line, foreground="black")]
     colors = dict(zip(options.names, class_colors(len(options.names)), strict=True))
-    grid = figure.subplots(len(slices), num_columns, squeeze=False)
-    seen: set[Label] = set()
-    for row, chosen, plane in zip(grid, slices, planes, strict=True):
-        row[0].set_ylabel(chosen.rank)
-        window = window_around(class_mask(plane.truth, label), plane.size)
-        for axes, prediction, dice in zip(row, (None, *plane.predictions), (None, *chosen.dice), strict=True):
-            _panel(axes, plane, prediction, label, colors, window)
-            if prediction is not None:
-                text = axes.text(0.04, 0.04, f"{100 * dice:.1f}", transform=axes.transAxes, color="white")
-                text.set_path_effects(OUTLINE)
-                seen |= {cls for cls in colors if class_mask(prediction, cls).any()}
-    for axes, title in zip(grid[0], ("Image, truth", *names), strict=True):
-        axes.set_title(title)
-    handles = [Line2D([], [], color=TRUTH, path_effects=OUTLINE, label=f"truth, {options.names[label]}")]
+    windows = [window_around(class_mask(plane.truth, label), plane.size) for plane in planes]
+    seen = {cls for plane, window in zip(planes, windows, strict=True) for cls in _classes_in(plane, window, colors)}
+    handles = [Line2D([], [], color=TRUTH, path_effects=outline, label=f"truth, {options.names[label]}")]
     handles += [
         Patch(color=colors[cls], alpha=_opacity(cls, label), linewidth=0, label=options.names[cls])
         for cls in colors
         if cls == label or cls in seen
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6))
+    in_legend = legend_columns([handle.get_label() for handle in handles], width)
+    lines_of_text = max(title.count("\n") for title in titles) + -(-len(handles) // in_legend)
+    figure = new_figure(width, 0.35 + 0.14 * lines_of_text + panel * len(slices))
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
+    grid = figure.subplots(len(slices), num_columns, squeeze=False)
+    for row, chosen, plane, window in zip(grid, slices, planes, windows, strict=True):
+        row[0].set_ylabel(chosen.rank)
+        for axes, prediction, dice in zip(row, (None, *plane.predictions), (None, *chosen.dice), strict=True):
+            _panel(axes, plane, prediction, label, colors, window)
+            axes.collections[0].set(linewidths=line, path_effects=outline)
+            if prediction is not None:
+                axes.text(
+                    0.04, 0.04, f"{100 * dice:.1f}", transform=axes.transAxes, color="white", path_effects=outline,
+                    fontsize=min(8, 8 * line),
+                )  # fmt: skip
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title)
+    figure.legend(handles=handles, loc="outside lower center", ncols=in_legend)
     return figure
+
+
+def _classes_in(plane: Plane, window: tuple[float, float, float, float], classes: Iterable[Label]) -> set[Label]:
+    """The classes that any prediction has within a window."""
+    left, right, bottom, top = window
+    height, width = plane.size
+    rows = slice(max(0, math.floor(top / height)), math.ceil(bottom / height))
+    columns = slice(max(0, math.floor(left / width)), math.ceil(right / width))
+    return {cls for cls in classes if any(class_mask(p[rows, columns], cls).any() for p in plane.predictions)}
 
 
 def window_around(mask: np.ndarray, size: tuple[float, float]) -> tuple[float, float, float, float]:
@@ -252,8 +276,7 @@ def _panel(
     # those of what touches the image's edge.
     mask = np.pad(class_mask(plane.truth, label), 1).repeat(FINE, 0).repeat(FINE, 1).astype(float)
     y, x = (((np.arange(n) + 0.5) / FINE - 1) * size for n, size in zip(mask.shape, plane.size, strict=True))
-    lines = axes.contour(x, y, mask, levels=[0.5], colors=TRUTH, linewidths=1.0)
-    lines.set_path_effects(OUTLINE)
+    axes.contour(x, y, mask, levels=[0.5], colors=TRUTH)
     axes.set(xlim=window[:2], ylim=window[2:], xticks=[], yticks=[], facecolor="black", aspect="equal")
     axes.spines[:].set_visible(False)
 

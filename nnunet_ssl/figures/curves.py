@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.summary import table
-from nnunet_ssl.figures.page import class_colors, column_width, new_figure, paper_style, save_figure
+from nnunet_ssl.figures.page import class_colors, column_width, legend_columns, new_figure, paper_style, save_figure
 from nnunet_ssl.figures.runs import FINAL, Case, FigureOptions, TrainedRun
 
 LINES = ("-", "--", "-.", ":")
@@ -167,7 +167,7 @@ def curves_figure(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:
     for axes in grid[len(panels) :]:
         axes.remove()
     handles, labels = figure.axes[0].get_legend_handles_labels()  # every run has a Dice
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(curves), 6))
+    figure.legend(handles, labels, loc="outside upper center", ncols=legend_columns(labels, column_width(2)))
     return figure
 
 

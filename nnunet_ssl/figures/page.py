@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from matplotlib.figure import Figure
 from nnunet_ssl.files import replacing
 
 DPI = 300
+CHARACTER = 0.062  # inches, about the widest that a letter is on average
 WIDTHS = {1: 3.5, 2: 7.16}  # inches, of IEEE's columns
 # Okabe and Ito's colours, which the colour-blind tell apart; black is left to outlines and text
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
@@ -60,6 +62,26 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def wrapped(text: str, width: float) -> str:
+    """Break text into lines that fit.
+
+    Args:
+        text: at the size of titles or ticks.
+        width: inches.
+    """
+    return textwrap.fill(text, max(4, int(width / CHARACTER)))
+
+
+def legend_columns(labels: Sequence[str], width: float) -> int:
+    """How many columns of a legend fit side by side.
+
+    Args:
+        labels: its entries.
+        width: inches.
+    """
+    return max(1, min(len(labels), int(width / (max(map(len, labels)) * CHARACTER + 0.42))))
 
 
 def class_colors(num: int) -> list[str]:
