@@ -127,6 +127,9 @@ def draw_flows(axes: Axes, counts: np.ndarray, names: dict[int, str], colors: di
         counts: ``[K, K]``, rows by truth.
         names, colors: of all labels.
     """
+    axes.set_axis_off()
+    if not counts.any():
+        return
     left, right = node_bottoms(counts.sum(0)), node_bottoms(counts.sum(1))
     top = counts.sum() + GAP * counts.sum() * (max(len(left), len(right)) - 1)
     for truth, assigned, start, end in sorted(flows(counts, left, right), key=lambda f: f[0] != f[1]):
@@ -156,7 +159,6 @@ def draw_flows(axes: Axes, counts: np.ndarray, names: dict[int, str], colors: di
     for x, text, side in ((0, "nearest proxy", "left"), (1, "truth", "right")):
         axes.text(x, 1.01 * top, text, ha=side, va="bottom", fontsize=7, style="italic")
     axes.set(xlim=(-0.45, 1.45), ylim=(lowest - LINE / 2 * top, highest + 1.5 * LINE * top))
-    axes.set_axis_off()
 
 
 def node_bottoms(sums: np.ndarray) -> dict[int, float]:

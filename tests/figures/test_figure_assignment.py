@@ -1,0 +1,148 @@
+"""Figure 4: every token is in one flow, flows are as wide as there are tokens, and the caption has the numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.patches import PathPatch, Rectangle
+from real_runs import Maker, options_of, some_cases, train
+
+from nnunet_ssl.figures.assignment import (
+    apart,
+    assignment_figure,
+    count_assignments,
+    draw_assignment,
+    draw_flows,
+    earliest_kept,
+    node_bottoms,
+    ribbon,
+)
+from nnunet_ssl.figures.runs import FigureOptions, NotApplicable, TrainedRun
+from nnunet_ssl.figures.shta_tokens import cut_patches, load_branch, load_model, read_tokens
+from nnunet_ssl.trainers.base import training_state_file
+
+COUNTS = np.array([[0, 0, 0, 0], [3, 50, 0, 7], [0, 4, 20, 0], [0, 0, 0, 0]])  # rows by truth; nothing is truly 3
+NAMES = {0: "background", 1: "one", 2: "two", 3: "three"}
+COLORS = {0: "gray", 1: "red", 2: "blue", 3: "green"}
+
+
+def drawn_flows(axes) -> dict[tuple[int, int], PathPatch]:
+    patches = [p for p in axes.patches if isinstance(p, PathPatch)]
+    return {tuple(int(i) for i in p.get_label().split("->")): p for p in patches}
+
+
+def test_flows_are_as_wide_as_there_are_tokens_and_fill_their_nodes() -> None:
+    axes = Figure().subplots()
+    draw_flows(axes, COUNTS, NAMES, COLORS)
+    found = drawn_flows(axes)
+    assert set(found) == {(a, t) for t, a in zip(*np.nonzero(COUNTS), strict=True)}
+    ends: dict[tuple[str, int], list] = {}
+    for (assigned, truth), patch in found.items():
+        x, y = patch.get_path().vertices[:-1].T
+        for side, at, node in (("left", x.min(), assigned), ("right", x.max(), truth)):
+            low, high = y[x == at].min(), y[x == at].max()
+            assert high - low == pytest.approx(COUNTS[truth, assigned])
+            ends.setdefault((side, node), []).append((low, high))
+        assert (patch.get_alpha() < 0.5) == (assigned == truth)  # what is wrong stands out
+    nodes = [p for p in axes.patches if isinstance(p, Rectangle)]
+    assert sorted(p.get_height() for p in nodes) == sorted([3, 54, 20, 7, 60, 24])
+    for (_, _), parts in ends.items():  # side by side, without gap or overlap
+        parts.sort()
+        assert all(a[1] == pytest.approx(b[0]) for a, b in itertools.pairwise(parts))
+        assert any(
+            p.get_y() == pytest.approx(parts[0][0]) and p.get_y() + p.get_height() == pytest.approx(parts[-1][1])
+            for p in nodes
+        )
+    texts = {text.get_text() for text in axes.texts}
+    assert {"background 3", "one 54", "two 20", "three 7", "one 60", "two 24"} < texts
+
+
+def test_nodes_do_not_overlap_and_the_lowest_label_is_on_top() -> None:
+    bottoms = node_bottoms(np.array([5, 0, 10, 1]))
+    assert sorted(bottoms) == [0, 2, 3]
+    assert bottoms[3] == 0
+    assert bottoms[2] > 1
+    assert bottoms[0] > bottoms[2] + 10
+
+
+def test_a_ribbon_is_of_one_height_all_along() -> None:
+    path = ribbon(0, 1, 2, 5, 3)
+    inside = [path.contains_points(np.stack([np.full(2000, x), np.linspace(-1, 10, 2000)], 1)) for x in (0.1, 0.5, 0.8)]
+    heights = [mask.mean() * 11 for mask in inside]
+    assert heights == pytest.approx([3, 3, 3], abs=0.05)
+
+
+def test_labels_are_moved_apart_and_no_further_than_needed() -> None:
+    assert apart(np.array([5.0, 1.0, 9.0]), 2).tolist() == [5, 1, 9]
+    np.testing.assert_allclose(apart(np.array([1.0, 1.0]), 2), [0, 2])
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        places = rng.random(8) * 4
+        moved = apart(places, 0.7)
+        assert np.diff(np.sort(moved)).min() >= 0.7 - 1e-9
+        assert np.array_equal(np.argsort(moved), np.argsort(places))
+        assert moved.mean() == pytest.approx(places.mean())
+
+
+def test_panels_say_how_many_are_wrong() -> None:
+    options = FigureOptions({}, {"one": 1, "two": 2, "three": 3}, [1, 2, 3])
+    figure = assignment_figure(["A", "B", "C"], [COUNTS, np.zeros((4, 4), int), COUNTS.T], options)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles[0] == "A: 84 tokens, 14 misassigned"
+    assert titles[1] == "B: 0 tokens, 0 misassigned"
+    assert titles[2] == "C: 84 tokens, 14 misassigned"
+
+
+def test_the_earliest_kept_checkpoint_that_has_a_branch(tmp_path: Path) -> None:
+    run = TrainedRun("A", "A", tmp_path, "0", "checkpoint_final.pth")
+    run.fold_folder.mkdir()
+    assert earliest_kept(run) == []
+    for epoch in (20, 4, 100):
+        (run.fold_folder / f"checkpoint_epoch{epoch}.pth").touch()
+    assert earliest_kept(run) == []
+    for epoch in (20, 100):
+        (run.fold_folder / f"checkpoint_epoch{epoch}_ssl.pth").touch()
+    assert earliest_kept(run) == [dataclasses.replace(run, name="A, epoch 20", checkpoint="checkpoint_epoch20.pth")]
+    assert earliest_kept(dataclasses.replace(run, checkpoint="checkpoint_epoch20.pth")) == []
+
+
+def test_real_runs(tiny, make_trainer: Maker, tmp_path: Path) -> None:
+    dataset = tiny("3d")
+    run = train(make_trainer("nnUNetTrainerSHTA_LabeledOnly", dataset), "SHTA")
+    early = run.fold_folder / "checkpoint_epoch3.pth"
+    shutil.copy(run.checkpoint_file, early)
+    shutil.copy(training_state_file(str(run.checkpoint_file)), training_state_file(str(early)))
+    cases, options = some_cases(dataset), options_of(dataset)
+
+    wanted = np.zeros((3, 3), int)
+    model = load_model(run, "cpu")
+    branch = load_branch(run, model)
+    for case in cases:
+        tokens = read_tokens(model, branch, cut_patches(model, branch, case), embed=True)
+        for truth, q in zip(tokens.classes.tolist(), tokens.assignment.tolist(), strict=True):
+            wanted[truth, max(range(3), key=lambda k: q[k])] += 1
+    assert wanted.sum() > 20
+    assert np.array_equal(count_assignments(run, cases, options), wanted)
+    only_core = dataclasses.replace(options, classes=[2])
+    assert np.array_equal(count_assignments(run, cases, only_core)[2], wanted[2])
+    assert count_assignments(run, cases, only_core)[:2].sum() == 0
+
+    out = tmp_path / "out"
+    draw_assignment([run], cases, out, options)
+    assert sorted(file.name for file in out.iterdir()) == ["assignment.md", "assignment.pdf", "assignment.png"]
+    caption = (out / "assignment.md").read_text()
+    assert f"SHTA, epoch 3, `{early}`" in caption
+    assert f"SHTA, `{run.checkpoint_file}`" in caption
+    for truth, name in ((1, "shell"), (2, "core")):
+        cells = [str(n) for n, of_all in zip(wanted[truth], wanted.sum(0), strict=True) if of_all]
+        assert f"| {name} | {' | '.join(cells)} | {wanted[truth].sum()} |" in caption
+
+    host = train(make_trainer("nnUNetTrainerLabeledOnly", dataset))
+    with pytest.raises(NotApplicable, match="none of the trainers has SHTA"):
+        draw_assignment([host], cases, out, options)
