@@ -199,11 +199,11 @@ def cases_figure(
     panel = (width - 0.25) / num_columns
     titles = [wrapped(title, panel) for title in ("Image, truth", *names)]
     line = min(1.0, 0.7 * panel)  # points; small panels take thin lines and small numbers
-    outline = [patheffects.withStroke(linewidth=2 * line, foreground="black")]
+    outline = _outline(line)
     colors = dict(zip(options.names, class_colors(len(options.names)), strict=True))
     windows = [window_around(class_mask(plane.truth, label), plane.size) for plane in planes]
     seen = {cls for plane, window in zip(planes, windows, strict=True) for cls in _classes_in(plane, window, colors)}
-    handles = [Line2D([], [], color=TRUTH, path_effects=outline, label=f"truth, {options.names[label]}")]
+    handles = [Line2D([], [], color=TRUTH, lw=1, path_effects=_outline(1), label=f"truth, {options.names[label]}")]
     handles += [
         Patch(color=colors[cls], alpha=_opacity(cls, label), linewidth=0, label=options.names[cls])
         for cls in colors
@@ -228,6 +228,11 @@ def cases_figure(
         axes.set_title(title)
     figure.legend(handles=handles, loc="outside lower center", ncols=in_legend)
     return figure
+
+
+def _outline(width: float) -> list[patheffects.AbstractPathEffect]:
+    """Black around white lines and letters, which are seen on any ground then."""
+    return [patheffects.withStroke(linewidth=2 * width, foreground="black")]
 
 
 def _classes_in(plane: Plane, window: tuple[float, float, float, float], classes: Iterable[Label]) -> set[Label]:

@@ -8,7 +8,16 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from nnunet_ssl.figures.page import DPI, class_colors, column_width, new_figure, paper_style, save_figure
+from nnunet_ssl.figures.page import (
+    DPI,
+    class_colors,
+    column_width,
+    legend_columns,
+    new_figure,
+    paper_style,
+    save_figure,
+    wrapped,
+)
 
 
 def draw(width: float = 2.0, height: float = 1.0) -> object:
@@ -71,3 +80,29 @@ def test_colours_are_as_many_as_asked_for_and_differ(num: int) -> None:
 
 def test_columns() -> None:
     assert 3 < column_width(1) < 4 < 2 * column_width(1) < column_width(2) < 7.5
+
+
+def test_text_is_broken_to_fit() -> None:
+    with paper_style():
+        figure = new_figure(7, 3)
+        for width in (0.7, 1.5, 3.0):
+            for text in ("MagicNet + SHTA", "portal and splenic veins", "nnUNetTrainerSHTA_MagicNet_1000epochs"):
+                title = figure.text(0, 0, wrapped(text, width), fontsize=8)
+                assert title.get_window_extent().width / figure.dpi < width * 1.1
+                assert "".join(title.get_text().split()) == "".join(text.split())
+
+
+@pytest.mark.parametrize("labels", [["CPS", "CPS + SHTA", "URPC"], ["right adrenal gland"] * 9, ["a" * 80, "b"]])
+def test_legends_stay_within_the_figure(labels: list[str]) -> None:
+    for columns in (1, 2):
+        width = column_width(columns)
+        with paper_style():
+            figure = new_figure(width, 4)
+            axes = figure.subplots()
+            for label in labels:
+                axes.plot([0, 1], label=label)
+            legend = figure.legend(loc="outside lower center", ncols=legend_columns(labels, width))
+            figure.canvas.draw()
+        if max(map(len, labels)) < 40:  # a longer one does not fit in a column at all
+            assert legend.get_window_extent().width / figure.dpi < width
+        assert legend_columns(labels, width) >= 1
