@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from figure_folders import SPACING, TRAINERS, MadeUp, everything, make_folders, set_environment
 from matplotlib.colors import to_rgb
 
@@ -13,6 +14,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.figures import cases as module
 from nnunet_ssl.figures.cases import cases_figure, draw_cases, file_name, in_grey, read_plane, upright, window_around
 from nnunet_ssl.figures.page import class_colors
+from nnunet_ssl.figures.runs import Case
 from nnunet_ssl.figures.slices import choose_slices, measure_all_slices
 
 
@@ -159,3 +161,45 @@ def test_colour_images_are_shown_in_colour(made: MadeUp, monkeypatch: pytest.Mon
     monkeypatch.setitem(options.dataset_json, "channel_names", {"0": "R", "1": "G", "2": "B"})
     image = np.random.default_rng(0).integers(2, 256, (3, 4, 5))
     assert np.allclose(in_grey(image, runs[0], options), np.moveaxis(image, 0, 2) / 255)
+
+
+# --------------------------------------------------------------------------------------------- other kinds of images
+
+
+def test_regions_are_drawn_as_their_labels_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_environment(monkeypatch, tmp_path)
+    made = make_folders(tmp_path, labels={"background": 0, "whole": [1, 2], "core": 2})
+    runs, cases, options = everything(made, ["whole"])
+    slices = choose_slices(measure_all_slices(runs, cases, made.out, options), 0)
+    planes = [read_plane(s, runs, cases, made.out, options) for s in slices]
+    figure = cases_figure(slices, planes, [run.name for run in runs], (1, 2), options)
+    guess = made.prediction(TRAINERS[0], slices[0].case.name)[slices[0].index]
+    assert np.array_equal(figure.axes[1].images[1].get_array()[..., 3] > 0, guess > 0)
+
+
+def test_a_2d_dataset_of_colour_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net reads them as one slice with an enormous spacing, and three channels from one file."""
+    set_environment(monkeypatch, tmp_path)
+    made = make_folders(tmp_path, num_cases=1)
+    rng = np.random.default_rng(0)
+    picture, truth = rng.integers(0, 256, (30, 40, 3), np.uint8), np.zeros((30, 40), np.uint8)
+    truth[5:20, 8:30] = 1
+    guess = np.roll(truth, 3, 1)
+    runs, _, options = everything(made, ["shell"])
+    options.dataset_json.update(file_ending=".png", channel_names={"0": "R", "1": "G", "2": "B"})
+    (runs[0].folder / "plans.json").write_text('{"image_reader_writer": "NaturalImage2DIO"}')
+    files = {"image": picture, "label": truth, "a": guess}
+    for name, array in files.items():
+        sitk.WriteImage(sitk.GetImageFromArray(array, isVector=array.ndim == 3), str(tmp_path / f"{name}.png"))
+    (tmp_path / "a.png").rename(runs[0].fold_folder / "validation/a.png")
+    case = Case("a", (tmp_path / "image.png",), tmp_path / "label.png", validation=True)
+
+    (chosen,) = choose_slices(measure_all_slices(runs[:1], [case], made.out, options), 0)
+    assert chosen.index == 0
+    assert chosen.dice[0] == pytest.approx(19 / 22)
+    plane = read_plane(chosen, runs[:1], [case], made.out, options)
+    assert np.array_equal(plane.truth, truth)
+    assert np.array_equal(plane.predictions[0], guess)
+    assert np.allclose(plane.image, picture / 255)
+    draw_cases(runs[:1], [case], made.out, options)
+    assert (made.out / "cases_1_shell.pdf").is_file()
