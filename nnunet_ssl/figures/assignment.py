@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path as Outline
-from sklearn.isotonic import isotonic_regression
 from sklearn.metrics import confusion_matrix
 from tqdm import tqdm
 
@@ -29,9 +28,11 @@ from nnunet_ssl.figures.shta_tokens import cut_patches, has_branch, load_branch,
 from nnunet_ssl.trainers.base import training_state_file
 
 BACKGROUND = "#999999"
-GAP = 0.03  # between nodes, of the height that all tokens have
-NODE = 0.05  # width of a node, of the panel
-LINE = 0.06  # height of a line of text, of the panel
+GAP = 0.35  # between nodes at least, of a line of text
+NODE = 0.04  # width of a node, of the flows'
+LINE = 0.13  # inches, height of a line of text
+CHARACTER = 0.057  # inches, about the widest that a letter is on average at 7 points
+MIN_FLOWS = 1.2  # inches from left nodes to right ones
 PALE = 0.25  # opacity of flows to the same class
 
 
@@ -99,45 +100,54 @@ def assignment_figure(names: Sequence[str], counts: Sequence[np.ndarray], option
         counts: see ``count_assignments``.
         options: names of the classes.
     """
+    every = {0: "background", **{label: name for name, label in options.labels.items()}}
+    colors = {0: BACKGROUND, **dict(zip(options.labels.values(), class_colors(len(options.labels)), strict=True))}
     num_nodes = max(max((c.sum(0) > 0).sum(), (c.sum(1) > 0).sum()) for c in counts)
-    num_columns = min(len(names), 2)
+    margin = CHARACTER * max(len(f"{every[k]} {c.max()}") for c in counts for k in every if c[k].any() or c[:, k].any())
+    narrow, wide = column_width(1), column_width(2)
+    enough = narrow - 2 * margin >= MIN_FLOWS  # for the flows themselves, beside long names
+    num_columns = min(len(names), 2 if enough else 1)
     num_rows = -(-len(names) // num_columns)
-    height = 0.4 + min(max(1.8, 0.26 * num_nodes), 5.0)
-    figure = new_figure(column_width(num_columns), height * num_rows)
-    grid = figure.subplots(num_rows, num_columns, squeeze=False).flat
-    every = {label: name for name, label in options.labels.items()}
-    colors = dict(zip(every, class_colors(len(every)), strict=True)) | {0: BACKGROUND}
-    every[0] = "background"
+    height = max(1.6, 2 * LINE * (num_nodes + 2))
+    figure = new_figure(narrow if len(names) == 1 and enough else wide, (height + 0.3) * num_rows)
+    grid = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
+    for axes in grid:
+        axes.set_axis_off()
     for axes, name, c in zip(grid, names, counts, strict=False):
-        draw_flows(axes, c, every, colors)
+        draw_flows(axes, c, every, colors, LINE / height)
         wrong = c.sum() - np.trace(c)
         axes.set_title(f"{name}: {c.sum()} tokens, {wrong} misassigned")
-    for axes in list(grid)[len(names) :]:
-        axes.set_axis_off()
+        share = margin / (figure.get_figwidth() / num_columns - 2 * margin)
+        axes.set_xlim(-share, 1 + share)
     return figure
 
 
-def draw_flows(axes: Axes, counts: np.ndarray, names: dict[int, str], colors: dict[int, str]) -> None:
+def draw_flows(
+    axes: Axes, counts: np.ndarray, names: Mapping[int, str], colors: Mapping[int, str], line: float
+) -> None:
     """Flows from assigned classes, left, to those by the truth, right; between different ones in full colour.
 
     A flow has the colour of its class by the truth, so a stripe tells at its left end who took it.
 
     Args:
-        axes: is emptied of its frame.
+        axes: the flows reach from 0 to 1 in x; labels lie outside.
         counts: ``[K, K]``, rows by truth.
         names, colors: of all labels.
+        line: height of a line of text, of the panel's; above all nodes there are two.
     """
-    axes.set_axis_off()
     if not counts.any():
         return
-    left, right = node_bottoms(counts.sum(0)), node_bottoms(counts.sum(1))
-    top = counts.sum() + GAP * counts.sum() * (max(len(left), len(right)) - 1)
-    for truth, assigned, start, end in sorted(flows(counts, left, right), key=lambda f: f[0] != f[1]):
-        n = counts[truth, assigned]
+    sides = {"left": counts.sum(0), "right": counts.sum(1)}
+    num_nodes = max(int((sums > 0).sum()) for sums in sides.values())
+    # of L tokens' height, so that all of it, at most N + (nodes + 2) L, holds a line for each node and the head
+    room = line * counts.sum() / (1 - line * (num_nodes + 2))
+    bottoms = {side: node_bottoms(sums, room) for side, sums in sides.items()}
+    top = max(bottoms[side][label] + sums[label] for side, sums in sides.items() for label in bottoms[side])
+    for truth, assigned, start, end in sorted(flows(counts, **bottoms), key=lambda flow: flow[0] != flow[1]):
         same = truth == assigned
         axes.add_patch(
             PathPatch(
-                ribbon(NODE, 1 - NODE, start, end, n),
+                ribbon(NODE, 1 - NODE, start, end, counts[truth, assigned]),
                 facecolor=colors[truth],
                 alpha=PALE if same else 0.9,
                 edgecolor="none" if same else colors[truth],
@@ -145,34 +155,42 @@ def draw_flows(axes: Axes, counts: np.ndarray, names: dict[int, str], colors: di
                 label=f"{assigned}->{truth}",
             )
         )
-    lowest, highest = 0.0, top
-    for x, bottoms, sums, side in ((0, left, counts.sum(0), "right"), (1 - NODE, right, counts.sum(1), "left")):
-        shown = np.flatnonzero(sums)
-        for label in shown:
-            axes.add_patch(Rectangle((x, bottoms[label]), NODE, sums[label], facecolor=colors[label], linewidth=0))
-        middles = np.array([bottoms[label] + sums[label] / 2 for label in shown])
-        heights = apart(middles, LINE * top)
-        for label, y in zip(shown, heights, strict=True):
-            at = x - 0.02 if side == "right" else x + NODE + 0.02
-            axes.text(at, y, f"{names[label]} {sums[label]}", ha=side, va="center", fontsize=7)
-        lowest, highest = min(lowest, *heights), max(highest, *heights)
-    for x, text, side in ((0, "nearest proxy", "left"), (1, "truth", "right")):
-        axes.text(x, 1.01 * top, text, ha=side, va="bottom", fontsize=7, style="italic")
-    axes.set(xlim=(-0.45, 1.45), ylim=(lowest - LINE / 2 * top, highest + 1.5 * LINE * top))
+    for side, head, x in (("left", "nearest proxy", 0), ("right", "truth", 1 - NODE)):
+        text = {
+            "x": x - 0.02 if side == "left" else x + NODE + 0.02,
+            "ha": "right" if side == "left" else "left",
+            "va": "center",
+            "fontsize": 7,
+        }
+        for label, y in bottoms[side].items():
+            n = sides[side][label]
+            axes.add_patch(Rectangle((x, y), NODE, n, facecolor=colors[label], linewidth=0))
+            axes.text(y=y + n / 2, s=f"{names[label]} {n}", **text)
+        axes.text(y=top + room, s=head, style="italic", **text)
+    axes.set_ylim(-room / 2, top + 1.5 * room)
 
 
-def node_bottoms(sums: np.ndarray) -> dict[int, float]:
-    """Where each node starts; nodes are stacked from the top, lowest label first, empty ones left out."""
-    gap = GAP * sums.sum()
-    nodes = [int(label) for label in np.flatnonzero(sums)][::-1]
-    bottoms, y = {}, 0.0
-    for label in nodes:
-        bottoms[label] = y
-        y += sums[label] + gap
+def node_bottoms(sums: np.ndarray, room: float) -> dict[int, float]:
+    """Where each node starts: label -> its lower end.
+
+    Nodes are stacked from the top, lowest label first, empty ones left out. There is a gap between them, and their
+    middles are a line of text apart.
+
+    Args:
+        sums: ``[K]``, heights.
+        room: height of a line of text.
+    """
+    bottoms: dict[int, float] = {}
+    top, middle = 0.0, -np.inf
+    for label in np.flatnonzero(sums)[::-1].tolist():
+        bottoms[label] = 0.0 if not bottoms else max(top + GAP * room, middle + room - sums[label] / 2)
+        top, middle = bottoms[label] + sums[label], bottoms[label] + sums[label] / 2
     return bottoms
 
 
-def flows(counts: np.ndarray, left: dict[int, float], right: dict[int, float]) -> list[tuple[int, int, float, float]]:
+def flows(
+    counts: np.ndarray, left: Mapping[int, float], right: Mapping[int, float]
+) -> list[tuple[int, int, float, float]]:
     """Every flow with where it starts at its left node and ends at its right one: truth, assigned, start, end.
 
     Within a node flows keep the order of the nodes at their other end, so they cross as little as they can.
@@ -196,18 +214,6 @@ def ribbon(x0: float, x1: float, y0: float, y1: float, width: float) -> Outline:
     upper = [(x, y + width) for x, y in reversed(lower)]
     curve = [Outline.CURVE4] * 3
     return Outline([*lower, *upper, lower[0]], [Outline.MOVETO, *curve, Outline.LINETO, *curve, Outline.CLOSEPOLY])
-
-
-def apart(places: np.ndarray, distance: float) -> np.ndarray:
-    """Places moved as little as needs be so that neighbours are ``distance`` apart, in their order.
-
-    Least squares with that constraint is the regression that only rises, of the places less their share of distance.
-    """
-    order = np.argsort(places, kind="stable")
-    room = distance * np.arange(len(places))
-    moved = np.empty(len(places))
-    moved[order] = isotonic_regression(places[order] - room) + room
-    return moved
 
 
 def _caption(

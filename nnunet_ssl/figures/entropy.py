@@ -24,7 +24,15 @@ from tqdm import tqdm
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.summary import table
 from nnunet_ssl.figures.cases import in_grey, upright
-from nnunet_ssl.figures.page import class_colors, column_width, new_figure, paper_style, save_figure
+from nnunet_ssl.figures.page import (
+    class_colors,
+    column_width,
+    legend_columns,
+    new_figure,
+    paper_style,
+    save_figure,
+    wrapped,
+)
 from nnunet_ssl.figures.runs import (
     Case,
     FigureOptions,
@@ -241,38 +249,46 @@ def read_row(label: int, case: Case, pair: Sequence[TrainedRun], out: Path, opti
 
 def entropy_figure(rows: Sequence[Row], names: Sequence[str], options: FigureOptions) -> Figure:
     """Rows: classes. Columns: slice, truth, both predictions and both entropies in the window."""
-    titles = ["Slice", "Truth", *names, *(f"{name},\nentropy" for name in names)]
     width = column_width(2)
-    figure = new_figure(width, (width - 0.7) / len(titles) * len(rows) + 0.7)
-    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
-    grid = figure.subplots(len(rows), len(titles), squeeze=False)
+    panel = (width - 0.7) / 6
+    names = [wrapped(name, panel) for name in names]
+    titles = ["Slice", "Truth", *names, *(f"{name},\nentropy" for name in names)]
+    lines = max(title.count("\n") for title in titles)
+    # of equal height: matplotlib's layout makes no room for those above axes that share a colour bar
+    titles = ["\n" * (lines - title.count("\n")) + title for title in titles]
     colors = dict(zip(options.labels.values(), class_colors(len(options.labels)), strict=True))
-    highest = max(_window(entropy, row).max() for row in rows for entropy in row.entropies)
-    seen = set()
-    for axes, row in zip(grid, rows, strict=True):
-        _slice_panel(axes[0], row)
-        axes[0].set_ylabel({v: k for k, v in options.labels.items()}[row.label])
-        for panel, label_map in zip(axes[1:4], (row.truth, *row.predictions), strict=True):
-            shown = _window(label_map, row)
-            seen |= set(np.unique(shown)) & set(colors)
-            panel.imshow(_window(row.image, row), cmap="gray", vmin=0, vmax=1, aspect=row.size[0] / row.size[1])
-            panel.imshow(_overlay(shown, colors), aspect=row.size[0] / row.size[1])
-        for panel, entropy in zip(axes[4:], row.entropies, strict=True):
-            drawn = panel.imshow(
-                _window(entropy, row), cmap="magma", vmin=0, vmax=highest, aspect=row.size[0] / row.size[1]
-            )
-        for panel in axes[1:]:
-            _outline(panel, _window(row.truth == row.label, row))
-            panel.set(xticks=[], yticks=[])
-            panel.spines[:].set_visible(False)
-    for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title)
-    figure.colorbar(drawn, ax=grid[:, 4:].ravel().tolist(), label="entropy / log K", fraction=0.05, pad=0.02)
+    shown = np.concatenate([_window(array, row).ravel() for row in rows for array in (row.truth, *row.predictions)])
     handles = [
-        Patch(color=colors[k], alpha=0.6, linewidth=0, label=name) for name, k in options.labels.items() if k in seen
+        Patch(color=colors[label], alpha=0.6, linewidth=0, label=name)
+        for name, label in options.labels.items()
+        if label in shown
     ]
     handles.append(Line2D([], [], color="white", label="truth, the row's class", path_effects=_shadow()))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6))
+    in_legend = legend_columns([handle.get_label() for handle in handles], width)
+    lines_of_text = lines + -(-len(handles) // in_legend)
+    figure = new_figure(width, panel * len(rows) + 0.35 + 0.14 * lines_of_text)
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
+    grid = figure.subplots(len(rows), len(titles), squeeze=False)
+    highest = max(_window(entropy, row).max() for row in rows for entropy in row.entropies)
+    for axes, row in zip(grid, rows, strict=True):
+        _slice_panel(axes[0], row)
+        axes[0].set_ylabel(wrapped(options.names[row.label].replace("_", " "), panel))
+        aspect = row.size[0] / row.size[1]
+        for each, label_map in zip(axes[1:4], (row.truth, *row.predictions), strict=True):
+            each.imshow(_window(row.image, row), cmap="gray", vmin=0, vmax=1, aspect=aspect)
+            each.imshow(_overlay(_window(label_map, row), colors), aspect=aspect)
+        for each, entropy in zip(axes[4:], row.entropies, strict=True):
+            drawn = each.imshow(_window(entropy, row), cmap="magma", vmin=0, vmax=highest, aspect=aspect)
+        for each in axes[1:]:
+            _outline(each, _window(row.truth == row.label, row))
+            each.set(xticks=[], yticks=[])
+            each.spines[:].set_visible(False)
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title)
+    figure.colorbar(
+        drawn, ax=grid[:, 4:].ravel().tolist(), label="entropy / log K", fraction=0.05, pad=0.02, aspect=15 * len(rows)
+    )
+    figure.legend(handles=handles, loc="outside lower center", ncols=in_legend)
     return figure
 
 

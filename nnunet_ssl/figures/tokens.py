@@ -22,7 +22,15 @@ from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.summary import table
-from nnunet_ssl.figures.page import class_colors, column_width, new_figure, paper_style, save_figure
+from nnunet_ssl.figures.page import (
+    class_colors,
+    column_width,
+    legend_columns,
+    new_figure,
+    paper_style,
+    save_figure,
+    wrapped,
+)
 from nnunet_ssl.figures.runs import Case, FigureOptions, NotApplicable, TrainedRun, cases_in_words
 from nnunet_ssl.figures.shta_tokens import (
     Tokens,
@@ -37,6 +45,7 @@ from nnunet_ssl.randomness import derived_seed
 TOKENS_PER_CLASS = 400  # at most
 PERPLEXITY = 30
 METHODS = {"pca": "PCA", "tsne": "t-SNE"}
+PROXY = "class proxy"
 MARKERS = "osD^vP"  # beside colour, for readers without it
 
 
@@ -179,8 +188,11 @@ def tokens_figure(spaces: Sequence[Space], classes: np.ndarray, shown: Sequence[
     """
     num_rows = len(options.embedding)
     width = column_width(2)
-    legend = 0.2 * (1 + len(shown) // 6)
-    figure = new_figure(width, min(width / len(spaces), 2.4) * num_rows + 0.2 + legend)
+    panel = min(width / len(spaces), 2.4)
+    titles = [wrapped(space.title, panel) for space in spaces]
+    in_legend = legend_columns([*(options.names[label] for label in shown), PROXY], width)
+    lines_of_text = max(title.count("\n") for title in titles) + 1 + len(shown) // in_legend
+    figure = new_figure(width, panel * num_rows + 0.25 + 0.14 * lines_of_text)
     grid = figure.subplots(num_rows, len(spaces), squeeze=False)
     colors = dict(zip(options.names, class_colors(len(options.names)), strict=True))
     markers = {label: MARKERS[i % len(MARKERS)] for i, label in enumerate(options.names)}
@@ -194,14 +206,14 @@ def tokens_figure(spaces: Sequence[Space], classes: np.ndarray, shown: Sequence[
                     *proxies.T, s=70, marker="*", c=[colors[label] for label in shown], edgecolors="black",
                     linewidths=0.7, zorder=3,
                 )  # fmt: skip
-    for axes, space in zip(grid[0], spaces, strict=True):
-        axes.set_title(space.title)
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title)
     dots = {"linestyle": "", "markersize": 4}
     handles = [Line2D([], [], color=colors[k], marker=markers[k], label=options.names[k], **dots) for k in shown]
     if "pca" in options.embedding:
         star = {"marker": "*", "markersize": 8, "color": "white", "markeredgecolor": "black", "markeredgewidth": 0.7}
-        handles.append(Line2D([], [], linestyle="", label="class proxy", **star))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 6))
+        handles.append(Line2D([], [], linestyle="", label=PROXY, **star))
+    figure.legend(handles=handles, loc="outside lower center", ncols=in_legend)
     return figure
 
 

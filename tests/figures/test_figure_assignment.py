@@ -14,7 +14,6 @@ from matplotlib.patches import PathPatch, Rectangle
 from real_runs import Maker, options_of, some_cases, train
 
 from nnunet_ssl.figures.assignment import (
-    apart,
     assignment_figure,
     count_assignments,
     draw_assignment,
@@ -39,7 +38,7 @@ def drawn_flows(axes) -> dict[tuple[int, int], PathPatch]:
 
 def test_flows_are_as_wide_as_there_are_tokens_and_fill_their_nodes() -> None:
     axes = Figure().subplots()
-    draw_flows(axes, COUNTS, NAMES, COLORS)
+    draw_flows(axes, COUNTS, NAMES, COLORS, 0.05)
     found = drawn_flows(axes)
     assert set(found) == {(a, t) for t, a in zip(*np.nonzero(COUNTS), strict=True)}
     ends: dict[tuple[str, int], list] = {}
@@ -64,11 +63,29 @@ def test_flows_are_as_wide_as_there_are_tokens_and_fill_their_nodes() -> None:
 
 
 def test_nodes_do_not_overlap_and_the_lowest_label_is_on_top() -> None:
-    bottoms = node_bottoms(np.array([5, 0, 10, 1]))
-    assert sorted(bottoms) == [0, 2, 3]
-    assert bottoms[3] == 0
-    assert bottoms[2] > 1
-    assert bottoms[0] > bottoms[2] + 10
+    sums = np.array([5, 0, 10, 1, 1])
+    bottoms = node_bottoms(sums, 2)
+    assert list(bottoms) == [4, 3, 2, 0]
+    assert bottoms[4] == 0
+    ends = [(bottoms[label], bottoms[label] + sums[label]) for label in bottoms]
+    assert all(below[1] < above[0] for below, above in itertools.pairwise(ends))
+    middles = [(low + high) / 2 for low, high in ends]
+    assert np.diff(middles)[0] == pytest.approx(2)  # small ones are as far apart as their labels need
+    assert np.diff(middles).min() >= 2 - 1e-9
+
+
+def test_labels_have_a_line_each_however_small_their_nodes_are() -> None:
+    rng = np.random.default_rng(0)
+    for num_classes, line in ((4, 0.05), (14, 0.035)):
+        counts = rng.integers(0, 3, (num_classes, num_classes)) * (rng.random((num_classes, 1)) < 0.8)
+        counts[-1, -1] = 500
+        axes = Figure().subplots()
+        draw_flows(axes, counts, dict.fromkeys(range(num_classes), ""), dict.fromkeys(range(num_classes), "red"), line)
+        low, high = axes.get_ylim()
+        for side in ("right", "left"):
+            places = [text.get_position()[1] for text in axes.texts if text.get_ha() == side]
+            assert np.diff(np.sort(places)).min() >= line * (high - low) * (1 - 1e-9)
+            assert min(places) - line / 2 * (high - low) >= low - 1e-9
 
 
 def test_a_ribbon_is_of_one_height_all_along() -> None:
@@ -76,18 +93,6 @@ def test_a_ribbon_is_of_one_height_all_along() -> None:
     inside = [path.contains_points(np.stack([np.full(2000, x), np.linspace(-1, 10, 2000)], 1)) for x in (0.1, 0.5, 0.8)]
     heights = [mask.mean() * 11 for mask in inside]
     assert heights == pytest.approx([3, 3, 3], abs=0.05)
-
-
-def test_labels_are_moved_apart_and_no_further_than_needed() -> None:
-    assert apart(np.array([5.0, 1.0, 9.0]), 2).tolist() == [5, 1, 9]
-    np.testing.assert_allclose(apart(np.array([1.0, 1.0]), 2), [0, 2])
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        places = rng.random(8) * 4
-        moved = apart(places, 0.7)
-        assert np.diff(np.sort(moved)).min() >= 0.7 - 1e-9
-        assert np.array_equal(np.argsort(moved), np.argsort(places))
-        assert moved.mean() == pytest.approx(places.mean())
 
 
 def test_panels_say_how_many_are_wrong() -> None:
