@@ -26,13 +26,17 @@ def main(argv: list[str] | None = None) -> None:
         "are none, the validation cases of the fold are shown.",
     )
     parser.add_argument("-d", required=True, help="Dataset name or id")
-    parser.add_argument("-c", required=True, help="Configuration, for instance 3d_fullres")
+    parser.add_argument("-c", help="Configuration, for instance 3d_fullres")
     parser.add_argument("-f", default="0", help="Fold: a number, or all. Default: 0")
-    parser.add_argument("-tr", required=True, nargs="+", metavar="TRAINER", help="Trainers; the first is the baseline")
+    models = parser.add_mutually_exclusive_group(required=True)
+    models.add_argument("-tr", nargs="+", metavar="TRAINER", help="Trainers; the first is the baseline")
+    models.add_argument(
+        "-m", nargs="+", type=Path, metavar="MODEL", help="Model folders in place of -tr, -c and -p, from anywhere"
+    )
     parser.add_argument("-o", required=True, type=Path, metavar="DIR", help="Where to write")
     parser.add_argument("-p", default="nnUNetPlans", help="Plans identifier. Default: nnUNetPlans")
     parser.add_argument("-chk", default="checkpoint_final.pth", help="Checkpoint. Default: checkpoint_final.pth")
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="Of the trainers in figures. Default: their own")
+    parser.add_argument("--names", nargs="+", metavar="NAME", help="Of the models in figures. Default: the trainers'")
     parser.add_argument(
         "--which", nargs="+", choices=FIGURES, metavar="FIGURE",
         help=f"Of {' '.join(FIGURES)}. Default: all that these models can give",
@@ -47,6 +51,8 @@ def main(argv: list[str] | None = None) -> None:
 
     if args.f != "all" and not args.f.isdigit():
         raise UserError(f"-f {args.f} is not a fold. Give a number, or all.")
+    if args.tr and args.c is None:
+        raise UserError("-tr needs -c, the configuration that was trained, for instance -c 3d_fullres.")
     if args.np is not None and args.np < 1:
         raise UserError(f"-np {args.np} must be at least 1.")
 
@@ -54,14 +60,25 @@ def main(argv: list[str] | None = None) -> None:
     import torch
     from nnunetv2.configuration import default_num_processes
 
-    from nnunet_ssl.figures.runs import FigureOptions, find_classes, find_runs, test_cases
+    from nnunet_ssl.figures.runs import (
+        FigureOptions,
+        find_classes,
+        find_models,
+        find_runs,
+        refuse_other_labels,
+        test_cases,
+    )
     from nnunet_ssl.unlabeled.find import read_dataset_json, required_folder, resolve_dataset
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("-device cuda: torch sees no GPU here; leave -device out to use the CPU.")
-    runs = find_runs(args.d, args.tr, args.p, args.c, args.f, args.chk, args.names)
+    if args.tr:
+        runs = find_runs(args.d, args.tr, args.p, args.c, args.f, args.chk, args.names)
+    else:
+        runs = find_models(args.m, args.f, args.chk, args.names)
     cases = test_cases(args.d, args.f)
     dataset_json = read_dataset_json(str(Path(required_folder("nnUNet_raw")) / resolve_dataset(args.d)))
+    refuse_other_labels(runs, dataset_json)
     labels, classes = find_classes(dataset_json, args.classes)
     options = FigureOptions(
         dataset_json=dataset_json,

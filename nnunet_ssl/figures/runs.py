@@ -43,6 +43,7 @@ class TrainedRun:
         folder: ``<nnUNet_results>/<dataset>/<trainer>__<plans>__<configuration>``.
         fold: a number, or ``all``.
         checkpoint: file name of the weights.
+        key: in file names, where the trainer's name would not tell two runs apart.
     """
 
     name: str
@@ -50,6 +51,7 @@ class TrainedRun:
     folder: Path
     fold: str
     checkpoint: str
+    key: str = ""
 
     @property
     def fold_folder(self) -> Path:
@@ -180,26 +182,78 @@ def find_runs(
     """
     required_folder("nnUNet_results")
     dataset = resolve_dataset(dataset_id)
-    if names is None:
-        names = short_names(trainers)
-    if len(names) != len(trainers):
-        raise UserError(f"--names gives {len(names)} name(s) for {len(trainers)} trainer(s). Give one for each -tr.")
-    for option, values in (("-tr", trainers), ("--names", names)):
-        if len(set(values)) < len(values):
-            twice = next(value for value in values if list(values).count(value) > 1)
-            raise UserError(f"{option} gives {twice} twice. Once will do.")
+    names = _names("-tr", trainers, trainers, names)
     runs = []
     for name, trainer in zip(names, trainers, strict=True):
         folder = Path(get_output_folder(dataset, trainer, plans, configuration))
-        run = TrainedRun(name, trainer, folder, str(fold), checkpoint)
-        for file in (folder / "plans.json", folder / "dataset.json", run.checkpoint_file):
-            if not file.is_file():
-                raise UserError(
-                    f"{file} does not exist: there is no such trained model. Check -d, -c, -f, -tr, -p and -chk, or "
-                    f"train it: nnUNetv2_train {dataset_id} {configuration} {fold} -tr {trainer} -p {plans}"
-                )
-        runs.append(run)
+        remedy = (
+            "Check -d, -c, -f, -tr, -p and -chk, or train it: "
+            f"nnUNetv2_train {dataset_id} {configuration} {fold} -tr {trainer} -p {plans}"
+        )
+        runs.append(_existing(TrainedRun(name, trainer, folder, str(fold), checkpoint), remedy))
     return runs
+
+
+def find_models(
+    folders: Sequence[Path], fold: str, checkpoint: str = FINAL, names: Sequence[str] | None = None
+) -> list[TrainedRun]:
+    """The trained models in these folders, which may lie below several ``nnUNet_results``.
+
+    Args:
+        folders: ``<trainer>__<plans>__<configuration>``, each once.
+        fold, checkpoint: the same of all.
+        names: as for :func:`find_runs`.
+
+    Raises:
+        UserError: as for :func:`find_runs`, a folder that is no model's, or models of one trainer without names.
+    """
+    folders = [Path(folder).resolve() for folder in folders]
+    trainers = [folder.name.split("__")[0] for folder in folders]
+    names = _names("-m", [str(folder) for folder in folders], trainers, names)
+    return [
+        _existing(
+            TrainedRun(name, trainer, folder, str(fold), checkpoint, re.sub(r"[^\w.-]+", "_", name)),
+            "Name folders <trainer>__<plans>__<configuration> with -m, and check -f and -chk.",
+        )
+        for name, trainer, folder in zip(names, trainers, folders, strict=True)
+    ]
+
+
+def _names(option: str, values: Sequence[str], trainers: Sequence[str], names: Sequence[str] | None) -> Sequence[str]:
+    """The names in figures: the given ones, or the trainers' own."""
+    if names is None:
+        names = short_names(trainers)
+        if len(set(names)) < len(set(values)):
+            raise UserError(f"{option} gives several models of the same trainer. Tell them apart with --names.")
+    if len(names) != len(values):
+        raise UserError(f"--names gives {len(names)} name(s) for {len(values)} model(s). Give one for each {option}.")
+    for given, texts in ((option, values), ("--names", names)):
+        if len(set(texts)) < len(texts):
+            twice = next(text for text in texts if list(texts).count(text) > 1)
+            raise UserError(f"{given} gives {twice} twice. Give models and names once each.")
+    return names
+
+
+def refuse_other_labels(runs: Iterable[TrainedRun], dataset_json: dict[str, Any]) -> None:
+    """Refuse a model that was trained for other classes than those of the cases.
+
+    Raises:
+        UserError: names its file.
+    """
+    for run in runs:
+        labels = load_json(str(run.folder / "dataset.json"))["labels"]
+        if labels != dataset_json["labels"]:
+            raise UserError(
+                f"{run.folder / 'dataset.json'} has the labels {labels}, the dataset has {dataset_json['labels']}. "
+                "Name the dataset of the models with -d."
+            )
+
+
+def _existing(run: TrainedRun, remedy: str) -> TrainedRun:
+    for file in (run.folder / "plans.json", run.folder / "dataset.json", run.checkpoint_file):
+        if not file.is_file():
+            raise UserError(f"{file} does not exist: there is no such trained model. {remedy}")
+    return run
 
 
 def short_names(trainers: Sequence[str]) -> list[str]:
@@ -303,7 +357,7 @@ def predictions(run: TrainedRun, cases: Sequence[Case], out: Path, options: Figu
 
 def prediction_folder(run: TrainedRun, out: Path) -> Path:
     """Where predictions made for the figures are kept."""
-    return out / "predictions" / run.trainer
+    return out / "predictions" / (run.key or run.trainer)
 
 
 def predict(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +60,30 @@ def test_what_was_asked_for_is_refused_after_the_others_are_drawn(made: MadeUp) 
         figures(made, "--which", "tokens", "boxes", "--names", "Mine", trainers=TRAINERS[:1])
     assert sorted(file.name for file in made.out.iterdir()) == ["boxes.md", "boxes.pdf", "boxes.png"]
     assert "- Mine: `" in (made.out / "boxes.md").read_text()
+
+
+def test_models_of_several_results_folders(made: MadeUp, tmp_path: Path) -> None:
+    """Two of the same trainer, one of them elsewhere: the names tell them apart, in files too."""
+    elsewhere = tmp_path / "elsewhere" / made.fold(TRAINERS[0]).parent.name
+    shutil.copytree(made.fold(TRAINERS[0]).parent, elsewhere)
+    models = ["-m", str(made.fold(TRAINERS[0]).parent), str(elsewhere)]
+    command = ["-d", "990", "-o", str(made.out), "-device", "cpu", "--which", "boxes"]
+    with pytest.raises(UserError, match=r"-m gives several models of the same trainer. Tell them apart with --names"):
+        main([*command, *models])
+    main([*command, *models, "--names", "Here", "Over there"])
+    caption = (made.out / "boxes.md").read_text()
+    assert f"`{elsewhere}" in caption
+    assert "Over there" in caption
+    with pytest.raises(UserError, match=r"is no such trained model. Name folders <trainer>"):
+        main([*command, "-m", str(tmp_path)])
+    (elsewhere / "dataset.json").write_text('{"labels": {"background": 0, "spleen": 1}, "file_ending": ".nii.gz"}')
+    with pytest.raises(UserError, match=r"has the labels .*spleen.*Name the dataset of the models with -d"):
+        main([*command, "-m", str(elsewhere)])
+
+
+def test_trainers_need_a_configuration(made: MadeUp) -> None:
+    with pytest.raises(UserError, match="-tr needs -c"):
+        main(["-d", "990", "-tr", TRAINERS[0], "-o", str(made.out)])
 
 
 def test_only_the_chosen_classes_are_drawn(made: MadeUp) -> None:

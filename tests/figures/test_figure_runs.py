@@ -62,7 +62,7 @@ def test_a_missing_model_is_named_with_the_command_that_makes_it(made: MadeUp) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"names": ["A"]}, "1 name.s. for 2 trainer"),
+        ({"names": ["A"]}, "1 name.s. for 2 model"),
         ({"names": ["A", "A"]}, "--names gives A twice"),
         ({"trainers": TRAINERS[:1] * 2, "names": ["A", "B"]}, f"-tr gives {TRAINERS[0]} twice"),
     ],
