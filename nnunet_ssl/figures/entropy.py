@@ -251,11 +251,8 @@ def entropy_figure(rows: Sequence[Row], names: Sequence[str], options: FigureOpt
     """Rows: classes. Columns: slice, truth, both predictions and both entropies in the window."""
     width = column_width(2)
     panel = (width - 0.7) / 6
-    names = [wrapped(name, panel) for name in names]
+    names = [wrapped(name, 0.9 * panel) for name in names]
     titles = ["Slice", "Truth", *names, *(f"{name},\nentropy" for name in names)]
-    lines = max(title.count("\n") for title in titles)
-    # of equal height: matplotlib's layout makes no room for those above axes that share a colour bar
-    titles = ["\n" * (lines - title.count("\n")) + title for title in titles]
     colors = dict(zip(options.labels.values(), class_colors(len(options.labels)), strict=True))
     shown = np.concatenate([_window(array, row).ravel() for row in rows for array in (row.truth, *row.predictions)])
     handles = [
@@ -265,10 +262,12 @@ def entropy_figure(rows: Sequence[Row], names: Sequence[str], options: FigureOpt
     ]
     handles.append(Line2D([], [], color="white", label="truth, the row's class", path_effects=_shadow()))
     in_legend = legend_columns([handle.get_label() for handle in handles], width)
-    lines_of_text = lines + -(-len(handles) // in_legend)
-    figure = new_figure(width, panel * len(rows) + 0.35 + 0.14 * lines_of_text)
+    text = 0.13 * (1 + max(title.count("\n") for title in titles)) + 0.12 * -(-len(handles) // in_legend)
+    figure = new_figure(width, (panel + 0.02) * len(rows) + text + 0.2)
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
-    grid = figure.subplots(len(rows), len(titles), squeeze=False)
+    cells = figure.add_gridspec(len(rows), len(titles) + 1, width_ratios=[*[1] * len(titles), 0.06])
+    # at the top of their cells, or the layout reckons with titles that are lower than they end up
+    grid = [[figure.add_subplot(cells[i, j], anchor="N") for j in range(len(titles))] for i in range(len(rows))]
     highest = max(_window(entropy, row).max() for row in rows for entropy in row.entropies)
     for axes, row in zip(grid, rows, strict=True):
         _slice_panel(axes[0], row)
@@ -285,9 +284,7 @@ def entropy_figure(rows: Sequence[Row], names: Sequence[str], options: FigureOpt
             each.spines[:].set_visible(False)
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title)
-    figure.colorbar(
-        drawn, ax=grid[:, 4:].ravel().tolist(), label="entropy / log K", fraction=0.05, pad=0.02, aspect=15 * len(rows)
-    )
+    figure.colorbar(drawn, cax=figure.add_subplot(cells[:, -1]), label="entropy / log K")
     figure.legend(handles=handles, loc="outside lower center", ncols=in_legend)
     return figure
 

@@ -157,8 +157,9 @@ def test_damaged_probabilities_are_named(made: MadeUp) -> None:
         read_row(1, cases[0], runs, made.out, options)
 
 
-def test_real_runs(tiny, make_trainer: Maker, tmp_path: Path) -> None:
-    dataset = tiny("3d")
+@pytest.mark.parametrize("kind", ["3d", "png"])
+def test_real_runs(tiny, make_trainer: Maker, tmp_path: Path, kind: str) -> None:
+    dataset = tiny(kind)
     names = ("SHTA_LabeledOnly", "LabeledOnly")
     runs = [
         train(make_trainer(f"nnUNetTrainer{name}", dataset, settings={"seed": 3 + i}), name)
