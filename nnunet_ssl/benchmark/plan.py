@@ -1,7 +1,7 @@
 """A protocol as a list of steps, each of them one command that a user could type.
 
 The order of things: make the datasets, plan and prepare them; measure seconds a step, where a budget is in time; train
-each run, predict and evaluate the test cases at each point of the curve; compare the rows.
+each run, predict and evaluate the test cases at each point of the curve; compare the rows; draw figures.
 """
 
 from __future__ import annotations
@@ -347,7 +347,32 @@ class Plan:
                 words = tuple(map(str, words))
                 yield own, Step(f"compare_{name}", title, words, ("-np", str(self.machine.processes)))
 
+    def figures(self) -> Iterator[tuple[list[Run], Step]]:
+        """Of the first budget and seed the rows that the protocol names, for each labelled set."""
+        p = self.protocol
+        for labeled in p.labeled if p.figures else ():
+            runs = {run.row.name: run for run in self.runs(p.budgets[0], labeled) if run.seed == p.seeds[0]}
+            own = [runs[name] for name in p.figures]
+            name = f"{p.budgets[0].key}_{labeled}labeled_seed{p.seeds[0]}"
+            number = self.ids[self.dataset_key(labeled, p.seeds[0])]
+            words = ["nnUNetv2_ssl_figures", "-d", number, "-f", 0, "-m", *(self.model(run) for run in own)]
+            words += ["--names", *p.figures, "-o", self.home / "figures" / name]
+            words += ["--disable_tta"] if "--disable_tta" in p.predict else []
+            machine = ("-device", self.machine.device, "-np", str(self.machine.processes))
+            title = f"Figures: {labeled} labelled, seed {p.seeds[0]}, {p.budgets[0].key}"
+            variables = {"nnUNet_results": str(self.home / "results")}
+            yield own, Step(f"figures_{name}", title, tuple(map(str, words)), machine, variables)
+
     # ------------------------------------------------------------------------------------------------ places
+
+    def model(self, run: Run) -> Path:
+        """nnU-Net's folder of the (last) trained model, as a pattern."""
+        number = self.ids[self.dataset_key(run.labeled, run.seed)]
+        if run.row.self_training:
+            number = self.ids[run.key] + run.row.self_training.rounds - 1
+        p = self.protocol
+        name = f"{self._trainer(run.row)}__{p.plans}__{p.configuration}"
+        return run.folder / "results" / f"Dataset{number:03d}_*" / name
 
     def predictions(self, run: Run, epoch: int) -> Path:
         """Predicted test cases after an epoch."""

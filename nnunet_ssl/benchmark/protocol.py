@@ -126,6 +126,7 @@ class Protocol:
     metrics: tuple[str, ...]
     evaluate: tuple[str, ...]
     measure: Measure
+    figures: tuple[str, ...]
 
     @property
     def curve_epochs(self) -> tuple[int, ...]:
@@ -205,6 +206,7 @@ FIELDS: dict[str, tuple[Kind, Any]] = {
     "metrics": (_list_of(f"metrics: {', '.join(METRICS)}", lambda v: v in METRICS), ["dice"]),
     "evaluate": (ARGUMENTS, []),
     "measure": (OBJECT, {}),
+    "figures": (_list_of("names of rows", lambda v: isinstance(v, str), 0), []),
 }  # fmt: skip
 DATA_FIELDS: dict[str, tuple[Kind, Any]] = {
     "script": (Kind("the name of a script, prepare_<dataset>.py", lambda v: isinstance(v, str)
@@ -321,7 +323,7 @@ def read_protocol(which: str) -> Protocol:
         values["shrink"] = checked(values["shrink"], SHRINK_FIELDS, f"{file}, shrink,")
     for name in ("planning", "predict", "evaluate"):
         values[name] = tuple(map(str, values[name]))
-    for name in ("labeled", "seeds", "curve", "metrics"):
+    for name in ("labeled", "seeds", "curve", "metrics", "figures"):
         values[name] = tuple(values[name])
         if len(set(values[name])) < len(values[name]):
             raise UserError(f"{file} names something twice in '{name}': {list(values[name])}. Remove one.")
@@ -380,6 +382,9 @@ def _check_rows(protocol: Protocol, file: Path) -> None:
             )
         if row.against is not None and row.against not in names:
             raise UserError(f"{where} sets 'against' to {row.against!r}; the rows are {', '.join(names)}.")
+    for name in protocol.figures:
+        if name not in names:
+            raise UserError(f"{file} sets 'figures' to {list(protocol.figures)}; the rows are {', '.join(names)}.")
     if protocol.data.dataset is not None and "all" in [*protocol.labeled, *(row.labeled for row in protocol.rows)]:
         raise UserError(f"{file} sets 'labeled' to \"all\"; for a dataset that is split, give the number of cases.")
 

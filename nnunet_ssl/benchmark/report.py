@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def write_report(plan: Plan, page: Path | None = None) -> str:
 
     Args:
         plan: of the benchmark.
-        page: a Markdown file that gets the report between two marks, and the figure beside it in ``figures/``.
+        page: a Markdown file that gets the report between two marks, and the pictures beside it in ``figures/``.
 
     Returns:
         The Markdown.
@@ -45,13 +46,17 @@ def write_report(plan: Plan, page: Path | None = None) -> str:
     name = plan.protocol.name
     draw_curves(plan, results, plan.home / "curves.png")
     write_json(str(plan.home / "results.json"), results)
-    text = "\n".join([*markdown(plan, results), "", "![Learning curves](curves.png)", ""])
+    pictures = {"learning curves": plan.home / "curves.png", **figure_files(plan)}
+    text = "\n".join([*markdown(plan, results), *shown_pictures(pictures, plan.home), ""])
     _write(plan.home / "report.md", f"# {name}\n\n{text}")
     if page is not None:
-        lines = [*markdown(plan, results), "", f"![Learning curves](figures/{name}_curves.png)"]
-        content = fill(page, name, lines)
-        (page.parent / "figures").mkdir(exist_ok=True)
-        draw_curves(plan, results, page.parent / "figures" / f"{name}_curves.png")
+        folder = page.parent / "figures"
+        copies = {title: folder / f"{name}_{title.replace(' ', '_')}.png" for title in pictures}
+        content = fill(page, name, [*markdown(plan, results), *shown_pictures(copies, page.parent)])
+        folder.mkdir(exist_ok=True)
+        for title, file in copies.items():
+            with replacing(str(file)) as temporary:
+                shutil.copyfile(pictures[title], temporary)
         _write(page, content)
     return text
 
@@ -78,6 +83,20 @@ def fill(page: Path, name: str, lines: Sequence[str], writer: str = "nnUNetv2_ss
     if begin not in text or end not in text:
         raise UserError(f"{page} has no lines '{begin}' and '{end}' for the report to stand between; write them.")
     return "\n".join([text.split(begin)[0] + begin, "", *lines, "", end + text.split(end)[1]])
+
+
+def figure_files(plan: Plan) -> dict[str, Path]:
+    """Title -> picture that ``nnUNetv2_ssl_figures`` has drawn, of the first labelled set."""
+    first = next((step for _, step in plan.figures()), None)
+    files = sorted((plan.home / "figures" / first.key.removeprefix("figures_")).glob("*.png")) if first else []
+    titles = {"curves": "training curves"}  # beside the learning curves of the report
+    return {titles.get(file.stem, file.stem.replace("_", " ")): file for file in files}
+
+
+def shown_pictures(pictures: Mapping[str, Path], folder: Path) -> Iterator[str]:
+    """Lines of Markdown that show pictures, by title, on a page in ``folder``."""
+    for title, file in pictures.items():
+        yield from ("", f"![{title.capitalize()}]({file.relative_to(folder).as_posix()})")
 
 
 # ----------------------------------------------------------------------------------------------------------- numbers

@@ -29,7 +29,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_json
 
 ADDED_TO = ("seeds", "labeled", "rows", "budgets")  # what a protocol may get more of while its benchmark is under way
-FREE = ("about",)
+FREE = ("about", "figures")
 ENTRY_POINTS = {
     "nnUNetv2_train": "nnunetv2.run.run_training:run_training_entry",
     "nnUNetv2_predict": "nnunetv2.inference.predict_from_raw_data:predict_entry_point",
@@ -76,7 +76,7 @@ class Benchmark:
             )
 
     def run(self) -> None:
-        """Everything up to the comparison.
+        """Everything up to the figures.
 
         Raises:
             UserError: a command failed. A failure in the preparation ends it, one of a run is told at the end.
@@ -88,7 +88,7 @@ class Benchmark:
         except StepError as error:
             raise UserError(f"{error} Mend it and start again: what is done is not done twice.") from None
         failed = self._work_through(self.plan.queue())
-        for runs, step in self.plan.compare():
+        for runs, step in [*self.plan.compare(), *self.plan.figures()]:
             if not failed.keys() & {run.folder for run in runs}:
                 try:
                     self.do(step)
@@ -368,4 +368,4 @@ def script_of(benchmark: Benchmark) -> Iterator[str]:
     yield from lines(plan.measure())
     for run in plan.queue():
         yield from lines(plan.steps_of(run))
-    yield from lines(step for _, step in plan.compare())
+    yield from lines(step for _, step in [*plan.compare(), *plan.figures()])

@@ -249,6 +249,24 @@ def test_comparison_of_all_rows_for_each_table_and_seed(given, make_plan):
     ]  # fmt: skip
 
 
+def test_figures_of_the_named_rows(given, make_plan, tmp_path):
+    assert list(make_plan(given).figures()) == []
+    given |= {"figures": ["CPS", "Again"], "predict": ["--disable_tta"]}
+    given["rows"].append({"name": "Again", "trainer": "nnUNetTrainerLabeledOnly", "self_training": {"rounds": 2}})
+    given["budgets"][0]["steps"] = 120
+    plan = make_plan(given)
+    (runs, step), = plan.figures()
+    runs_folder, again = tmp_path / "home" / "runs" / "steps120", plan.ids["steps120/again_2labeled_seed0"]
+    assert [run.row.name for run in runs] == ["CPS", "Again"]
+    assert list(step.words) == [
+        "nnUNetv2_ssl_figures", "-d", "500", "-f", "0", "-m",
+        f"{runs_folder}/cps_2labeled_seed0/results/Dataset500_*/nnUNetTrainerCPS_4epochs__nnUNetPlans__3d_fullres",
+        f"{runs_folder}/again_2labeled_seed0/results/Dataset{again + 1}_*/"
+        "nnUNetTrainerLabeledOnly_4epochs__nnUNetPlans__3d_fullres",
+        "--names", "CPS", "Again", "-o", f"{tmp_path}/home/figures/steps120_2labeled_seed0", "--disable_tta",
+    ]  # fmt: skip
+
+
 def test_a_shell_reads_the_words_as_they_are_meant(tmp_path):
     folder = tmp_path / "a b" / "Dataset501_Made"
     folder.mkdir(parents=True)

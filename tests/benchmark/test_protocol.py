@@ -76,6 +76,7 @@ def set_(*path):
         (set_("budgets", [{"minutes": 0}]), "a number above 0"),
         (set_("rows", 0, "self_training", {"rounds": 2}), r"trainings of Labels only \(3\), 12"),
         (set_("rows", 0, "self_training", {"round": 2}), r"rows\[0\], self_training, has 'round'"),
+        (set_("figures", ["URPC"]), r"sets 'figures' to \['URPC'\]; the rows are Labels only, CPS"),
         (set_("curve", [0.5]), "growing shares that end with 1"),
         (set_("curve", [1, 0.5]), "growing shares"),
         (set_("curve", [0.99, 1]), "growing shares"),  # of four epochs, both are the last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -116,12 +117,30 @@ def test_a_page_gets_the_report_between_its_marks(plan, tmp_path):
     assert text.endswith("<!-- made_up: end -->\nafter\n")
     assert "old" not in text
     assert "| CPS | 80 |" in text
-    assert (page.parent / "figures" / "made_up_curves.png").is_file()
+    assert (page.parent / "figures" / "made_up_learning_curves.png").stat().st_size > 5000
+    assert "![Learning curves](figures/made_up_learning_curves.png)" in text
     write_report(plan, page)
     assert page.read_text() == text  # a second time replaces the first
     page.write_text("no marks")
     with pytest.raises(UserError, match="has no lines '<!-- made_up: written by"):
         fill(page, "made_up", [])
+
+
+def test_figures_are_shown_and_copied(plan, tmp_path):
+    plan.protocol = replace(plan.protocol, figures=("Labels only", "CPS"))
+    folder = plan.home / "figures" / "steps80_2labeled_seed0"
+    folder.mkdir(parents=True)
+    for name in ("curves", "cases_1_liver"):
+        (folder / f"{name}.png").write_text(name)
+    page = tmp_path / "results.md"
+    page.write_text("<!-- made_up: written by nnUNetv2_ssl_benchmark -->\n<!-- made_up: end -->\n")
+    write_report(plan, page)
+    report = (plan.home / "report.md").read_text()
+    assert "![Cases 1 liver](figures/steps80_2labeled_seed0/cases_1_liver.png)" in report
+    assert "![Learning curves](curves.png)" in report
+    for name, content in (("training_curves", "curves"), ("cases_1_liver", "cases_1_liver")):
+        assert f"(figures/made_up_{name}.png)" in page.read_text()
+        assert (tmp_path / "figures" / f"made_up_{name}.png").read_text() == content
 
 
 def test_differences_are_over_the_classes_that_both_have():

@@ -141,11 +141,12 @@ def test_nnunets_commands_are_its_own_and_on_the_cpu_hold_to_one_thread():
 
 
 def test_the_script_has_every_step_and_says_what_is_done(benchmark, tmp_path):
+    benchmark.plan.protocol = replace(benchmark.plan.protocol, figures=("Labels only", "CPS"))
     lines = list(script_of(benchmark))
     commands = [line for line in lines if not line.startswith(("#", "export", "mkdir", "echo"))]
     plan = benchmark.plan
     runs = [step for run in plan.queue() for step in plan.steps_of(run)]
-    steps = [*plan.prepare(), *plan.measure(), *runs, *(step for _, step in plan.compare())]
+    steps = [*plan.prepare(), *plan.measure(), *runs, *(step for _, step in [*plan.compare(), *plan.figures()])]
     assert len(commands) == len(steps)
     assert all("nnUNetv2_" in command for command in commands)
     assert any("# num_iterations_per_epoch follows from" in line for line in lines)
