@@ -1,9 +1,13 @@
-"""``nnUNetv2_ssl_benchmark``: its arguments, its list, and what a dry run prints."""
+"""``nnUNetv2_ssl_benchmark``: from a made-up dataset to the report, killed and resumed on the way."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
+import sys
+import time
 
 import pytest
 
@@ -28,6 +32,7 @@ PROTOCOL = {
     "predict": ["--disable_tta"],
     "metrics": ["dice", "hd95"],
     "measure": {"epochs": 2, "iterations": 3, "rounds": 1},
+    "figures": ["Labels only", "CPS"],
 }
 
 
@@ -48,12 +53,12 @@ def test_dry_run_prints_commands_and_does_nothing(protocol, tmp_path, capsys, fr
     assert sorted(tmp_path.rglob("*")) == before
     commands = [line for line in lines if not line.startswith(("#", "export", "mkdir", "echo"))]
     names = [next(word for word in line.split() if "=" not in word) for line in commands]
-    # dataset, plans, network, unlabelled; two short runs; (train, predict, evaluate) x three runs; two comparisons
+    # dataset, plans, network, unlabelled; two short runs; (train, predict, evaluate) x three runs; two comparisons; figures
     assert names == [
         "nnUNetv2_ssl_split", "nnUNetv2_plan_and_preprocess", "python", "nnUNetv2_ssl_preprocess",
         "nnUNetv2_train", "nnUNetv2_train",
         *["nnUNetv2_train", "nnUNetv2_predict", "nnUNetv2_ssl_evaluate"] * 3,
-        "nnUNetv2_ssl_evaluate", "nnUNetv2_ssl_evaluate",
+        "nnUNetv2_ssl_evaluate", "nnUNetv2_ssl_evaluate", "nnUNetv2_ssl_figures",
     ]  # fmt: skip
     assert subprocess.run(["sh", "-n"], input="\n".join(lines), text=True).returncode == 0  # a shell can read it
 
@@ -81,3 +86,92 @@ def test_what_is_refused(arguments, message, fresh_folders, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         main(arguments)
+
+
+def start(*arguments):
+    """The command in a process of its own."""
+    code = "from nnunet_ssl.commands.benchmark import main; main()"
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.DEVNULL)
+
+
+def wait_for(pattern, folder, process, seconds=1200):
+    """Wait until a file appears."""
+    end = time.time() + seconds
+    while not list(folder.glob(pattern)):
+        assert process.poll() is None, f"ended before {pattern} was there"
+        assert time.time() < end, f"no {pattern} after {seconds} s"
+        time.sleep(0.05)
+
+
+def trainings():
+    """Processes that train now, by their arguments."""
+    found = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout.splitlines()
+    return [line for line in found if "run_training_entry" in line and "_2epochs" in line and " small " in line]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_killed_resumed_and_reported(protocol, tmp_path, fresh_folders, capsys):
+    home = tmp_path / "out"
+    arguments = [protocol, "--device", "cpu", "-o", home, "-np", 1]
+
+    # a kill in the middle of the first training leaves nothing running
+    process = start(*arguments)
+    wait_for("runs/steps4/*/results/*/*/fold_0/checkpoint_best.pth", home, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(300) == 128 + signal.SIGTERM
+    assert not trainings()
+    done = {file: os.stat(file).st_mtime_ns for file in home.glob("done/**/*.json")}
+    assert {"dataset_2.json", "plan_2.json", "unlabeled_2.json", "measure_cps_0.json"} <= {f.name for f in done}
+    assert not list(home.glob("done/**/train.json"))
+
+    # it goes on where it was
+    main([str(a) for a in arguments])
+    assert "--c" in (home / "logs" / "steps4" / "labels_only_2labeled_seed0" / "train.txt").read_text()
+    assert {file: os.stat(file).st_mtime_ns for file in done} == done
+    capsys.readouterr()
+
+    # everything is there
+    results = json.loads((home / "results.json").read_text())
+    assert results["unfinished"] == []
+    equal_steps, equal_time = results["tables"]
+    assert [run["steps"] for run in equal_steps["runs"]] == [4, 4]
+    labels_only, cps = equal_time["runs"]
+    seconds = results["seconds_a_step"]
+    assert cps == equal_steps["runs"][1]  # not trained twice
+    assert labels_only["steps"] == 2 * max(1, round(2 * seconds["cps"] / seconds["labels_only"]))
+    for run in [*equal_steps["runs"], labels_only]:
+        assert 0 <= run["metrics"]["Dice"] <= 1
+        assert run["minutes"] > 0
+    assert set(labels_only["classes"]) == {"liver", "spleen", "kidney", "nodule", "vessel"}
+    text = (home / "report.md").read_text()
+    assert "| Labels only | 4 |" in text
+    assert "| CPS | Labels only | Dice (%) |" in text
+    compared = home / "compared" / "steps4_2labeled_seed0" / "comparison.json"
+    assert set(json.loads(compared.read_text())["methods"]) == {"Labels only", "CPS"}
+
+    for name in ("cases_1_liver", "entropy", "training_curves", "boxes"):
+        assert f"![{name.replace('_', ' ').capitalize()}](figures/steps4_2labeled_seed0/" in text
+    assert len(list((home / "figures" / "steps4_2labeled_seed0").glob("cases_*.pdf"))) == 5
+
+    # what the trainings were told, and what was recorded of them
+    fold = "results/*/nnUNetTrainerCPS_2epochs__small__3d_fullres/fold_0/ssl_settings.json"
+    settings = json.loads(next((home / "runs/steps4/cps_2labeled_seed0").glob(fold)).read_text())["settings"]
+    assert (settings["seed"], settings["num_iterations_per_epoch"], settings["cps_weight"]) == (0, 2, 0.5)
+    record = json.loads((home / "done" / "steps4" / "cps_2labeled_seed0" / "train.json").read_text())
+    assert record["settings"]["cps_weight"] == 0.5
+    assert record["device"] == "cpu"
+
+    # nothing is left to do, and another row may come
+    main([*map(str, arguments), "--dry-run"])
+    assert all(line.startswith(("#", "export")) for line in capsys.readouterr().out.splitlines())
+    more = {"name": "CPS again", "trainer": "nnUNetTrainerCPS", "against": "CPS"}
+    protocol.write_text(json.dumps(PROTOCOL | {"rows": [*PROTOCOL["rows"], more]}))
+    main([*map(str, arguments), "--dry-run"])
+    lines = capsys.readouterr().out.splitlines()
+    trained = [line for line in lines if "nnUNetv2_train" in line]
+    assert len(trained) == 3  # measured, with equal steps, with equal time
+    assert all("cps_again" in line for line in trained)
+    protocol.write_text(json.dumps(PROTOCOL | {"epochs": 4}))
+    with pytest.raises(UserError, match="begun with 'epochs' 2"):
+        main([str(a) for a in arguments])
