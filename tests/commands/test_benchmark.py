@@ -53,7 +53,8 @@ def test_dry_run_prints_commands_and_does_nothing(protocol, tmp_path, capsys, fr
     assert sorted(tmp_path.rglob("*")) == before
     commands = [line for line in lines if not line.startswith(("#", "export", "mkdir", "echo"))]
     names = [next(word for word in line.split() if "=" not in word) for line in commands]
-    # dataset, plans, network, unlabelled; two short runs; (train, predict, evaluate) x three runs; two comparisons; figures
+    # dataset, plans, network, unlabelled; two short runs; (train, predict, evaluate) x three runs; two comparisons;
+    # figures
     assert names == [
         "nnUNetv2_ssl_split", "nnUNetv2_plan_and_preprocess", "python", "nnUNetv2_ssl_preprocess",
         "nnUNetv2_train", "nnUNetv2_train",
