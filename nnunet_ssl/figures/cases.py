@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib import patheffects
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -23,6 +21,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.metrics import Label
 from nnunet_ssl.evaluation.summary import table
+from nnunet_ssl.figures.outlines import TRUTH, draw_outline, overlay, shadow
 from nnunet_ssl.figures.page import (
     class_colors,
     column_width,
@@ -46,8 +45,6 @@ from nnunet_ssl.unlabeled.find import channel_names
 MAX_PANEL = 1.9  # inches
 ZOOM = 2.0  # side of the window, in sizes of the class
 MIN_WINDOW = 0.3  # of the image's longer side
-FINE = 6  # points of a contour along a voxel
-TRUTH = "white"
 
 
 @dataclass(frozen=True)
@@ -199,11 +196,10 @@ def cases_figure(
     panel = (width - 0.25) / num_columns
     titles = [wrapped(title, panel) for title in ("Image, truth", *names)]
     line = min(1.0, 0.7 * panel)  # points; small panels take thin lines and small numbers
-    outline = _outline(line)
     colors = dict(zip(options.names, class_colors(len(options.names)), strict=True))
     windows = [window_around(class_mask(plane.truth, label), plane.size) for plane in planes]
     seen = {cls for plane, window in zip(planes, windows, strict=True) for cls in _classes_in(plane, window, colors)}
-    handles = [Line2D([], [], color=TRUTH, lw=1, path_effects=_outline(1), label=f"truth, {options.names[label]}")]
+    handles = [Line2D([], [], color=TRUTH, lw=1, path_effects=shadow(1), label=f"truth, {options.names[label]}")]
     handles += [
         Patch(color=colors[cls], alpha=_opacity(cls, label), linewidth=0, label=options.names[cls])
         for cls in colors
@@ -217,22 +213,16 @@ def cases_figure(
     for row, chosen, plane, window in zip(grid, slices, planes, windows, strict=True):
         row[0].set_ylabel(chosen.rank)
         for axes, prediction, dice in zip(row, (None, *plane.predictions), (None, *chosen.dice), strict=True):
-            _panel(axes, plane, prediction, label, colors, window)
-            axes.collections[0].set(linewidths=line, path_effects=outline)
+            _panel(axes, plane, prediction, label, colors, window, line)
             if prediction is not None:
                 axes.text(
-                    0.04, 0.04, f"{100 * dice:.1f}", transform=axes.transAxes, color="white", path_effects=outline,
+                    0.04, 0.04, f"{100 * dice:.1f}", transform=axes.transAxes, color=TRUTH, path_effects=shadow(line),
                     fontsize=min(8, 8 * line),
                 )  # fmt: skip
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title)
     figure.legend(handles=handles, loc="outside lower center", ncols=in_legend)
     return figure
-
-
-def _outline(width: float) -> list[patheffects.AbstractPathEffect]:
-    """Black around white lines and letters, which are seen on any ground then."""
-    return [patheffects.withStroke(linewidth=2 * width, foreground="black")]
 
 
 def _classes_in(plane: Plane, window: tuple[float, float, float, float], classes: Iterable[Label]) -> set[Label]:
@@ -271,27 +261,17 @@ def _panel(
     label: Label,
     colors: dict[Label, str],
     window: tuple[float, float, float, float],
+    line: float,
 ) -> None:
     rows, columns = plane.truth.shape
     extent = (0, columns * plane.size[1], rows * plane.size[0], 0)
     axes.imshow(plane.image, cmap="gray", vmin=0, vmax=1, extent=extent)
     if prediction is not None:
-        axes.imshow(_overlay(prediction, label, colors), extent=extent)
-    # Contours run between points: with several a voxel they follow the voxels' edges. The margin of background closes
-    # those of what touches the image's edge.
-    mask = np.pad(class_mask(plane.truth, label), 1).repeat(FINE, 0).repeat(FINE, 1).astype(float)
-    y, x = (((np.arange(n) + 0.5) / FINE - 1) * size for n, size in zip(mask.shape, plane.size, strict=True))
-    axes.contour(x, y, mask, levels=[0.5], colors=TRUTH)
+        on_top = sorted(colors, key=lambda cls: cls == label)
+        axes.imshow(overlay(prediction, {cls: (colors[cls], _opacity(cls, label)) for cls in on_top}), extent=extent)
     axes.set(xlim=window[:2], ylim=window[2:], xticks=[], yticks=[], facecolor="black", aspect="equal")
     axes.spines[:].set_visible(False)
-
-
-def _overlay(prediction: np.ndarray, label: Label, colors: dict[Label, str]) -> np.ndarray:
-    """Colour and opacity ``[rows, columns, 4]``; the class in question lies on top."""
-    overlay = np.zeros((*prediction.shape, 4))
-    for cls in sorted(colors, key=lambda cls: cls == label):
-        overlay[class_mask(prediction, cls)] = (*to_rgb(colors[cls]), _opacity(cls, label))
-    return overlay
+    draw_outline(axes, class_mask(plane.truth, label), plane.size, line)
 
 
 def _opacity(cls: Label, label: Label) -> float:
