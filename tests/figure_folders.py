@@ -58,6 +58,12 @@ def make_folders(folder: Path, num_cases: int = 3, labels: dict | None = None, i
     dataset_json = {"channel_names": {"0": "MRI"}, "labels": labels, "numTraining": num_cases, "file_ending": ".nii.gz"}
     if any(isinstance(value, list) for value in labels.values()):
         dataset_json["regions_class_order"] = [1, 2]
+    for trainer in TRAINERS:  # validation comes after training
+        model = made.fold(trainer).parent
+        made.fold(trainer).mkdir(parents=True)
+        (model / "dataset.json").write_text(json.dumps(dataset_json))
+        (model / "plans.json").write_text(json.dumps({"image_reader_writer": "SimpleITKIO"}))
+        (made.fold(trainer) / "checkpoint_final.pth").touch()
     for name in names:
         truth = np.zeros(SHAPE, np.uint8)
         truth[1:6, 2:10, 2:8] = rng.integers(1, 3, (5, 8, 6))
@@ -73,11 +79,6 @@ def make_folders(folder: Path, num_cases: int = 3, labels: dict | None = None, i
     preprocessed = folder / "preprocessed/Dataset990_MadeUp"
     preprocessed.mkdir(parents=True)
     (preprocessed / "splits_final.json").write_text(json.dumps([{"train": [], "val": names}]))
-    for trainer in TRAINERS:
-        model = made.fold(trainer).parent
-        (model / "dataset.json").write_text(json.dumps(dataset_json))
-        (model / "plans.json").write_text(json.dumps({"image_reader_writer": "SimpleITKIO"}))
-        (made.fold(trainer) / "checkpoint_final.pth").touch()
     return made
 
 
@@ -91,4 +92,4 @@ def everything(made: MadeUp, chosen: Sequence[str] | None = None) -> tuple[list[
     """Runs, cases and options as the command makes them; nnU-Net's variables must be set."""
     content = json.loads((made.raw / "dataset.json").read_text())
     runs = find_runs(990, TRAINERS, "nnUNetPlans", "3d_fullres", "0")
-    return runs, test_cases(990, "0"), FigureOptions(content, *find_classes(content, chosen))
+    return runs, test_cases(990, "0"), FigureOptions(content, *find_classes(content, chosen), dataset=made.raw.name)

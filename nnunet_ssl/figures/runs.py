@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,14 @@ from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.metrics import Label
+from nnunet_ssl.figures.page import class_colors
 from nnunet_ssl.files import write_json
 from nnunet_ssl.unlabeled.find import find_images, find_labeled, read_dataset_json, required_folder, resolve_dataset
 
 FINAL = "checkpoint_final.pth"
 RECORD = "made_from.json"
 WORKERS_PAY_FROM = 2**26  # bytes of images; starting nnU-Net's workers takes half a minute
+MAX_WORKERS = 3  # of preprocessing, and of export: nnUNetv2_predict's own; each holds a whole case in memory
 
 
 class NotApplicable(UserError):  # noqa: N818 - says what it is
@@ -44,6 +48,8 @@ class TrainedRun:
         fold: a number, or ``all``.
         checkpoint: file name of the weights.
         key: in file names, where the trainer's name would not tell two runs apart.
+        predicted: folder with the label maps of all cases, once it is known.
+        how: they were made, in words for captions.
     """
 
     name: str
@@ -52,6 +58,8 @@ class TrainedRun:
     fold: str
     checkpoint: str
     key: str = ""
+    predicted: Path | None = None
+    how: str = ""
 
     @property
     def fold_folder(self) -> Path:
@@ -77,13 +85,13 @@ class Case:
         name: as nnU-Net calls it.
         images: a file a channel.
         label: the true label map.
-        validation: whether it is a validation case of the fold, not a test case.
+        kind: ``test``, or ``validation`` or ``training`` case of the fold.
     """
 
     name: str
     images: tuple[Path, ...]
     label: Path
-    validation: bool = False
+    kind: str = "test"
 
 
 @dataclass(frozen=True)
@@ -99,6 +107,7 @@ class FigureOptions:
         num_processes: at most.
         seed: of everything random.
         embedding: ``pca``, ``tsne``.
+        dataset: name of the raw dataset's folder.
     """
 
     dataset_json: dict[str, Any]
@@ -109,11 +118,17 @@ class FigureOptions:
     num_processes: int = 1
     seed: int = 0
     embedding: tuple[str, ...] = ("pca", "tsne")
+    dataset: str = ""
 
     @property
     def names(self) -> dict[Label, str]:
         """The chosen classes with their names, in the dataset's order."""
         return {label: name for name, label in self.labels.items() if label in self.classes}
+
+    @property
+    def colors(self) -> dict[Label, str]:
+        """A colour for each chosen class, the same in all figures."""
+        return dict(zip(self.names, class_colors(len(self.names)), strict=True))
 
     @property
     def ignore_label(self) -> int | None:
@@ -207,16 +222,21 @@ def find_models(
     Raises:
         UserError: as for :func:`find_runs`, a folder that is no model's, or models of one trainer without names.
     """
-    folders = [Path(folder).resolve() for folder in folders]
+    folders = [Path(os.path.abspath(folder)) for folder in folders]  # a link keeps its name
     trainers = [folder.name.split("__")[0] for folder in folders]
     names = _names("-m", [str(folder) for folder in folders], trainers, names)
     return [
         _existing(
-            TrainedRun(name, trainer, folder, str(fold), checkpoint, re.sub(r"[^\w.-]+", "_", name)),
+            TrainedRun(name, trainer, folder, str(fold), checkpoint, f"{trainer}_{_digest(folder)}"),
             "Name folders <trainer>__<plans>__<configuration> with -m, and check -f and -chk.",
         )
         for name, trainer, folder in zip(names, trainers, folders, strict=True)
     ]
+
+
+def _digest(folder: Path) -> str:
+    """A few digits that tell models of one trainer apart, also on disks that know no capitals."""
+    return hashlib.sha256(str(folder).encode()).hexdigest()[:8]
 
 
 def _names(option: str, values: Sequence[str], trainers: Sequence[str], names: Sequence[str] | None) -> Sequence[str]:
@@ -258,9 +278,63 @@ def _existing(run: TrainedRun, remedy: str) -> TrainedRun:
 
 def short_names(trainers: Sequence[str]) -> list[str]:
     """The trainers' names without ``nnUNetTrainer`` and the number of epochs, where these do not tell them apart."""
-    short = [re.sub(r"_\d+epochs?$", "", trainer).removeprefix("nnUNetTrainer").strip("_") for trainer in trainers]
-    short = [name or "nnU-Net" for name in short]
+    short = [without_epochs(trainer).removeprefix("nnUNetTrainer").strip("_") or "nnU-Net" for trainer in trainers]
     return short if len(set(short)) == len(short) else list(trainers)
+
+
+def without_epochs(trainer: str) -> str:
+    """``nnUNetTrainerCPS`` of ``nnUNetTrainerCPS_250epochs``."""
+    return re.sub(r"_\d+epochs?$", "", trainer)
+
+
+def settings_of(run: TrainedRun) -> dict[str, Any]:
+    """The settings that a run wrote down; none of a trainer that is not of this package.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    file = run.fold_folder / "ssl_settings.json"
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))["settings"])
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error!r}). Restore it.") from error
+
+
+def load_predictor(run: TrainedRun, device: str, tta: bool = True) -> Any:
+    """nnU-Net's predictor with a run's weights.
+
+    Args:
+        run: the model.
+        device: ``cuda``, ``cpu`` or ``mps``.
+        tta: with nnU-Net's mirroring.
+
+    Raises:
+        UserError: the weights cannot be loaded, or the model cannot predict by itself.
+    """
+    import torch
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            predictor = nnUNetPredictor(use_mirroring=tta, device=torch.device(device), allow_tqdm=False)
+            predictor.initialize_from_trained_model_folder(str(run.folder), (run.fold,), run.checkpoint)
+    except Exception as error:
+        raise UserError(
+            f"{run.checkpoint_file} cannot be loaded ({_reason(error)}). Restore it, or name another with -chk."
+        ) from error
+    if predictor.configuration_manager.previous_stage_name is not None:
+        raise UserError(
+            f"{run.folder} is the second stage of a cascade, whose predictions need those of the first. Name a "
+            "configuration that stands alone with -c."
+        )
+    return predictor
+
+
+def _reason(error: Exception) -> str:
+    """The last line that an error of somebody else's code says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[-1]}"
 
 
 # ---------------------------------------------------------------------------------------------------------- cases
@@ -268,6 +342,8 @@ def short_names(trainers: Sequence[str]) -> list[str]:
 
 def test_cases(dataset_id: str | int, fold: str) -> list[Case]:
     """The test cases that have a truth; where there are none the validation cases of the fold.
+
+    Fold ``all`` has no validation cases: nnU-Net validates it on its training cases, which are given then.
 
     Args:
         dataset_id: id or name of the raw dataset.
@@ -289,14 +365,14 @@ def test_cases(dataset_id: str | int, fold: str) -> list[Case]:
             print(f"Left out, for {raw / 'labelsTs'} does not have their truth: {without}", flush=True)
         if with_truth:
             return with_truth
-    return _validation_cases(dataset, raw, dataset_json, fold)
+    return _cases_of_fold(dataset, raw, dataset_json, fold)
 
 
 test_cases.__test__ = False  # pytest takes the name for a test's
 
 
-def _validation_cases(dataset: str, raw: Path, dataset_json: dict[str, Any], fold: str) -> list[Case]:
-    """As nnU-Net splits them; fold ``all`` validates on the training cases."""
+def _cases_of_fold(dataset: str, raw: Path, dataset_json: dict[str, Any], fold: str) -> list[Case]:
+    kind = "training" if fold == "all" else "validation"
     images = find_labeled(str(raw), dataset_json)
     names = list(images)
     if fold != "all":
@@ -314,20 +390,19 @@ def _validation_cases(dataset: str, raw: Path, dataset_json: dict[str, Any], fol
         if name not in images:
             raise UserError(f"{raw} does not hold the image of validation case {name} of fold {fold}. Restore it.")
         label = explicit.get(name, {}).get("label", os.path.join("labelsTr", name + dataset_json["file_ending"]))
-        cases.append(_case(name, images[name], raw / os.path.expandvars(label), validation=True))
+        cases.append(_case(name, images[name], raw / os.path.expandvars(label), kind))
     if not cases:
-        raise UserError(f"{raw} has neither test cases with a truth nor validation cases: there is nothing to draw.")
+        raise UserError(f"{raw} has neither test cases with a truth nor {kind} cases: there is nothing to draw.")
     return cases
 
 
-def _case(name: str, images: Iterable[str], label: Path, validation: bool = False) -> Case:
-    return Case(name, tuple(map(Path, images)), label, validation)
+def _case(name: str, images: Iterable[str], label: Path, kind: str = "test") -> Case:
+    return Case(name, tuple(map(Path, images)), label, kind)
 
 
 def cases_in_words(cases: Sequence[Case]) -> str:
     """For captions: how many of which kind, from where."""
-    kind = "validation" if cases[0].validation else "test"
-    return f"{len(cases)} {kind} case{'s' if len(cases) > 1 else ''}, truth from `{cases[0].label.parent}`"
+    return f"{len(cases)} {cases[0].kind} case{'s' if len(cases) > 1 else ''}, truth from `{cases[0].label.parent}`"
 
 
 def class_mask(label_map: np.ndarray, label: Label) -> np.ndarray:
@@ -338,21 +413,66 @@ def class_mask(label_map: np.ndarray, label: Label) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------- predictions
 
 
-def predictions(run: TrainedRun, cases: Sequence[Case], out: Path, options: FigureOptions) -> Path:
-    """The folder with the run's label map of every case, predicted now where it is not there.
+def with_predictions(
+    runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path, options: FigureOptions
+) -> list[TrainedRun]:
+    """The runs, each with its ``predicted`` label map of every case; what is not there is predicted now.
 
-    Of validation cases it is nnU-Net's own ``validation`` folder, if that is complete and of the final checkpoint.
+    Of validation cases nnU-Net's own ``validation`` folder is taken, if this model and these settings made it.
+
+    Raises:
+        UserError: a case cannot be predicted.
     """
-    own = run.fold_folder / "validation"
-    if (
-        all(case.validation for case in cases)
-        and run.checkpoint == FINAL
-        and all((own / f"{case.name}{options.file_ending}").is_file() for case in cases)
-    ):
-        return own
+    return [_with_predictions(run, cases, out, options) for run in runs]
+
+
+def predictions(run: TrainedRun, cases: Sequence[Case], out: Path, options: FigureOptions) -> Path:
+    """The folder with the run's label map of every case, see ``with_predictions``."""
+    return _with_predictions(run, cases, out, options).predicted
+
+
+def _with_predictions(run: TrainedRun, cases: Sequence[Case], out: Path, options: FigureOptions) -> TrainedRun:
+    if run.predicted is not None:
+        return run
+    if _has_validated(run, cases, options):
+        return replace(run, predicted=run.fold_folder / "validation", how="nnU-Net's validation, with mirroring")
     folder = prediction_folder(run, out)
     predict(run, cases, folder, False, options.device, options.tta, options.num_processes)
-    return folder
+    how = f"predicted for the figures, {'with' if options.tta else 'without'} mirroring"
+    return replace(run, predicted=folder, how=how)
+
+
+def _has_validated(run: TrainedRun, cases: Sequence[Case], options: FigureOptions) -> bool:
+    """Whether nnU-Net's validation of these cases is what the final checkpoint predicts with mirroring."""
+    if run.checkpoint != FINAL or not options.tta or run.folder.parent.name != options.dataset:
+        return False
+    trained = run.checkpoint_file.stat().st_mtime_ns
+    files = [run.fold_folder / "validation" / f"{case.name}{options.file_ending}" for case in cases]
+    return all(case.kind != "test" for case in cases) and all(
+        file.is_file() and file.stat().st_mtime_ns >= trained for file in files
+    )
+
+
+def with_given_predictions(
+    runs: Sequence[TrainedRun], folders: Sequence[Path], cases: Sequence[Case], options: FigureOptions
+) -> list[TrainedRun]:
+    """The runs with the folders of ``-pred``.
+
+    Raises:
+        UserError: too few or too many folders, or one without one of the cases.
+    """
+    if len(folders) != len(runs):
+        raise UserError(f"-pred gives {len(folders)} folder(s) for {len(runs)} model(s). Give one for each.")
+    for folder in folders:
+        for case in cases:
+            if not (file := folder / f"{case.name}{options.file_ending}").is_file():
+                raise UserError(f"{file} does not exist: predict the case, or leave out -pred.")
+    return [replace(run, predicted=folder, how="given with -pred") for run, folder in zip(runs, folders, strict=True)]
+
+
+def models_in_words(runs: Iterable[TrainedRun]) -> list[str]:
+    """For captions: where each run's predictions and weights lie, and how the predictions were made."""
+    return [f"- {run.name}: `{run.predicted}` ({run.how}), `{run.checkpoint_file}`" for run in runs]
 
 
 def prediction_folder(run: TrainedRun, out: Path) -> Path:
@@ -380,7 +500,10 @@ def predict(
         probabilities: nnU-Net's ``--save_probabilities``: float ``probabilities`` ``[C, *image]``.
         device: ``cuda``, ``cpu`` or ``mps``.
         tta: with nnU-Net's mirroring.
-        num_processes: nnU-Net's workers, for large images; small ones are done in this process.
+        num_processes: nnU-Net's workers at most, for large images; small ones are done in this process.
+
+    Raises:
+        UserError: a case cannot be predicted; those before it are kept.
     """
     ending = load_json(str(run.folder / "dataset.json"))["file_ending"]
     _keep_only_what_is_current(run, cases, folder, tta, ending)
@@ -388,10 +511,10 @@ def predict(
     missing = [case for case in cases if not all((folder / f"{case.name}{e}").is_file() for e in wanted)]
     if not missing:
         return
-    predictor = _predictor(run, device, tta)
+    predictor = load_predictor(run, device, tta)
     size = sum(file.stat().st_size for case in missing for file in case.images)
-    workers = num_processes if size > WORKERS_PAY_FROM else 1
-    at_a_time = 1 if workers == 1 else 4 * workers
+    workers = min(num_processes, MAX_WORKERS) if size > WORKERS_PAY_FROM else 1
+    at_a_time = 1 if workers == 1 else 2 * workers  # a process that is killed loses no more
     building = folder / "unfinished"
     shutil.rmtree(building, ignore_errors=True)  # left by a killed run
     building.mkdir()
@@ -400,14 +523,20 @@ def predict(
             for start in range(0, len(missing), at_a_time):
                 batch = missing[start : start + at_a_time]
                 files = [list(map(str, case.images)) for case in batch], [str(building / case.name) for case in batch]
-                with contextlib.redirect_stdout(io.StringIO()):  # several lines a case
-                    if workers == 1:
-                        predictor.predict_from_files_sequential(*files, save_probabilities=probabilities)
-                    else:
-                        predictor.predict_from_files(
-                            *files, probabilities, num_processes_preprocessing=workers,
-                            num_processes_segmentation_export=workers,
-                        )  # fmt: skip
+                try:
+                    with contextlib.redirect_stdout(io.StringIO()):  # several lines a case
+                        if workers == 1:
+                            predictor.predict_from_files_sequential(*files, save_probabilities=probabilities)
+                        else:
+                            predictor.predict_from_files(
+                                *files, probabilities, num_processes_preprocessing=workers,
+                                num_processes_segmentation_export=workers,
+                            )  # fmt: skip
+                except Exception as error:
+                    raise UserError(
+                        f"{run.name} cannot predict {', '.join(case.name for case in batch)} ({_reason(error)}). "
+                        f"Check {batch[0].images[0].parent}, and whether memory suffices."
+                    ) from error
                 for case in batch:
                     for kind in (".npz", ".pkl", ending):  # the label map last: with it the case counts as there
                         if (building / f"{case.name}{kind}").is_file():
@@ -415,21 +544,6 @@ def predict(
                 bar.update(len(batch))
     finally:
         shutil.rmtree(building, ignore_errors=True)
-
-
-def _predictor(run: TrainedRun, device: str, tta: bool) -> Any:
-    import torch
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        predictor = nnUNetPredictor(use_mirroring=tta, device=torch.device(device), allow_tqdm=False)
-        predictor.initialize_from_trained_model_folder(str(run.folder), (run.fold,), run.checkpoint)
-    if predictor.configuration_manager.previous_stage_name is not None:
-        raise UserError(
-            f"{run.folder} is the second stage of a cascade, whose predictions need those of the first. Name a "
-            "configuration that stands alone with -c."
-        )
-    return predictor
 
 
 def _keep_only_what_is_current(run: TrainedRun, cases: Sequence[Case], folder: Path, tta: bool, ending: str) -> None:
