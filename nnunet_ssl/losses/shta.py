@@ -198,7 +198,7 @@ class SHTALoss(nn.Module):
         log_q = self.log_assignment(z)  # Eq. 3
         if self.normalize_embeddings:
             z = F.normalize(z, dim=1)
-        reference, mass = self.class_references(z, y_tok)  # Eq. 4
+        reference, mass = self._class_references(z, y_tok)  # Eq. 4
         present = mass > self.min_class_mass  # K'
         assign = masked_mean(-(y_tok * log_q).sum(1), in_omega_l)  # Eq. 5
         anchor_reference = reference.detach() if self.detach_reference_in_anchor else reference
@@ -270,7 +270,7 @@ class SHTALoss(nn.Module):
         )
         return mask, dominant + 1
 
-    def class_references(self, z: Tensor, y_tok: Tensor) -> tuple[Tensor, Tensor]:
+    def _class_references(self, z: Tensor, y_tok: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 4: c_k ``[K, C_z]`` and the mass ``[K]`` of each class in tokens."""
         weighted_sum, mass = y_tok.T @ z, y_tok.sum(0)
         if self.sync_references and dist.is_available() and dist.is_initialized():
