@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import threading
@@ -9,9 +10,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from statistics import median
 from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from nnunet_ssl.errors import UserError
 
 PAYS_AFTER = 10.0  # seconds of work in one process that justify starting others
 
@@ -46,6 +52,27 @@ def outcomes(
         if num_processes > 1 and long_enough and (done >= 3 or times[0] > 1.0):  # the very first one may be slow
             yield from _outcomes_of_pool(function, jobs[done:], num_processes)
             return
+
+
+def all_outcomes(
+    function: Callable[..., Outcome], jobs: Sequence[tuple[Any, ...]], num_processes: int, title: str
+) -> list[Outcome]:
+    """``outcomes`` in a list, with a progress bar.
+
+    Args:
+        function, jobs, num_processes: as for ``outcomes``.
+        title: of the bar.
+
+    Raises:
+        UserError: a process was killed.
+    """
+    try:
+        with contextlib.closing(outcomes(function, jobs, num_processes)) as finished:
+            return list(tqdm(finished, title, len(jobs)))
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"{title.lower()}: a process was killed, most likely for lack of memory. Do fewer at a time (-np 1)."
+        ) from error
 
 
 def _outcomes_of_pool(

@@ -348,7 +348,10 @@ class Plan:
                 yield own, Step(f"compare_{name}", title, words, ("-np", str(self.machine.processes)))
 
     def figures(self) -> Iterator[tuple[list[Run], Step]]:
-        """Of the first budget and seed the rows that the protocol names, for each labelled set."""
+        """Of the first budget and seed the rows that the protocol names, for each labelled set.
+
+        They show the predictions of the last epoch that are evaluated; only probabilities are predicted anew.
+        """
         p = self.protocol
         for labeled in p.labeled if p.figures else ():
             runs = {run.row.name: run for run in self.runs(p.budgets[0], labeled) if run.seed == p.seeds[0]}
@@ -356,11 +359,12 @@ class Plan:
             name = f"{p.budgets[0].key}_{labeled}labeled_seed{p.seeds[0]}"
             number = self.ids[self.dataset_key(labeled, p.seeds[0])]
             words = ["nnUNetv2_ssl_figures", "-d", number, "-f", 0, "-m", *(self.model(run) for run in own)]
+            words += ["-pred", *(self.predictions(run, p.epochs) for run in own)]
             words += ["--names", *p.figures, "-o", self.home / "figures" / name]
             words += ["--disable_tta"] if "--disable_tta" in p.predict else []
             machine = ("-device", self.machine.device, "-np", str(self.machine.processes))
             title = f"Figures: {labeled} labelled, seed {p.seeds[0]}, {p.budgets[0].key}"
-            variables = {"nnUNet_results": str(self.home / "results")}
+            variables = {"nnUNet_results": str(self.home / "results"), **self.training_variables}
             yield own, Step(f"figures_{name}", title, tuple(map(str, words)), machine, variables)
 
     # ------------------------------------------------------------------------------------------------ places

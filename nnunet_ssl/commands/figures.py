@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nnunet_ssl.errors import UserError
 
 FIGURES = ("cases", "entropy", "tokens", "assignment", "curves", "boxes")
+FROM_PREDICTIONS = {"cases": 1, "entropy": 2, "boxes": 1}  # of so many models at least
 EMBEDDINGS = ("pca", "tsne")
 
 
@@ -33,6 +36,10 @@ def main(argv: list[str] | None = None) -> None:
     models.add_argument(
         "-m", nargs="+", type=Path, metavar="MODEL", help="Model folders in place of -tr, -c and -p, from anywhere"
     )
+    parser.add_argument(
+        "-pred", nargs="+", type=Path, metavar="FOLDER",
+        help="Finished predictions of the cases, a folder a model. Default: nnU-Net predicts what is not there",
+    )  # fmt: skip
     parser.add_argument("-o", required=True, type=Path, metavar="DIR", help="Where to write")
     parser.add_argument("-p", default="nnUNetPlans", help="Plans identifier. Default: nnUNetPlans")
     parser.add_argument("-chk", default="checkpoint_final.pth", help="Checkpoint. Default: checkpoint_final.pth")
@@ -67,6 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         find_runs,
         refuse_other_labels,
         test_cases,
+        with_given_predictions,
     )
     from nnunet_ssl.unlabeled.find import read_dataset_json, required_folder, resolve_dataset
 
@@ -77,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         runs = find_models(args.m, args.f, args.chk, args.names)
     cases = test_cases(args.d, args.f)
-    dataset_json = read_dataset_json(str(Path(required_folder("nnUNet_raw")) / resolve_dataset(args.d)))
+    dataset = resolve_dataset(args.d)
+    dataset_json = read_dataset_json(str(Path(required_folder("nnUNet_raw")) / dataset))
     refuse_other_labels(runs, dataset_json)
     labels, classes = find_classes(dataset_json, args.classes)
     options = FigureOptions(
@@ -89,7 +98,10 @@ def main(argv: list[str] | None = None) -> None:
         num_processes=args.np or default_num_processes,
         seed=args.seed,
         embedding=tuple(e for e in EMBEDDINGS if e in args.embedding),
+        dataset=dataset,
     )
+    if args.pred:
+        runs = with_given_predictions(runs, args.pred, cases, options)
     try:
         args.o.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -100,6 +112,8 @@ def main(argv: list[str] | None = None) -> None:
 def draw_figures(which: list[str] | None, runs: list, cases: list, out: Path, options: object) -> None:
     """Draw one figure after the other; what goes wrong with one does not stop the others.
 
+    What an earlier call has drawn of these figures is removed first: what lies there afterwards is of this call.
+
     Args:
         which: of ``FIGURES``; None for all that these runs can give.
         runs, cases, out, options: as ``draw_<figure>`` of ``nnunet_ssl/figures/<figure>.py`` takes them.
@@ -107,25 +121,50 @@ def draw_figures(which: list[str] | None, runs: list, cases: list, out: Path, op
     Raises:
         UserError: after all others are drawn, says which are not, and why.
     """
-    from nnunet_ssl.figures.runs import NotApplicable
+    from nnunet_ssl.figures.runs import with_predictions
 
-    failed = []
-    for figure in [figure for figure in FIGURES if which is None or figure in which]:
-        try:
+    figures = [figure for figure in FIGURES if which is None or figure in which]
+    failed: dict[str, str] = {}  # figure -> why
+    for figure in figures:
+        _remove_old(out, figure)
+    # once for all: what cannot be predicted is not tried again for each figure
+    if predicted := [figure for figure in figures if len(runs) >= FROM_PREDICTIONS.get(figure, len(runs) + 1)]:
+        with _noting(predicted, failed):
+            runs = with_predictions(runs, cases, out, options)
+    for figure in [figure for figure in figures if figure not in failed]:
+        with _noting([figure], failed, skip=which is None):
             module = importlib.import_module(f"nnunet_ssl.figures.{figure}")
             getattr(module, f"draw_{figure}")(runs, cases, out, options)
             print(f"Wrote {figure} to {out}", flush=True)
-        except UserError as error:
-            reason = str(error).removeprefix("nnunet_ssl: ")
-            if which is None and isinstance(error, NotApplicable):
-                print(f"Skipped {figure}: {reason}", flush=True)
-            else:
-                failed.append(f"{figure}: {reason}")
-        except Exception as error:
-            traceback.print_exc()
-            failed.append(f"{figure}: {type(error).__name__}: {error}")
     if failed:
-        raise UserError(f"{len(failed)} figure(s) could not be drawn.\n  " + "\n  ".join(failed))
+        reasons = {reason: ", ".join(f for f in failed if failed[f] == reason) for reason in failed.values()}
+        lines = [f"\n  {names}: {reason}" for reason, names in reasons.items()]
+        raise UserError(f"{len(failed)} figure(s) could not be drawn." + "".join(lines))
+
+
+@contextmanager
+def _noting(figures: list[str], failed: dict[str, str], skip: bool = False) -> Iterator[None]:
+    """Note what goes wrong with figures, and go on; ``skip`` those that these runs cannot give."""
+    from nnunet_ssl.figures.runs import NotApplicable
+
+    try:
+        yield
+    except UserError as error:
+        reason = str(error).removeprefix("nnunet_ssl: ")
+        if skip and isinstance(error, NotApplicable):
+            print(f"Skipped {', '.join(figures)}: {reason}", flush=True)
+        else:
+            failed.update(dict.fromkeys(figures, reason))
+    except Exception as error:
+        traceback.print_exc()
+        failed.update(dict.fromkeys(figures, f"{type(error).__name__}: {error}"))
+
+
+def _remove_old(out: Path, figure: str) -> None:
+    """Remove a figure's files; pictures of cases have the class in their names."""
+    for kind in ("png", "pdf", "md"):
+        for file in out.glob("cases_[0-9]*." + kind if figure == "cases" else f"{figure}.{kind}"):
+            file.unlink()
 
 
 if __name__ == "__main__":

@@ -6,23 +6,20 @@ read or lies on another grid is named, and then there is no result at all.
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import math
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.classes import Dataset, files_in
 from nnunet_ssl.evaluation.metrics import Label, Options, case_metrics
-from nnunet_ssl.pools import outcomes
+from nnunet_ssl.pools import all_outcomes
 
 MAX_PROBLEMS = 50  # named in one message
 SPACING_TOLERANCE = 1e-3  # relative; headers round
@@ -78,18 +75,11 @@ def evaluate_folders(
     _refuse(problems)
     jobs = [(case, dataset, options) for case in cases]
     measured: list[Case] = []
-    try:
-        with contextlib.closing(outcomes(evaluate_case, jobs, num_processes)) as finished:
-            for outcome in tqdm(finished, "Evaluating", len(jobs)):
-                if isinstance(outcome, Case):
-                    measured.append(outcome)
-                else:
-                    problems.extend(outcome)
-    except BrokenProcessPool as error:
-        raise UserError(
-            "a process that evaluated cases was killed, most likely for lack of memory. Evaluate fewer at a time "
-            "(-np 1)."
-        ) from error
+    for outcome in all_outcomes(evaluate_case, jobs, num_processes, "Evaluating"):
+        if isinstance(outcome, Case):
+            measured.append(outcome)
+        else:
+            problems.extend(outcome)
     _refuse(sorted(problems))
     return sorted(measured, key=lambda case: case.name)
 

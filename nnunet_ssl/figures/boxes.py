@@ -11,7 +11,6 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.classes import Dataset
@@ -29,8 +28,15 @@ from nnunet_ssl.figures.page import (
     save_figure,
     wrapped,
 )
-from nnunet_ssl.figures.runs import Case, FigureOptions, TrainedRun, cases_in_words, predictions
-from nnunet_ssl.pools import outcomes
+from nnunet_ssl.figures.runs import (
+    Case,
+    FigureOptions,
+    TrainedRun,
+    cases_in_words,
+    models_in_words,
+    with_predictions,
+)
+from nnunet_ssl.pools import all_outcomes
 
 BOXES_A_ROW = 36  # with the gaps between the groups
 MAX_HEIGHT = 8.5  # inches
@@ -44,24 +50,26 @@ def draw_boxes(runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path, opt
     Raises:
         UserError: a file cannot be read, or lies on another grid than the truth.
     """
-    evaluations = evaluate(runs, cases, out, options)
+    runs = with_predictions(runs, cases, out, options)
+    evaluations = evaluate(runs, cases, options)
     with paper_style():
         save_figure(boxes_figure(evaluations, options.seed), out, "boxes", _caption(evaluations, runs, cases, options))
 
 
-def evaluate(runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path, options: FigureOptions) -> list[Evaluation]:
-    """Dice of each run, as ``nnUNetv2_ssl_evaluate --metrics dice`` gives it."""
+def evaluate(runs: Sequence[TrainedRun], cases: Sequence[Case], options: FigureOptions) -> list[Evaluation]:
+    """Dice of each predicted run, as ``nnUNetv2_ssl_evaluate --metrics dice`` gives it."""
     dataset = Dataset(options.names, options.file_ending, type(runs[0].reader), options.ignore_label)
     measure = Options(metrics=("dice",))
-    folders = {run.name: predictions(run, cases, out, options) for run in runs}
     jobs = []
     for case in cases:
-        files = {name: str(folder / f"{case.name}{options.file_ending}") for name, folder in folders.items()}
+        files = {run.name: str(run.predicted / f"{case.name}{options.file_ending}") for run in runs}
         jobs.append((EvaluatedCase(case.name, str(case.label), files), dataset, measure))
     measured: list[EvaluatedCase] = []
-    for outcome in tqdm(outcomes(evaluate_case, jobs, options.num_processes), "Evaluating", len(jobs)):
+    for outcome in all_outcomes(evaluate_case, jobs, options.num_processes, "Evaluating"):
         if not isinstance(outcome, EvaluatedCase):
-            raise UserError(f"{outcome[0]}. Mend it, or remove the prediction to have it made again.")
+            raise UserError(
+                f"{outcome[0]}. Replace it, or remove it if it is a prediction that was made for the figures."
+            )
         measured.append(outcome)
     measured.sort(key=lambda case: case.name)
     return [Evaluation(run.name, measured, dataset, measure) for run in runs]
@@ -139,13 +147,9 @@ def _caption(
         f"{MEAN}: of each case, over the classes that are defined in it for all runs. What is undefined (truth and "
         "prediction empty) is left out.",
         "",
-        "Models:",
+        "Predictions and models:",
         "",
-        *(f"- {run.name}: `{run.checkpoint_file}`" for run in runs),
-        "",
-        "Predictions: "
-        + ", ".join(f"`{Path(evaluations[0].cases[0].predictions[run.name]).parent}`" for run in runs)
-        + f"; mirroring {'on' if options.tta else 'off'} where they were made for this figure.",
+        *models_in_words(runs),
         "",
     ]
     if len(evaluations) > 1:

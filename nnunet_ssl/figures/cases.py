@@ -22,21 +22,22 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.metrics import Label
 from nnunet_ssl.evaluation.summary import table
 from nnunet_ssl.figures.outlines import TRUTH, draw_outline, overlay, shadow
-from nnunet_ssl.figures.page import (
-    class_colors,
-    column_width,
-    legend_columns,
-    new_figure,
-    paper_style,
-    save_figure,
-    wrapped,
+from nnunet_ssl.figures.page import column_width, legend_columns, new_figure, paper_style, save_figure, wrapped
+from nnunet_ssl.figures.runs import (
+    Case,
+    FigureOptions,
+    TrainedRun,
+    cases_in_words,
+    class_mask,
+    models_in_words,
+    with_predictions,
 )
-from nnunet_ssl.figures.runs import Case, FigureOptions, TrainedRun, cases_in_words, class_mask, predictions
 from nnunet_ssl.figures.slices import (
     RULE,
     Slice,
     choose_slices,
     measure_all_slices,
+    read_image,
     read_label_map,
     slice_axis,
 )
@@ -70,23 +71,24 @@ def draw_cases(runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path, opt
     Raises:
         UserError: a file cannot be read, or no case has any of the classes.
     """
-    measured = measure_all_slices(runs, cases, out, options)
-    drawn = 0
-    for i, (label, name) in enumerate(options.names.items()):
-        slices = choose_slices(measured, i)
-        if not slices:
-            print(f"No case has {name}: there is no picture of it.", flush=True)
-            continue
-        planes = [read_plane(s, runs, cases, out, options) for s in slices]
-        with paper_style():
-            figure = cases_figure(slices, planes, [run.name for run in runs], label, options)
-            save_figure(figure, out, file_name(label, name), _caption(slices, runs, cases, name, out, options))
-        drawn += 1
-    if not drawn:
+    runs = with_predictions(runs, cases, out, options)
+    measured = measure_all_slices(runs, cases, options)
+    chosen = {label: choose_slices(measured, i) for i, label in enumerate(options.names)}
+    if not any(chosen.values()):
         raise UserError(
             f"none of {cases_in_words(cases)} has any of the classes {', '.join(options.names.values())}. Choose "
             "others with --classes."
         )
+    planes = read_planes([s for slices in chosen.values() for s in slices], runs, options)
+    for label, slices in chosen.items():
+        name = options.names[label]
+        if not slices:
+            print(f"No case has {name}: there is no picture of it.", flush=True)
+            continue
+        shown = [planes[s.case.name, s.index] for s in slices]
+        with paper_style():
+            figure = cases_figure(slices, shown, [run.name for run in runs], label, options)
+            save_figure(figure, out, file_name(label, name), _caption(slices, runs, cases, name))
 
 
 def file_name(label: Label, name: str) -> str:
@@ -98,33 +100,51 @@ def file_name(label: Label, name: str) -> str:
 # --------------------------------------------------------------------------------------------------------- reading
 
 
-def read_plane(
-    chosen: Slice, runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path, options: FigureOptions
-) -> Plane:
-    """Read image, truth and predictions of a slice, and turn them as radiologists look at them."""
+def read_planes(
+    slices: Sequence[Slice], runs: Sequence[TrainedRun], options: FigureOptions
+) -> dict[tuple[str, int], Plane]:
+    """Slices by case and index; each file is read once.
+
+    Args:
+        slices: of any classes.
+        runs: predicted.
+        options: file ending and channels.
+
+    Raises:
+        UserError: an image cannot be read, or is not of the truth's shape.
+    """
+    cases = {s.case.name: s.case for s in slices}
+    return {
+        (name, index): plane
+        for name, case in cases.items()
+        for index, plane in _read_case(case, {s.index for s in slices if s.case == case}, runs, options).items()
+    }
+
+
+def _read_case(
+    case: Case, indices: Iterable[int], runs: Sequence[TrainedRun], options: FigureOptions
+) -> dict[int, Plane]:
+    """Slices of a case, turned as radiologists look at them."""
     reader = runs[0].reader
-    truth, properties = read_label_map(chosen.case.label, reader)
+    truth, properties = read_label_map(case.label, reader)
+    image = read_image(case, reader, truth.shape)
+    maps = [read_label_map(run.predicted / f"{case.name}{options.file_ending}", reader)[0] for run in runs]
     axis = slice_axis(properties["spacing"], truth.shape)
     flips = upright(properties, axis)
     size = tuple(float(s) for a, s in enumerate(properties["spacing"]) if a != axis)
 
-    def plane(array: np.ndarray) -> np.ndarray:
-        return np.take(array, chosen.index, axis)[flips]
+    def plane(array: np.ndarray, index: int) -> np.ndarray:
+        return np.take(array, index, axis)[flips]
 
-    try:
-        image = reader.read_images([str(file) for file in chosen.case.images])[0]
-    except Exception as error:
-        raise UserError(f"{chosen.case.images[0]} cannot be read ({error}). It may be damaged: replace it.") from error
-    maps = [
-        read_label_map(predictions(run, cases, out, options) / f"{chosen.case.name}{options.file_ending}", reader)[0]
-        for run in runs
-    ]
-    return Plane(
-        in_grey(np.stack([plane(channel) for channel in image]), runs[0], options),
-        plane(truth),
-        tuple(map(plane, maps)),
-        size,
-    )
+    return {
+        index: Plane(
+            in_grey(np.stack([plane(channel, index) for channel in image]), runs[0], options),
+            plane(truth, index),
+            tuple(plane(label_map, index) for label_map in maps),
+            size,
+        )
+        for index in indices
+    }
 
 
 def upright(properties: dict, axis: int) -> tuple[slice, slice]:
@@ -196,7 +216,7 @@ def cases_figure(
     panel = (width - 0.25) / num_columns
     titles = [wrapped(title, panel) for title in ("Image, truth", *names)]
     line = min(1.0, 0.7 * panel)  # points; small panels take thin lines and small numbers
-    colors = dict(zip(options.names, class_colors(len(options.names)), strict=True))
+    colors = options.colors
     windows = [window_around(class_mask(plane.truth, label), plane.size) for plane in planes]
     seen = {cls for plane, window in zip(planes, windows, strict=True) for cls in _classes_in(plane, window, colors)}
     handles = [Line2D([], [], color=TRUTH, lw=1, path_effects=shadow(1), label=f"truth, {options.names[label]}")]
@@ -278,23 +298,16 @@ def _opacity(cls: Label, label: Label) -> float:
     return 0.65 if cls == label else 0.3
 
 
-def _caption(
-    slices: Sequence[Slice],
-    runs: Sequence[TrainedRun],
-    cases: Sequence[Case],
-    name: str,
-    out: Path,
-    options: FigureOptions,
-) -> str:
+def _caption(slices: Sequence[Slice], runs: Sequence[TrainedRun], cases: Sequence[Case], name: str) -> str:
     rows = [["Slice", "Case", "Index", *(f"{run.name}, Dice (%)" for run in runs)]]
     rows += [[s.rank, s.case.name, str(s.index), *(f"{100 * d:.1f}" for d in s.dice)] for s in slices]
     return "\n".join(
         [
             f"**Worst, median and best slice of {name}.** Outline: the truth's {name}. Colours: predictions, {name} in "
-            "full colour and other classes pale. Numbers: Dice (%) of the class in the slice. The window is a square "
-            f"of {ZOOM:g} times the class's extent, at least {MIN_WINDOW:.0%} of the image. Grey values: CT in the "
-            "window of nnU-Net's plans, other images from their 0.5th to 99.5th percentile; of several channels the "
-            "first.",
+            "full colour and other chosen classes pale. Numbers: Dice (%) of the class in the slice. The window is a "
+            f"square of {ZOOM:g} times the class's extent, at least {MIN_WINDOW:.0%} of the image. Grey values: CT in "
+            "the window of nnU-Net's plans, other images from their 0.5th to 99.5th percentile; of several channels "
+            "the first.",
             "",
             RULE,
             "",
@@ -302,6 +315,6 @@ def _caption(
             "",
             f"Chosen from {cases_in_words(cases)}. Predictions and models:",
             "",
-            *(f"- {run.name}: `{predictions(run, cases, out, options)}`, `{run.checkpoint_file}`" for run in runs),
+            *models_in_words(runs),
         ]
     )

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.summary import table
 from nnunet_ssl.figures.page import class_colors, column_width, legend_columns, new_figure, paper_style, save_figure
-from nnunet_ssl.figures.runs import FINAL, Case, FigureOptions, TrainedRun
+from nnunet_ssl.figures.runs import FINAL, Case, FigureOptions, TrainedRun, settings_of
 
 LINES = ("-", "--", "-.", ":")
 SUPERVISED = ("loss_sup", "loss_seg_high")  # the first that a run has: SASNet has no loss_sup
@@ -185,7 +184,9 @@ def _caption(runs: Sequence[TrainedRun], curves: Mapping[str, Mapping[str, Curve
         files = [run.fold_folder / FINAL if (run.fold_folder / FINAL).is_file() else run.checkpoint_file]
         files += [file for file in (run.fold_folder / "ssl_log.csv",) if file.is_file()]
         epochs = len(curves[run.name]["dice"].epochs)
-        rows.append([run.name, str(epochs), _steps(run), ", ".join(f"`{file}`" for file in files)])
+        # nnU-Net's trainers do not write it down
+        steps = settings_of(run).get("num_iterations_per_epoch", "not recorded")
+        rows.append([run.name, str(epochs), str(steps), ", ".join(f"`{file}`" for file in files)])
     return "\n".join(
         [
             "**Training curves.** A value an epoch, the mean over its steps.",
@@ -195,9 +196,3 @@ def _caption(runs: Sequence[TrainedRun], curves: Mapping[str, Mapping[str, Curve
             *table(rows),
         ]
     )
-
-
-def _steps(run: TrainedRun) -> str:
-    """As the run's settings say; nnU-Net's trainers do not write it down."""
-    file = run.fold_folder / "ssl_settings.json"
-    return str(load_json(str(file))["settings"]["num_iterations_per_epoch"]) if file.is_file() else "not recorded"

@@ -322,7 +322,7 @@ def load_predictor(run: TrainedRun, device: str, tta: bool = True) -> Any:
             predictor.initialize_from_trained_model_folder(str(run.folder), (run.fold,), run.checkpoint)
     except Exception as error:
         raise UserError(
-            f"{run.checkpoint_file} cannot be loaded ({_reason(error)}). Restore it, or name another with -chk."
+            f"{run.checkpoint_file} cannot be loaded ({reason(error)}). Restore it, or name another with -chk."
         ) from error
     if predictor.configuration_manager.previous_stage_name is not None:
         raise UserError(
@@ -332,7 +332,7 @@ def load_predictor(run: TrainedRun, device: str, tta: bool = True) -> Any:
     return predictor
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """The last line that an error of somebody else's code says."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[-1]}"
 
@@ -534,7 +534,7 @@ def predict(
                             )  # fmt: skip
                 except Exception as error:
                     raise UserError(
-                        f"{run.name} cannot predict {', '.join(case.name for case in batch)} ({_reason(error)}). "
+                        f"{run.name} cannot predict {', '.join(case.name for case in batch)} ({reason(error)}). "
                         f"Check {batch[0].images[0].parent}, and whether memory suffices."
                     ) from error
                 for case in batch:

@@ -4,8 +4,8 @@ The slices lie across the axis with the largest spacing (the first, where all ar
 taken. Candidates of a class are the slices of all cases in which the truth has at least a quarter of the class's
 largest cross-section in that case; at the tips of an organ a voxel or two decide. A candidate's score is the Dice of
 its class in that slice, in the mean over all the runs that are drawn, so that no run is favoured. Worst and best are
-the candidates with the lowest and the highest score, the median is the lower one in the middle. Of equal scores the
-slice with more truth comes first, then the case that is first by name, then the lower slice.
+the candidates with the lowest and the highest score, the median is the lower one in the middle. Of equal scores, at
+either end, the slice with more truth is taken, then the case that is first by name, then the lower slice.
 """
 
 from __future__ import annotations
@@ -16,12 +16,11 @@ from pathlib import Path
 
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
-from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.metrics import Label
-from nnunet_ssl.figures.runs import Case, FigureOptions, TrainedRun, class_mask, predictions
-from nnunet_ssl.pools import outcomes
+from nnunet_ssl.figures.runs import Case, FigureOptions, TrainedRun, reason
+from nnunet_ssl.pools import all_outcomes
 
 RANKS = ("worst", "median", "best")
 MIN_SHARE = 0.25  # of the largest cross-section
@@ -87,9 +86,32 @@ def read_label_map(file: Path, reader: BaseReaderWriter) -> tuple[np.ndarray, di
     try:
         array, properties = reader.read_seg(str(file))
     except Exception as error:
-        reason = str(error).strip().splitlines()[-1:] or [repr(error)]
-        raise UserError(f"{file} cannot be read ({reason[0]}). It may be damaged: replace it.") from error
+        raise UserError(f"{file} cannot be read ({reason(error)}). It may be damaged: replace it.") from error
     return array[0].astype(np.int32), properties
+
+
+def read_image(case: Case, reader: BaseReaderWriter, shape: Sequence[int]) -> np.ndarray:
+    """Read all channels of a case.
+
+    Args:
+        case: its files.
+        reader: nnU-Net's.
+        shape: of its truth.
+
+    Returns:
+        float32 ``[C, *spatial]``.
+
+    Raises:
+        UserError: it cannot be read, or is not of the truth's shape.
+    """
+    try:
+        image, _ = reader.read_images([str(file) for file in case.images])
+    except Exception as error:
+        raise UserError(
+            f"{', '.join(map(str, case.images))} cannot be read ({reason(error)}). It may be damaged: replace it."
+        ) from error
+    refuse_other_shape(case.images[0], image.shape[1:], shape)
+    return image
 
 
 def measure_slices(
@@ -107,51 +129,89 @@ def measure_slices(
     Returns:
         What was measured, or what is wrong with a file: raising would end the other processes.
     """
+    known = sorted({value for label in classes for value in _values(label)})
+    members = [[1 + known.index(value) for value in _values(label)] for label in classes]
+    dice = []
     try:
         truth, properties = read_label_map(case.label, reader)
         axis = slice_axis(properties["spacing"], truth.shape)
-        counted = np.ones(truth.shape, bool) if ignore_label is None else truth != ignore_label
-        in_plane = tuple(a for a in range(truth.ndim) if a != axis)
-        masks = [class_mask(truth, label) & counted for label in classes]
-        areas = np.array([mask.sum(in_plane) for mask in masks])
-        dice = np.full((len(classes), len(files), truth.shape[axis]), np.nan)
-        for r, file in enumerate(files):
+        for file in files:
             prediction, _ = read_label_map(file, reader)
-            if prediction.shape != truth.shape:
-                return f"{file} has the shape {prediction.shape}, the truth {truth.shape}: remove it to predict again."
-            for k, label in enumerate(classes):
-                guess = class_mask(prediction, label) & counted
-                sizes = areas[k] + guess.sum(in_plane)
-                np.divide(2 * (guess & masks[k]).sum(in_plane), sizes, out=dice[k, r], where=sizes > 0)
+            refuse_other_shape(file, prediction.shape, truth.shape)
+            counts = confusion_of_slices(truth, prediction, axis, known, ignore_label)
+            # [classes, slices] each
+            areas = np.array([counts[:, m].sum((1, 2)) for m in members])
+            guesses = np.array([counts[:, :, m].sum((1, 2)) for m in members])
+            both = np.array([counts[:, m][:, :, m].sum((1, 2)) for m in members])
+            sizes = areas + guesses
+            dice.append(np.divide(2 * both, sizes, out=np.full(sizes.shape, np.nan), where=sizes > 0))
     except UserError as error:
         return str(error).removeprefix("nnunet_ssl: ")
-    return Measured(case, areas, dice)
+    return Measured(case, areas, np.stack(dice, 1))
 
 
-def measure_all_slices(
-    runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path, options: FigureOptions
-) -> list[Measured]:
-    """``measure_slices`` of every case, by name; predicts what is not there yet.
+def _values(label: Label) -> tuple[int, ...]:
+    return label if isinstance(label, tuple) else (label,)
+
+
+def confusion_of_slices(
+    truth: np.ndarray, prediction: np.ndarray, axis: int, labels: Sequence[int], ignore_label: int | None
+) -> np.ndarray:
+    """How often each pair of true and predicted label occurs in each slice: all classes in one pass.
+
+    Args:
+        truth, prediction: int ``[*spatial]``, of one shape.
+        axis: across which the slices lie.
+        labels: positive, in ascending order; all others count as one.
+        ignore_label: voxels with it in the truth are not counted.
+
+    Returns:
+        ``[slices, 1 + labels, 1 + labels]``, truth before prediction; 0 stands for all other labels.
+    """
+    number = 1 + len(labels)
+    place = np.zeros(labels[-1] + 2, int)  # the last for what is larger
+    place[labels] = np.arange(1, number)
+    counts = []
+    for t, p in zip(np.moveaxis(truth, axis, 0), np.moveaxis(prediction, axis, 0), strict=True):
+        pairs = number * place[t.clip(0, len(place) - 1)] + place[p.clip(0, len(place) - 1)]
+        pairs = pairs.ravel() if ignore_label is None else pairs[t != ignore_label]
+        counts.append(np.bincount(pairs, minlength=number**2).reshape(number, number))
+    return np.array(counts)
+
+
+def refuse_other_shape(file: Path, shape: Sequence[int], truth: Sequence[int]) -> None:
+    """Refuse an image or prediction that is not of the truth's shape.
+
+    Raises:
+        UserError: names the file.
+    """
+    if tuple(shape) != tuple(truth):
+        raise UserError(
+            f"{file} has the shape {tuple(shape)}, the truth {tuple(truth)}. Replace it, or remove it if it is a "
+            "prediction that was made for the figures."
+        )
+
+
+def measure_all_slices(runs: Sequence[TrainedRun], cases: Sequence[Case], options: FigureOptions) -> list[Measured]:
+    """``measure_slices`` of every case by predicted runs; cases by name.
 
     Raises:
         UserError: a file cannot be read, or lies on another grid than the truth.
     """
-    folders = [predictions(run, cases, out, options) for run in runs]
     jobs = [
         (
             case,
-            [folder / f"{case.name}{options.file_ending}" for folder in folders],
+            [run.predicted / f"{case.name}{options.file_ending}" for run in runs],
             list(options.names),
             runs[0].reader,
             options.ignore_label,
         )
         for case in cases
     ]
-    measured = []
-    for outcome in tqdm(outcomes(measure_slices, jobs, options.num_processes), "Looking for slices", len(jobs)):
+    measured = all_outcomes(measure_slices, jobs, options.num_processes, "Looking for slices")
+    for outcome in measured:
         if isinstance(outcome, str):
             raise UserError(outcome)
-        measured.append(outcome)
     return sorted(measured, key=lambda m: m.case.name)
 
 
@@ -172,6 +232,9 @@ def choose_slices(measured: Sequence[Measured], class_index: int) -> list[Slice]
             candidates.append((float(dice[:, index].mean()), -int(areas[index]), m.case.name, int(index), m))
     candidates.sort(key=lambda c: c[:4])
     last = len(candidates) - 1
+    if last > 0:  # of the highest scores the one with most truth goes to the end; where all are alike, the second
+        best = next(i for i, c in enumerate(candidates) if c[0] == candidates[last][0])
+        candidates.append(candidates.pop(max(best, 1)))
     # with fewer than three a slice would be shown twice: the median goes first, then the best
     places = {place: rank for rank, place in zip(RANKS[::-1], (last, last // 2, 0), strict=True)} if candidates else {}
     return [

@@ -263,8 +263,10 @@ def test_figures_of_the_named_rows(given, make_plan, tmp_path):
         f"{runs_folder}/cps_2labeled_seed0/results/Dataset500_*/nnUNetTrainerCPS_4epochs__nnUNetPlans__3d_fullres",
         f"{runs_folder}/again_2labeled_seed0/results/Dataset{again + 1}_*/"
         "nnUNetTrainerLabeledOnly_4epochs__nnUNetPlans__3d_fullres",
+        "-pred", f"{runs_folder}/cps_2labeled_seed0/test_epoch4", f"{runs_folder}/again_2labeled_seed0/test_epoch4",
         "--names", "CPS", "Again", "-o", f"{tmp_path}/home/figures/steps120_2labeled_seed0", "--disable_tta",
     ]  # fmt: skip
+    assert step.variables["OMP_NUM_THREADS"] == "1"
 
 
 def test_a_shell_reads_the_words_as_they_are_meant(tmp_path):

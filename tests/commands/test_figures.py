@@ -62,9 +62,53 @@ def test_what_was_asked_for_is_refused_after_the_others_are_drawn(made: MadeUp) 
     assert "- Mine: `" in (made.out / "boxes.md").read_text()
 
 
+def test_what_an_earlier_call_drew_is_removed(made: MadeUp) -> None:
+    """Also of a figure that is skipped now; never of one that was not asked for."""
+    made.out.mkdir()
+    mine = [made.out / name for name in ("cases_of_mine.md", "curves.png", "notes.md")]
+    old = [made.out / name for name in ("cases_9_old.png", "entropy.pdf", "tokens.md", "boxes.png")]
+    for file in (*mine, *old):
+        file.write_text("old")
+    with pytest.raises(UserError, match="tokens: none of the trainers has SHTA"):
+        figures(made, "--which", "cases", "boxes", "tokens", "--classes", "core", trainers=TRAINERS[:1])
+    assert (made.out / "entropy.pdf").exists()
+    with pytest.raises(UserError, match=r"curves: .*holds no log"):
+        figures(made, "--classes", "core", trainers=TRAINERS[:1])
+    drawn = [f"{name}.{kind}" for name in ("boxes", "cases_2_core") for kind in ("md", "pdf", "png")]
+    assert sorted(file.name for file in made.out.iterdir()) == sorted([*drawn, "cases_of_mine.md", "notes.md"])
+    assert (made.out / "boxes.png").read_bytes() != b"old"
+
+
+def test_what_cannot_be_predicted_is_one_sentence(made: MadeUp, capsys: pytest.CaptureFixture[str]) -> None:
+    """The checkpoints are empty, and without mirroring the validation cases must be predicted."""
+    with pytest.raises(UserError) as raised:
+        figures(made, "--disable_tta", "--which", "cases", "boxes", "entropy", "curves")
+    lines = str(raised.value).splitlines()
+    assert lines[0] == "nnunet_ssl: 4 figure(s) could not be drawn."
+    assert lines[1].startswith("  cases, entropy, boxes: ")
+    assert "checkpoint_final.pth cannot be loaded" in lines[1]
+    assert lines[2].startswith("  curves: ")
+    assert len(lines) == 3
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_finished_predictions_are_taken_as_they_are(made: MadeUp, tmp_path: Path) -> None:
+    folders = [tmp_path / f"predicted_{i}" for i in range(2)]
+    for trainer, folder in zip(TRAINERS, folders, strict=True):
+        shutil.move(made.fold(trainer) / "validation", folder)
+    command = ["--which", "boxes", "cases", "--disable_tta", "-pred"]
+    figures(made, *command, *map(str, folders))
+    for name in ("boxes", "cases_1_shell"):
+        caption = (made.out / f"{name}.md").read_text()
+        assert all(f"`{folder}` (given with -pred)" in caption for folder in folders)
+    assert not (made.out / "predictions").exists()
+    with pytest.raises(UserError, match="-pred gives 1 folder"):
+        figures(made, *command, str(folders[0]))
+
+
 def test_models_of_several_results_folders(made: MadeUp, tmp_path: Path) -> None:
     """Two of the same trainer, one of them elsewhere: the names tell them apart, in files too."""
-    elsewhere = tmp_path / "elsewhere" / made.fold(TRAINERS[0]).parent.name
+    elsewhere = tmp_path / "elsewhere" / made.raw.name / made.fold(TRAINERS[0]).parent.name
     shutil.copytree(made.fold(TRAINERS[0]).parent, elsewhere)
     models = ["-m", str(made.fold(TRAINERS[0]).parent), str(elsewhere)]
     command = ["-d", "990", "-o", str(made.out), "-device", "cpu", "--which", "boxes"]

@@ -10,6 +10,7 @@ from figure_folders import TRAINERS, MadeUp, everything, make_folders, set_envir
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.figures.boxes import boxes_figure, draw_boxes, evaluate
+from nnunet_ssl.figures.runs import with_predictions
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def counted(made: MadeUp, trainer: str) -> np.ndarray:
 
 def test_points_and_boxes_are_the_dice_of_the_files(made: MadeUp) -> None:
     runs, cases, options = everything(made)
-    figure = boxes_figure(evaluate(runs, cases, made.out, options))
+    figure = boxes_figure(evaluate(with_predictions(runs, cases, made.out, options), cases, options))
     (axes,) = figure.axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["shell", "core", "Mean"]
     points = [line.get_ydata() for line in axes.lines if line.get_marker() == "."]
@@ -54,7 +55,7 @@ def test_caption_has_files_and_the_paired_comparison(made: MadeUp) -> None:
     assert not [line for line in caption.splitlines() if line.startswith("# ")], "a caption has no title of a page"
     for run in runs:
         assert f"`{run.checkpoint_file}`" in caption
-        assert f"`{run.fold_folder / 'validation'}`" in caption
+        assert f"`{run.fold_folder / 'validation'}` (nnU-Net's validation, with mirroring)" in caption
 
 
 def test_one_run_is_enough(made: MadeUp) -> None:
@@ -66,7 +67,7 @@ def test_one_run_is_enough(made: MadeUp) -> None:
 
 def test_what_is_undefined_is_left_out(made: MadeUp) -> None:
     runs, cases, options = everything(made)
-    evaluations = evaluate(runs, cases, made.out, options)
+    evaluations = evaluate(with_predictions(runs, cases, made.out, options), cases, options)
     evaluations[0].cases[1].metrics["LabeledOnly"][1]["Dice"] = np.nan
     (axes,) = boxes_figure(evaluations).axes
     points = [line.get_ydata() for line in axes.lines if line.get_marker() == "."]
@@ -82,7 +83,7 @@ def test_many_classes_take_several_rows(made: MadeUp) -> None:
     for label in range(3, 20):
         options.labels[f"class {label}"] = label
         options.classes.append(label)
-    figure = boxes_figure(evaluate(runs, cases, made.out, options))
+    figure = boxes_figure(evaluate(with_predictions(runs, cases, made.out, options), cases, options))
     ticks = [[label.get_text() for label in axes.get_xticklabels()] for axes in figure.axes]
     assert [len(row) for row in ticks] == [10, 10]
     assert ticks[1][-1] == "Mean"

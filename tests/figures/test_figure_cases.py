@@ -7,15 +7,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from figure_folders import SPACING, TRAINERS, MadeUp, everything, make_folders, set_environment
+from figure_folders import SPACING, TRAINERS, MadeUp, everything, make_folders, set_environment, write
 from matplotlib.colors import to_rgb
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.figures import cases as module
-from nnunet_ssl.figures.cases import cases_figure, draw_cases, file_name, in_grey, read_plane, upright, window_around
+from nnunet_ssl.figures.cases import (
+    Plane,
+    cases_figure,
+    draw_cases,
+    file_name,
+    in_grey,
+    read_planes,
+    upright,
+    window_around,
+)
 from nnunet_ssl.figures.outlines import edges
 from nnunet_ssl.figures.page import class_colors
-from nnunet_ssl.figures.runs import Case
+from nnunet_ssl.figures.runs import Case, FigureOptions, with_predictions
 from nnunet_ssl.figures.slices import choose_slices, measure_all_slices
 
 
@@ -25,10 +34,16 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MadeUp:
     return make_folders(tmp_path)
 
 
+def planes_of(slices: list, runs: list, options: FigureOptions) -> list[Plane]:
+    planes = read_planes(slices, runs, options)
+    return [planes[s.case.name, s.index] for s in slices]
+
+
 def test_what_is_drawn_is_what_the_files_hold(made: MadeUp) -> None:
     runs, cases, options = everything(made)
-    slices = choose_slices(measure_all_slices(runs, cases, made.out, options), 1)
-    planes = [read_plane(s, runs, cases, made.out, options) for s in slices]
+    runs = with_predictions(runs, cases, made.out, options)
+    slices = choose_slices(measure_all_slices(runs, cases, options), 1)
+    planes = planes_of(slices, runs, options)
     figure = cases_figure(slices, planes, [run.name for run in runs], 2, options)
     grid = np.array(figure.axes).reshape(3, 3)
     assert [axes.get_title() for axes in grid[0]] == ["Image, truth", "LabeledOnly", "SHTA_CPS"]
@@ -59,7 +74,8 @@ def test_files_and_caption(made: MadeUp) -> None:
         assert f"`{run.fold_folder / 'validation'}`" in caption
         assert f"`{run.checkpoint_file}`" in caption
     assert f"3 validation cases, truth from `{made.raw / 'labelsTr'}`" in caption
-    for s in choose_slices(measure_all_slices(runs, cases, made.out, options), 0):
+    runs = with_predictions(runs, cases, made.out, options)
+    for s in choose_slices(measure_all_slices(runs, cases, options), 0):
         assert f"| {s.rank} | {s.case.name} | {s.index} | {100 * s.dice[0]:.1f} | {100 * s.dice[1]:.1f} |" in caption
 
 
@@ -71,6 +87,24 @@ def test_a_class_that_no_case_has(made: MadeUp, monkeypatch: pytest.MonkeyPatch)
     assert not list(made.out.glob("cases_9*"))
     options.classes[:] = [9]
     with pytest.raises(UserError, match=r"3 validation cases.* has any of the classes spleen"):
+        draw_cases(runs, cases, made.out, options)
+
+
+def test_files_are_read_once_for_all_classes(made: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, cases, options = everything(made)
+    read, reader = [], type(runs[0].reader)
+    own = reader.read_images
+    monkeypatch.setattr(reader, "read_images", lambda self, files: read.append(files) or own(self, files))
+    monkeypatch.setattr(reader, "read_seg", lambda self, file: own(self, [file]))
+    draw_cases(runs, cases, made.out, options)
+    assert len(read) == len({tuple(files) for files in read}) <= len(cases)
+
+
+def test_an_image_of_another_shape_is_named(made: MadeUp) -> None:
+    runs, cases, options = everything(made)
+    for case in cases:
+        write(np.zeros((3, 4, 5), np.float32), case.images[0])
+    with pytest.raises(UserError, match=r"_0000.nii.gz has the shape \(3, 4, 5\), the truth \(7, 12, 10\)"):
         draw_cases(runs, cases, made.out, options)
 
 
@@ -161,8 +195,9 @@ def test_regions_are_drawn_as_their_labels_together(tmp_path: Path, monkeypatch:
     set_environment(monkeypatch, tmp_path)
     made = make_folders(tmp_path, labels={"background": 0, "whole": [1, 2], "core": 2})
     runs, cases, options = everything(made, ["whole"])
-    slices = choose_slices(measure_all_slices(runs, cases, made.out, options), 0)
-    planes = [read_plane(s, runs, cases, made.out, options) for s in slices]
+    runs = with_predictions(runs, cases, made.out, options)
+    slices = choose_slices(measure_all_slices(runs, cases, options), 0)
+    planes = planes_of(slices, runs, options)
     figure = cases_figure(slices, planes, [run.name for run in runs], (1, 2), options)
     guess = made.prediction(TRAINERS[0], slices[0].case.name)[slices[0].index]
     assert np.array_equal(figure.axes[1].images[1].get_array()[..., 3] > 0, guess > 0)
@@ -183,14 +218,15 @@ def test_a_2d_dataset_of_colour_pictures(tmp_path: Path, monkeypatch: pytest.Mon
     for name, array in files.items():
         sitk.WriteImage(sitk.GetImageFromArray(array, isVector=array.ndim == 3), str(tmp_path / f"{name}.png"))
     (tmp_path / "a.png").rename(runs[0].fold_folder / "validation/a.png")
-    case = Case("a", (tmp_path / "image.png",), tmp_path / "label.png", validation=True)
+    case = Case("a", (tmp_path / "image.png",), tmp_path / "label.png", "validation")
 
-    (chosen,) = choose_slices(measure_all_slices(runs[:1], [case], made.out, options), 0)
+    runs = with_predictions(runs[:1], [case], made.out, options)
+    (chosen,) = choose_slices(measure_all_slices(runs, [case], options), 0)
     assert chosen.index == 0
     assert chosen.dice[0] == pytest.approx(19 / 22)
-    plane = read_plane(chosen, runs[:1], [case], made.out, options)
+    plane = read_planes([chosen], runs, options)["a", 0]
     assert np.array_equal(plane.truth, truth)
     assert np.array_equal(plane.predictions[0], guess)
     assert np.allclose(plane.image, picture / 255)
-    draw_cases(runs[:1], [case], made.out, options)
+    draw_cases(runs, [case], made.out, options)
     assert (made.out / "cases_1_shell.pdf").is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,17 @@ from nnunet_ssl.figures.runs import (
     Case,
     FigureOptions,
     TrainedRun,
+    cases_in_words,
     class_mask,
     find_classes,
+    find_models,
     find_runs,
+    models_in_words,
     predict,
-    predictions,
     short_names,
     test_cases,
+    with_given_predictions,
+    with_predictions,
 )
 
 
@@ -72,25 +77,44 @@ def test_names_that_cannot_be_told_apart(made: MadeUp, options: dict, message: s
         find(**options)
 
 
+def test_models_have_folders_of_their_own_for_predictions(made: MadeUp, tmp_path: Path) -> None:
+    """Whatever they are called, and on disks that know no capitals; a link keeps its name."""
+    model = made.fold(TRAINERS[0]).parent
+    others = [tmp_path / "x" / model.name, tmp_path / "X" / model.name]
+    for other in others:
+        other.parent.mkdir()
+        other.symlink_to(model)
+    names = ["GA-CPS + SHTA", "GA-CPS SHTA", ".."]
+    runs = find_models([model, *others], "0", names=names)
+    assert [run.folder for run in runs] == [model, *others]
+    assert [run.name for run in runs] == names
+    folders = [module.prediction_folder(run, made.out) for run in runs]
+    assert {folder.parent for folder in folders} == {made.out / "predictions"}
+    assert len({folder.name.lower() for folder in folders}) == 3
+    assert all(TRAINERS[0] in folder.name for folder in folders)
+
+
 # ----------------------------------------------------------------------------------------------------------- cases
 
 
 def test_validation_cases_where_there_is_no_test_set(made: MadeUp) -> None:
     cases = test_cases(990, "0")
     assert [case.name for case in cases] == ["a", "b", "c"]
-    assert all(case.validation and case.label.is_file() and case.images[0].is_file() for case in cases)
+    assert all(case.kind == "validation" and case.label.is_file() and case.images[0].is_file() for case in cases)
     with pytest.raises(UserError, match=r"splits_final.json does not name validation cases of fold 3"):
         test_cases(990, "3")
-    assert len(test_cases(990, "all")) == 3
+    cases = test_cases(990, "all")
+    assert len(cases) == 3
+    assert cases_in_words(cases) == f"3 training cases, truth from `{made.raw / 'labelsTr'}`"
 
 
 def test_test_cases_with_a_truth_come_first(made: MadeUp, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("t1", "t2"):
         write(np.zeros((3, 4, 5), np.float32), made.raw / f"imagesTs/{name}_0000.nii.gz")
-    assert test_cases(990, "0")[0].validation, "no labelsTs"
+    assert test_cases(990, "0")[0].kind == "validation", "no labelsTs"
     write(np.zeros((3, 4, 5), np.uint8), made.raw / "labelsTs/t2.nii.gz")
     (case,) = test_cases(990, "0")
-    assert (case.name, case.validation) == ("t2", False)
+    assert (case.name, case.kind) == ("t2", "test")
     assert capsys.readouterr().out.rstrip().endswith(": t1")
 
 
@@ -129,16 +153,53 @@ def options_of(case_dataset: dict, **changes: object) -> FigureOptions:
     return FigureOptions(case_dataset, labels, classes, **changes)
 
 
-def test_nnunets_own_validation_is_used_when_it_is_complete(made: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nnunets_own_validation_is_used_only_if_this_model_made_it(
+    made: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
     monkeypatch.setattr(module, "predict", lambda *arguments: asked.append(arguments))
     run, cases = find()[0], test_cases(990, "0")
-    options = options_of(json.loads((made.raw / "dataset.json").read_text()))
-    assert predictions(run, cases, made.out, options) == made.fold(run.trainer) / "validation"
+    validation, final = made.fold(run.trainer) / "validation", run.checkpoint_file
+    options = options_of(json.loads((made.raw / "dataset.json").read_text()), dataset=made.raw.name)
+
+    def found(run: TrainedRun = run, **changes: object) -> TrainedRun:
+        return with_predictions([run], cases, made.out, replace(options, **changes))[0]
+
+    assert found().predicted == validation
+    assert models_in_words([found()]) == [
+        f"- LabeledOnly: `{validation}` (nnU-Net's validation, with mirroring), `{final}`"
+    ]
+    assert found(found(), tta=False).predicted == validation, "once resolved it stays"
     assert not asked
-    (made.fold(run.trainer) / "validation/b.nii.gz").unlink()
-    assert predictions(run, cases, made.out, options) == made.out / "predictions" / run.trainer
-    assert len(asked) == 1
+
+    own = made.out / "predictions" / run.trainer
+    assert found(tta=False).predicted == own
+    assert found(tta=False).how == "predicted for the figures, without mirroring"
+    assert found(dataset="Dataset991_Other").predicted == own
+    assert found(replace(run, checkpoint="checkpoint_best.pth")).predicted == own
+    now = final.stat().st_mtime_ns
+    os.utime(final, ns=(now, (validation / "b.nii.gz").stat().st_mtime_ns + 10**9))  # it was trained again
+    assert found().predicted == own
+    os.utime(final, ns=(now, now))
+    assert found().predicted == validation
+    (validation / "b.nii.gz").unlink()
+    assert found().predicted == own
+    assert found().how == "predicted for the figures, with mirroring"
+    assert len(asked) == 7
+
+
+def test_given_predictions_must_be_whole(made: MadeUp) -> None:
+    runs, cases = find(), test_cases(990, "0")
+    options = options_of(json.loads((made.raw / "dataset.json").read_text()))
+    folders = [made.fold(trainer) / "validation" for trainer in TRAINERS]
+    given = with_given_predictions(runs, folders, cases, options)
+    assert [run.predicted for run in with_predictions(given, cases, made.out, options)] == folders
+    assert models_in_words(given)[1] == f"- SHTA_CPS: `{folders[1]}` (given with -pred), `{runs[1].checkpoint_file}`"
+    with pytest.raises(UserError, match=r"-pred gives 1 folder.s. for 2 model"):
+        with_given_predictions(runs, folders[:1], cases, options)
+    (folders[1] / "b.nii.gz").unlink()
+    with pytest.raises(UserError, match=f"{folders[1]}/b.nii.gz does not exist"):
+        with_given_predictions(runs, folders, cases, options)
 
 
 @pytest.fixture
@@ -168,7 +229,7 @@ def test_predictions_are_nnunets_and_are_kept_while_they_are_current(model: tupl
     predict(run, cases, folder, False, "cpu", False)
     assert sorted(states(folder)) == sorted(f"{case.name}.nii.gz" for case in cases)
 
-    predictor = module._predictor(run, "cpu", False)
+    predictor = module.load_predictor(run, "cpu", False)
     array, properties = run.reader.read_images(list(map(str, cases[0].images)))
     wanted = predictor.predict_single_npy_array(array, properties)
     assert np.array_equal(run.reader.read_seg(str(folder / f"{cases[0].name}.nii.gz"))[0][0], wanted)
@@ -215,3 +276,26 @@ def test_probabilities_are_added_where_they_are_missing(model: tuple, tmp_path: 
     assert np.array_equal(probabilities.argmax(0), labels)
     assert np.allclose(probabilities.sum(0), 1, atol=1e-3)
     assert not (folder / "unfinished").exists()
+
+
+@pytest.mark.slow
+def test_nnunets_workers_predict_the_same(model: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, cases, _ = model
+    predict(run, cases, tmp_path / "here", False, "cpu", False)
+    monkeypatch.setattr(module, "WORKERS_PAY_FROM", 0)
+    predict(run, cases, tmp_path / "there", False, "cpu", False, num_processes=8)
+    for case in cases:
+        here, there = (run.reader.read_seg(str(tmp_path / f / f"{case.name}.nii.gz"))[0] for f in ("here", "there"))
+        assert np.array_equal(here, there)
+
+
+def test_what_cannot_be_predicted_is_named_and_the_rest_is_kept(model: tuple, tmp_path: Path) -> None:
+    run, cases, _ = model
+    damaged = tmp_path / "b_0000.nii.gz"
+    damaged.write_bytes(b"nothing")
+    with pytest.raises(UserError, match=rf"nnU-Net cannot predict b \(.*\). Check {tmp_path}"):
+        predict(run, [cases[0], Case("b", (damaged,), damaged)], tmp_path / "predicted", False, "cpu", False)
+    assert list(states(tmp_path / "predicted")) == [f"{cases[0].name}.nii.gz"]
+    run.checkpoint_file.write_bytes(b"nothing")
+    with pytest.raises(UserError, match=f"{run.checkpoint_file} cannot be loaded"):
+        predict(run, cases, tmp_path / "other", False, "cpu", False)

@@ -9,8 +9,14 @@ import pytest
 from figure_folders import SHAPE, TRAINERS, MadeUp, everything, make_folders, set_environment, write
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.figures.runs import Case
-from nnunet_ssl.figures.slices import Measured, choose_slices, measure_all_slices, slice_axis
+from nnunet_ssl.figures.runs import Case, with_predictions
+from nnunet_ssl.figures.slices import (
+    Measured,
+    choose_slices,
+    confusion_of_slices,
+    measure_all_slices,
+    slice_axis,
+)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +59,7 @@ def test_slices_are_those_of_a_search_through_all(tmp_path: Path, monkeypatch: p
     regions = {"background": 0, "whole": [1, 2], "core": 2}
     made = make_folders(tmp_path, labels=regions if kind == "regions" else None, ignore=kind == "ignore")
     runs, cases, options = everything(made)
-    measured = measure_all_slices(runs, cases, made.out, options)
+    measured = measure_all_slices(with_predictions(runs, cases, made.out, options), cases, options)
     for i, label in enumerate(options.classes):
         wanted = search(made, label, kind == "ignore")
         last = len(wanted) - 1
@@ -79,9 +85,15 @@ def chosen(*arguments: list) -> list[tuple[str, str, int]]:
 def test_of_equal_scores_the_larger_truth_then_the_first_case_and_slice() -> None:
     assert chosen([[5, 9, 9], [9, 9, 9]], [[0, 0, 0], [0, 0, 0]]) == [
         ("worst", "a", 1),
-        ("median", "b", 0),
-        ("best", "a", 0),
+        ("median", "b", 1),
+        ("best", "a", 2),
     ]
+    assert chosen([[5, 9, 7], [8, 6, 9]], [[1, 0, 1], [1, 0.5, 0]]) == [
+        ("worst", "a", 1),
+        ("median", "b", 1),
+        ("best", "b", 0),
+    ]
+    assert chosen([[4, 9]], [[0.5, 0.5]]) == [("worst", "a", 1), ("best", "a", 0)]
 
 
 def test_tips_of_an_organ_are_no_candidates() -> None:
@@ -98,6 +110,20 @@ def test_no_slice_is_shown_twice() -> None:
     assert chosen([[0, 0]], [[np.nan, 0.0]]) == []
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("ignore", [None, 7])
+def test_confusion_of_slices_is_a_count_of_pairs(axis: int, ignore: int | None) -> None:
+    """Labels that are not asked for count as one, also negative and large ones."""
+    rng = np.random.default_rng(0)
+    truth, prediction = rng.choice([-1, 0, 1, 4, 5, 7, 300], (2, 3, 4, 5))
+    labels = [1, 5]
+    wanted = np.zeros((truth.shape[axis], 3, 3), int)
+    for place in np.ndindex(truth.shape):
+        t, p = (labels.index(x[place]) + 1 if x[place] in labels else 0 for x in (truth, prediction))
+        wanted[place[axis], t, p] += truth[place] != ignore
+    assert np.array_equal(confusion_of_slices(truth, prediction, axis, labels, ignore), wanted)
+
+
 def test_a_prediction_on_another_grid_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     set_environment(monkeypatch, tmp_path)
     made = make_folders(tmp_path)
@@ -105,7 +131,7 @@ def test_a_prediction_on_another_grid_is_named(tmp_path: Path, monkeypatch: pyte
     write(np.zeros((3, 4, 5), np.uint8), file)
     runs, cases, options = everything(made)
     with pytest.raises(UserError, match=rf"{file} has the shape \(3, 4, 5\), the truth \(7, 12, 10\)"):
-        measure_all_slices(runs, cases, made.out, options)
+        measure_all_slices(with_predictions(runs, cases, made.out, options), cases, options)
     file.write_bytes(b"nothing")
     with pytest.raises(UserError, match=rf"{file} cannot be read"):
-        measure_all_slices(runs, cases, made.out, options)
+        measure_all_slices(with_predictions(runs, cases, made.out, options), cases, options)
