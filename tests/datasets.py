@@ -30,6 +30,7 @@ class Recipe:
         shape, spacing: of the images in nnU-Net's axis order, z y x (y x for real 2D images).
         channels: of each image, one file each.
         ignore: whether the upper part of each labelled image carries the ignore label 3.
+        core: whether there is a second class, within the first.
         regions: whether the labels are nnU-Net regions: the whole (1 and 2) and its core (2).
         file_ending: ``.nii.gz``, or ``.png`` for real 2D images.
         planner: nnU-Net's planner class.
@@ -46,6 +47,7 @@ class Recipe:
     unlabeled: int = 4
     test: int = 2
     ignore: bool = False
+    core: bool = True
     regions: bool = False
     file_ending: str = ".nii.gz"
     planner: str = "ExperimentPlanner"
@@ -151,7 +153,7 @@ class TinyDataset:
 
 
 def make_case(recipe: Recipe, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Draw an ellipsoid (label 1) with a core (label 2) on a noisy ground.
+    """Draw an ellipsoid (label 1), with a core (label 2) if the recipe has one, on a noisy ground.
 
     Returns:
         image: float32 ``[channels, *shape]``; labels: uint8 ``[*shape]``.
@@ -162,7 +164,8 @@ def make_case(recipe: Recipe, rng: np.random.Generator) -> tuple[np.ndarray, np.
     grid = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), axis=-1)
     distance = np.sqrt((((grid - centre) / radii) ** 2).sum(-1))
     labels = (distance < 1).astype(np.uint8)
-    labels[distance < 0.5] = 2
+    if recipe.core:
+        labels[distance < 0.5] = 2
     means = rng.permuted([100.0, 150.0, 200.0]) if recipe.channels > 1 else np.array([60.0, 130.0, 200.0])
     image = np.stack([(means[labels] if c == 0 else means[::-1][labels]) for c in range(recipe.channels)])
     image = image + rng.normal(0, 12, image.shape)
@@ -205,7 +208,7 @@ def write_raw_dataset(recipe: Recipe, raw: Path) -> Path:
             (folder / label_folder).mkdir(exist_ok=True)
             _write(labels, folder / label_folder / f"{case}{recipe.file_ending}", recipe.spacing)
 
-    labels_json: dict[str, Any] = {"background": 0, "shell": 1, "core": 2}
+    labels_json: dict[str, Any] = {"background": 0, "shell": 1, **({"core": 2} if recipe.core else {})}
     if recipe.regions:
         labels_json = {"background": 0, "whole": [1, 2], "core": 2}
     if recipe.ignore:

@@ -1,14 +1,11 @@
 """Figure 4: to which class SHTA's proxies assign foreground tokens, and to which class they belong.
 
 As Fig. 7 of the SHTA paper: flows from the class whose proxy is nearest (left) to the class by the truth (right), as
-wide as there are tokens. Where the training kept earlier checkpoints, a panel of the earliest shows the start.
+wide as there are tokens. Where the training kept earlier checkpoints, the earliest has a panel as well.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,21 +14,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path as Outline
-from sklearn.metrics import confusion_matrix
-from tqdm import tqdm
 
-from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.summary import table
-from nnunet_ssl.figures.page import class_colors, column_width, new_figure, paper_style, save_figure
+from nnunet_ssl.figures.page import CHARACTER, column_width, new_figure, paper_style, save_figure, wrapped
 from nnunet_ssl.figures.runs import Case, FigureOptions, NotApplicable, TrainedRun, cases_in_words
-from nnunet_ssl.figures.shta_tokens import cut_patches, has_branch, load_branch, load_model, read_tokens
-from nnunet_ssl.trainers.base import training_state_file
+from nnunet_ssl.figures.shta_tokens import BACKGROUND
+from nnunet_ssl.figures.survey import RULE, survey
 
-BACKGROUND = "#999999"
+NOT_CHOSEN = "#dddddd"
 GAP = 0.35  # between nodes at least, of a line of text
 NODE = 0.04  # width of a node, of the flows'
 LINE = 0.13  # inches, height of a line of text
-CHARACTER = 0.057  # inches, about the widest that a letter is on average at 7 points
 MIN_FLOWS = 1.2  # inches from left nodes to right ones
 PALE = 0.25  # opacity of flows to the same class
 
@@ -40,53 +33,18 @@ def draw_assignment(runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path
     """Write ``assignment``.
 
     Raises:
-        NotApplicable: no run was trained with SHTA.
-        UserError: the branch cannot be read, or none of the classes has tokens.
+        NotApplicable: no run was trained with SHTA, or none of the classes has tokens.
+        UserError: a model or its branch cannot be read.
     """
-    with_shta = [run for run in runs if has_branch(run)]
-    if not with_shta:
-        raise NotApplicable("none of the trainers has SHTA's proxies. Add one whose name has SHTA_ with -tr.")
-    panels = [panel for run in with_shta for panel in [*earliest_kept(run), run]]
-    counts = [count_assignments(run, cases, options) for run in panels]
-    if not any(c.sum() for c in counts):
-        raise UserError(
+    counts = survey(tuple(runs), tuple(cases), tuple(options.names), options.device, options.seed).counts
+    if not any(c.any() for c in counts.values()):
+        raise NotApplicable(
             f"{cases_in_words(cases)} have no tokens of the classes {', '.join(options.names.values())}. Name others "
             "with --classes."
         )
     with paper_style():
-        figure = assignment_figure([run.name for run in panels], counts, options)
-        save_figure(figure, out, "assignment", _caption(panels, counts, cases, options))
-
-
-def earliest_kept(run: TrainedRun) -> list[TrainedRun]:
-    """The same run after the first of the epochs that its setting ``keep_epochs`` kept, or nothing."""
-    kept = {}
-    for file in run.fold_folder.glob("checkpoint_epoch*.pth"):
-        match = re.fullmatch(r"checkpoint_epoch(\d+)\.pth", file.name)
-        if match and os.path.isfile(training_state_file(str(file))):
-            kept[int(match[1])] = file.name
-    if not kept or kept[min(kept)] == run.checkpoint:
-        return []
-    return [dataclasses.replace(run, name=f"{run.name}, epoch {min(kept)}", checkpoint=kept[min(kept)])]
-
-
-def count_assignments(run: TrainedRun, cases: Sequence[Case], options: FigureOptions) -> np.ndarray:
-    """Count the eligible tokens of all cases by class and by nearest proxy.
-
-    Returns:
-        ``[K, K]``: rows are classes by the truth, those not chosen are empty; columns are assigned classes.
-    """
-    model = load_model(run, options.device)
-    branch = load_branch(run, model)
-    counts = np.zeros((branch.num_classes, branch.num_classes), int)
-    for case in tqdm(cases, f"Counting tokens, {run.name}"):
-        patches = cut_patches(model, branch, case)
-        if len(patches.images):
-            tokens = read_tokens(model, branch, patches, embed=True)
-            counts += confusion_matrix(tokens.classes, tokens.assignment.argmax(1), labels=range(branch.num_classes))
-    not_chosen = [label for label in range(branch.num_classes) if label not in options.classes]
-    counts[not_chosen] = 0
-    return counts
+        figure = assignment_figure([run.name for run in counts], list(counts.values()), options)
+        save_figure(figure, out, "assignment", _caption(counts, cases, options))
 
 
 # --------------------------------------------------------------------------------------------------------- drawing
@@ -101,7 +59,7 @@ def assignment_figure(names: Sequence[str], counts: Sequence[np.ndarray], option
         options: names of the classes.
     """
     every = {0: "background", **{label: name for name, label in options.labels.items()}}
-    colors = {0: BACKGROUND, **dict(zip(options.labels.values(), class_colors(len(options.labels)), strict=True))}
+    colors = {0: BACKGROUND, **dict.fromkeys(options.labels.values(), NOT_CHOSEN), **options.colors}
     num_nodes = max(max((c.sum(0) > 0).sum(), (c.sum(1) > 0).sum()) for c in counts)
     margin = CHARACTER * max(len(f"{every[k]} {c.max()}") for c in counts for k in every if c[k].any() or c[:, k].any())
     narrow, wide = column_width(1), column_width(2)
@@ -109,14 +67,19 @@ def assignment_figure(names: Sequence[str], counts: Sequence[np.ndarray], option
     num_columns = min(len(names), 2 if enough else 1)
     num_rows = -(-len(names) // num_columns)
     height = max(1.6, 2 * LINE * (num_nodes + 2))
-    figure = new_figure(narrow if len(names) == 1 and enough else wide, (height + 0.3) * num_rows)
+    width = narrow if len(names) == 1 and enough else wide
+    titles = [
+        wrapped(f"{name}: {c.sum()} tokens, {c.sum() - np.trace(c)} misassigned", width / num_columns)
+        for name, c in zip(names, counts, strict=True)
+    ]
+    lines_of_text = 1 + max(title.count("\n") for title in titles)
+    figure = new_figure(width, (height + 0.15 + 0.15 * lines_of_text) * num_rows)
     grid = list(figure.subplots(num_rows, num_columns, squeeze=False).flat)
     for axes in grid:
         axes.set_axis_off()
-    for axes, name, c in zip(grid, names, counts, strict=False):
+    for axes, title, c in zip(grid, titles, counts, strict=False):
         draw_flows(axes, c, every, colors, LINE / height)
-        wrong = c.sum() - np.trace(c)
-        axes.set_title(f"{name}: {c.sum()} tokens, {wrong} misassigned")
+        axes.set_title(title)
         share = margin / (figure.get_figwidth() / num_columns - 2 * margin)
         axes.set_xlim(-share, 1 + share)
     return figure
@@ -216,9 +179,7 @@ def ribbon(x0: float, x1: float, y0: float, y1: float, width: float) -> Outline:
     return Outline([*lower, *upper, lower[0]], [Outline.MOVETO, *curve, Outline.LINETO, *curve, Outline.CLOSEPOLY])
 
 
-def _caption(
-    panels: Sequence[TrainedRun], counts: Sequence[np.ndarray], cases: Sequence[Case], options: FigureOptions
-) -> str:
+def _caption(counts: Mapping[TrainedRun, np.ndarray], cases: Sequence[Case], options: FigureOptions) -> str:
     names = {0: "background", **{label: name for name, label in options.labels.items()}}
     lines = [
         "**Assignment of foreground tokens.** Left: the class whose proxy is nearest to a token's embedding (largest q "
@@ -226,11 +187,13 @@ def _caption(
         "as there are tokens, each panel in its own scale. Flows have the colour of the class by the truth; those "
         "between different classes, misassigned tokens, are in full colour, the others pale.",
         "",
-        "Rule: all tokens that are eligible by Eq. 7 (share of foreground and of the most frequent class; the run's "
-        "own thresholds) and belong to one of the chosen classes. So background is a class that tokens are assigned "
-        "to, and none that they belong to.",
+        f"Rule: all {RULE} Of them those that belong to one of the chosen classes. So background is a class that "
+        "tokens are assigned to, and none that they belong to.",
+        "",
+        "A panel named by an epoch is of the earliest checkpoint that the training kept (setting `keep_epochs`), with "
+        "the share of all epochs that were done by then: not of the training's start.",
     ]
-    for run, c in zip(panels, counts, strict=True):
+    for run, c in counts.items():
         left, right = np.flatnonzero(c.sum(0)), np.flatnonzero(c.sum(1))
         rows = [["By the truth", *(f"to {names[a]}" for a in left), "all", "misassigned (%)"]]
         for t in right:

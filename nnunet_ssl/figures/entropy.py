@@ -6,14 +6,13 @@ As Fig. 5 of the SHTA paper, a row a class. Case, slice and window are chosen by
 from __future__ import annotations
 
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib import patheffects
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
@@ -24,15 +23,8 @@ from tqdm import tqdm
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.summary import table
 from nnunet_ssl.figures.cases import in_grey, upright
-from nnunet_ssl.figures.page import (
-    class_colors,
-    column_width,
-    legend_columns,
-    new_figure,
-    paper_style,
-    save_figure,
-    wrapped,
-)
+from nnunet_ssl.figures.outlines import TRUTH, draw_outline, overlay, shadow
+from nnunet_ssl.figures.page import column_width, legend_columns, new_figure, paper_style, save_figure, wrapped
 from nnunet_ssl.figures.runs import (
     Case,
     FigureOptions,
@@ -41,14 +33,16 @@ from nnunet_ssl.figures.runs import (
     cases_in_words,
     predict,
     prediction_folder,
-    predictions,
+    with_predictions,
 )
 from nnunet_ssl.figures.shta_tokens import baseline_and_shta
 from nnunet_ssl.figures.slices import read_label_map, slice_axis
+from nnunet_ssl.files import replacing
 
 MAX_ROWS = 4
 WINDOW = 0.25  # side of the window, of the slice's longer side
 MIN_WINDOW = 24  # voxels
+OUTLINE = 0.8  # points
 RULE = (
     f"A row a class: of the chosen ones the {MAX_ROWS} on which the two runs disagree most, in voxels that only one of "
     "them gives to the class, for each voxel of the class in the truth of all cases. Case: the one with most such "
@@ -117,10 +111,9 @@ def draw_entropy(runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path, o
     chosen = choose_cases(pair, cases, out, options)
     if not chosen:
         raise NotApplicable(f"{pair[0].name} and {pair[1].name} predict the same classes everywhere.")
-    wanted = list({case.name: case for case in chosen.values()}.values())
+    wanted = list(dict.fromkeys(chosen.values()))
     for run in pair:
-        folder = prediction_folder(run, out)
-        predict(run, wanted, folder, True, options.device, options.tta, options.num_processes)
+        predict_entropy(run, wanted, out, options)
     rows = [read_row(label, case, pair, out, options) for label, case in chosen.items()]
     with paper_style():
         figure = entropy_figure(rows, [run.name for run in pair], options)
@@ -138,7 +131,7 @@ def choose_cases(
     Returns:
         label -> case, in the dataset's order; only classes on which they disagree at all.
     """
-    folders = [predictions(run, cases, out, options) for run in pair]
+    folders = [run.predicted for run in with_predictions(pair, cases, out, options)]
     reader = pair[0].reader
     labels = list(options.names)
     differing = np.zeros((len(cases), len(labels)), int)
@@ -167,6 +160,40 @@ def normalized_entropy(probabilities: np.ndarray) -> np.ndarray:
     for channel in probabilities:  # one at a time: all together take as much memory again
         entropy += entr(channel.astype(np.float32))
     return entropy / np.log(len(probabilities))
+
+
+def predict_entropy(run: TrainedRun, cases: Sequence[Case], out: Path, options: FigureOptions) -> None:
+    """Predict cases with probabilities, and keep of these no more than their entropy, in ``CASE.npz``.
+
+    nnU-Net keeps 4 bytes a voxel for each class, the entropy is 2 bytes a voxel. The file takes the probabilities'
+    place, so it is predicted again when they would be.
+
+    Raises:
+        UserError: a case cannot be predicted, or its file cannot be read.
+    """
+    folder = prediction_folder(run, out)
+    predict(run, cases, folder, True, options.device, options.tta, options.num_processes)
+    for case in cases:
+        file = folder / f"{case.name}.npz"
+        stored = read_arrays(file)
+        if "probabilities" in stored:
+            entropy = normalized_entropy(stored["probabilities"]).astype(np.float16)
+            with replacing(str(file)) as temporary, open(temporary, "wb") as stream:
+                np.savez_compressed(stream, entropy=entropy)
+            (folder / f"{case.name}.pkl").unlink(missing_ok=True)
+
+
+def read_arrays(file: Path) -> dict[str, np.ndarray]:
+    """All that a ``.npz`` holds.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        with np.load(file) as stored:
+            return dict(stored)
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{file} cannot be read ({error}). Remove it, and it is predicted again.") from error
 
 
 def window_side(shape: Sequence[int], spacing: Sequence[float]) -> tuple[int, int]:
@@ -202,13 +229,9 @@ def read_row(label: int, case: Case, pair: Sequence[TrainedRun], out: Path, opti
     truth, properties = read_label_map(case.label, reader)
     maps, entropies = [], []
     for run in pair:
-        file = prediction_folder(run, out) / f"{case.name}.npz"
-        try:
-            with np.load(file) as stored:
-                entropies.append(normalized_entropy(stored["probabilities"]))
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise UserError(f"{file} cannot be read ({error}). Remove it, and it is predicted again.") from error
-        maps.append(read_label_map(file.with_name(f"{case.name}{options.file_ending}"), reader)[0])
+        folder = prediction_folder(run, out)
+        entropies.append(read_arrays(folder / f"{case.name}.npz")["entropy"].astype(np.float32))
+        maps.append(read_label_map(folder / f"{case.name}{options.file_ending}", reader)[0])
     for run, array in zip(pair, entropies, strict=True):
         if array.shape != truth.shape:
             raise UserError(f"{case.label} has the shape {truth.shape}, {run.name}'s prediction {array.shape}.")
@@ -253,14 +276,12 @@ def entropy_figure(rows: Sequence[Row], names: Sequence[str], options: FigureOpt
     panel = (width - 0.7) / 6
     names = [wrapped(name, 0.9 * panel) for name in names]
     titles = ["Slice", "Truth", *names, *(f"{name},\nentropy" for name in names)]
-    colors = dict(zip(options.labels.values(), class_colors(len(options.labels)), strict=True))
+    colors = {label: (color, 0.6) for label, color in options.colors.items()}
     shown = np.concatenate([_window(array, row).ravel() for row in rows for array in (row.truth, *row.predictions)])
     handles = [
-        Patch(color=colors[label], alpha=0.6, linewidth=0, label=name)
-        for name, label in options.labels.items()
-        if label in shown
+        Patch(color=color, linewidth=0, label=options.names[label]) for label, color in colors.items() if label in shown
     ]
-    handles.append(Line2D([], [], color="white", label="truth, the row's class", path_effects=_shadow()))
+    handles.append(Line2D([], [], color=TRUTH, label="truth, the row's class", path_effects=shadow(OUTLINE)))
     in_legend = legend_columns([handle.get_label() for handle in handles], width)
     text = 0.13 * (1 + max(title.count("\n") for title in titles)) + 0.12 * -(-len(handles) // in_legend)
     figure = new_figure(width, (panel + 0.02) * len(rows) + text + 0.2)
@@ -272,14 +293,14 @@ def entropy_figure(rows: Sequence[Row], names: Sequence[str], options: FigureOpt
     for axes, row in zip(grid, rows, strict=True):
         _slice_panel(axes[0], row)
         axes[0].set_ylabel(wrapped(options.names[row.label].replace("_", " "), panel))
-        aspect = row.size[0] / row.size[1]
+        extent = _extent(row)
         for each, label_map in zip(axes[1:4], (row.truth, *row.predictions), strict=True):
-            each.imshow(_window(row.image, row), cmap="gray", vmin=0, vmax=1, aspect=aspect)
-            each.imshow(_overlay(_window(label_map, row), colors), aspect=aspect)
+            each.imshow(_window(row.image, row), cmap="gray", vmin=0, vmax=1, extent=extent)
+            each.imshow(overlay(_window(label_map, row), colors), extent=extent)
         for each, entropy in zip(axes[4:], row.entropies, strict=True):
-            drawn = each.imshow(_window(entropy, row), cmap="magma", vmin=0, vmax=highest, aspect=aspect)
+            drawn = each.imshow(_window(entropy, row), cmap="magma", vmin=0, vmax=highest, extent=extent)
         for each in axes[1:]:
-            _outline(each, _window(row.truth == row.label, row))
+            draw_outline(each, row.truth == row.label, row.size, OUTLINE)
             each.set(xticks=[], yticks=[])
             each.spines[:].set_visible(False)
     for axes, title in zip(grid[0], titles, strict=True):
@@ -294,49 +315,36 @@ def _window(array: np.ndarray, row: Row) -> np.ndarray:
     return array[r : r + rows, c : c + columns]
 
 
+def _extent(row: Row) -> tuple[float, float, float, float]:
+    """Of the window within the slice: left, right, bottom, top, in the unit of ``row.size``."""
+    top, left = np.multiply(row.corner, row.size)
+    bottom, right = np.add(row.corner, row.side) * row.size
+    return left, right, bottom, top
+
+
 def _slice_panel(axes: Axes, row: Row) -> None:
     """The whole slice in the middle of a square, so that all panels are of one size."""
-    axes.imshow(row.image, cmap="gray", vmin=0, vmax=1, aspect=row.size[0] / row.size[1])
-    (r, c), (rows, columns) = row.corner, row.side
-    frame = {"fill": False, "edgecolor": "white", "linewidth": 1.0, "path_effects": _shadow(), "clip_on": False}
-    axes.add_patch(Rectangle((c - 0.5, r - 0.5), columns, rows, **frame))
-    shape = row.image.shape[:2]
-    half = max(n * s for n, s in zip(shape, row.size, strict=True)) / 2
-    (top, bottom), (left, right) = (
-        ((n - 1) / 2 - half / s, (n - 1) / 2 + half / s) for n, s in zip(shape, row.size, strict=True)
-    )
-    axes.set(xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[], facecolor="black")
+    height, width = np.multiply(row.image.shape[:2], row.size)
+    axes.imshow(row.image, cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
+    left, right, bottom, top = _extent(row)
+    frame = {"fill": False, "edgecolor": TRUTH, "linewidth": 1.0, "path_effects": shadow(1.0), "clip_on": False}
+    axes.add_patch(Rectangle((left, top), right - left, bottom - top, **frame))
+    half = max(height, width) / 2
+    axes.set(xlim=(width / 2 - half, width / 2 + half), ylim=(height / 2 + half, height / 2 - half))
+    axes.set(xticks=[], yticks=[], facecolor="black")
     axes.spines[:].set_visible(False)
-
-
-def _overlay(label_map: np.ndarray, colors: dict[int, str]) -> np.ndarray:
-    overlay = np.zeros((*label_map.shape, 4))
-    for label, color in colors.items():
-        overlay[label_map == label] = (*to_rgb(color), 0.6)
-    return overlay
-
-
-def _outline(axes: Axes, mask: np.ndarray) -> None:
-    if mask.any() and not mask.all():
-        lines = axes.contour(mask.astype(float), levels=[0.5], colors="white", linewidths=0.8)
-        lines.set_path_effects(_shadow())
-
-
-def _shadow() -> list[patheffects.AbstractPathEffect]:
-    return [patheffects.withStroke(linewidth=1.8, foreground="black")]
 
 
 def _caption(
     rows: Sequence[Row], pair: Sequence[TrainedRun], cases: Sequence[Case], out: Path, options: FigureOptions
 ) -> str:
-    names = {label: name for name, label in options.labels.items()}
     cells = [["Class", "Case", "Slice (axis)", "Window, first row and column", "rows x columns",
               *(f"mean entropy, {run.name}" for run in pair)]]  # fmt: skip
     for row in rows:
         zoom = row.zoom
         means = [f"{_window(entropy, row).mean():.4f}" for entropy in row.entropies]
-        cells.append([names[row.label], zoom.case.name, f"{zoom.index} ({zoom.axis})", "{}, {}".format(*zoom.start),
-                      "{} x {}".format(*zoom.side), *means])  # fmt: skip
+        cells.append([options.names[row.label], zoom.case.name, f"{zoom.index} ({zoom.axis})",
+                      "{}, {}".format(*zoom.start), "{} x {}".format(*zoom.side), *means])  # fmt: skip
     return "\n".join(
         [
             f"**Entropy of {pair[0].name} and {pair[1].name} where they differ most.** From the left: the slice with "
@@ -349,8 +357,8 @@ def _caption(
             *table(cells),
             "",
             f"Chosen from {cases_in_words(cases)}. Probabilities by nnU-Net's predictor, "
-            f"{'with' if options.tta else 'without'} mirroring, in `CASE.npz`; indices count from 0 in the arrays that "
-            "nnU-Net reads:",
+            f"{'with' if options.tta else 'without'} mirroring; their entropy is kept in `CASE.npz`. Indices count "
+            "from 0 in the arrays that nnU-Net reads:",
             "",
             *(f"- {run.name}: `{prediction_folder(run, out)}`, `{run.checkpoint_file}`" for run in pair),
         ]

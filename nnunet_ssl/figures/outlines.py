@@ -37,9 +37,9 @@ def edges(mask: np.ndarray) -> np.ndarray:
         (c + 1, r + 1).
     """
     padded = np.pad(mask, 1)
-    level = np.argwhere(np.diff(padded, axis=0)[:, 1:-1])[:, ::-1]
-    upright = np.argwhere(np.diff(padded, axis=1)[1:-1])[:, ::-1]
-    return np.concatenate([np.stack([level, np.add(level, (1, 0))], 1), np.stack([upright, np.add(upright, (0, 1))], 1)])
+    level = np.argwhere(np.diff(padded, axis=0)[:, 1:-1])[:, None, ::-1]
+    upright = np.argwhere(np.diff(padded, axis=1)[1:-1])[:, None, ::-1]
+    return np.concatenate([level + np.array([(0, 0), (1, 0)]), upright + np.array([(0, 0), (0, 1)])])
 
 
 def draw_outline(axes: Axes, mask: np.ndarray, size: tuple[float, float], line: float) -> None:

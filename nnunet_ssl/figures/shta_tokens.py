@@ -7,22 +7,17 @@ lie side by side and do not overlap, so each token is seen once.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.figures.runs import Case, TrainedRun
+from nnunet_ssl.figures.runs import Case, TrainedRun, load_predictor, settings_of, without_epochs
 from nnunet_ssl.losses.shta import token_class_distribution
 from nnunet_ssl.networks.feature_tap import FeatureTap
 from nnunet_ssl.networks.shta_branch import SHTABranch
@@ -30,6 +25,9 @@ from nnunet_ssl.trainers.base import find_training_state, training_state_file
 from nnunet_ssl.trainers.shta import SHTASettings, build_branch
 
 BRANCH = "shta_first."  # of the network that predicts
+BACKGROUND = "#999999"  # beside the colours of classes
+NOT_SHOWN = -1
+PREPARED_BY = ("preprocessor_name", "patch_size", "spacing", "normalization_schemes", "use_mask_for_norm")
 
 
 @dataclass(frozen=True)
@@ -60,26 +58,27 @@ class Patches:
         case: its name.
         images: ``[P, C, *patch]``.
         shares: ``[P, L, K]``, the classes' shares of each token (TokDist of Eq. 1).
-        eligible: ``[P, L]``, what Eq. 7 asks of the labels.
+        classes: ``[P, L]`` int64, of eligible tokens the most frequent foreground class (y_i of Eq. 8), of wholly
+            background ones 0 where they are wanted, of all others ``NOT_SHOWN``.
         position: ``[P, L, dim]``, the tokens' centres in voxels of the preprocessed image.
     """
 
     case: str
     images: Tensor
     shares: Tensor
-    eligible: Tensor
+    classes: Tensor
     position: Tensor
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The N eligible tokens of one case as one network sees them, all on the CPU.
+    """The N tokens of one case that are shown, as one network sees them, all on the CPU.
 
     Attributes:
         case: its name.
         feature: ``[N, C]``, T of Eq. 1.
         shares: ``[N, K]``.
-        classes: ``[N]``, the most frequent foreground class (y_i of Eq. 8).
+        classes: ``[N]``, see :class:`Patches`.
         position: ``[N, dim]``, see :class:`Patches`.
         embedding: ``[N, C_z]``, Z of Eq. 1; None of a network without a branch.
         assignment: ``[N, K]``, q of Eq. 3; None of a network without a branch.
@@ -99,30 +98,21 @@ class Tokens:
 
 def has_branch(run: TrainedRun) -> bool:
     """Whether a run was trained with SHTA, by the settings that it wrote down."""
-    return _settings(run).get("shta_weight", 0) != 0
-
-
-def _settings(run: TrainedRun) -> dict[str, Any]:
-    file = run.fold_folder / "ssl_settings.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))["settings"]
-    except FileNotFoundError:  # a trainer of nnU-Net itself
-        return {}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({error!r}). Restore it.") from error
+    return settings_of(run).get("shta_weight", 0) != 0
 
 
 def baseline_and_shta(runs: Sequence[TrainedRun]) -> tuple[TrainedRun | None, TrainedRun | None]:
     """The two runs to compare: SHTA on a host, and that host.
 
-    The first run with SHTA whose host is among the runs, else the first without and the first with SHTA; either may be
-    missing.
+    The first run with SHTA whose host is among the runs, after as many epochs or, where there is none, after others;
+    else the first without and the first with SHTA; either may be missing.
     """
     with_shta = [run for run in runs if has_branch(run)]
     without = [run for run in runs if run not in with_shta]
     for run in with_shta:
-        for host in without:
-            if host.trainer == run.trainer.replace("SHTA_", ""):
+        own = run.trainer.replace("SHTA_", "")
+        for host in sorted(without, key=lambda host: host.trainer != own):
+            if without_epochs(host.trainer) == without_epochs(own):
                 return host, run
     return next(iter(without), None), next(iter(with_shta), None)
 
@@ -133,9 +123,7 @@ def load_model(run: TrainedRun, device: str) -> TrainedModel:
     Raises:
         UserError: the network has no decoder whose last feature could be read.
     """
-    with contextlib.redirect_stdout(io.StringIO()):
-        predictor = nnUNetPredictor(device=torch.device(device), allow_tqdm=False)
-        predictor.initialize_from_trained_model_folder(str(run.folder), (run.fold,), run.checkpoint)
+    predictor = load_predictor(run, device)
     network = getattr(predictor.network, "_orig_mod", predictor.network)  # without torch.compile
     try:
         tap = FeatureTap(network.to(device).eval())
@@ -163,7 +151,7 @@ def load_branch(run: TrainedRun, model: TrainedModel) -> SHTABranch:
             f"{file} does not hold the SHTA branch that was trained with {run.checkpoint}: it is missing, damaged or "
             "of another checkpoint. Restore it, or name another checkpoint with -chk."
         )
-    stored = state.get("settings", _settings(run))  # early versions of this package did not write them there
+    stored = state.get("settings", settings_of(run))  # early versions of this package did not write them there
     ours = {field.name for field in dataclasses.fields(SHTASettings)}
     settings = SHTASettings(**{name: value for name, value in stored.items() if name in ours})
     branch = build_branch(
@@ -180,7 +168,20 @@ def load_branch(run: TrainedRun, model: TrainedModel) -> SHTABranch:
 # ----------------------------------------------------------------------------------------------------------- tokens
 
 
-def cut_patches(model: TrainedModel, branch: SHTABranch, case: Case) -> Patches:
+def preparation(model: TrainedModel, branch: SHTABranch) -> list:
+    """What decides how ``cut_patches`` prepares and cuts a case: models in which it is equal can share the patches."""
+    plans, configuration = model.plans_manager.plans, model.configuration_manager.configuration
+    return [
+        {key: value for key, value in configuration.items() if key in PREPARED_BY or key.startswith("resampling")},
+        plans["foreground_intensity_properties_per_channel"],
+        plans["transpose_forward"],
+        plans["image_reader_writer"],
+        [branch.stride, branch.ignore_label, branch.min_valid_fraction],
+        [branch.loss.fg_threshold, branch.loss.purity_threshold],
+    ]
+
+
+def cut_patches(model: TrainedModel, branch: SHTABranch, case: Case, background: bool = False) -> Patches:
     """Prepare a case, and cut out the patches with tokens that the branch could select.
 
     What pads the image to whole patches counts as unlabelled: a token that is mostly padding is none.
@@ -189,6 +190,7 @@ def cut_patches(model: TrainedModel, branch: SHTABranch, case: Case) -> Patches:
         model: how images are prepared.
         branch: says what a token is, and which are eligible.
         case: image and truth.
+        background: whether the wholly background tokens of these patches are wanted as well.
     """
     configuration = model.configuration_manager
     image, labels, _ = configuration.preprocessor_class(verbose=False).run_case(
@@ -207,14 +209,17 @@ def cut_patches(model: TrainedModel, branch: SHTABranch, case: Case) -> Patches:
         for few in labels.split(configuration.batch_size)
     ]
     shares = torch.cat(counts)
-    eligible = branch.loss.eligible(shares.flatten(0, 1))[0].reshape(shares.shape[:2])
+    eligible, classes = (each.reshape(shares.shape[:2]) for each in branch.loss.eligible(shares.flatten(0, 1)))
+    classes = classes.masked_fill(~eligible, NOT_SHOWN)
+    if background:
+        classes[shares[..., 0] == 1] = 0
     # a slice of a volume, in a 2D configuration, is one voxel thick
     stride = (1,) * (origins.shape[1] - len(branch.stride)) + branch.stride
     patch = (1,) * (origins.shape[1] - len(branch.stride)) + tuple(configuration.patch_size)
     centers = torch.cartesian_prod(*[torch.arange(0, n, s) + (s - 1) / 2 for n, s in zip(patch, stride, strict=True)])
     keep = eligible.any(1)
     position = origins[keep, None] + centers
-    return Patches(case.name, images[keep], shares[keep], eligible[keep], position)
+    return Patches(case.name, images[keep], shares[keep], classes[keep], position)
 
 
 def side_by_side(volume: Tensor, patch_size: Sequence[int], fill: float) -> tuple[Tensor, Tensor]:
@@ -241,7 +246,7 @@ def side_by_side(volume: Tensor, patch_size: Sequence[int], fill: float) -> tupl
 
 @torch.inference_mode()
 def read_tokens(model: TrainedModel, branch: SHTABranch, patches: Patches, embed: bool) -> Tokens:
-    """Run a network over patches and keep what it says of the eligible tokens.
+    """Run a network over patches and keep what it says of the tokens that are shown.
 
     Args:
         model: any network of the same configuration.
@@ -251,20 +256,23 @@ def read_tokens(model: TrainedModel, branch: SHTABranch, patches: Patches, embed
     """
     device = next(model.network.parameters()).device
     batch_size = model.configuration_manager.batch_size
-    features = []
-    for images, eligible in zip(patches.images.split(batch_size), patches.eligible.split(batch_size), strict=True):
+    shown = patches.classes != NOT_SHOWN
+    features, embeddings, assignments = [], [], []
+    for images, here in zip(patches.images.split(batch_size), shown.split(batch_size), strict=True):
         with torch.autocast(device.type, enabled=device.type == "cuda"):  # as nnU-Net predicts
             _, feature = model.tap(images.to(device))
-        features.append(branch.tokens(feature)[eligible.to(device)])
-    shares = patches.shares[patches.eligible]
-    feature = torch.cat(features)
-    embedding = branch.embed(feature) if embed else None
+        tokens = branch.tokens(feature)[here.to(device)]
+        features.append(tokens.cpu())
+        if embed:
+            embedding = branch.embed(tokens)
+            embeddings.append(embedding.cpu())
+            assignments.append(branch.loss.log_assignment(embedding).exp().cpu())
     return Tokens(
         patches.case,
-        feature.cpu(),
-        shares,
-        branch.loss.eligible(shares)[1],
-        patches.position[patches.eligible],
-        embedding.cpu() if embed else None,
-        branch.loss.log_assignment(embedding).exp().cpu() if embed else None,
+        torch.cat(features),
+        patches.shares[shown],
+        patches.classes[shown],
+        patches.position[shown],
+        torch.cat(embeddings) if embed else None,
+        torch.cat(assignments) if embed else None,
     )

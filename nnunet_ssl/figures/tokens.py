@@ -1,7 +1,8 @@
-"""Figure 3: foreground tokens in two dimensions, before the last layer and in SHTA's embedding.
+"""Figure 3: tokens in two dimensions, before the last layer and in SHTA's embedding.
 
 As Fig. 6 of the SHTA paper: the same tokens as the host sees them, as the network trained with SHTA sees them, and
-after the embedding head, there with the class proxies. The tokens are drawn at random by a seed, as many of each class.
+after the embedding head, there with the class proxies. The tokens are drawn at random by a seed, as many of each class
+where there are. One class alone would show nothing, so it is shown beside the background.
 """
 
 from __future__ import annotations
@@ -11,19 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_samples
-from tqdm import tqdm
 
-from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.summary import table
 from nnunet_ssl.figures.page import (
-    class_colors,
     column_width,
     legend_columns,
     new_figure,
@@ -32,21 +29,14 @@ from nnunet_ssl.figures.page import (
     wrapped,
 )
 from nnunet_ssl.figures.runs import Case, FigureOptions, NotApplicable, TrainedRun, cases_in_words
-from nnunet_ssl.figures.shta_tokens import (
-    Tokens,
-    baseline_and_shta,
-    cut_patches,
-    load_branch,
-    load_model,
-    read_tokens,
-)
-from nnunet_ssl.randomness import derived_seed
+from nnunet_ssl.figures.shta_tokens import BACKGROUND
+from nnunet_ssl.figures.survey import RULE, TOKENS_PER_CLASS, Survey, survey
 
-TOKENS_PER_CLASS = 400  # at most
 PERPLEXITY = 30
 METHODS = {"pca": "PCA", "tsne": "t-SNE"}
 PROXY = "class proxy"
-MARKERS = "osD^vP"  # beside colour, for readers without it
+OTHER_PLANS = "whose plans prepare images in another way than those of the run with SHTA"
+MARKERS = "osD^vP"  # beside colour, for readers without it; the background's is X
 
 
 @dataclass(frozen=True)
@@ -68,94 +58,29 @@ def draw_tokens(runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path, op
     """Write ``tokens``.
 
     Raises:
-        NotApplicable: no run was trained with SHTA.
-        UserError: the branch cannot be read, or fewer than two of the classes have tokens.
+        NotApplicable: no run was trained with SHTA, or fewer than two classes have tokens.
+        UserError: a model or its branch cannot be read.
     """
-    host, shta = baseline_and_shta(runs)
-    if shta is None:
-        raise NotApplicable("none of the trainers has SHTA's tokens. Add one whose name has SHTA_ with -tr.")
-    compared = [run for run in (host, shta) if run is not None]
-    models = {run.name: load_model(run, options.device) for run in compared}
-    branch = load_branch(shta, models[shta.name])
-    sample = ClassSample(TOKENS_PER_CLASS, options.seed)
-    for case in tqdm(cases, "Reading tokens"):
-        patches = cut_patches(models[shta.name], branch, case)
-        if len(patches.images):
-            sample.add({run.name: read_tokens(models[run.name], branch, patches, run is shta) for run in compared})
-    classes = [label for label in options.names if (sample.classes == label).sum() > 1]
+    found = survey(tuple(runs), tuple(cases), tuple(options.names), options.device, options.seed)
+    sample, shta = found.sample, found.compared[-1]
+    if found.left_out is not None:
+        print(f"tokens are drawn without {found.left_out.name}, {OTHER_PLANS}.", flush=True)
+    classes = [label for label in _names(options) if (sample.classes == label).sum() > 1]
     if len(classes) < 2:
-        raise UserError(
+        raise NotApplicable(
             f"{cases_in_words(cases)} have tokens of fewer than two of the classes "
             f"{', '.join(options.names.values())}. Name more with --classes."
         )
     shown = np.isin(sample.classes, classes)
-    spaces = [Space(f"{run.name}: decoder feature", sample.features[run.name][shown]) for run in compared]
-    proxies = F.normalize(branch.loss.proxies.detach().cpu(), dim=1)[classes].numpy()
-    spaces.append(Space(f"{shta.name}: embedding", sample.embedding[shown], proxies))
+    spaces = [Space(f"{run.name}: decoder feature", sample.features[run.name][shown]) for run in found.compared]
+    spaces.append(Space(f"{shta.name}: embedding", sample.embedding[shown], found.proxies[classes]))
     with paper_style():
         figure = tokens_figure(spaces, sample.classes[shown], classes, options)
-        caption = _caption(spaces, sample, classes, compared, branch.stride, cases, options)
-        save_figure(figure, out, "tokens", caption)
+        save_figure(figure, out, "tokens", _caption(spaces, found, classes, cases, options))
 
 
-class ClassSample:
-    """At most ``size`` tokens of each class, each token of all cases with the same chance, in one pass.
-
-    Every token draws a number by the seed and its case; the lowest numbers of a class stay. Which tokens these are
-    depends on the labels alone, so all runs show the same ones.
-
-    Args:
-        size: tokens of a class.
-        seed: of the draw.
-
-    Attributes:
-        classes: ``[N]``.
-        features: name of a run -> ``[N, C]``, the mean decoder feature.
-        embedding: ``[N, C_z]``, of unit length, since Eq. 3 compares directions.
-        total: label -> how many tokens there were to draw from.
-    """
-
-    def __init__(self, size: int, seed: int) -> None:
-        self.size, self.seed = size, seed
-        self.classes = np.empty(0, int)
-        self.draws = np.empty(0)
-        self.features: dict[str, np.ndarray] = {}
-        self.embedding: np.ndarray | None = None
-        self.total: dict[int, int] = {}
-
-    def add(self, seen: Mapping[str, Tokens]) -> None:
-        """Take the tokens of one case, as each run sees them; the last one has the embedding."""
-        last = list(seen.values())[-1]
-        classes = last.classes.numpy()
-        for label, count in zip(*np.unique(classes, return_counts=True), strict=True):
-            self.total[int(label)] = self.total.get(int(label), 0) + int(count)
-        rng = np.random.default_rng(derived_seed(self.seed, "tokens", last.case))
-        self.classes = np.concatenate([self.classes, classes])
-        self.draws = np.concatenate([self.draws, rng.random(len(classes))])
-        keep = lowest_of_each_class(self.classes, self.draws, self.size)
-        self.classes, self.draws = self.classes[keep], self.draws[keep]
-        for name, tokens in seen.items():
-            self.features[name] = _joined(self.features.get(name), tokens.feature.numpy())[keep]
-        self.embedding = _joined(self.embedding, F.normalize(last.embedding, dim=1).numpy())[keep]
-
-
-def _joined(before: np.ndarray | None, new: np.ndarray) -> np.ndarray:
-    return new if before is None else np.concatenate([before, new])
-
-
-def lowest_of_each_class(classes: np.ndarray, draws: np.ndarray, size: int) -> np.ndarray:
-    """Indices of the ``size`` lowest ``draws`` of each class, in their order.
-
-    Args:
-        classes: ``[N]``.
-        draws: ``[N]`` float.
-        size: at most so many of a class.
-    """
-    kept = [
-        members[np.argsort(draws[members], kind="stable")[:size]]
-        for members in (np.flatnonzero(classes == label) for label in np.unique(classes))
-    ]
-    return np.sort(np.concatenate(kept)) if kept else np.empty(0, int)
+def _names(options: FigureOptions) -> dict[int, str]:
+    return {**options.names, 0: "background"}
 
 
 def in_two_dimensions(space: Space, method: str, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
@@ -190,12 +115,13 @@ def tokens_figure(spaces: Sequence[Space], classes: np.ndarray, shown: Sequence[
     width = column_width(2)
     panel = min(width / len(spaces), 2.4)
     titles = [wrapped(space.title, panel) for space in spaces]
-    in_legend = legend_columns([*(options.names[label] for label in shown), PROXY], width)
+    names = _names(options)
+    in_legend = legend_columns([*(names[label] for label in shown), PROXY], width)
     lines_of_text = max(title.count("\n") for title in titles) + 1 + len(shown) // in_legend
     figure = new_figure(width, panel * num_rows + 0.25 + 0.14 * lines_of_text)
     grid = figure.subplots(num_rows, len(spaces), squeeze=False)
-    colors = dict(zip(options.names, class_colors(len(options.names)), strict=True))
-    markers = {label: MARKERS[i % len(MARKERS)] for i, label in enumerate(options.names)}
+    colors = {**options.colors, 0: BACKGROUND}
+    markers = {**{label: MARKERS[i % len(MARKERS)] for i, label in enumerate(options.names)}, 0: "X"}
     for row, method in zip(grid, options.embedding, strict=True):
         row[0].set_ylabel(METHODS[method])
         for axes, space in zip(row, spaces, strict=True):
@@ -209,7 +135,7 @@ def tokens_figure(spaces: Sequence[Space], classes: np.ndarray, shown: Sequence[
     for axes, title in zip(grid[0], titles, strict=True):
         axes.set_title(title)
     dots = {"linestyle": "", "markersize": 4}
-    handles = [Line2D([], [], color=colors[k], marker=markers[k], label=options.names[k], **dots) for k in shown]
+    handles = [Line2D([], [], color=colors[k], marker=markers[k], label=names[k], **dots) for k in shown]
     if "pca" in options.embedding:
         star = {"marker": "*", "markersize": 8, "color": "white", "markeredgecolor": "black", "markeredgewidth": 0.7}
         handles.append(Line2D([], [], linestyle="", label=PROXY, **star))
@@ -245,37 +171,38 @@ def silhouettes(points: np.ndarray, classes: np.ndarray, shown: Sequence[int]) -
 
 
 def _caption(
-    spaces: Sequence[Space],
-    sample: ClassSample,
-    classes: Sequence[int],
-    runs: Sequence[TrainedRun],
-    stride: Sequence[int],
-    cases: Sequence[Case],
-    options: FigureOptions,
+    spaces: Sequence[Space], found: Survey, classes: Sequence[int], cases: Sequence[Case], options: FigureOptions
 ) -> str:
+    sample, names = found.sample, _names(options)
     shown = np.isin(sample.classes, classes)
     by_space = [silhouettes(space.points, sample.classes[shown], classes) for space in spaces]
     rows = [["Class", "Tokens drawn", "of", *(f"silhouette, {space.title}" for space in spaces)]]
     for i, label in enumerate(classes):
         drawn = int((sample.classes == label).sum())
         values = [f"{means[i]:.3f}" for means in by_space]
-        rows.append([options.names[label], str(drawn), str(sample.total[label]), *values])
+        rows.append([names[label], str(drawn), str(sample.total[label]), *values])
     rows.append(["mean", "", "", *(f"{np.mean(means):.3f}" for means in by_space)])
+    background = (
+        " Background: the tokens without any foreground in patches that have such tokens, for one class alone would "
+        "show nothing."
+        if 0 in classes
+        else ""
+    )
     left_out = [name for label, name in options.names.items() if label not in classes]
     return "\n".join(
         [
-            "**Foreground tokens in two dimensions.** Each point is a token, the mean over "
-            f"{' x '.join(map(str, stride))} voxels; colour and shape are the class that most of its voxels have by "
-            "the truth. Columns: the feature that the last layer of the network takes in, and SHTA's embedding z of "
-            "it, scaled to unit length. Stars: the class proxies, scaled as well, at their place in the PCA; t-SNE has "
-            "no place for them. The axes have no unit.",
+            "**Tokens in two dimensions.** Each point is a token, the mean over "
+            f"{' x '.join(map(str, found.stride))} voxels; colour and shape are the class that most of its foreground "
+            "has by the truth. Columns: the feature that the last layer of the network takes in, and SHTA's embedding "
+            "z of it, scaled to unit length. Stars: the class proxies, scaled as well, at their place in the PCA; "
+            "t-SNE has no place for them. The axes have no unit.",
             "",
-            "Rule: of all tokens that are eligible by Eq. 7 (share of foreground and of the most frequent class; the "
-            f"run's own thresholds), at most {TOKENS_PER_CLASS} of each class are drawn at random with seed "
+            f"Rule: all {RULE}{background} At most {TOKENS_PER_CLASS} of each class are drawn at random with seed "
             f"{options.seed}, the same ones in every column. PCA is fitted in each column to its points. t-SNE: "
             f"perplexity {PERPLEXITY} (less where there are few tokens), started from the PCA, same seed. Distances "
             "between groups mean nothing in t-SNE.",
             *(["", f"Without tokens, and not shown: {', '.join(left_out)}."] if left_out else []),
+            *(["", f"Not shown: {found.left_out.name}, {OTHER_PLANS}."] if found.left_out else []),
             "",
             "The silhouette (-1 to 1) says how compact and how far from the others a class is, in the full space.",
             "",
@@ -283,6 +210,6 @@ def _caption(
             "",
             f"From {cases_in_words(cases)}. Models:",
             "",
-            *(f"- {run.name}: `{run.checkpoint_file}`" for run in runs),
+            *(f"- {run.name}: `{run.checkpoint_file}`" for run in found.compared),
         ]
     )

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import TinyDataset
 
 from nnunet_ssl.figures.runs import Case, FigureOptions, TrainedRun, find_classes
+from nnunet_ssl.figures.shta_tokens import cut_patches, load_branch, load_model, read_tokens
 
 
 def train(trainer: Any, name: str = "") -> TrainedRun:
@@ -20,6 +23,34 @@ def train(trainer: Any, name: str = "") -> TrainedRun:
     trainer.save_checkpoint(str(Path(trainer.output_folder) / "checkpoint_final.pth"))
     cls = type(trainer).__name__
     return TrainedRun(name or cls, cls, Path(trainer.output_folder_base), "0", "checkpoint_final.pth")
+
+
+def train_and_keep(trainer: Any) -> tuple[TrainedRun, TrainedRun]:
+    """As ``train``, but a checkpoint of epoch 3 is kept, and the branch assigns other classes afterwards.
+
+    Returns:
+        The run, and the same of the checkpoint that was kept.
+    """
+    run = train(trainer)
+    kept = "checkpoint_epoch3.pth"
+    trainer.save_checkpoint(str(run.fold_folder / kept))
+    trainer.train_step(next(trainer.dataloader_train))
+    proxies = trainer.training_modules["shta_first"].loss.proxies
+    proxies.data = proxies.data.roll(1, 0)  # a step alone may leave each token with its proxy
+    trainer.save_checkpoint(str(run.checkpoint_file))
+    return run, dataclasses.replace(run, checkpoint=kept)
+
+
+def counted(run: TrainedRun, cases: Sequence[Case]) -> np.ndarray:
+    """Eligible tokens by class and by nearest proxy, one by one."""
+    model = load_model(run, "cpu")
+    branch = load_branch(run, model)
+    counts = np.zeros((branch.num_classes,) * 2, int)
+    for case in cases:
+        tokens = read_tokens(model, branch, cut_patches(model, branch, case), embed=True)
+        for truth, q in zip(tokens.classes.tolist(), tokens.assignment.tolist(), strict=True):
+            counts[truth, max(range(len(q)), key=lambda k: q[k])] += 1
+    return counts
 
 
 def some_cases(dataset: TinyDataset, folder: str = "Ts") -> list[Case]:

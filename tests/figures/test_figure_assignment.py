@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
-from real_runs import Maker, options_of, some_cases, train
+from real_runs import Maker, counted, options_of, some_cases, train, train_and_keep
 
 from nnunet_ssl.figures.assignment import (
+    NOT_CHOSEN,
     assignment_figure,
-    count_assignments,
     draw_assignment,
     draw_flows,
-    earliest_kept,
     node_bottoms,
     ribbon,
 )
-from nnunet_ssl.figures.runs import FigureOptions, NotApplicable, TrainedRun
-from nnunet_ssl.figures.shta_tokens import cut_patches, load_branch, load_model, read_tokens
-from nnunet_ssl.trainers.base import training_state_file
+from nnunet_ssl.figures.runs import FigureOptions, NotApplicable
+from nnunet_ssl.figures.shta_tokens import BACKGROUND
 
 COUNTS = np.array([[0, 0, 0, 0], [3, 50, 0, 7], [0, 4, 20, 0], [0, 0, 0, 0]])  # rows by truth; nothing is truly 3
 NAMES = {0: "background", 1: "one", 2: "two", 3: "three"}
@@ -104,50 +101,31 @@ def test_panels_say_how_many_are_wrong() -> None:
     assert titles[2] == "C: 84 tokens, 14 misassigned"
 
 
-def test_the_earliest_kept_checkpoint_that_has_a_branch(tmp_path: Path) -> None:
-    run = TrainedRun("A", "A", tmp_path, "0", "checkpoint_final.pth")
-    run.fold_folder.mkdir()
-    assert earliest_kept(run) == []
-    for epoch in (20, 4, 100):
-        (run.fold_folder / f"checkpoint_epoch{epoch}.pth").touch()
-    assert earliest_kept(run) == []
-    for epoch in (20, 100):
-        (run.fold_folder / f"checkpoint_epoch{epoch}_ssl.pth").touch()
-    assert earliest_kept(run) == [dataclasses.replace(run, name="A, epoch 20", checkpoint="checkpoint_epoch20.pth")]
-    assert earliest_kept(dataclasses.replace(run, checkpoint="checkpoint_epoch20.pth")) == []
+def test_a_class_that_was_not_chosen_is_pale() -> None:
+    options = FigureOptions({}, {"one": 1, "two": 2, "three": 3}, [1, 2])
+    figure = assignment_figure(["A"], [COUNTS], options)
+    left = {p.get_facecolor() for p in figure.axes[0].patches if isinstance(p, Rectangle)}
+    assert left == {to_rgba(color) for color in (BACKGROUND, NOT_CHOSEN, *options.colors.values())}
 
 
 def test_real_runs(tiny, make_trainer: Maker, tmp_path: Path) -> None:
     dataset = tiny("3d")
-    run = train(make_trainer("nnUNetTrainerSHTA_LabeledOnly", dataset), "SHTA")
-    early = run.fold_folder / "checkpoint_epoch3.pth"
-    shutil.copy(run.checkpoint_file, early)
-    shutil.copy(training_state_file(str(run.checkpoint_file)), training_state_file(str(early)))
+    host = train(make_trainer("nnUNetTrainerLabeledOnly", dataset))
+    run, early = train_and_keep(make_trainer("nnUNetTrainerSHTA_LabeledOnly", dataset))
     cases, options = some_cases(dataset), options_of(dataset)
-
-    wanted = np.zeros((3, 3), int)
-    model = load_model(run, "cpu")
-    branch = load_branch(run, model)
-    for case in cases:
-        tokens = read_tokens(model, branch, cut_patches(model, branch, case), embed=True)
-        for truth, q in zip(tokens.classes.tolist(), tokens.assignment.tolist(), strict=True):
-            wanted[truth, max(range(3), key=lambda k: q[k])] += 1
-    assert wanted.sum() > 20
-    assert np.array_equal(count_assignments(run, cases, options), wanted)
-    only_core = dataclasses.replace(options, classes=[2])
-    assert np.array_equal(count_assignments(run, cases, only_core)[2], wanted[2])
-    assert count_assignments(run, cases, only_core)[:2].sum() == 0
-
     out = tmp_path / "out"
     draw_assignment([run], cases, out, options)
     assert sorted(file.name for file in out.iterdir()) == ["assignment.md", "assignment.pdf", "assignment.png"]
     caption = (out / "assignment.md").read_text()
-    assert f"SHTA, epoch 3, `{early}`" in caption
-    assert f"SHTA, `{run.checkpoint_file}`" in caption
-    for truth, name in ((1, "shell"), (2, "core")):
-        cells = [str(n) for n, of_all in zip(wanted[truth], wanted.sum(0), strict=True) if of_all]
-        assert f"| {name} | {' | '.join(cells)} | {wanted[truth].sum()} |" in caption
-
-    host = train(make_trainer("nnUNetTrainerLabeledOnly", dataset))
+    tables = {}
+    for checkpoint, text in ((early, f"{run.name}, epoch 3 of 1000 (0%), `"), (run, f"{run.name}, `")):
+        wanted = counted(checkpoint, cases)
+        assert wanted.sum() > 20
+        after = caption.split(f"{text}{checkpoint.checkpoint_file}`:\n\n")[1].split("\n\n")[0]
+        for truth, name in ((1, "shell"), (2, "core")):
+            cells = [str(n) for n, of_all in zip(wanted[truth], wanted.sum(0), strict=True) if of_all]
+            assert f"| {name} | {' | '.join(cells)} | {wanted[truth].sum()} |" in after
+        tables[checkpoint] = after
+    assert tables[early] != tables[run]  # the panels are of different weights
     with pytest.raises(NotApplicable, match="none of the trainers has SHTA"):
         draw_assignment([host], cases, out, options)

@@ -14,6 +14,7 @@ from real_runs import Maker, some_cases, train
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.figures.runs import TrainedRun
 from nnunet_ssl.figures.shta_tokens import (
+    NOT_SHOWN,
     baseline_and_shta,
     cut_patches,
     has_branch,
@@ -72,6 +73,17 @@ def test_the_pair_is_shta_with_its_own_host(tmp_path: Path) -> None:
     assert baseline_and_shta([off, gacps]) == (off, gacps)
     assert baseline_and_shta([plain, cps]) == (plain, None)
     assert baseline_and_shta([shta]) == (None, shta)
+
+
+def test_a_host_of_other_epochs_is_still_the_host(tmp_path: Path) -> None:
+    labeled = made_up_run(tmp_path, "nnUNetTrainerLabeledOnly_40epochs", {})
+    longer = made_up_run(tmp_path, "nnUNetTrainerCPS_45epochs", {})
+    equal = made_up_run(tmp_path, "nnUNetTrainerCPS_40epochs", {})
+    shta = made_up_run(tmp_path, "nnUNetTrainerSHTA_CPS_40epochs", {"shta_weight": 0.1})
+    default = made_up_run(tmp_path, "nnUNetTrainerSHTA_CPS", {"shta_weight": 0.1})
+    assert baseline_and_shta([labeled, longer, shta]) == (longer, shta)
+    assert baseline_and_shta([labeled, longer, equal, shta]) == (equal, shta)
+    assert baseline_and_shta([labeled, longer, default]) == (longer, default)
 
 
 def test_settings_that_cannot_be_read_are_named(tmp_path: Path) -> None:
@@ -172,6 +184,16 @@ def test_a_host_sees_the_same_tokens_without_embedding(tiny, make_trainer: Maker
     assert seen.embedding is None
     with pytest.raises(UserError, match=r"checkpoint_final_ssl.pth does not hold the SHTA branch"):
         load_branch(host, other)
+
+    # with the background: the same tokens, and those without a voxel of foreground
+    more = cut_patches(model, branch, some_cases(dataset)[0], background=True)
+    assert torch.equal(more.classes == 0, more.shares[..., 0] == 1)
+    assert torch.equal(more.classes.where(more.classes != 0, NOT_SHOWN), patches.classes)
+    with_background = read_tokens(model, branch, more, embed=True)
+    assert (with_background.classes == 0).sum() > 0
+    foreground = with_background.classes > 0
+    for name in ("classes", "shares", "position", "feature", "embedding", "assignment"):
+        torch.testing.assert_close(getattr(with_background, name)[foreground], getattr(tokens, name))
 
 
 def test_a_branch_of_another_checkpoint_is_refused_and_one_without_settings_reads_the_file(

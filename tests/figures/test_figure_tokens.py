@@ -1,25 +1,23 @@
-"""Figure 3: a fair draw of tokens, and a picture of what was drawn."""
+"""Figure 3: a picture of the tokens that were drawn."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from matplotlib.colors import to_rgb
 from real_runs import Maker, options_of, some_cases, train
 
-from nnunet_ssl.figures import tokens as module
+from nnunet_ssl.figures import survey as module
 from nnunet_ssl.figures.page import class_colors, paper_style
 from nnunet_ssl.figures.runs import FigureOptions, NotApplicable
-from nnunet_ssl.figures.shta_tokens import Tokens
+from nnunet_ssl.figures.shta_tokens import BACKGROUND
 from nnunet_ssl.figures.tokens import (
-    ClassSample,
     Space,
     draw_tokens,
     in_two_dimensions,
-    lowest_of_each_class,
     silhouettes,
     tokens_figure,
 )
@@ -29,65 +27,6 @@ LABELS = {"shell": 1, "core": 2, "rim": 3}
 
 def options(**changes) -> FigureOptions:
     return FigureOptions({"labels": {"background": 0, **LABELS}}, LABELS, [1, 3], **changes)
-
-
-def some_tokens(case: str, num: int, seed: int = 0) -> dict[str, Tokens]:
-    """As two runs see them. The feature tells one token from all others."""
-    generator = torch.Generator().manual_seed(seed)
-    classes = torch.randint(1, 4, (num,), generator=generator)
-    shares = torch.nn.functional.one_hot(classes, 4).float()
-    identity = torch.stack([torch.full((num,), float(seed)), torch.arange(num)], 1)
-    position = torch.zeros(num, 3)
-    embedding = torch.randn(num, 5, generator=generator)
-    return {
-        "host": Tokens(case, identity, shares, classes, position),
-        "shta": Tokens(case, -identity, shares, classes, position, embedding, shares),
-    }
-
-
-def test_lowest_of_each_class() -> None:
-    rng = np.random.default_rng(0)
-    classes, draws = rng.integers(1, 5, 60), rng.random(60)
-    kept = lowest_of_each_class(classes, draws, 6)
-    for label in range(1, 5):
-        members = [i for i in range(60) if classes[i] == label]
-        assert {i for i in kept if classes[i] == label} == set(sorted(members, key=lambda i: draws[i])[:6])
-    assert list(kept) == sorted(kept)
-    assert len(lowest_of_each_class(classes[:0], draws[:0], 6)) == 0
-
-
-def test_the_draw_is_balanced_and_the_same_for_all_runs_and_repeatable() -> None:
-    samples = []
-    for seed in (0, 0, 1):
-        sample = ClassSample(8, seed)
-        for i, num in enumerate((30, 5, 50)):
-            sample.add(some_tokens(f"case{i}", num, i))
-        assert [int((sample.classes == label).sum()) for label in (1, 2, 3)] == [8, 8, 8]
-        assert np.array_equal(sample.features["host"], -sample.features["shta"])
-        assert np.allclose(np.linalg.norm(sample.embedding, axis=1), 1)
-        samples.append(sample)
-    assert sum(samples[0].total.values()) == 85
-    assert np.array_equal(samples[0].features["host"], samples[1].features["host"])
-    assert not np.array_equal(samples[0].features["host"], samples[2].features["host"])
-    # what stands beside a token is its own
-    for sample in samples:
-        for (seed, i), label, z in zip(sample.features["host"], sample.classes, sample.embedding, strict=True):
-            num = {0: 30, 1: 5, 2: 50}[int(seed)]
-            tokens = some_tokens("", num, int(seed))["shta"]
-            assert tokens.classes[int(i)] == label
-            direction = torch.nn.functional.normalize(tokens.embedding[int(i)], dim=0)
-            np.testing.assert_allclose(z, direction, rtol=1e-5, atol=1e-6)
-
-
-def test_each_token_has_the_same_chance_in_whichever_case_it_is() -> None:
-    """One pass over cases of very different size draws as one draw from all of them would: in proportion."""
-    from_small = 0
-    for seed in range(200):
-        sample = ClassSample(5, seed)
-        sample.add(some_tokens("small", 10, 1))
-        sample.add(some_tokens("large", 90, 2))
-        from_small += int((sample.features["host"][:, 0] == 1).sum())
-    assert from_small / (200 * 15) == pytest.approx(0.1, abs=0.025)
 
 
 def test_pca_shows_proxies_where_they_are() -> None:
@@ -142,6 +81,17 @@ def test_what_is_drawn_is_every_token_in_the_colour_of_its_class() -> None:
     assert names == ["shell", "rim", "class proxy"]
 
 
+def test_the_background_beside_one_class_is_grey() -> None:
+    classes = np.array([3] * 5 + [0] * 5)
+    with paper_style():
+        figure = tokens_figure(
+            [Space("a", np.random.default_rng(0).normal(size=(10, 4)))], classes, [3, 0], options(embedding=("pca",))
+        )
+    drawn = [color for s in figure.axes[0].collections for _, color in zip_points(s)]
+    assert sum(color == pytest.approx(to_rgb(BACKGROUND)) for color in drawn) == 5
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["rim", "background", "class proxy"]
+
+
 def zip_points(scatter) -> list[tuple[np.ndarray, tuple]]:
     faces = scatter.get_facecolors()[:, :3]
     points = np.asarray(scatter.get_offsets())
@@ -163,5 +113,10 @@ def test_real_runs(tiny, make_trainer: Maker, tmp_path: Path, monkeypatch: pytes
     assert "SHTA_LabeledOnly: embedding" in caption
     assert "2 test cases" in caption
     assert "| shell | 20 |" in caption
+    assert "without overlap" in caption
+    assert "padded with zeros" in caption
     with pytest.raises(NotApplicable, match="none of the trainers has SHTA"):
         draw_tokens(runs[:1], some_cases(dataset), out, chosen)
+    chosen.labels["spleen"] = 9
+    with pytest.raises(NotApplicable, match="fewer than two of the classes"):
+        draw_tokens(runs, some_cases(dataset), out, dataclasses.replace(chosen, classes=[9]))
