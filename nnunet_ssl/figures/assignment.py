@@ -69,7 +69,7 @@ def assignment_figure(names: Sequence[str], counts: Sequence[np.ndarray], option
     height = max(1.6, 2 * LINE * (num_nodes + 2))
     width = narrow if len(names) == 1 and enough else wide
     titles = [
-        wrapped(f"{name}: {c.sum()} tokens, {c.sum() - np.trace(c)} misassigned", width / num_columns)
+        f"{wrapped(name, width / num_columns)}\n{c.sum()} tokens, {c.sum() - np.trace(c)} misassigned"
         for name, c in zip(names, counts, strict=True)
     ]
     lines_of_text = 1 + max(title.count("\n") for title in titles)

@@ -33,8 +33,8 @@ from nnunet_ssl.trainers.base import training_state_file
 TOKENS_PER_CLASS = 400  # at most
 RULE = (
     "tokens that are eligible by Eq. 7 (share of foreground and of the most frequent class; the run's own thresholds). "
-    "They are of patches side by side, without overlap; what the last ones lack is padded with zeros, so near their "
-    "borders a network sees less than it does when it predicts."
+    "They are of patches side by side, without overlap, and padded with zeros where the image ends, so near a patch's "
+    "border a network sees less than it does when it predicts."
 )
 
 

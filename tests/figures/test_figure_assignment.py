@@ -96,9 +96,9 @@ def test_panels_say_how_many_are_wrong() -> None:
     options = FigureOptions({}, {"one": 1, "two": 2, "three": 3}, [1, 2, 3])
     figure = assignment_figure(["A", "B", "C"], [COUNTS, np.zeros((4, 4), int), COUNTS.T], options)
     titles = [axes.get_title() for axes in figure.axes]
-    assert titles[0] == "A: 84 tokens, 14 misassigned"
-    assert titles[1] == "B: 0 tokens, 0 misassigned"
-    assert titles[2] == "C: 84 tokens, 14 misassigned"
+    assert titles[0] == "A\n84 tokens, 14 misassigned"
+    assert titles[1] == "B\n0 tokens, 0 misassigned"
+    assert titles[2] == "C\n84 tokens, 14 misassigned"
 
 
 def test_a_class_that_was_not_chosen_is_pale() -> None:
