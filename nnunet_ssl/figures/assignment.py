@@ -55,7 +55,7 @@ def assignment_figure(names: Sequence[str], counts: Sequence[np.ndarray], option
 
     Args:
         names: of the panels.
-        counts: see ``count_assignments``.
+        counts: of each, see ``Survey``.
         options: names of the classes.
     """
     every = {0: "background", **{label: name for name, label in options.labels.items()}}
