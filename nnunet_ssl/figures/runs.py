@@ -426,11 +426,6 @@ def with_predictions(
     return [_with_predictions(run, cases, out, options) for run in runs]
 
 
-def predictions(run: TrainedRun, cases: Sequence[Case], out: Path, options: FigureOptions) -> Path:
-    """The folder with the run's label map of every case, see ``with_predictions``."""
-    return _with_predictions(run, cases, out, options).predicted
-
-
 def _with_predictions(run: TrainedRun, cases: Sequence[Case], out: Path, options: FigureOptions) -> TrainedRun:
     if run.predicted is not None:
         return run
