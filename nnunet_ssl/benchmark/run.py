@@ -75,11 +75,14 @@ class Benchmark:
                 f"is said by python {script} --help"
             )
 
-    def run(self) -> None:
+    def run(self) -> str | None:
         """Everything up to the figures.
 
+        Returns:
+            What failed among the runs, which does not stop the others; None where nothing did.
+
         Raises:
-            UserError: a command failed. A failure in the preparation ends it, one of a run is told at the end.
+            UserError: a command of the preparation failed, which ends it.
         """
         write_json(str(self.home / "datasets.json"), self.plan.ids)
         try:
@@ -95,9 +98,8 @@ class Benchmark:
                 except StepError as error:
                     failed[self.home / step.key] = str(error)
         if failed:
-            raise UserError(
-                f"{len(failed)} failed: {' '.join(failed.values())} The rest is done. Mend it and start again."
-            )
+            return f"{len(failed)} failed: {' '.join(failed.values())} The rest is done. Mend it and start again."
+        return None
 
     def _work_through(self, runs: Sequence[Run]) -> dict[Path, str]:
         """Train and test all runs, ``jobs`` at a time; returns folder and message of those that failed."""

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from nnunet_ssl.benchmark.plan import Machine, Plan
-    from nnunet_ssl.benchmark.report import write_report
+    from nnunet_ssl.benchmark.report import is_finished, write_report
     from nnunet_ssl.benchmark.run import Benchmark, begun_with, claimed, known_ids, script_of
     from nnunet_ssl.unlabeled.find import required_folder
 
@@ -78,15 +78,19 @@ def main(argv: list[str] | None = None) -> None:
         print("\n".join(script_of(benchmark)))
         return
     with claimed(home, load_json(args.protocol)[0], device):
+        failed = None
         if not args.report:
             benchmark.check_source()
             before = signal.signal(signal.SIGTERM, _end)
             try:
-                benchmark.run()
+                failed = benchmark.run()
             finally:
                 signal.signal(signal.SIGTERM, before)
-        print(write_report(plan, args.page))
-    print(f"Wrote {home / 'report.md'}, {home / 'results.json'} and {home / 'curves.png'}")
+        if failed is None or any(is_finished(plan, run) for run in plan.queue()):
+            print(write_report(plan, args.page))
+            print(f"Wrote {home / 'report.md'}, {home / 'results.json'} and {home / 'curves.png'}")
+    if failed is not None:
+        raise UserError(failed)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

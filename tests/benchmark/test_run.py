@@ -109,8 +109,7 @@ def test_a_failed_run_does_not_stop_the_others_and_is_named(benchmark, monkeypat
     monkeypatch.setattr(plan, "steps_of", steps)
     compared = [(runs, python(step.key, "pass")) for runs, step in plan.compare()]
     monkeypatch.setattr(plan, "compare", lambda: compared)
-    with pytest.raises(UserError, match="1 failed: Step runs/cps_2labeled_seed1_steps80: exit code 1"):
-        benchmark.run()
+    assert benchmark.run().startswith("1 failed: Step runs/cps_2labeled_seed1_steps80: exit code 1")
     done = {file.name for file in (benchmark.home / "done").rglob("*.json")}
     assert len([name for name in done if name.startswith("compare")]) == 2  # seed 0, of both tables
     assert len(done) == len(plan.queue()) - 1 + 2

@@ -11,6 +11,8 @@ import time
 
 import pytest
 
+from nnunet_ssl.benchmark import report
+from nnunet_ssl.benchmark.run import Benchmark
 from nnunet_ssl.commands.benchmark import main
 from nnunet_ssl.demo.dataset import write_dataset
 from nnunet_ssl.errors import UserError
@@ -87,6 +89,18 @@ def test_what_is_refused(arguments, message, fresh_folders, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         main(arguments)
+
+
+def test_a_failed_run_is_told_after_the_report(protocol, tmp_path, monkeypatch, capsys):
+    """The commands are not run here; nothing is finished, so there is nothing to report, and the failure is told."""
+    monkeypatch.setattr(Benchmark, "run", lambda self: "1 failed: CPS. Mend it and start again.")
+    with pytest.raises(UserError, match="1 failed: CPS"):
+        main([str(protocol), "--device", "cpu", "-o", str(tmp_path / "out")])
+    monkeypatch.setattr(report, "is_finished", lambda plan, run: True)
+    monkeypatch.setattr(report, "write_report", lambda plan, page: "what is finished")
+    with pytest.raises(UserError, match="1 failed: CPS"):
+        main([str(protocol), "--device", "cpu", "-o", str(tmp_path / "out")])
+    assert "what is finished" in capsys.readouterr().out
 
 
 def start(*arguments):

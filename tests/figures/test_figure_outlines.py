@@ -11,6 +11,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from nnunet_ssl.figures.outlines import draw_outline, edges, overlay
+from nnunet_ssl.figures.page import paper_style
 
 SIZE = (3.0, 0.5)  # mm of a row and of a column
 
@@ -42,12 +43,13 @@ def test_edges_are_those_of_looking_at_each_voxel(density: float) -> None:
 
 def drawn(mask: np.ndarray, window: tuple[float, float, float, float]) -> tuple[np.ndarray, list]:
     """The picture of an outline alone, and what was drawn."""
-    figure = Figure((2, 2))
-    axes = figure.add_axes((0, 0, 1, 1), facecolor="gray")
-    axes.set(xlim=window[:2], ylim=window[2:], xticks=[], yticks=[])
-    draw_outline(axes, mask, SIZE, 1.0)
     picture = io.BytesIO()
-    figure.savefig(picture, format="raw", dpi=100)
+    with paper_style():  # nnU-Net's own pictures change the settings of the process
+        figure = Figure((2, 2))
+        axes = figure.add_axes((0, 0, 1, 1), facecolor="gray")
+        axes.set(xlim=window[:2], ylim=window[2:], xticks=[], yticks=[])
+        draw_outline(axes, mask, SIZE, 1.0)
+        figure.savefig(picture, format="raw", dpi=100)
     return np.frombuffer(picture.getvalue(), np.uint8).reshape(200, 200, 4)[..., 0], axes.patches
 
 
