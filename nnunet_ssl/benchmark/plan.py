@@ -231,12 +231,13 @@ class Plan:
     # ------------------------------------------------------------------------------------------------ measuring
 
     def measure(self) -> Iterator[Step]:
-        """Short trainings, each row in turn, forwards and backwards: whatever drifts drifts for all."""
+        """Short trainings, each kind in turn, forwards and backwards: whatever drifts drifts for all."""
         p = self.protocol
         if all(budget.steps is not None for budget in p.budgets):
             return
-        rows = [(row, number) for number in range(p.measure.rounds) for row in (p.rows if number % 2 == 0
-                                                                                else p.rows[::-1])]  # fmt: skip
+        timed = [row for row in p.rows if self._timed_as(row) is row]
+        rows = [(row, number) for number in range(p.measure.rounds) for row in (timed if number % 2 == 0
+                                                                                else timed[::-1])]  # fmt: skip
         for row, number in rows:
             folder = self._measure_folder(row, number)
             settings = {**self._settings(row, p.seeds[0], p.measure.iterations), "save_every": p.measure.epochs + 1}
@@ -247,9 +248,8 @@ class Plan:
         """Median seconds of a step by row, of those that have been measured."""
         p, seconds = self.protocol, {}
         for row in p.rows:
-            rounds = [
-                epoch_seconds(fold) for n in range(p.measure.rounds) for fold in trainings(self._measure_folder(row, n))
-            ]
+            folders = [self._measure_folder(self._timed_as(row), number) for number in range(p.measure.rounds)]
+            rounds = [epoch_seconds(fold) for folder in folders for fold in trainings(folder)]
             # the first epoch is warm-up: allocators, compilation, the choice of algorithms
             epochs = [time for found in rounds for epoch, time in found.items() if epoch > 0]
             if [len(found) for found in rounds] == [p.measure.epochs] * p.measure.rounds:
@@ -260,6 +260,11 @@ class Plan:
                         f"measure.iterations in {p.name} above {p.measure.iterations} and take another -o."
                     )
         return seconds
+
+    def _timed_as(self, row: Row) -> Row:
+        """The first row that trains as this one does: a step takes the same time, and they get the same number."""
+        alike = (row.trainer, row.settings)
+        return next(other for other in self.protocol.rows if (other.trainer, other.settings) == alike)
 
     def _measure_folder(self, row: Row, number: int) -> Path:
         return self.home / "measure" / f"{row.key}_{number}"
