@@ -22,6 +22,9 @@ from nnunet_ssl.evaluation.metrics import METRICS
 # of a CPU: one thread a run, so that runs side by side do not slow each other down; batches are made in it too
 ONE_THREAD = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_NUM_THREADS": "1"}
 
+# seconds a step are not known better than this: a budget in time that differs by less from the one in steps is the same
+SAME_LENGTH = 0.05
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -287,11 +290,14 @@ class Plan:
 
     def _run(self, row: Row, labeled: Labeled, seed: int, budget: Budget) -> Run:
         p = self.protocol
-        if budget.time_of == row.name:
-            budget = p.equal_steps  # it is the same run
         labeled = labeled if row.labeled is None else row.labeled
-        folder = self.home / "runs" / budget.key / f"{row.key}_{labeled}labeled_seed{seed}"
-        return Run(row, labeled, seed, budget, p.epochs, self._iterations(row, budget, folder), folder)
+        name = f"{row.key}_{labeled}labeled_seed{seed}"
+        iterations = self._iterations(row, budget, self.home / "runs" / budget.key / name)
+        if p.equal_steps is not None:
+            same = self._iterations(row, p.equal_steps, self.home)
+            if budget.time_of == row.name or (iterations and abs(iterations - same) <= SAME_LENGTH * same):
+                budget, iterations = p.equal_steps, same
+        return Run(row, labeled, seed, budget, p.epochs, iterations, self.home / "runs" / budget.key / name)
 
     def _iterations(self, row: Row, budget: Budget, folder: Path) -> int | None:
         """Steps of an epoch. Epochs are the same for all, so that schedules and curves are."""

@@ -152,6 +152,19 @@ def test_the_row_that_sets_the_time_is_not_trained_twice(given, make_plan, write
     assert first == second
 
 
+@pytest.mark.parametrize(("seconds", "same"), [(0.42, True), (0.36, False)])
+def test_a_difference_below_the_accuracy_of_measuring_is_no_run_of_its_own(
+    given, make_plan, write_times, seconds, same
+):
+    plan = make_plan(given)
+    write_measurements(plan, write_times, {**SECONDS, "CPS + SHTA": seconds})
+    equal, timed = (next(run for run in plan.runs(budget, 2) if run.row.name == "CPS + SHTA")
+                    for budget in plan.protocol.budgets)  # fmt: skip
+    assert equal.iterations == 20
+    assert timed.iterations == (20 if same else 22)  # 19.05 steps are as good as 20, 22.2 are not
+    assert (timed == equal) is same
+
+
 def test_a_run_that_was_started_keeps_its_length(given, make_plan, write_times):
     plan = make_plan(given)
     write_measurements(plan, write_times)

@@ -18,7 +18,7 @@ def test_fields_and_defaults(given, write_protocol, tmp_path):
     assert protocol.curve == (1,)
     assert protocol.metrics == ("dice",)
     assert protocol.plans == "nnUNetPlans"
-    assert (protocol.measure.epochs, protocol.measure.rounds) == (4, 2)
+    assert (protocol.measure.epochs, protocol.measure.rounds) == (3, 2)
     assert protocol.data.test == str(tmp_path / "test.txt")  # beside the protocol, not where the command is run
     assert [row.key for row in protocol.rows] == ["labels_only", "cps", "cps_shta", "more_labels"]
     assert [budget.key for budget in protocol.budgets] == ["steps80", "time_of_cps"]
