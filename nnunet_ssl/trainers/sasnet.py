@@ -182,7 +182,7 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
         except OSError as error:
             raise UserError(
                 f"SASNet's memory of confidence, {needed / 2**20:.0f} MiB, cannot be kept in {folder} ({error}); make "
-                "room there, raise sasnet_memory_share to keep it in RAM, or set sasnet_sar to \"off\"."
+                'room there, raise sasnet_memory_share to keep it in RAM, or set sasnet_sar to "off".'
             ) from None
 
     def _fused_labels(self, stream: Stream, high: Tensor, low: Tensor | None) -> Tensor:

@@ -78,9 +78,7 @@ LOSS_SETTINGS = (
     "anchor_weight hard_weight center_weight detach_reference_in_anchor detach_reference_in_center "
     "normalize_embeddings min_class_mass sync_references"
 ).split()
-READOUTS = (
-    "assign anchor hard center hard_ratio candidate_ratio token_accuracy proxy_cosine center_gap"
-).split()
+READOUTS = ("assign anchor hard center hard_ratio candidate_ratio token_accuracy proxy_cosine center_gap").split()
 
 
 class SHTAMixin(nnUNetTrainerSSL):

@@ -271,7 +271,7 @@ def test_figures_of_the_named_rows(given, make_plan, tmp_path):
     given["rows"].append({"name": "Again", "trainer": "nnUNetTrainerLabeledOnly", "self_training": {"rounds": 2}})
     given["budgets"][0]["steps"] = 120
     plan = make_plan(given)
-    (runs, step), = plan.figures()
+    ((runs, step),) = plan.figures()
     runs_folder, again = tmp_path / "home" / "runs" / "steps120", plan.ids["steps120/again_2labeled_seed0"]
     assert [run.row.name for run in runs] == ["CPS", "Again"]
     assert list(step.words) == [

@@ -153,9 +153,7 @@ def test_two_classes_give_the_papers_formulas(tiny, make_trainer):
     target = (torch.rand(2, 1, 16, 16, 16, generator=rng) > 0.5).to(torch.int16)
     stream = batch.labeled._replace(target=[target])
     for _ in range(2):  # the first visit of every voxel, and the second
-        before = torch.stack(
-            [trainer.memory.read(c, x) for c, x in zip(stream.cases, stream.coordinates, strict=True)]
-        )
+        before = torch.stack([trainer.memory.read(c, x) for c, x in zip(stream.cases, stream.coordinates, strict=True)])
         fused = trainer._fused_labels(stream, *two)
         weighted = (1 + 0.5 * before[:, :1]) * high + (1 + 0.5 * before[:, 1:]) * low
         background = (1 + 0.5 * before[:, :1]) * (1 - high) + (1 + 0.5 * before[:, 1:]) * (1 - low)
