@@ -224,10 +224,15 @@ def markdown(plan: Plan, results: dict[str, Any]) -> Iterator[str]:
         labeled = content["labeled"] if content["labeled"] == "all" else f"{content['labeled']:g}"
         yield from ("", f"### {labeled} labelled, {_title(plan, content['budget'])}", "")
         yield from methods_table(plan, content["runs"])
-        if content["differences"]:
-            yield from ("", "Differences, row by row:", "", *differences_table(plan, content))
+        leading = METRICS[p.metrics[0]]
+        first = [d for d in content["differences"] if d["metric"] == leading.key]
+        others = [d for d in content["differences"] if d["metric"] != leading.key]
+        if first:
+            yield from ("", "Differences, row by row:", "", *differences_table(plan, first))
+        if others:
+            yield from ("", "<details><summary>Differences in the other metrics</summary>", "")
+            yield from (*differences_table(plan, others), "", "</details>")
         if len(p.curve) > 1:
-            leading = METRICS[p.metrics[0]]
             yield from ("", f"{leading.title} on the way, mean over seeds:", "", *curve_table(plan, content["runs"]))
     if results["unfinished"]:
         yield from ("", f"Not finished, and left out above: {'; '.join(results['unfinished'])}.")
@@ -292,12 +297,12 @@ def _embolden(rows: list[list[str]], metrics: Sequence[Metric]) -> None:
                     row[column] = f"**{row[column]}**"
 
 
-def differences_table(plan: Plan, content: dict[str, Any]) -> list[str]:
+def differences_table(plan: Plan, differences: Sequence[dict[str, Any]]) -> list[str]:
     """A line a row and metric: the difference of each seed, their mean, interval and p."""
-    seeds = [seed for seed in plan.protocol.seeds if any(str(seed) in d["seeds"] for d in content["differences"])]
+    seeds = [seed for seed in plan.protocol.seeds if any(str(seed) in d["seeds"] for d in differences)]
     rows = [["Method", "Against", "Metric", *(f"Seed {seed}" for seed in seeds), "Mean", "95 % interval", "p"]]
     by_key = {metric.key: metric for metric in METRICS.values()}
-    for d in content["differences"]:
+    for d in differences:
         metric = by_key[d["metric"]]
         each = [signed(metric, d["seeds"][str(seed)]) if str(seed) in d["seeds"] else "" for seed in seeds]
         interval = "–" if np.isnan(d["low"]) else f"{signed(metric, d['low'])} to {signed(metric, d['high'])}"
