@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -133,15 +132,16 @@ class Plan:
     # ------------------------------------------------------------------------------------------------ datasets
 
     def dataset_key(self, labeled: Labeled, seed: int) -> str:
-        """Which dataset a run learns from."""
-        return f"{labeled} labelled, order {seed}" if self.protocol.data.order_by_seed else f"{labeled} labelled"
+        """Which dataset a run learns from. All labels have no order."""
+        ordered = self.protocol.data.order_by_seed and labeled != "all"
+        return f"{labeled} labelled, order {seed}" if ordered else f"{labeled} labelled"
 
     def dataset(self, labeled: Labeled, seed: int) -> Path:
         """The raw dataset, as a pattern: a script gives it its name."""
         return self.machine.raw / f"Dataset{self.ids[self.dataset_key(labeled, seed)]:03d}_*"
 
     def _sources(self) -> dict[str, tuple[Labeled, int]]:
-        """The labelled sets and orders that are needed, by ``dataset_key``; all labels have no order."""
+        """The labelled sets and orders that are needed, by ``dataset_key``."""
         wanted = {}
         own = [row.labeled for row in self.protocol.rows if row.labeled is not None]
         for labeled in dict.fromkeys([*self.protocol.labeled, *own]):
@@ -204,8 +204,7 @@ class Plan:
         script = self.machine.scripts / data.script
         options = [option.replace("{data}", str(self.machine.data)) for option in data.options]
         words = ["python", str(script), "--labeled", str(labeled), "-d", number]
-        # the scripts have no order for all labels but the first
-        words += ["--seed", str(seed if labeled != "all" else 0)] if data.order_by_seed else []
+        words += ["--seed", str(seed)] if data.order_by_seed else []
         machine = ("--data", str(self.machine.data), *options, "-np", str(self.machine.processes))
         return Step(f"dataset_{number}", f"Make the dataset with {key}", tuple(words), machine)
 
@@ -245,10 +244,13 @@ class Plan:
             folder = self._measure_folder(row, number)
             settings = {**self._settings(row, p.seeds[0], p.measure.iterations), "save_every": p.measure.epochs + 1}
             step = self._train(row, p.labeled[0], p.seeds[0], p.measure.epochs, folder, settings)
-            yield Step(f"measure_{row.key}_{number}", f"Time {row.name}, round {number + 1}", *step)
+            yield Step(f"measure_{folder.name}", f"Time {row.name}, round {number + 1}", *step)
 
     def seconds_a_step(self) -> dict[str, float]:
-        """Median seconds of a step by row, of those that have been measured."""
+        """Seconds of a step by row, of those that have been measured: of the fastest epoch.
+
+        Whatever else the machine does makes an epoch longer, never shorter.
+        """
         p, seconds = self.protocol, {}
         for row in p.rows:
             folders = [self._measure_folder(self._timed_as(row), number) for number in range(p.measure.rounds)]
@@ -256,7 +258,7 @@ class Plan:
             # the first epoch is warm-up: allocators, compilation, the choice of algorithms
             epochs = [time for found in rounds for epoch, time in found.items() if epoch > 0]
             if [len(found) for found in rounds] == [p.measure.epochs] * p.measure.rounds:
-                seconds[row.key] = statistics.median(epochs) / p.measure.iterations
+                seconds[row.key] = min(epochs) / p.measure.iterations
                 if seconds[row.key] == 0:
                     raise UserError(
                         f"the short runs of {row.name} took no time that nnU-Net's log can show; set "
@@ -270,7 +272,8 @@ class Plan:
         return next(other for other in self.protocol.rows if (other.trainer, other.settings) == alike)
 
     def _measure_folder(self, row: Row, number: int) -> Path:
-        return self.home / "measure" / f"{row.key}_{number}"
+        p = self.protocol
+        return self.home / "measure" / f"{row.key}_{p.labeled[0]}labeled_seed{p.seeds[0]}_{number}"
 
     # ------------------------------------------------------------------------------------------------ runs
 

@@ -24,6 +24,7 @@ from filelock import FileLock, Timeout
 
 from nnunet_ssl import __version__
 from nnunet_ssl.benchmark.plan import Plan, Run, Step
+from nnunet_ssl.benchmark.protocol import Row
 from nnunet_ssl.demo.run import executable
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_json
@@ -123,11 +124,25 @@ class Benchmark:
     # ------------------------------------------------------------------------------------------------ one step
 
     def is_done(self, step: Step) -> bool:
-        """Whether there is a record of the same command, or what it makes."""
+        """Whether there is a record of the same command, or what it makes.
+
+        Raises:
+            UserError: the command was done with other settings.
+        """
         if step.makes is not None and any(step.makes.parent.glob(step.makes.name)):
             return True
         file = self._record(step)
-        return file.is_file() and json.loads(file.read_text())["words"] == list(step.words)
+        if not file.is_file():
+            return False
+        record = json.loads(file.read_text())
+        if record["words"] != list(step.words):
+            return False
+        if step.settings is not None and record["settings"] != json.loads(json.dumps(step.settings[1])):
+            raise UserError(
+                f"{file} is of the same command with other settings ({json.dumps(record['settings'])}); undo that, "
+                "give the row another name, or take another -o."
+            )
+        return True
 
     def do(self, step: Step) -> None:
         """Do a step that is not done, and record it.
@@ -301,19 +316,22 @@ def claimed(home: Path, given: dict[str, Any], device: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{error.filename or home} cannot be written ({error.strerror}); take another -o.") from None
     with lock:
-        refuse_other(home, given, device)
-        write_json(str(note), {"device": device, "protocol": given})
+        left_out = refuse_other(home, given, device)
+        write_json(str(note), {"device": device, "protocol": {**given, "rows": [*given["rows"], *left_out]}})
         yield
 
 
-def refuse_other(home: Path, given: dict[str, Any], device: str) -> None:
+def refuse_other(home: Path, given: dict[str, Any], device: str) -> list[dict[str, Any]]:
     """Refuse a protocol whose runs would not belong with those that are in the folder.
 
     Seeds, labelled sets, rows and budgets may be added or left out; a row of the same name must be the same.
+
+    Returns:
+        The rows of the folder that the protocol leaves out this time.
     """
     note = home / "protocol.json"
     if not note.is_file():
-        return
+        return []
     before = json.loads(note.read_text())
     old = before["protocol"]
     if before["device"] != device:
@@ -324,14 +342,21 @@ def refuse_other(home: Path, given: dict[str, Any], device: str) -> None:
                 f"{home} was begun with '{name}' {json.dumps(old.get(name))}, the protocol now says "
                 f"{json.dumps(given.get(name))}; undo that, or take another -o."
             )
-    rows = {row["name"]: row for row in old["rows"]}
+    first, now = (next((b["steps"] for b in p["budgets"] if "steps" in b), None) for p in (old, given))
+    if first != now and any("time_of" in budget for budget in old["budgets"]):
+        raise UserError(
+            f"{home} was begun with {first} as the first budget in steps, by which 'time_of' goes, the protocol now "
+            f"says {now}; undo that, or take another -o."
+        )
+    rows = {Row(row["name"], "").key: row for row in old["rows"]}  # by the key that names folders: CPS+SHTA, CPS + SHTA
     for row in given["rows"]:
-        was = rows.get(row["name"], row)
+        was = rows.pop(Row(row["name"], "").key, row)
         if {k: v for k, v in was.items() if k != "against"} != {k: v for k, v in row.items() if k != "against"}:
             raise UserError(
                 f"{home} was begun with another row {row['name']!r} ({json.dumps(was)}); undo that, give the row "
                 "another name, or take another -o."
             )
+    return list(rows.values())
 
 
 def begun_with(home: Path) -> str | None:

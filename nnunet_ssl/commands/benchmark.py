@@ -7,8 +7,12 @@ import os
 import signal
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from nnunet_ssl.errors import UserError
+
+if TYPE_CHECKING:
+    from nnunet_ssl.benchmark.plan import Plan
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"  # in a checkout; an installation has none
 
@@ -56,8 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     import torch
 
     from nnunet_ssl.benchmark.plan import Machine, Plan
-    from nnunet_ssl.benchmark.report import is_finished, write_report
-    from nnunet_ssl.benchmark.run import Benchmark, begun_with, claimed, known_ids, script_of
+    from nnunet_ssl.benchmark.report import is_finished
+    from nnunet_ssl.benchmark.run import Benchmark, begun_with, claimed, known_ids, refuse_other, script_of
     from nnunet_ssl.unlabeled.find import required_folder
 
     home = (args.o or Path(f"benchmark_{protocol.name}")).resolve()
@@ -77,20 +81,30 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         print("\n".join(script_of(benchmark)))
         return
-    with claimed(home, load_json(args.protocol)[0], device):
-        failed = None
-        if not args.report:
-            benchmark.check_source()
-            before = signal.signal(signal.SIGTERM, _end)
-            try:
-                failed = benchmark.run()
-            finally:
-                signal.signal(signal.SIGTERM, before)
+    given = load_json(args.protocol)[0]
+    if args.report:  # of a benchmark that may be running
+        refuse_other(home, given, device)
+        report(plan, args.page)
+        return
+    with claimed(home, given, device):
+        benchmark.check_source()
+        before = signal.signal(signal.SIGTERM, _end)
+        try:
+            failed = benchmark.run()
+        finally:
+            signal.signal(signal.SIGTERM, before)
         if failed is None or any(is_finished(plan, run) for run in plan.queue()):
-            print(write_report(plan, args.page))
-            print(f"Wrote {home / 'report.md'}, {home / 'results.json'} and {home / 'curves.png'}")
+            report(plan, args.page)
     if failed is not None:
         raise UserError(failed)
+
+
+def report(plan: Plan, page: Path | None) -> None:
+    """Write the report, and say what it says and where it is."""
+    from nnunet_ssl.benchmark.report import write_report
+
+    print(write_report(plan, page))
+    print(f"Wrote {plan.home / 'report.md'}, {plan.home / 'results.json'} and {plan.home / 'curves.png'}")
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -69,6 +69,8 @@ def test_settings_are_written_and_checkpoints_make_it_go_on(benchmark, tmp_path)
     benchmark.do(step)
     assert "{'seed': 4} ['--c']" in (benchmark.home / "logs" / "train.txt").read_text()
     assert benchmark.is_done(step)
+    with pytest.raises(UserError, match="the same command with other settings"):
+        benchmark.is_done(replace(step, settings=(file, {"seed": 5})))
 
 
 def test_stopping_ends_the_command_and_nothing_else_begins(benchmark):
@@ -189,6 +191,31 @@ def test_a_folder_takes_more_rows_and_seeds_but_no_other_protocol(given, tmp_pat
     more["rows"][1]["settings"] = {}
     with pytest.raises(UserError, match="begun with another row 'CPS'"):
         refuse_other(home, more, "cpu")
+    more["rows"][1] = {"name": "cps", "trainer": "nnUNetTrainerCPS"}  # the folders' name is the same
+    with pytest.raises(UserError, match="begun with another row 'cps'"):
+        refuse_other(home, more, "cpu")
+
+
+def test_a_row_that_was_left_out_once_is_not_forgotten(given, tmp_path):
+    home = tmp_path / "home"
+    fewer = given | {"rows": given["rows"][:1] + given["rows"][2:]}
+    for protocol in (given, fewer, given):
+        with claimed(home, protocol, "cpu"):
+            pass
+    with claimed(home, fewer, "cpu"):
+        pass
+    given["rows"][1]["settings"] = {"cps_weight": 2}
+    with pytest.raises(UserError, match="begun with another row 'CPS'"):
+        refuse_other(home, given, "cpu")
+
+
+def test_the_steps_that_equal_time_goes_by_stay(given, tmp_path):
+    home = tmp_path / "home"
+    with claimed(home, given, "cpu"):
+        pass
+    refuse_other(home, given | {"budgets": [*given["budgets"], {"steps": 160}]}, "cpu")
+    with pytest.raises(UserError, match=r"begun with 80 as the first budget in steps, .* now says 160"):
+        refuse_other(home, given | {"budgets": [{"steps": 160}, *given["budgets"]]}, "cpu")
 
 
 def test_two_at_a_time_or_a_folder_of_something_else(given, tmp_path):

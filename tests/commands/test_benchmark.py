@@ -12,7 +12,7 @@ import time
 import pytest
 
 from nnunet_ssl.benchmark import report
-from nnunet_ssl.benchmark.run import Benchmark
+from nnunet_ssl.benchmark.run import Benchmark, claimed
 from nnunet_ssl.commands.benchmark import main
 from nnunet_ssl.demo.dataset import write_dataset
 from nnunet_ssl.errors import UserError
@@ -124,6 +124,12 @@ def trainings():
     return [line for line in found if "run_training_entry" in line and "_2epochs" in line and " small " in line]
 
 
+def test_a_report_can_be_asked_for_while_it_runs(protocol, tmp_path):
+    home = tmp_path / "out"
+    with claimed(home, PROTOCOL, "cpu"), pytest.raises(UserError, match=r"no run in .* is finished yet"):
+        main([str(protocol), "--report", "--device", "cpu", "-o", str(home)])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_killed_resumed_and_reported(protocol, tmp_path, fresh_folders, capsys):
@@ -137,7 +143,9 @@ def test_killed_resumed_and_reported(protocol, tmp_path, fresh_folders, capsys):
     assert process.wait(300) == 128 + signal.SIGTERM
     assert not trainings()
     done = {file: os.stat(file).st_mtime_ns for file in home.glob("done/**/*.json")}
-    assert {"dataset_2.json", "plan_2.json", "unlabeled_2.json", "measure_cps_0.json"} <= {f.name for f in done}
+    assert {"dataset_2.json", "plan_2.json", "unlabeled_2.json", "measure_cps_2labeled_seed0_0.json"} <= {
+        f.name for f in done
+    }
     assert not list(home.glob("done/**/train.json"))
 
     # it goes on where it was

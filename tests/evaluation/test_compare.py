@@ -144,7 +144,9 @@ def test_interval_and_p_of_what_has_no_spread():
     assert np.isnan(bootstrap_interval(np.array([0.25]))).all()
     assert signed_rank_p(np.zeros(5)) == 1
     assert math.isnan(signed_rank_p(np.array([])))
-    assert signed_rank_p(np.array([0.1, 0.2, 0.3, 0.4, 0.5])) == pytest.approx(2 / 32)  # both signs, of 2^5
+    few = np.array([0.1, 0.2, 0.3, 0.4, 0.5])
+    assert signed_rank_p(few) == pytest.approx(2 / 32)  # both signs, of 2^5
+    assert signed_rank_p(np.concatenate([few, np.zeros(30)])) == pytest.approx(2 / 32)  # equal cases say nothing
 
 
 def test_interval_depends_on_the_seed_alone():
