@@ -15,7 +15,8 @@ class UserError(SystemExit):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(f"nnunet_ssl: {message}")
+        super().__init__(message)  # args, with which pickle calls __init__ again when another process has raised it
+        self.code = f"nnunet_ssl: {message}"
 
     def __str__(self) -> str:
         return str(self.code)

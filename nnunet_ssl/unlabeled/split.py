@@ -148,7 +148,7 @@ def choose(cases: list[str], labeled: str, validation: str | None, test: str | N
         UserError: a list names a case that is not there or one twice, or the numbers ask for more than there are.
     """
     lists = {
-        option: _read_list(value, option, cases, source)
+        option: _read_cases(value, option, cases, source)
         for option, value in (("--labeled", labeled), ("--val", validation), ("--test", test))
         if value is not None and (option == "--test" or not _is_number(value))
     }
@@ -325,19 +325,33 @@ def _count(value: str, option: str, available: int) -> int:
     return int(value)
 
 
-def _read_list(file: str, option: str, cases: list[str], source: str) -> list[str]:
+def read_list(file: str, option: str, otherwise: str = "") -> list[str]:
+    """The entries of a user's list: the lines of a file that are not empty, or the items of a JSON list.
+
+    Args:
+        file: the list.
+        option: the command's option that names it, for messages.
+        otherwise: what the option takes besides a file, for messages, for instance "a number or ".
+
+    Raises:
+        UserError: the file is not there, cannot be read or lists nothing.
+    """
     try:
         with open(file, encoding="utf-8") as stream:
             text = stream.read()
         names = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
     except FileNotFoundError as error:
-        kinds = "a file that lists cases" if option == "--test" else "a number, a fraction, or a file that lists cases"
-        raise UserError(f"{option} {file} does not exist. Give {kinds}.") from error
+        raise UserError(f"{option} {file} does not exist. Give {otherwise}a file that lists cases.") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{option} {file} cannot be read ({error}). Write one case a line, or a JSON list.") from error
     names = [str(name).strip() for name in names if str(name).strip()]
     if not names:
         raise UserError(f"{option} {file} lists no case. Write one case a line, or a JSON list.")
+    return names
+
+
+def _read_cases(file: str, option: str, cases: list[str], source: str) -> list[str]:
+    names = read_list(file, option, "" if option == "--test" else "a number, a fraction, or ")
     known = set(cases)
     if missing := [name for name in names if name not in known]:
         raise UserError(
