@@ -23,6 +23,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.demo.run import executable
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import stamp
 from nnunet_ssl.export import find_model_folder
 from nnunet_ssl.unlabeled.find import UNLABELED_FOLDER, required_folder, resolve_dataset
 from nnunet_ssl.unlabeled.pseudolabel import RECORD, REPORT, Predictions, Source, read_source, write_pseudolabeled
@@ -323,14 +324,13 @@ class SelfTraining:
 
     def _identity(self, teacher: Teacher) -> dict[str, Any]:
         """What makes a teacher's predictions what they are."""
-        status = os.stat(self._checkpoint(teacher))
         return {
             "dataset": teacher.dataset,
             "configuration": self.configuration,
             "trainer": self.trainer,
             "plans": self.plans,
             "fold": teacher.fold,
-            "checkpoint": [self.checkpoint, status.st_size, status.st_mtime_ns],
+            "checkpoint": [self.checkpoint, *stamp(self._checkpoint(teacher))],
             "mirroring": self.mirroring,
         }
 

@@ -6,25 +6,17 @@ read or lies on another grid is named, and then there is no result at all.
 
 from __future__ import annotations
 
-import gzip
-import math
 import os
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import numpy as np
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.classes import Dataset, files_in
+from nnunet_ssl.evaluation.label_maps import Grid, grid_difference, grid_of, read_label_map, unreadable
 from nnunet_ssl.evaluation.metrics import Label, Options, case_metrics
 from nnunet_ssl.pools import all_outcomes
 
 MAX_PROBLEMS = 50  # named in one message
-SPACING_TOLERANCE = 1e-3  # relative; headers round
-ORIGIN_TOLERANCE = 1e-2  # of a voxel
-DIRECTION_TOLERANCE = 1e-3  # of direction cosines
 
 
 @dataclass(frozen=True)
@@ -35,15 +27,6 @@ class Case:
     reference: str
     predictions: dict[str, str]
     metrics: dict[str, dict[Label, dict[str, float]]] | None = None
-
-
-class Grid(NamedTuple):
-    """Where the voxels of a file lie; None where its format does not say."""
-
-    shape: tuple[int, ...]
-    spacing: tuple[float, ...]
-    origin: tuple[float, ...] | None
-    direction: tuple[float, ...] | None
 
 
 def evaluate_folders(
@@ -140,18 +123,20 @@ def evaluate_case(case: Case, dataset: Dataset, options: Options) -> Case | list
     Returns:
         The case with its metrics, or what is wrong with its files.
     """
+    reader = dataset.reader()
     try:
-        truth, grid = _read(case.reference, dataset.reader)
+        truth, properties = read_label_map(case.reference, reader)
     except Exception as error:
-        return [_unreadable(case.reference, error)]
+        return [unreadable(case.reference, error)]
+    grid = grid_of(truth, properties)
     metrics, problems = {}, []
     for method, file in case.predictions.items():
         try:
-            prediction, grid_of_prediction = _read(file, dataset.reader)
+            prediction, properties = read_label_map(file, reader)
         except Exception as error:
-            problems.append(_unreadable(file, error))
+            problems.append(unreadable(file, error))
             continue
-        if difference := _difference(grid_of_prediction, grid):
+        if difference := grid_difference(grid_of(prediction, properties), grid):
             problems.append(f"{file} {difference}")
             continue
         try:
@@ -161,25 +146,6 @@ def evaluate_case(case: Case, dataset: Dataset, options: Options) -> Case | list
         except Exception as error:
             problems.append(f"{file} cannot be evaluated ({type(error).__name__}: {error})")
     return problems or Case(case.name, case.reference, case.predictions, metrics)
-
-
-def _read(file: str, reader: type) -> tuple[np.ndarray, Grid]:
-    """Read a label map: integers ``[*spatial]``."""
-    if file.endswith(".gz"):
-        # SimpleITK takes a file that was cut off for a whole one
-        with gzip.open(file) as stream:
-            while stream.read(1 << 20):
-                pass
-    array, properties = reader().read_seg(file)
-    labels = array[0].astype(np.int32)
-    if not np.array_equal(labels, array[0]):
-        raise ValueError("its voxels are not whole numbers")
-    geometry = properties.get("sitk_stuff", {})
-    origin, direction = geometry.get("origin"), geometry.get("direction")
-    if "nibabel_stuff" in properties:
-        affine = properties["nibabel_stuff"].get("reoriented_affine", properties["nibabel_stuff"]["original_affine"])
-        origin, direction = tuple(affine[:3, 3]), tuple((affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)).flat)
-    return labels, Grid(labels.shape, tuple(map(float, properties["spacing"])), origin, direction)
 
 
 def _header_problems(case: Case, reader: type) -> list[str]:
@@ -193,11 +159,11 @@ def _header_problems(case: Case, reader: type) -> list[str]:
         try:
             grids.append(_grid_of_header(file))
         except RuntimeError as error:
-            problems.append(_unreadable(file, error))
+            problems.append(unreadable(file, error))
             grids.append(None)
     truth = grids[0]
     for file, grid in zip(case.predictions.values(), grids[1:], strict=True):
-        if truth and grid and (difference := _difference(grid, truth)):
+        if truth and grid and (difference := grid_difference(grid, truth)):
             problems.append(f"{file} {difference}")
     return problems
 
@@ -210,31 +176,3 @@ def _grid_of_header(file: str) -> Grid:
     header.ReadImageInformation()
     # from SimpleITK's axis order to that of arrays
     return Grid(header.GetSize()[::-1], header.GetSpacing()[::-1], header.GetOrigin(), header.GetDirection())
-
-
-def _difference(grid: Grid, truth: Grid) -> str | None:
-    """In which way a prediction lies elsewhere than the truth; None if it does not."""
-    if grid == truth:
-        return None
-    if grid.shape != truth.shape:
-        return f"has the shape {grid.shape}, the truth {truth.shape}"
-    if not np.allclose(grid.spacing, truth.spacing, rtol=SPACING_TOLERANCE, atol=0):
-        return f"has the spacing {_rounded(grid.spacing)}, the truth {_rounded(truth.spacing)}"
-    for what, own, other, tolerance in (
-        ("origin", grid.origin, truth.origin, ORIGIN_TOLERANCE * min(truth.spacing)),
-        ("direction", grid.direction, truth.direction, DIRECTION_TOLERANCE),
-    ):
-        if own is not None and other is not None and not np.allclose(own, other, rtol=0, atol=tolerance):
-            return f"has the {what} {_rounded(own)}, the truth {_rounded(other)}"
-    return None
-
-
-def _rounded(values: Sequence[float]) -> tuple[float, ...]:
-    return tuple(round(float(v), 4) if math.isfinite(v) else float(v) for v in values)
-
-
-def _unreadable(file: str, error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    truncated = isinstance(error, EOFError | zlib.error | gzip.BadGzipFile)
-    reason = "cut off or damaged" if truncated else lines[-1].removeprefix("sitk::ERROR: ") if lines else repr(error)
-    return f"{file} cannot be read ({reason})"

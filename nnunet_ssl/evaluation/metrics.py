@@ -129,7 +129,7 @@ def case_metrics(
         class -> key -> value: nnU-Net's keys (Dice, IoU, FP, TP, FN, TN, n_pred, n_ref) and those of the surface
         metrics that were asked for.
     """
-    labels = sorted({label for members in map(_members, classes) for label in members})
+    labels = sorted({label for members in map(labels_of, classes) for label in members})
     position = {label: i for i, label in enumerate(labels, start=1)}  # 0 is whatever belongs to no class
     truth, guess = _positions(reference, labels), _positions(prediction, labels)
     num_counted = truth.size
@@ -152,7 +152,7 @@ def case_metrics(
     results = {}
     for cls in classes:
         of_class = np.zeros(len(labels) + 1, bool)
-        members = [position[label] for label in _members(cls)]
+        members = [position[label] for label in labels_of(cls)]
         of_class[members] = True
         tp = int(counts[of_class][:, of_class].sum())
         fn = int(counts[of_class].sum()) - tp
@@ -243,7 +243,8 @@ def _empty_surface_metrics(options: Options, both: bool) -> dict[str, float]:
     return {metric.key: distance if metric.is_distance else share for metric in chosen}
 
 
-def _members(cls: Label) -> tuple[int, ...]:
+def labels_of(cls: Label) -> tuple[int, ...]:
+    """The labels that a class has: one, or those of a region."""
     return cls if isinstance(cls, tuple) else (cls,)
 
 

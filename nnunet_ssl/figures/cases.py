@@ -38,7 +38,8 @@ from nnunet_ssl.figures.slices import (
     choose_slices,
     measure_all_slices,
     read_image,
-    read_label_map,
+    read_prediction,
+    read_truth,
     slice_axis,
 )
 from nnunet_ssl.unlabeled.find import channel_names
@@ -126,9 +127,10 @@ def _read_case(
 ) -> dict[int, Plane]:
     """Slices of a case, turned as radiologists look at them."""
     reader = runs[0].reader
-    truth, properties = read_label_map(case.label, reader)
+    truth, properties = read_truth(case, reader)
     image = read_image(case, reader, truth.shape)
-    maps = [read_label_map(run.predicted / f"{case.name}{options.file_ending}", reader)[0] for run in runs]
+    files = [run.predicted / f"{case.name}{options.file_ending}" for run in runs]
+    maps = [read_prediction(file, reader, truth, properties) for file in files]
     axis = slice_axis(properties["spacing"], truth.shape)
     flips = upright(properties, axis)
     size = tuple(float(s) for a, s in enumerate(properties["spacing"]) if a != axis)

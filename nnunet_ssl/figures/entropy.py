@@ -36,7 +36,7 @@ from nnunet_ssl.figures.runs import (
     with_predictions,
 )
 from nnunet_ssl.figures.shta_tokens import baseline_and_shta
-from nnunet_ssl.figures.slices import read_label_map, slice_axis
+from nnunet_ssl.figures.slices import read_prediction, read_truth, slice_axis
 from nnunet_ssl.files import replacing
 
 MAX_ROWS = 4
@@ -138,8 +138,9 @@ def choose_cases(
     size = np.zeros(len(labels), int)
     ordered = sorted(cases, key=lambda case: case.name)
     for i, case in enumerate(tqdm(ordered, "Comparing predictions")):
-        truth, _ = read_label_map(case.label, reader)
-        one, other = (read_label_map(f / f"{case.name}{options.file_ending}", reader)[0] for f in folders)
+        truth, properties = read_truth(case, reader)
+        files = [folder / f"{case.name}{options.file_ending}" for folder in folders]
+        one, other = (read_prediction(file, reader, truth, properties) for file in files)
         counted = _counted(truth, options)
         for j, label in enumerate(labels):
             differing[i, j] = ((one == label) != (other == label))[counted].sum()
@@ -226,12 +227,12 @@ def best_window(values: np.ndarray, side: tuple[int, int]) -> tuple[int, tuple[i
 def read_row(label: int, case: Case, pair: Sequence[TrainedRun], out: Path, options: FigureOptions) -> Row:
     """Find slice and window in a case, and read what they hold, turned as radiologists look at it."""
     reader = pair[0].reader
-    truth, properties = read_label_map(case.label, reader)
+    truth, properties = read_truth(case, reader)
     maps, entropies = [], []
     for run in pair:
         folder = prediction_folder(run, out)
         entropies.append(read_arrays(folder / f"{case.name}.npz")["entropy"].astype(np.float32))
-        maps.append(read_label_map(folder / f"{case.name}{options.file_ending}", reader)[0])
+        maps.append(read_prediction(folder / f"{case.name}{options.file_ending}", reader, truth, properties))
     for run, array in zip(pair, entropies, strict=True):
         if array.shape != truth.shape:
             raise UserError(f"{case.label} has the shape {truth.shape}, {run.name}'s prediction {array.shape}.")

@@ -24,8 +24,9 @@ from tqdm import tqdm
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.metrics import Label
 from nnunet_ssl.figures.page import class_colors
-from nnunet_ssl.files import write_json
+from nnunet_ssl.files import stamp, write_json
 from nnunet_ssl.unlabeled.find import find_images, find_labeled, read_dataset_json, required_folder, resolve_dataset
+from nnunet_ssl.unlabeled.prepare import image_stamps
 
 FINAL = "checkpoint_final.pth"
 RECORD = "made_from.json"
@@ -543,8 +544,8 @@ def predict(
 
 def _keep_only_what_is_current(run: TrainedRun, cases: Sequence[Case], folder: Path, tta: bool, ending: str) -> None:
     """Remove predictions that this model would not make now, and write down what makes the others."""
-    made_from = {"checkpoint": [str(run.checkpoint_file), *_stamp(run.checkpoint_file)], "mirroring": tta}
-    images = {case.name: [[str(file), *_stamp(file)] for file in case.images] for case in cases}
+    made_from = {"checkpoint": [str(run.checkpoint_file), *stamp(str(run.checkpoint_file))], "mirroring": tta}
+    images = image_stamps({case.name: list(map(str, case.images)) for case in cases})
     try:
         stored = load_json(str(folder / RECORD))
         stored_images = stored.pop("images") if isinstance(stored, dict) else {}
@@ -560,11 +561,6 @@ def _keep_only_what_is_current(run: TrainedRun, cases: Sequence[Case], folder: P
             _remove(folder, case, ending)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(str(folder / RECORD), {**made_from, "images": {**stored_images, **images}})
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def _remove(folder: Path, case: str, ending: str) -> None:

@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.metrics import Label
+from nnunet_ssl.evaluation.label_maps import grid_difference, grid_of, read_label_map, unreadable
+from nnunet_ssl.evaluation.metrics import Label, labels_of
 from nnunet_ssl.figures.runs import Case, FigureOptions, TrainedRun, reason
 from nnunet_ssl.pools import all_outcomes
 
@@ -74,8 +76,8 @@ def slice_axis(spacing: Sequence[float], shape: Sequence[int]) -> int:
     return int(np.argmax(spacing > spacing.max() * (1 - 1e-3)))  # headers round
 
 
-def read_label_map(file: Path, reader: BaseReaderWriter) -> tuple[np.ndarray, dict]:
-    """Read a label map.
+def read_truth(case: Case, reader: BaseReaderWriter) -> tuple[np.ndarray, dict[str, Any]]:
+    """Read the true label map of a case.
 
     Returns:
         int32 ``[*spatial]``, and nnU-Net's properties.
@@ -83,11 +85,36 @@ def read_label_map(file: Path, reader: BaseReaderWriter) -> tuple[np.ndarray, di
     Raises:
         UserError: it cannot be read.
     """
+    return _read(case.label, reader)
+
+
+def read_prediction(file: Path, reader: BaseReaderWriter, truth: np.ndarray, properties: dict[str, Any]) -> np.ndarray:
+    """Read a predicted label map.
+
+    Args:
+        file: its name.
+        reader: nnU-Net's.
+        truth, properties: of :func:`read_truth`.
+
+    Returns:
+        int32 ``[*spatial]``.
+
+    Raises:
+        UserError: it cannot be read, or lies on another grid than the truth.
+    """
+    labels, own = _read(file, reader)
+    if difference := grid_difference(grid_of(labels, own), grid_of(truth, properties)):
+        raise UserError(
+            f"{file} {difference}. Replace it, or remove it if it is a prediction that was made for the figures."
+        )
+    return labels
+
+
+def _read(file: Path, reader: BaseReaderWriter) -> tuple[np.ndarray, dict[str, Any]]:
     try:
-        array, properties = reader.read_seg(str(file))
+        return read_label_map(str(file), reader)
     except Exception as error:
-        raise UserError(f"{file} cannot be read ({reason(error)}). It may be damaged: replace it.") from error
-    return array[0].astype(np.int32), properties
+        raise UserError(f"{unreadable(str(file), error)}. Replace it.") from error
 
 
 def read_image(case: Case, reader: BaseReaderWriter, shape: Sequence[int]) -> np.ndarray:
@@ -110,7 +137,8 @@ def read_image(case: Case, reader: BaseReaderWriter, shape: Sequence[int]) -> np
         raise UserError(
             f"{', '.join(map(str, case.images))} cannot be read ({reason(error)}). It may be damaged: replace it."
         ) from error
-    refuse_other_shape(case.images[0], image.shape[1:], shape)
+    if image.shape[1:] != tuple(shape):
+        raise UserError(f"{case.images[0]} has the shape {image.shape[1:]}, the truth {tuple(shape)}. Replace one.")
     return image
 
 
@@ -129,29 +157,24 @@ def measure_slices(
     Returns:
         What was measured, or what is wrong with a file: raising would end the other processes.
     """
-    known = sorted({value for label in classes for value in _values(label)})
-    members = [[1 + known.index(value) for value in _values(label)] for label in classes]
+    known = sorted({value for label in classes for value in labels_of(label)})
+    positions = [[1 + known.index(value) for value in labels_of(label)] for label in classes]
     dice = []
     try:
-        truth, properties = read_label_map(case.label, reader)
+        truth, properties = read_truth(case, reader)
         axis = slice_axis(properties["spacing"], truth.shape)
         for file in files:
-            prediction, _ = read_label_map(file, reader)
-            refuse_other_shape(file, prediction.shape, truth.shape)
+            prediction = read_prediction(file, reader, truth, properties)
             counts = confusion_of_slices(truth, prediction, axis, known, ignore_label)
             # [classes, slices] each
-            areas = np.array([counts[:, m].sum((1, 2)) for m in members])
-            guesses = np.array([counts[:, :, m].sum((1, 2)) for m in members])
-            both = np.array([counts[:, m][:, :, m].sum((1, 2)) for m in members])
+            areas = np.array([counts[:, m].sum((1, 2)) for m in positions])
+            guesses = np.array([counts[:, :, m].sum((1, 2)) for m in positions])
+            both = np.array([counts[:, m][:, :, m].sum((1, 2)) for m in positions])
             sizes = areas + guesses
             dice.append(np.divide(2 * both, sizes, out=np.full(sizes.shape, np.nan), where=sizes > 0))
     except UserError as error:
         return str(error).removeprefix("nnunet_ssl: ")
     return Measured(case, areas, np.stack(dice, 1))
-
-
-def _values(label: Label) -> tuple[int, ...]:
-    return label if isinstance(label, tuple) else (label,)
 
 
 def confusion_of_slices(
@@ -177,19 +200,6 @@ def confusion_of_slices(
         pairs = pairs.ravel() if ignore_label is None else pairs[t != ignore_label]
         counts.append(np.bincount(pairs, minlength=number**2).reshape(number, number))
     return np.array(counts)
-
-
-def refuse_other_shape(file: Path, shape: Sequence[int], truth: Sequence[int]) -> None:
-    """Refuse an image or prediction that is not of the truth's shape.
-
-    Raises:
-        UserError: names the file.
-    """
-    if tuple(shape) != tuple(truth):
-        raise UserError(
-            f"{file} has the shape {tuple(shape)}, the truth {tuple(truth)}. Replace it, or remove it if it is a "
-            "prediction that was made for the figures."
-        )
 
 
 def measure_all_slices(runs: Sequence[TrainedRun], cases: Sequence[Case], options: FigureOptions) -> list[Measured]:

@@ -32,7 +32,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import write_json
+from nnunet_ssl.files import stamp, write_json
 from nnunet_ssl.pools import outcomes
 from nnunet_ssl.unlabeled.check import BadImageError, CheckingPlans
 from nnunet_ssl.unlabeled.find import channel_names, find_unlabeled, refuse_labeled_names, required_folder
@@ -314,8 +314,7 @@ def image_stamps(images: dict[str, list[str]]) -> Stamps:
         spacing_file = os.path.join(os.path.dirname(files[0]), f"{case}.json")
         stamps[case] = []
         for file in [*files, *([spacing_file] if os.path.isfile(spacing_file) else [])]:
-            status = os.stat(file)
-            stamps[case].append([os.path.basename(file), status.st_size, status.st_mtime_ns])
+            stamps[case].append([os.path.basename(file), *stamp(file)])
     return stamps
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from figure_folders import SHAPE, TRAINERS, MadeUp, everything, make_folders, set_environment, write
 
 from nnunet_ssl.errors import UserError
@@ -132,6 +133,14 @@ def test_a_prediction_on_another_grid_is_named(tmp_path: Path, monkeypatch: pyte
     runs, cases, options = everything(made)
     with pytest.raises(UserError, match=rf"{file} has the shape \(3, 4, 5\), the truth \(7, 12, 10\)"):
         measure_all_slices(with_predictions(runs, cases, made.out, options), cases, options)
-    file.write_bytes(b"nothing")
-    with pytest.raises(UserError, match=rf"{file} cannot be read"):
+    truth = made.fold(TRAINERS[0]) / "validation/b.nii.gz"
+    image = sitk.ReadImage(truth)
+    image.SetOrigin((20, 0, 0))
+    sitk.WriteImage(image, file)
+    with pytest.raises(UserError, match=rf"{file} has the origin .*, the truth "):
         measure_all_slices(with_predictions(runs, cases, made.out, options), cases, options)
+    whole = truth.read_bytes()
+    for content in (b"nothing", whole[: len(whole) - 12]):  # SimpleITK takes the second for a whole file
+        file.write_bytes(content)
+        with pytest.raises(UserError, match=rf"{file} cannot be read \(cut off or damaged\)"):
+            measure_all_slices(with_predictions(runs, cases, made.out, options), cases, options)
