@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnunet_ssl.losses.shta import masked_mean
+from nnunet_ssl.losses.masked import masked_mean
 
 
 def sharpen(prob: Tensor, temperature: float) -> Tensor:

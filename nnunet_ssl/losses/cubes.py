@@ -151,11 +151,6 @@ def location_loss(logits: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), positions.flatten())
 
 
-def class_counts(labels: Tensor, num_classes: int) -> Tensor:
-    """Voxels of each class, float32 ``[K]``: ``torch.bincount`` without its wait for the device."""
-    return torch.histc(labels.float(), num_classes, -0.5, num_classes - 0.5)
-
-
 def class_weights(counts: Tensor, temperature: float = 1.0) -> Tensor:
     """omega of each class: its frequency relative to the most frequent class's, to the power of 1 / T_dist.
 

@@ -20,6 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnunet_ssl.losses.class_counts import class_counts
+from nnunet_ssl.losses.squared_dice import probabilities_and_one_hot, squared_dice_per_class
+
 EPS = 1e-10  # s of E1 and E4
 
 
@@ -35,7 +38,7 @@ def present_classes(target: Tensor, num_classes: int, ignore_label: int | None =
         ``[K]`` bool.
     """
     labels, valid = _labels_and_valid(target, ignore_label)
-    return _count(labels, valid, num_classes) > 0
+    return class_counts(labels, num_classes, valid) > 0
 
 
 class GADiceLoss(nn.Module):
@@ -72,23 +75,15 @@ class GADiceLoss(nn.Module):
             RuntimeError: if a label is out of range (on a GPU as a device assertion).
         """
         labels, valid = _labels_and_valid(target, self.ignore_label)
-        p = logits.float().softmax(1)
-        y = torch.zeros_like(p, dtype=torch.bool)
-        if valid is None:
-            y.scatter_(1, labels, True)
-            num_voxels = labels.numel()  # N
-        else:
-            y.scatter_(1, labels, valid)
-            p = torch.where(valid, p, 0.0)
-            num_voxels = valid.sum().clamp(min=1)
+        p, y = probabilities_and_one_hot(logits, labels, valid)
+        num_voxels = labels.numel() if valid is None else valid.sum().clamp(min=1)  # N
 
         over = [0, *range(2, p.ndim)]
-        y_sum = y.sum(over)  # y is 0 or 1, so this is the sum of y^2 too
-        dice = 1 - (2 * (p * y).sum(over) + EPS) / ((p * p).sum(over) + y_sum + EPS)  # E1
+        dice = squared_dice_per_class(p, y, EPS)  # E1
         push_down = (p.detach() * p).sum(over) / num_voxels  # E2
         if present is not None:
             push_down = torch.where(present, 0.0, push_down)
-        return torch.where(y_sum > 0, dice, push_down).mean()  # E3
+        return torch.where(y.sum(over) > 0, dice, push_down).mean()  # E3
 
 
 class GACELoss(nn.Module):
@@ -138,7 +133,7 @@ class GACELoss(nn.Module):
         if self.k < 100:
             losses, labels, valid = self._hardest(losses, labels, valid)
 
-        counts = _count(labels, valid, logits.shape[1])  # n_c
+        counts = class_counts(labels, logits.shape[1], valid)  # n_c
         total = counts.sum()  # M
         weights = 1 / (counts ** (1 - self.gamma) * total**self.gamma + EPS)
         weights = weights[labels]
@@ -189,13 +184,3 @@ def _labels_and_valid(target: Tensor, ignore_label: int | None) -> tuple[Tensor,
         return target.long().clamp(min=0), None
     valid = target != ignore_label
     return target.long().masked_fill(~valid, 0).clamp(min=0), valid
-
-
-def _count(labels: Tensor, valid: Tensor | None, num_classes: int) -> Tensor:
-    """The number of valid voxels of each class, ``[K]`` float32.
-
-    One comparison a class: bincount would wait for the device, and adding to K places from millions of voxels is slow
-    on a GPU.
-    """
-    classes = [labels == c if valid is None else (labels == c) & valid for c in range(num_classes)]
-    return torch.stack([of_class.sum() for of_class in classes]).float()

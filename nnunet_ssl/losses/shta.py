@@ -16,6 +16,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnunet_ssl.losses.masked import masked_mean
+
 
 def token_class_distribution(
     labels: Tensor,
@@ -287,11 +289,6 @@ class SHTALoss(nn.Module):
         for k in range(1, self.num_classes):
             hard_set |= top_share(candidates & (dominant == k), confidence, self.hard_ratio)
         return hard_set
-
-
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """The mean of ``values`` where ``mask`` holds; 0, with zero gradients, where it holds nowhere."""
-    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 def top_share(mask: Tensor, score: Tensor, share: float) -> Tensor:

@@ -1,4 +1,8 @@
-"""The Dice loss of V-Net codes: squared denominators, all classes, one sum over the batch."""
+"""The Dice loss of V-Net codes: squared denominators, all classes, one sum over the batch.
+
+Source: Milletari, Navab, Ahmadi, "V-Net" (3DV 2016); the background counts as a class, as the codes of MagicNet and
+GA-CPS have it.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,6 @@ from torch import Tensor
 def squared_dice_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None, smooth: float = 1e-10) -> Tensor:
     """``1 / K sum_k 1 - (2 sum p y + s) / (sum p^2 + sum y^2 + s)``, sums over all voxels of the batch, in fp32.
 
-    Source: Milletari, Navab, Ahmadi, "V-Net" (3DV 2016); the background counts as a class, as MagicNet's code has it.
-
     Args:
         logits: ``[B, K, *spatial]``, before softmax.
         labels: ``[B, 1, *spatial]``, integer classes below K.
@@ -20,10 +22,37 @@ def squared_dice_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None
     Returns:
         0-dim float32 in [0, 1].
     """
+    p, y = probabilities_and_one_hot(logits, labels, mask)
+    return squared_dice_per_class(p, y, smooth).mean()
+
+
+def probabilities_and_one_hot(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """p and y of the Dice, both zero where the mask does not hold; arguments as in :func:`squared_dice_loss`.
+
+    Returns:
+        ``[B, K, *spatial]`` each: p float32, y bool.
+
+    Raises:
+        RuntimeError: if a label is out of range (on a GPU as a device assertion).
+    """
     p = logits.float().softmax(1)
-    y = torch.zeros_like(p).scatter_(1, labels.long(), 1.0)
-    if mask is not None:
-        p, y = p * mask, y * mask
-    axes = [0, *range(2, p.ndim)]
-    overlap, size = (p * y).sum(axes), (p * p).sum(axes) + y.sum(axes)
-    return (1 - (2 * overlap + smooth) / (size + smooth)).mean()
+    y = torch.zeros_like(p, dtype=torch.bool)
+    if mask is None:
+        return p, y.scatter_(1, labels.long(), True)
+    return torch.where(mask, p, 0.0), y.scatter_(1, labels.long(), mask)
+
+
+def squared_dice_per_class(p: Tensor, y: Tensor, smooth: float = 1e-10) -> Tensor:
+    """``1 - (2 sum p y + s) / (sum p^2 + sum y^2 + s)`` of each class.
+
+    Args:
+        p: probabilities, ``[B, K, *spatial]`` float32.
+        y: one-hot labels, ``[B, K, *spatial]`` bool.
+        smooth: s.
+
+    Returns:
+        ``[K]`` float32.
+    """
+    over = [0, *range(2, p.ndim)]
+    y_sum = y.sum(over)  # y is 0 or 1, so this is the sum of y^2 too
+    return 1 - (2 * (p * y).sum(over) + smooth) / ((p * p).sum(over) + y_sum + smooth)

@@ -38,7 +38,8 @@ def uncertainty_rectified_consistency(
             to the size of the first.
         kl: ``"mean_to_scale"`` is KL(pbar || p_s), E2, as the authors' code has it; ``"scale_to_mean"`` is
             KL(p_s || pbar), as their paper writes it.
-        detach_mean: pbar gets no gradient, as if it came from a teacher.
+        detach_mean: pbar gets no gradient anywhere, as if it came from a teacher: neither in the square nor in W_s nor
+            in KL_s.
         regions: the channels are overlapping regions, each with a sigmoid: KL_s is the sum of the channels' binary
             divergences, the square is the mean over channels.
 

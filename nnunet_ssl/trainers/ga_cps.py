@@ -35,8 +35,9 @@ class nnUNetTrainerGACPS(nnUNetTrainerCPS):  # noqa: N801
     Labels: GACE of the hardest voxels plus GADice, at each scale of deep supervision with nnU-Net's weights.
     Pseudo-labels: GACE of all voxels at full resolution, without a Dice. nnU-Net's validation loss stays nnU-Net's.
 
-    One departure from the authors' code, where the cross term counts the voxels of each class over labelled and
-    unlabelled images together: here each of the two is counted by itself and the mean is taken, as in CPS.
+    Departures from the authors' code, each with its reason: see ``docs/methods.md``. The one to know when reading
+    this: their cross term counts the voxels of each class over labelled and unlabelled images together; here each of
+    the two is counted by itself and the mean is taken, as in CPS.
     """
 
     paper = "Qi et al., Gradient-Aware for Class-Imbalanced Semi-supervised Medical Image Segmentation, ECCV 2024"

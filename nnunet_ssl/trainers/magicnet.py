@@ -14,10 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.losses.class_counts import class_counts
 from nnunet_ssl.losses.cubes import (
     blended_pseudo_labels,
     center_crop,
-    class_counts,
     class_weights,
     fits,
     legal_counts,
@@ -100,7 +100,7 @@ class nnUNetTrainerMagicNet(nnUNetTrainerSSL):  # noqa: N801
     itself, so recovering its logits is the same, and it holds less.
 
     Cubes are in one order everywhere, so two faults of the released code are not here: its cubes of "within" came back
-    with their first and last position swapped, and a fork blended unlabelled images with cubes of labelled ones.
+    with their first and last axis swapped, and a fork blended unlabelled images with cubes of labelled ones.
     """
 
     paper = "Chen et al., MagicNet: Multi-Organ Segmentation via Magic-Cube Partition and Recovery, CVPR 2023"
