@@ -50,6 +50,22 @@ def test_ignored_voxels_are_not_counted_and_mostly_ignored_tokens_are_not_valid(
     assert shares[0, 1:3].sum() == 0
 
 
+@pytest.mark.parametrize(
+    ("fraction", "valid"),
+    [
+        (0.0, [True, True, False, True]),  # without a single voxel there is nothing to count
+        (0.25, [True, True, False, True]),
+        (0.75, [True, False, False, True]),
+        (0.8, [False, False, False, False]),
+    ],
+)
+def test_how_many_voxels_a_token_needs(fraction, valid):
+    labels = torch.tensor([[[0, 1, 9, 9], [1, 9, 9, 2], [9, 9, 0, 0], [9, 9, 0, 9]]])
+    shares, found = token_class_distribution(labels, (2, 2), 3, ignore_label=9, min_valid_fraction=fraction)
+    assert found[0].tolist() == valid
+    assert shares[0].sum(1).tolist() == pytest.approx([float(v) for v in valid])
+
+
 def test_padding_counts_as_background():
     shares, valid = token_class_distribution(torch.full((1, 2, 2), -1), (2, 2), 3)
     assert valid.item()
@@ -242,12 +258,32 @@ def test_gradients_flow_where_they_should_and_nowhere_else(term, settings, moves
     assert gradients_of(loss, term, z, y) == (moves_z, moves_proxies)
 
 
-def test_the_center_loss_moves_hard_tokens_only():
-    loss, (z, y) = SHTALoss(5, 8), some_tokens(5)
+@pytest.mark.parametrize("detach", [True, False])
+def test_the_center_loss_moves_hard_tokens_and_through_its_reference_all_of_their_classes(detach):
+    loss, (z, y) = SHTALoss(5, 8, detach_reference_in_center=detach), some_tokens(5)
     z.requires_grad_()
     terms = loss(z, y)
     terms.center.backward()
-    assert (z.grad.abs().sum(1) > 0).sum() == terms.num_hard
+    moved = z.grad.abs().sum(1) > 0
+    if detach:
+        assert moved.sum() == terms.num_hard
+    else:
+        assert moved.sum() > terms.num_hard
+        assert not moved[y[:, 1:].sum(1) == 0].any()  # background has no center, and what is not in Omega_l no part
+
+
+def test_normalized_embeddings_count_alike_whatever_their_length():
+    z, y = some_tokens(5)
+    longer = z * torch.linspace(0.5, 5, len(z))[:, None]
+    raw, unit = SHTALoss(5, 8), SHTALoss(5, 8, normalize_embeddings=True)
+    unit.load_state_dict(raw.state_dict())
+    for name in LOSSES:
+        torch.testing.assert_close(getattr(unit(longer, y), name), getattr(unit(z, y), name))
+        torch.testing.assert_close(
+            getattr(unit(z, y), name), getattr(raw(torch.nn.functional.normalize(z, dim=1), y), name)
+        )
+    for name in ("anchor", "center"):  # Eq. 4 and 9, with raw z
+        assert abs(getattr(raw(longer, y), name) - getattr(raw(z, y), name)) > 1e-3
 
 
 @pytest.mark.parametrize("empty", ["no token", "no labelled token", "background only", "nothing confident"])

@@ -173,5 +173,6 @@ def commands_work(dataset, run_nnunet, tmp_path, name, terms):
     run_nnunet(
         "nnUNetv2_predict", "-d", dataset.id, "-c", dataset.configuration, "-f", 0, "-tr", name, "-device", "cpu",
         "-i", dataset.raw / "imagesTs", "-o", tmp_path / "out", "--disable_tta", "-npp", 1, "-nps", 1,
+        env={"nnUNet_extTrainer": ""},
     )  # fmt: skip
     assert len(list((tmp_path / "out").glob("*.nii.gz"))) == dataset.recipe.test

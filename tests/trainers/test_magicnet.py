@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_ddp import on_two_ranks
+from test_ga_cps import commands_work
 from test_resume import assert_equal, assert_resumed_equals_uninterrupted, weights
 from test_step import a_batch, gradients, parameters
 
@@ -108,7 +109,7 @@ def test_the_teacher_moves_by_its_average_alone(magicnet):
     assert trainer.training_modules["location"].head[0].weight.grad is not None
 
 
-def test_the_teacher_begins_with_pretrained_weights(magicnet, monkeypatch):
+def test_the_teacher_begins_with_pretrained_weights(magicnet):
     trainer = magicnet()
     with torch.no_grad():
         for p in trainer.plans_network.parameters():  # as -pretrained_weights, after initialize
@@ -120,7 +121,7 @@ def test_the_teacher_begins_with_pretrained_weights(magicnet, monkeypatch):
         assert torch.equal(p, pretrained[n])
 
 
-def hand_recovered(network, images, counts, stride):
+def hand_recovered(network, images, counts):
     """The network on each cube of each image, one at a time, set back by slices."""
     whole = []
     for image in images:
@@ -142,7 +143,7 @@ def test_cube_by_cube_is_each_cube_of_each_image_in_its_place(magicnet, kind):
     assert max(trainer.within_counts) > 1
     with torch.no_grad():
         logits, _ = trainer._cube_by_cube(images)
-        expected = hand_recovered(trainer.plans_network, images, trainer.within_counts, trainer.total_stride)
+        expected = hand_recovered(trainer.plans_network, images, trainer.within_counts)
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -193,13 +194,13 @@ def test_pseudo_labels_blend_the_cubes_of_the_same_unlabelled_images(magicnet):
         _, labels = labels_of_step(trainer, batch)
         for b in range(len(batch["unlabeled"])):
             image = batch["unlabeled"][b : b + 1]
-            cubes = hand_recovered(trainer.plans_network, image, trainer.within_counts, trainer.total_stride)
+            cubes = hand_recovered(trainer.plans_network, image, trainer.within_counts)
             t = teacher(image)
             omega = (counts / counts.max())[t.argmax(1)][:, None]
             expected = ((1 - omega) * t + omega * cubes).argmax(1, keepdim=True)
             assert (labels[b : b + 1] == expected).float().mean() > 0.999  # ties in float32
             assert (labels[b : b + 1] != t.argmax(1, keepdim=True)).float().mean() > 0.01
-        foreign = hand_recovered(trainer.plans_network, batch["data"], trainer.within_counts, trainer.total_stride)
+        foreign = hand_recovered(trainer.plans_network, batch["data"], trainer.within_counts)
         wrong = blended_pseudo_labels(teacher(batch["unlabeled"]), foreign, class_weights(counts))
         assert (labels != wrong).float().mean() > 0.01
 
@@ -214,12 +215,14 @@ def labels_of_step(trainer, batch):
 
 
 def test_before_the_start_of_blending_labels_are_the_teachers(magicnet):
-    trainer = magicnet(magicnet_blend_start=100, magicnet_noise=0.0)
-    batch = a_batch(trainer)
-    _, labels = labels_of_step(trainer, batch)
-    expected = trainer.training_modules["teacher"](batch["unlabeled"]).argmax(1, keepdim=True)
-    assert torch.equal(labels.long(), expected)
-    assert "blend_changed" not in trainer._mean_values()
+    for start, blended in ((2, False), (1, True)):
+        trainer = magicnet(magicnet_blend_start=start, magicnet_noise=0.0)
+        teacher, batch = trainer.training_modules["teacher"], a_batch(trainer)
+        teacher.class_counts.copy_(torch.tensor([70.0, 40.0, 10.0]))  # without counts, blending changes nothing
+        _, labels = labels_of_step(trainer, batch)  # of step 1
+        expected = teacher(batch["unlabeled"]).argmax(1, keepdim=True)
+        assert torch.equal(labels.long(), expected) != blended
+        assert ("blend_changed" in trainer._mean_values()) == blended
 
 
 def test_class_counts_are_a_running_mean_of_the_pseudo_labels(magicnet):
@@ -339,8 +342,16 @@ def test_where_no_cube_fits_the_stride_cubes_are_reflected(tiny, make_trainer):
     assert trainer.within_counts == [2, 2, 2]
     assert "cubes of 10 x 14 x 10 voxels, reflected to 12 x 16 x 12" in log_of(trainer)
     images = a_batch(trainer)["data"]
-    logits, _ = trainer._cube_by_cube(images)
-    assert logits.shape[2:] == images.shape[2:]
+
+    def on_reflected(cube):
+        """One voxel more at both ends of each axis, as 10 -> 12 and 14 -> 16 ask; its logits are cut off again."""
+        padded = torch.from_numpy(np.pad(cube.numpy(), [(0, 0)] * 2 + [(1, 1)] * 3, mode="reflect"))
+        return [trainer.plans_network(padded)[0][:, :, 1:-1, 1:-1, 1:-1]]
+
+    with torch.no_grad():
+        logits, _ = trainer._cube_by_cube(images)
+        expected = hand_recovered(on_reflected, images, trainer.within_counts)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
     assert trainer.train_step(a_batch(trainer))["loss"].isfinite()
 
 
@@ -453,22 +464,5 @@ def test_resumed_it_ends_with_the_weights_of_an_uninterrupted_run(tiny, make_tra
 @pytest.mark.timeout(1800)  # four commands that each start Python anew
 @pytest.mark.parametrize("kind", ["3d", "2d"])
 def test_the_real_commands(tiny_copy, run_nnunet, tmp_path, kind):
-    dataset = tiny_copy(kind)
-    name = f"{NAME}_2epochs"
-    command = [dataset.name, dataset.configuration, 0, "-tr", name, "-device", "cpu"]
-    settings = {"save_every": 1}
-    run_nnunet = functools.partial(run_nnunet, timeout=900)
-    run_nnunet("nnUNetv2_train", *command, settings=settings)
-    model = Path(os.environ["nnUNet_results"]) / dataset.name / f"{name}__{dataset.plans_name}__{dataset.configuration}"
-    fold = model / "fold_0"
-    first = weights(fold)
-    assert len((fold / "ssl_log.csv").read_text().splitlines()) == 3
-    run_nnunet("nnUNetv2_train", *command, "--c", settings=settings)  # done: validates again
-    assert_equal(weights(fold), first)
-    run_nnunet("nnUNetv2_train", *command, "--val")
-    out = tmp_path / "predictions"
-    run_nnunet(
-        "nnUNetv2_predict", "-d", dataset.name, "-c", dataset.configuration, "-f", 0, "-tr", name, "-device", "cpu",
-        "-i", dataset.raw / "imagesTs", "-o", out, "-npp", 1, "-nps", 1, "--disable_tta",
-    )  # fmt: skip
-    assert len(list(out.glob(f"*{dataset.recipe.file_ending}"))) == dataset.recipe.test
+    patient = functools.partial(run_nnunet, timeout=900)
+    commands_work(tiny_copy(kind), patient, tmp_path, f"{NAME}_2epochs", {f"loss_{term}" for term in TERMS})

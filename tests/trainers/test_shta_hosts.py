@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
+from test_ga_cps import commands_work
+from test_step import a_batch
 
 import nnunet_ssl.trainers as trainers
+from nnunet_ssl.errors import UserError
 
 HOSTS = ["LabeledOnly", "CPS", "GACPS", "URPC", "MagicNet"]
 CLUSTER = ("assign", "anchor"), ("hard",), ("center",)  # semantic assignment, hard token refinement, center alignment
@@ -47,23 +49,28 @@ def test_every_kind_of_data(tiny, make_trainer, host, kind):
     assert all(p.isfinite().all() for p in found.values())
 
 
-@pytest.mark.parametrize("parts", list(itertools.product([False, True], repeat=3)))
-def test_every_combination_of_the_three_parts_runs(tiny, make_trainer, parts):
+def test_every_combination_of_the_three_parts_runs(tiny, make_trainer):
     """Table III. A part that is off has no influence; the tokens are as many as with all parts."""
-    off = {f"shta_{name}_weight": 0.0 for on, names in zip(parts, CLUSTER, strict=True) if not on for name in names}
-    trainer = make_trainer("nnUNetTrainerSHTA_GACPS", tiny(), settings={**off, "shta_matched_hard": True})
-    trainer.on_train_start()
-    trainer.on_train_epoch_start()
-    terms = {}
-    for passed in trainer.losses(trainer._to_device(next(trainer.dataloader_train))):
-        terms |= passed
-        terms |= trainer._terms_of_features
-    proxies = trainer.training_modules["shta_first"].loss.proxies
-    head = [p for n, p in trainer.training_modules["shta_first"].named_parameters() if "proxies" not in n]
-    gradients = torch.autograd.grad(terms["shta"], [proxies, *head], allow_unused=True)
-    assert all(g is not None for g in gradients)  # on every rank, whatever is on
-    assert bool(gradients[0].abs().max() > 0) == (parts[0] or parts[1])  # centers alone teach proxies nothing
-    assert any(g.abs().max() > 0 for g in gradients[1:]) == any(parts)
+    num_hard = set()
+    for parts in itertools.product([False, True], repeat=3):
+        off = {f"shta_{name}_weight": 0.0 for on, names in zip(parts, CLUSTER, strict=True) if not on for name in names}
+        trainer = make_trainer("nnUNetTrainerSHTA_GACPS", tiny(), settings={**off, "shta_matched_hard": True})
+        trainer.on_train_start()
+        trainer.on_train_epoch_start()
+        terms = {}
+        for passed in trainer.losses(trainer._to_device(next(trainer.dataloader_train))):
+            terms |= passed
+            terms |= trainer._terms_of_features
+        num_hard.add(trainer._mean_values()["tokens_hard"])
+        proxies = trainer.training_modules["shta_first"].loss.proxies
+        head = [p for n, p in trainer.training_modules["shta_first"].named_parameters() if "proxies" not in n]
+        gradients = torch.autograd.grad(terms["shta"], [proxies, *head], allow_unused=True)
+        assert all(g is not None for g in gradients), parts  # on every rank, whatever is on
+        # centers alone teach proxies nothing
+        assert bool(gradients[0].abs().max() > 0) == (parts[0] or parts[1]), parts
+        assert any(g.abs().max() > 0 for g in gradients[1:]) == any(parts), parts
+    assert len(num_hard) == 1
+    assert num_hard.pop() > 0
 
 
 def test_matched_supply_is_the_same_whatever_has_been_learned(tiny, make_trainer):
@@ -78,19 +85,63 @@ def test_matched_supply_is_the_same_whatever_has_been_learned(tiny, make_trainer
     assert counts[False, 0.0] == counts[True, 0.0] == counts[True, 1.0] > 0
 
 
+# ---------------------------------------------------------------------------------------------------- its own settings
+
+ON_LABELS = "nnUNetTrainerSHTA_LabeledOnly"
+
+
+def branch_of(trainer):
+    return trainer.training_modules["shta_first"]
+
+
+def test_lambda_grows_linearly_over_the_warmup(tiny, make_trainer):
+    trainer = make_trainer(ON_LABELS, tiny(), settings={"shta_weight": 0.4, "shta_warmup": 0.5})
+    found = []
+    for share in (0, 0.125, 0.25, 0.5, 1):
+        trainer.global_step = share * trainer.total_steps
+        found.append(trainer.term_weights()["shta"])
+    assert found == pytest.approx([0, 0.1, 0.2, 0.4, 0.4])
+    assert make_trainer(ON_LABELS, tiny(), settings={"shta_weight": 0.4}).term_weights()["shta"] == 0.4
+
+
+def test_the_stride_is_what_is_asked_for_and_capped_where_it_is_not(tiny, make_trainer):
+    def stride(**settings):
+        return branch_of(make_trainer(ON_LABELS, tiny(), settings=settings)).stride
+
+    assert stride() == (4, 4, 4)
+    assert stride(shta_stride=[2, 4, 8]) == (2, 4, 8)
+    assert stride(shta_max_tokens=16) == (8, 8, 8)  # 2 x 2 x 2 tokens of each of two patches
+
+
+@pytest.mark.parametrize("stride", [[3, 4, 4], [4, 4], [4, 4, 0], [4, 4, 32]])
+def test_a_stride_that_does_not_divide_the_patch_is_refused(tiny, make_trainer, stride):
+    with pytest.raises(UserError, match=r"shta_stride \[.*\] does not divide the patch \[16, 16, 16\]"):
+        make_trainer(ON_LABELS, tiny(), settings={"shta_stride": stride})
+
+
+@pytest.mark.parametrize(("fraction", "tokens"), [(0.25, 128), (0.5, 96)])
+def test_tokens_that_are_mostly_ignored_take_part_only_if_asked_for(tiny, make_trainer, fraction, tokens):
+    trainer = make_trainer(ON_LABELS, tiny("ignore"), settings={"shta_min_valid_fraction": fraction})
+    branch, batch = branch_of(trainer), a_batch(trainer)
+    # four layers of 2 x 16 tokens, each four voxels high; of the first layer one voxel in four is left
+    batch["target"][0][:, :, :3] = trainer.label_manager.ignore_label
+    seen = []
+    branch.loss.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    trainer.train_step(batch)
+    assert (seen[0].sum(1) > 0).sum() == tokens
+
+
+def test_normalized_embeddings_are_asked_for(tiny, make_trainer):
+    for asked in (False, True):
+        trainer = make_trainer(ON_LABELS, tiny(), settings={"shta_normalize_embeddings": asked})
+        assert branch_of(trainer).loss.normalize_embeddings == asked
+
+
+# ---------------------------------------------------------------------------------------------------------- whole runs
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("configuration", ["3d", "2d"])
+@pytest.mark.parametrize("kind", ["3d", "2d"])
 @pytest.mark.parametrize("host", HOSTS)
-def test_real_commands(tiny, own_results, run_nnunet, tmp_path: Path, host, configuration):
-    dataset = tiny(configuration)
-    what = [dataset.id, dataset.configuration, 0, "-p", dataset.plans_name, "-device", "cpu"]
-    name = f"nnUNetTrainerSHTA_{host}_2epochs"
-    run_nnunet("nnUNetv2_train", *what, "-tr", name, settings={})
-    run_nnunet("nnUNetv2_train", *what, "-tr", name, "--val")
-    run_nnunet("nnUNetv2_train", *what, "-tr", name, "--c")
-    model = ["-d", dataset.id, "-c", dataset.configuration, "-f", 0, "-p", dataset.plans_name, "-tr", name]
-    run_nnunet(
-        "nnUNetv2_predict", *model, "-i", dataset.raw / "imagesTs", "-o", tmp_path / "out", "-device", "cpu",
-        env={"nnUNet_extTrainer": ""},
-    )  # fmt: skip
-    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2
+def test_real_commands(tiny_copy, run_nnunet, tmp_path, host, kind):
+    commands_work(tiny_copy(kind), run_nnunet, tmp_path, f"nnUNetTrainerSHTA_{host}_2epochs", {"loss_sup", "loss_shta"})

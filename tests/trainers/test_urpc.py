@@ -189,7 +189,7 @@ def test_dropout_lives_with_torch_compile(tiny, make_trainer, monkeypatch):
     assert trainer.train_step(a_batch(trainer))["loss"].isfinite()
 
 
-def test_what_taps_the_last_feature_sees_it_after_the_dropout(tiny, make_trainer, monkeypatch):
+def test_what_taps_the_last_feature_sees_it_after_the_dropout(tiny, make_trainer):
     from nnunet_ssl.networks.feature_tap import FeatureTap
 
     trainer = make_trainer(NAME, tiny(), settings={"urpc_dropout": [0.5]})
