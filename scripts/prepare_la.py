@@ -7,7 +7,8 @@ DIR, with whatever folders in between, is one of
 
 - the challenge's training set: ``<case>/lgemri.nrrd`` and ``<case>/laendo.nrrd``;
 - the h5 files that the literature passes around: ``<case>/mri_norm2.h5`` with ``image`` and ``label`` (needs h5py);
-- a folder with ``images/``, ``labels/`` and ``protocol.json``, as ``prepare_hippocampus.py`` takes it.
+- a folder with ``images``, ``labels`` (or ``imagesTr``, ``labelsTr``) and ``protocol.json``, in the format that
+  ``prepare_hippocampus.py --help`` describes.
 
 The 80 training cases are the literature's, in its order: the first 4, 8 or 16 are its labelled 5, 10 and 20 %. The
 other 20 of the 100 cases are test cases. There is no validation list; the fold validates on the first five labelled

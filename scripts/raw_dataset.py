@@ -12,14 +12,13 @@ Labels of unlabelled cases are not opened, with one exception that a user has to
 from __future__ import annotations
 
 import argparse
+import errno
 import json
-import os
 import re
 import shutil
 import zlib
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,15 +28,19 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 from nibabel.filebasedimages import ImageFileError
-from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_json
+from nnunet_ssl.pools import all_outcomes
+from nnunet_ssl.unlabeled.find import required_folder
+from nnunet_ssl.unlabeled.split import SPLITS, new_dataset, read_list
 
 Part = Literal["labeled", "validation", "unlabeled", "test"]
 ENDING = ".nii.gz"
 VALIDATION_CASES = 5  # of the labelled ones, where a protocol has no validation list: nnU-Net wants some
 FOLDERS = {"labeled": "Tr", "validation": "Tr", "unlabeled": "Un", "test": "Ts"}
+UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, zlib.error, ImageFileError)  # what readers of images raise
+DRAWN_TEST, DRAWN_TRAIN = 40, 160  # cases, where there is no protocol.json
 
 
 class CaseError(Exception):
@@ -48,7 +51,7 @@ class CaseError(Exception):
 
 
 class Files:
-    """Where a dataset's files are, by case.
+    """Where a dataset's files are, by case; the ``._*`` files that macOS puts into archives are none.
 
     Args:
         root: folder that is searched with all that is below it.
@@ -67,7 +70,7 @@ class Files:
         self.found: dict[str, set[Path]] = defaultdict(set)
         for file in root.rglob("*"):
             match = re.fullmatch(f"(?:.*/)?{pattern}", file.relative_to(root).as_posix())
-            if match:
+            if match and not file.name.startswith("._"):
                 self.found[match["case"]].add(file.parent if folders else file)
 
     def one(self, case: str, problems: list[str]) -> Path | None:
@@ -80,14 +83,12 @@ class Files:
         return files[0] if len(files) == 1 else None
 
 
-def read_list(file: Path, pattern: str = r"[^,\s]+") -> list[str]:
-    """The cases that a file lists, one a line; what ``pattern`` finds first in a line is the case."""
-    if not file.is_file():
-        raise UserError(f"{file} is missing; it should list cases, one a line.")
-    lines = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+def read_cases(file: Path, option: str, pattern: str) -> list[str]:
+    """The cases that a file lists, one a line or as a JSON list; what ``pattern`` finds first in each is the case."""
+    lines = read_list(str(file), option)
     matches = [re.search(pattern, line) for line in lines]
     if None in matches:
-        raise UserError(f"{file}: no case in the line {lines[matches.index(None)]!r}.")
+        raise UserError(f"{option} {file}: no case in the line {lines[matches.index(None)]!r}.")
     return [match[0] for match in matches]
 
 
@@ -114,7 +115,7 @@ class Lists:
     def with_files(self, args: argparse.Namespace) -> Lists:
         """These lists, those replaced that the user has given as files."""
         own = {
-            name: read_list(file, self.pattern)
+            name: read_cases(file, f"--{name}-list", self.pattern)
             for name in ("train", "validation", "test")
             if (file := getattr(args, f"{name}_list"))
         }
@@ -136,7 +137,7 @@ class Lists:
         Raises:
             UserError: no labelled set of this size is known, or the lists contradict each other.
         """
-        chosen = read_list(labeled_list, self.pattern) if labeled_list else self._labeled(labeled)
+        chosen = read_cases(labeled_list, "--labeled-list", self.pattern) if labeled_list else self._labeled(labeled)
         chosen, train, validation, test = (
             [case for case in cases if keep(case)] for cases in (chosen, self.train, self.validation, self.test)
         )
@@ -308,7 +309,7 @@ def _read_file(path: Path, key: str) -> sitk.Image:
         if path.name.endswith((".nii", ".nii.gz")):
             _check_nifti(path, key)
         image = sitk.ReadImage(str(path))
-    except (RuntimeError, OSError, EOFError, ValueError, zlib.error, ImageFileError) as error:
+    except UNREADABLE as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise CaseError(f"{path} cannot be read: {reason}") from error
     if image.GetDimension() == 4 and image.GetSize()[3] == 1:  # some headers count one volume as a fourth axis
@@ -488,7 +489,7 @@ def arguments(description: str | None, lists: bool = True) -> argparse.ArgumentP
     parser.add_argument("--trust-voxels", action="store_true", help=text)
     if lists:
         for name in ("train", "validation", "test", "labeled"):
-            text = f"{name} cases, one a line, in place of the published ones"
+            text = f"{name} cases, one a line or a JSON list, in place of the published ones"
             parser.add_argument(f"--{name}-list", type=Path, metavar="FILE", help=text)
     return parser
 
@@ -506,11 +507,8 @@ def prepare(cases: list[Case], problems: list[str], recipe: Recipe, name: str, a
     Raises:
         UserError: anything is wrong; then nothing was written.
     """
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed"):
-        if variable not in os.environ:
-            raise UserError(f"{variable} is not set; nnU-Net's documentation tells how to set its three folders.")
+    raw, prepared = (Path(required_folder(variable)) for variable in ("nnUNet_raw", "nnUNet_preprocessed"))
     dataset = f"Dataset{args.dataset_id:03d}_{name}"
-    raw, prepared = (Path(os.environ[variable]) for variable in ("nnUNet_raw", "nnUNet_preprocessed"))
     for folder in (raw, prepared):
         taken = sorted(folder.glob(f"Dataset{args.dataset_id:03d}_*"))
         if taken:
@@ -518,39 +516,31 @@ def prepare(cases: list[Case], problems: list[str], recipe: Recipe, name: str, a
 
     if args.trust_voxels and recipe.align is align_by_header:
         recipe = replace(recipe, align=align_by_voxels)
-    for found in _each("check", partial(_check, recipe=recipe), cases, args.processes):
-        problems.extend(found)
+    found = all_outcomes(_check, [(case, recipe) for case in cases], args.processes, "Checking")
+    problems.extend(sorted(problem for of_case in found for problem in of_case))
     if problems:
         raise UserError("nothing was written:\n" + "\n".join(problems))
 
-    partial_folder = raw / f".{dataset}.partial"
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    for case in cases:
-        (partial_folder / f"images{FOLDERS[case.part]}").mkdir(parents=True, exist_ok=True)
-        if case.part != "unlabeled":
-            (partial_folder / f"labels{FOLDERS[case.part]}").mkdir(exist_ok=True)
-    for _ in _each("write", partial(_write, recipe=recipe, target=partial_folder), cases, args.processes):
-        pass
     by_part = {part: [case.name for case in cases if case.part == part] for part in FOLDERS}
-    (partial_folder / "dataset.json").write_text(json.dumps(_dataset_json(by_part, recipe), indent=2))
-    # The fold first: a dataset without it would be split at random.
-    (prepared / dataset).mkdir(parents=True)
     fold = {
         "train": sorted(by_part["labeled"]),
         "val": sorted(by_part["validation"] or by_part["labeled"][:VALIDATION_CASES]),
     }
-    write_json(str(prepared / dataset / "splits_final.json"), [fold])
-    partial_folder.rename(raw / dataset)
+    with new_dataset(str(raw), dataset, copy=True) as building:
+        folder = Path(building)
+        for part in by_part:
+            if by_part[part]:
+                (folder / f"images{FOLDERS[part]}").mkdir(parents=True, exist_ok=True)
+                if part != "unlabeled":
+                    (folder / f"labels{FOLDERS[part]}").mkdir(exist_ok=True)
+        all_outcomes(_write, [(case, recipe, folder) for case in cases], args.processes, "Writing")
+        write_json(str(folder / "dataset.json"), _dataset_json(by_part, recipe))
+        write_json(str(folder / SPLITS), [fold])
+        # nnU-Net's planner would copy it here too; this is for those who bring plans from elsewhere
+        (prepared / dataset).mkdir(parents=True)
+        write_json(str(prepared / dataset / SPLITS), [fold])
     counts = [f"{len(names)} {part.replace('eled', 'elled')}" for part, names in by_part.items() if names]
-    print(f"{raw / dataset}: {', '.join(counts)} cases, one fold in {prepared / dataset / 'splits_final.json'}")
-
-
-def _each(what: str, work: Callable[[Case], Any], cases: list[Case], processes: int) -> Iterator[Any]:
-    if processes <= 1:
-        yield from tqdm(map(work, cases), what, len(cases), unit="case")
-        return
-    with ProcessPoolExecutor(processes) as pool:
-        yield from tqdm(pool.map(work, cases), what, len(cases), unit="case")
+    print(f"{raw / dataset}: {', '.join(counts)} cases; one fold, {SPLITS} here and in {prepared / dataset}")
 
 
 def _check(case: Case, recipe: Recipe) -> list[str]:
@@ -565,14 +555,26 @@ def _write(case: Case, recipe: Recipe, target: Path) -> None:
     target_image = target / f"images{FOLDERS[case.part]}" / f"{case.name}_0000{ENDING}"
     edited, label = recipe.edit(case, image, label) if recipe.edit else (image, label)
     if edited is image and recipe.mend is _nothing and _is_plain(case.image):
-        shutil.copyfile(case.image, target_image)
+        with target_image.open("wb") as file, case.image.open("rb") as source:
+            shutil.copyfileobj(source, file)  # copyfile's error would blame the source where the disk is full
     else:
-        _forget_metadata(edited)
-        sitk.WriteImage(edited, str(target_image), useCompression=True)
+        _write_image(edited, target_image)
     if case.part != "unlabeled":
-        _forget_metadata(label)
-        target_label = target / f"labels{FOLDERS[case.part]}" / f"{case.name}{ENDING}"
-        sitk.WriteImage(label, str(target_label), useCompression=True)
+        _write_image(label, target / f"labels{FOLDERS[case.part]}" / f"{case.name}{ENDING}")
+
+
+def _write_image(image: sitk.Image, file: Path) -> None:
+    """Write a file and read it again: on a full disk SimpleITK leaves half of it and says nothing.
+
+    Raises:
+        OSError: the file is not whole.
+    """
+    _forget_metadata(image)
+    try:
+        sitk.WriteImage(image, str(file), useCompression=True)
+        np.asanyarray(nibabel.load(file).dataobj)
+    except UNREADABLE as error:
+        raise OSError(errno.EIO, "the file is not whole; is the disk full?", str(file)) from error
 
 
 def _is_plain(path: Path) -> bool:
@@ -603,7 +605,9 @@ def _dataset_json(by_part: dict[str, list[str]], recipe: Recipe) -> dict[str, An
 
 
 def from_protocol(argv: list[str] | None, description: str | None, title: str, labeled: str, recipe: Recipe) -> None:
-    """Prepare a folder with ``images/``, ``labels/`` (same file names) and ``protocol.json``.
+    """Prepare a folder with ``images`` and ``labels``, or ``imagesTr`` and ``labelsTr``, which hold the same names.
+
+    The lists are in its ``protocol.json``; without one they are drawn by ``draw_lists``.
 
     Args:
         argv: arguments without the program's name.
@@ -613,21 +617,60 @@ def from_protocol(argv: list[str] | None, description: str | None, title: str, l
         recipe: what the dataset is.
     """
     parser = arguments(description, lists=False)
-    parser.add_argument("--seed", type=int, default=0, help="which of the protocol's orders, from 0")
+    parser.add_argument("--seed", type=int, default=0, help="which order of the training cases, from 0; default 0")
     parser.add_argument("--labeled", default=labeled, help=f"training cases that keep labels, or 'all'; here {labeled}")
     args = parser.parse_args(argv)
-    protocol = _read_protocol(args.data / "protocol.json")
-    orders = protocol["labelled_order"]
-    if not 0 <= args.seed < len(orders):
-        raise UserError(f"--seed {args.seed}: {args.data / 'protocol.json'} has orders 0 to {len(orders) - 1}.")
-    lists = Lists(orders[args.seed], protocol["test"], ordered=len(orders[args.seed]) - 1)
-    parts = lists.parts(args.labeled)
-    images, labels = (Files(args.data / folder, "{}.nii.gz") for folder in ("images", "labels"))
+    suffix = "Tr" if (args.data / "imagesTr").is_dir() else ""
+    if not (args.data / f"images{suffix}").is_dir():
+        raise UserError(f"{args.data} holds neither imagesTr nor images: --data takes the folder that does.")
+    images, labels = (Files(args.data / f"{folder}{suffix}", "{}.nii.gz") for folder in ("images", "labels"))
+    file = args.data / "protocol.json"
+    if file.is_file():
+        train, test, several = _read_protocol(file, args.seed)
+    else:
+        train, test = draw_lists(images.found, args.seed, images.root)
+        several = True
+        print(
+            f"Without {file} the lists were drawn ({len(train)} training and {len(test)} test cases of "
+            f"{len(images.found)}): results on them compare with each other, not with those of docs/results.md, whose "
+            "lists are in a protocol.json of its own."
+        )
+    parts = Lists(train, test, ordered=len(train) - 1).parts(args.labeled)
     problems: list[str] = []
     cases = make_cases(parts, images, labels, problems)
-    seed = f"Seed{args.seed}" if len(orders) > 1 else ""
+    seed = f"Seed{args.seed}" if several else ""
     name = f"{title}AllLabels" if args.labeled == "all" else f"{title}{seed}Labeled{args.labeled}"
     prepare(cases, problems, recipe, name, args)
+
+
+def draw_lists(cases: Iterable[str], seed: int, folder: Path) -> tuple[list[str], list[str]]:
+    """Lists for a dataset whose owners publish none.
+
+    Sorted by name and permuted by ``default_rng(0)``, the first 40 cases are test cases and the next 160, or as many
+    as there are, training cases. A seed's order is ``default_rng(seed)``'s permutation of the sorted training cases.
+
+    Args:
+        cases: all that are there.
+        seed: of the training cases' order; test cases and training cases are the same for all.
+        folder: where they are, for messages.
+
+    Returns:
+        The training cases in the seed's order, and the test cases.
+
+    Raises:
+        UserError: the seed is negative, or there are not two training cases.
+    """
+    if seed < 0:
+        raise UserError(f"--seed {seed}: expected 0 or more.")
+    names = sorted(cases)
+    if len(names) < DRAWN_TEST + 2:
+        raise UserError(
+            f"{folder} holds {len(names)} cases (.nii.gz), and without a protocol.json beside it {DRAWN_TEST} of them "
+            "are drawn as test cases. Give the folder of the whole dataset, or write a protocol.json."
+        )
+    drawn = [names[i] for i in np.random.default_rng(0).permutation(len(names))]
+    train = sorted(drawn[DRAWN_TEST : DRAWN_TEST + DRAWN_TRAIN])
+    return [train[i] for i in np.random.default_rng(seed).permutation(len(train))], drawn[:DRAWN_TEST]
 
 
 def make_cases(
@@ -653,14 +696,19 @@ def make_cases(
     return cases
 
 
-def _read_protocol(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise UserError(f"{file} is missing: --data takes the folder with images/, labels/ and protocol.json.")
-    protocol = json.loads(file.read_text())
-    train, test = protocol["train"], protocol["test"]
+def _read_protocol(file: Path, seed: int) -> tuple[list[str], list[str], bool]:
+    """The training cases in the seed's order, the test cases, and whether there are several orders."""
+    try:
+        protocol = json.loads(file.read_text())
+        train, test, orders = (protocol[key] for key in ("train", "test", "labelled_order"))
+    except (ValueError, KeyError, TypeError) as error:
+        wanted = '{"train": [...], "test": [...], "labelled_order": [[...], ...]}'
+        raise UserError(f"{file} cannot be read ({error!r}); expected {wanted}, the lists holding cases.") from error
     if len(set(train + test)) != len(train) + len(test):
         raise UserError(f"{file} names a case twice among 'train' and 'test'.")
-    for seed, order in enumerate(protocol["labelled_order"]):
+    for number, order in enumerate(orders):
         if sorted(order) != sorted(train):
-            raise UserError(f"{file}: order {seed} of 'labelled_order' does not hold exactly the cases of 'train'.")
-    return protocol
+            raise UserError(f"{file}: order {number} of 'labelled_order' does not hold exactly the cases of 'train'.")
+    if not 0 <= seed < len(orders):
+        raise UserError(f"--seed {seed}: {file} has orders 0 to {len(orders) - 1}.")
+    return orders[seed], test, len(orders) > 1

@@ -80,10 +80,11 @@ def array(path: Path) -> np.ndarray:
 
 
 def fold(folders, dataset: str) -> dict[str, list[str]]:
-    """The one fold of a dataset."""
-    splits = json.loads((folders.preprocessed / dataset / "splits_final.json").read_text())
-    assert len(splits) == 1
-    return splits[0]
+    """The one fold of a dataset, which is where nnU-Net trains and where it plans from."""
+    text = (folders.preprocessed / dataset / "splits_final.json").read_text()
+    assert (folders.raw / dataset / "splits_final.json").read_text() == text
+    (found,) = json.loads(text)
+    return found
 
 
 def nothing_written(folders) -> bool:

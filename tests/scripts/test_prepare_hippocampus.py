@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 from prepare_hippocampus import main
-from raw_files import REAL
+from raw_dataset import draw_lists
+from raw_files import REAL, ROOT, fold, nothing_written, write
 
 from nnunet_ssl.errors import UserError
 
@@ -43,8 +47,7 @@ def test_first_cases_of_the_order_keep_their_labels(data, fresh_folders):
     assert names(dataset / "imagesTr") == names(dataset / "labelsTr") == ["case_4", "case_5"]
     assert names(dataset / "imagesUn") == ["case_0", "case_1", "case_2", "case_3"]
     assert names(dataset / "imagesTs") == names(dataset / "labelsTs") == TEST
-    splits = json.loads((fresh_folders.preprocessed / dataset.name / "splits_final.json").read_text())
-    assert splits == [{"train": ["case_4", "case_5"], "val": ["case_4", "case_5"]}]
+    assert fold(fresh_folders, dataset.name) == {"train": ["case_4", "case_5"], "val": ["case_4", "case_5"]}
     label = sitk.ReadImage(str(dataset / "labelsTr" / "case_4.nii.gz"))
     assert label.GetPixelID() == sitk.sitkUInt8
 
@@ -117,6 +120,113 @@ def test_labels_of_unlabelled_cases_are_not_opened(data, fresh_folders):
     (data / "labels" / "case_3.nii.gz").unlink()
     (data / "labels" / "case_4.nii.gz").write_bytes(b"not a label")
     main(["--data", str(data), "--labeled", "2", "-d", "640"])
+
+
+@pytest.fixture
+def published(tmp_path):
+    """The archive of the Decathlon: gaps in the numbers, files of macOS, test images without labels, dataset.json."""
+    folder = tmp_path / "Task04_Hippocampus"
+    content = {
+        "images": write(tmp_path / "image.nii.gz", np.arange(120, dtype=np.float32).reshape(4, 5, 6)).read_bytes(),
+        "labels": write(tmp_path / "label.nii.gz", np.resize(np.uint8([0, 1, 2]), (4, 5, 6))).read_bytes(),
+    }
+    for kind, data in content.items():
+        (folder / f"{kind}Tr").mkdir(parents=True)
+        for case in PUBLISHED:
+            (folder / f"{kind}Tr" / f"{case}.nii.gz").write_bytes(data)
+            (folder / f"{kind}Tr" / f"._{case}.nii.gz").write_bytes(b"\0\5\x16\7Mac OS X")
+    (folder / "imagesTs").mkdir()
+    (folder / "imagesTs" / "hippocampus_002.nii.gz").write_bytes(content["images"])
+    (folder / "dataset.json").write_text('{"name": "Hippocampus", "modality": {"0": "MRI"}}')
+    return folder
+
+
+PUBLISHED = [f"hippocampus_{number:03d}" for number in range(1, 310) if number % 3]  # 206 cases
+
+
+def parts(dataset: Path) -> dict[str, set[str]]:
+    return {sub: set(names(dataset / sub)) for sub in ("imagesTr", "labelsTr", "imagesUn", "imagesTs", "labelsTs")}
+
+
+def test_the_published_folder(published, fresh_folders, capsys):
+    for seed in (0, 1):
+        main(["--data", str(published), "--seed", str(seed), "-d", str(640 + seed)])
+    said = capsys.readouterr().out
+    assert "the lists were drawn (160 training and 40 test cases of 206)" in said
+    assert "not with those of docs/results.md" in said
+    zero, one = (parts(fresh_folders.raw / f"Dataset64{seed}_HippocampusSeed{seed}Labeled5") for seed in (0, 1))
+    for found in (zero, one):
+        assert found["imagesTr"] == found["labelsTr"]
+        assert found["imagesTs"] == found["labelsTs"]
+        assert [len(found[sub]) for sub in ("imagesTr", "imagesUn", "imagesTs")] == [5, 155, 40]
+        assert set.union(*found.values()) < set(PUBLISHED)
+        assert not found["imagesTs"] & (found["imagesTr"] | found["imagesUn"])
+    assert zero["imagesTs"] == one["imagesTs"]
+    assert zero["imagesTr"] | zero["imagesUn"] == one["imagesTr"] | one["imagesUn"]
+    assert zero["imagesTr"] != one["imagesTr"]
+
+
+def test_drawn_lists_are_those_of_the_documented_rule(tmp_path):
+    order = np.random.default_rng(0).permutation(sorted(PUBLISHED)).tolist()
+    train, test = draw_lists(PUBLISHED[::-1], 3, tmp_path)
+    assert test == order[:40]
+    assert train == np.random.default_rng(3).permutation(sorted(order[40:200])).tolist()
+    # whatever version of NumPy: results on drawn lists are to compare
+    assert [*test[:2], *train[:2]] == ["hippocampus_194", "hippocampus_175", "hippocampus_271", "hippocampus_061"]
+
+
+def test_a_smaller_dataset_has_fewer_training_cases(tmp_path):
+    train, test = draw_lists(PUBLISHED[:60], 0, tmp_path)
+    assert (len(train), len(test)) == (20, 40)
+    with pytest.raises(UserError, match="holds 41 cases"):
+        draw_lists(PUBLISHED[:41], 0, tmp_path)
+    with pytest.raises(UserError, match="--seed -1"):
+        draw_lists(PUBLISHED, -1, tmp_path)
+
+
+def test_a_protocol_beside_the_published_folders(published, fresh_folders, capsys):
+    protocol = {"train": PUBLISHED[:3], "test": PUBLISHED[3:5], "labelled_order": [PUBLISHED[:3]]}
+    (published / "protocol.json").write_text(json.dumps(protocol))
+    main(["--data", str(published), "--labeled", "1", "-d", "640"])
+    assert "drawn" not in capsys.readouterr().out
+    found = parts(fresh_folders.raw / "Dataset640_HippocampusLabeled1")
+    assert found["labelsTr"] == {PUBLISHED[0]}
+    assert found["labelsTs"] == set(PUBLISHED[3:5])
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"train": [], "test": []}'])
+def test_a_protocol_of_another_form(data, fresh_folders, text):
+    (data / "protocol.json").write_text(text)
+    with pytest.raises(UserError, match=r"protocol.json cannot be read .*expected \{\"train\""):
+        main(["--data", str(data), "-d", "640"])
+
+
+def test_another_folder(tmp_path, fresh_folders):
+    with pytest.raises(UserError, match="holds neither imagesTr nor images"):
+        main(["--data", str(tmp_path), "-d", "640"])
+
+
+@pytest.mark.parametrize("kind", ["image", "label"])
+def test_a_full_disk_is_a_sentence(data, fresh_folders, kind):
+    """Files cannot grow beyond a size that leaves no room for one kind of them; images are copied, labels made."""
+    rng = np.random.default_rng(0)
+    for case in TRAIN + TEST:
+        for sub in ("images", "labels"):
+            big = sub.startswith(kind)
+            content = rng.integers(0, 3, (20, 20, 20)) if big else np.zeros((20, 20, 20))
+            sitk.WriteImage(sitk.GetImageFromArray(content.astype(np.uint8)), str(data / sub / f"{case}.nii.gz"))
+    script = [sys.executable, "-B", str(ROOT / "scripts" / "prepare_hippocampus.py")]
+    run = subprocess.run(
+        [*script, "--data", str(data), "--labeled", "2", "-d", "640"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert "Traceback" not in run.stderr
+    assert "cannot be written (" in run.stderr
+    assert "Nothing was kept." in run.stderr
+    assert nothing_written(fresh_folders)
 
 
 @pytest.mark.skipif(not (REAL / "hippocampus").is_dir(), reason="the hippocampus data are not beside the project")

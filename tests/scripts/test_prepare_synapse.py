@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import SimpleITK as sitk
 from prepare_synapse import ALL, SPLITS, main
 from raw_files import SHAPE, array, cases, fold, image, label, nothing_written, write
 
+from nnunet_ssl import pools
 from nnunet_ssl.errors import UserError
 
 LABELED, UNLABELED = "0023", "0001"  # of --split ga
@@ -58,7 +58,8 @@ def test_the_lists_are_those_of_the_protocols():
             assert set(lists.parts(str(number))) == set(ALL)
 
 
-def test_split_of_ga(data, fresh_folders):
+def test_split_of_ga(data, fresh_folders, monkeypatch):
+    monkeypatch.setattr(pools, "PAYS_AFTER", -1.0)  # in other processes, as where there is more to do
     run(data, "-np", "2")
     dataset = fresh_folders.raw / "Dataset701_SynapseGALabeled4"
     labeled, validation = named("0002 0023 0034 0039"), named("0006 0025 0026 0040")
@@ -109,7 +110,7 @@ def test_windows(data, fresh_folders, options, bounds):
 def test_own_lists(data, fresh_folders, tmp_path):
     (tmp_path / "labeled.txt").write_text("img0040\n\nimg0039,ct\n")
     (tmp_path / "validation.txt").write_text("0002\n")
-    (tmp_path / "train.txt").write_text("0038\n0039\n0040\n")
+    (tmp_path / "train.txt").write_text('["0038", "img0039", "0040"]')
     run(data, "--labeled-list", str(tmp_path / "labeled.txt"), "--validation-list", str(tmp_path / "validation.txt"),
         "--train-list", str(tmp_path / "train.txt"))  # fmt: skip
     dataset = "Dataset701_SynapseGALabeled2"
@@ -247,10 +248,14 @@ def test_a_killed_run_leaves_no_dataset(data, fresh_folders, monkeypatch):
         patch.setattr(raw_dataset, "write_json", killed)
         with pytest.raises(KeyboardInterrupt):
             run(data)
-    assert [folder.name[0] for folder in fresh_folders.raw.iterdir()] == ["."]
-    os.rmdir(next(fresh_folders.preprocessed.iterdir()))
+    assert nothing_written(fresh_folders)
+    leftover = fresh_folders.raw / ".Dataset701_SynapseGALabeled4" / "imagesTr" / "leftover"  # of one killed by force
+    leftover.parent.mkdir(parents=True)
+    leftover.touch()
     run(data)
-    assert [folder.name for folder in fresh_folders.raw.iterdir()] == ["Dataset701_SynapseGALabeled4"]
+    (dataset,) = fresh_folders.raw.iterdir()
+    assert dataset.name == "Dataset701_SynapseGALabeled4"
+    assert not (dataset / "imagesTr" / "leftover").exists()
 
 
 def test_wrong_folders_and_windows(data, fresh_folders):
