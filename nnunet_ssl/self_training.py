@@ -23,8 +23,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.demo.run import executable
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import stamp
 from nnunet_ssl.export import find_model_folder
+from nnunet_ssl.files import stamp
 from nnunet_ssl.unlabeled.find import UNLABELED_FOLDER, required_folder, resolve_dataset
 from nnunet_ssl.unlabeled.pseudolabel import RECORD, REPORT, Predictions, Source, read_source, write_pseudolabeled
 from nnunet_ssl.unlabeled.split import SPLITS, refuse_existing

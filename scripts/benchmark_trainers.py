@@ -13,7 +13,7 @@ is the thread's CPU time, which other programs on the machine do not disturb; el
 Memory: a process of its own for each trainer; its peak resident memory beyond that after the imports, or on a GPU the
 peak that torch allocated.
 
-Writes OUTPUT.json and OUTPUT.md, and prints the table.
+Writes OUTPUT.json and OUTPUT.md, and prints the table; with ``--page`` into a Markdown page as well, between two marks.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from nnunet_ssl.benchmark.report import fill
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.trainers import TRAINERS
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINE = "nnUNetTrainer"
+MARKS, WRITER = "trainers", "scripts/benchmark_trainers.py"
 KEYS = ("seconds_of_the_step", "seconds_a_step", "peak_mib", "parameters")  # of which the table gives ratios
 WITH_TWO_NETWORKS = ("CPS", "GACPS")  # whose passes matter: measured both ways
 
@@ -204,7 +206,8 @@ def table(results: dict[str, Any]) -> str:
             f"| {entry['seconds_a_batch']:.4f} | {entry['seconds_a_step']:.4f} | {ratios[1]:.2f} "
             f"| {entry['peak_mib']:.0f} | {ratios[2]:.2f} | {entry['parameters']:,} | {ratios[3]:.3f} |"
         )
-    return "\n".join(lines)
+    plan = f"{results['plans']} of {results['dataset']}, {results['configuration']}"
+    return "\n".join([*lines, "", f"{plan}; {results['device']}, {results['machine']}, {results['clock']}."])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -222,6 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=8, help="turns of each trainer")
     parser.add_argument("--steps", type=int, default=6, help="steps of a turn")
     parser.add_argument("--output", type=Path, default=Path("benchmark"), help="OUTPUT.json and OUTPUT.md are written")
+    parser.add_argument("--page", type=Path, help="a Markdown file that gets the table between its marks")
     args = parser.parse_args(argv)
 
     import torch  # the children of this process start with a clean slate (spawn), so their peak is their own
@@ -255,6 +259,8 @@ def main(argv: list[str] | None = None) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.with_name(args.output.name + ".json").write_text(json.dumps(results, indent=1) + "\n")
     args.output.with_name(args.output.name + ".md").write_text(table(results) + "\n")
+    if args.page:
+        args.page.write_text(fill(args.page, MARKS, [table(results)], WRITER))
     print(table(results))
 
 

@@ -19,8 +19,9 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from hippocampus_evidence import command, environment, execute, raw_dataset, seconds_a_step
+from hippocampus_parts import command, environment, execute, raw_dataset
 
 from nnunet_ssl.benchmark.report import fill
 from nnunet_ssl.demo.plans import shrink_plans
@@ -59,6 +60,11 @@ def measure(home: Path) -> None:
     env = environment(home, nnUNet_n_proc_DA="0")
     options = ["--repeats", "4", "--steps", "4", "--output", str(home / "speed")]
     subprocess.run([*script, *plan, *options], env=env, check=True)
+
+
+def seconds_a_step(benchmark: dict[str, Any]) -> dict[str, float]:
+    """Seconds of making a batch and of a step, by trainer, with the default passes."""
+    return {e["trainer"]: e["seconds_a_step"] for e in benchmark["trainers"] if e["passes"] != "joint"}
 
 
 def train_and_test(home: Path, trainer: str, iterations: int) -> None:

@@ -126,9 +126,8 @@ def new_dataset(raw: str, target: str, copy: bool) -> Iterator[str]:
         os.rename(building, os.path.join(raw, target))
     except OSError as error:
         hint = "" if copy else " Where links are not allowed, --copy copies the files."
-        raise UserError(
-            f"{error.filename or building} cannot be written ({error.strerror}). Nothing was kept.{hint}"
-        ) from error
+        file = error.filename2 or error.filename or building  # of a copy or link the second is the one to be written
+        raise UserError(f"{file} cannot be written ({error.strerror}). Nothing was kept.{hint}") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
 
