@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from nnunet_ssl.evaluation.metrics import METRICS, Metric, Options
 from nnunet_ssl.evaluation.summary import heading, nanmean, shown, table
 from nnunet_ssl.files import replacing, write_json
 
+MAX_WITH_SEEDS = 6  # methods; of more the lines of every seed are a tangle
 EXPLANATION = (
     "Each value is the mean over classes of their means over test cases; the table has the mean over seeds. The "
     "difference of two rows is taken case by case, within a seed, over the classes that are defined for both. Interval "
@@ -334,36 +336,66 @@ def curve_table(plan: Plan, runs: Sequence[dict[str, Any]]) -> list[str]:
 def draw_curves(plan: Plan, results: dict[str, Any], file: Path) -> None:
     """The leading metric over steps, or over minutes where the budget is one of time; a panel a table.
 
-    A thin line is a seed, a thick one the mean.
+    The mean over seeds; of few methods a thin line for every seed besides. A method has the colour of the one that it
+    is compared with, dashed.
     """
-    from matplotlib import colormaps, style
+    from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    leading = METRICS[plan.protocol.metrics[0]]
+    p = plan.protocol
+    leading = METRICS[p.metrics[0]]
     contents = [content for content in results["tables"] if content["runs"]]
+    seconds = {row.name: results["seconds_a_step"].get(row.key) for row in p.rows}
     with style.context("default"):
-        figure = Figure(figsize=(5.2 * len(contents), 4.6), layout="constrained")
+        figure = Figure(figsize=(5.2 * len(contents) + 1.8, 4.6), layout="constrained")
         FigureCanvasAgg(figure)
         panels = figure.subplots(1, len(contents), squeeze=False, sharey=True)[0]
-        colours = dict(zip((row.name for row in plan.protocol.rows), colormaps["tab20"].colors * 5, strict=False))
+        styles = dict(zip((row.name for row in p.rows), line_styles(p.rows), strict=True))
+        drawn = {}
         for panel, content in zip(panels, contents, strict=True):
             in_steps = content["budget"].startswith("steps")
-            for row, own in _rows(plan, content["runs"]):
-                curves = [_points(run, leading, in_steps) for run in own.values()]
-                for x, y in curves:
-                    panel.plot(x, y, color=colours[row.name], alpha=0.35, linewidth=0.8)
+            rows = list(_rows(plan, content["runs"]))
+            for row, own in rows:
+                colour, dashes = styles[row.name]
+                curves = [_points(run, leading, in_steps, seconds[row.name]) for run in own.values()]
+                for x, y in curves if len(rows) <= MAX_WITH_SEEDS else ():
+                    panel.plot(x, y, color=colour, linestyle=dashes, alpha=0.35, linewidth=0.8)
                 x, y = (np.mean(values, axis=0) for values in zip(*curves, strict=True))
-                panel.plot(x, y, color=colours[row.name], marker="o", markersize=4, label=row.name)
+                drawn[row.name] = panel.plot(x, y, color=colour, linestyle=dashes, marker="o", markersize=4)[0]
             panel.set_title(f"{content['labeled']} labelled, {_title(plan, content['budget'])}", fontsize=9)
-            panel.set_xlabel("training steps" if in_steps else "minutes of training")
+            panel.set_xlabel("training steps" if in_steps else "minutes of training, by the measured seconds a step")
             panel.grid(alpha=0.3)
         panels[0].set_ylabel(f"test {leading.title}, mean of the classes")
-        panels[-1].legend(fontsize=7)
+        names = [row.name for row in p.rows if row.name in drawn]
+        figure.legend([drawn[name] for name in names], names, fontsize=8, loc="outside right upper")
         with replacing(str(file)) as temporary:
             figure.savefig(temporary, format="png", dpi=130)
 
 
-def _points(run: dict[str, Any], metric: Metric, in_steps: bool) -> tuple[list[float], list[float]]:
-    scale = 1.0 if in_steps else run["minutes"] / run["steps"]
+def line_styles(rows: Sequence[Row]) -> Iterator[tuple[Any, str]]:
+    """Colour and line style of each row."""
+    from matplotlib import colormaps
+
+    palette = itertools.cycle([*colormaps["tab10"].colors, *colormaps["Dark2"].colors])
+    families: dict[str, tuple[Any, Iterator[str]]] = {}  # by the row that others are compared with
+    for row in rows:
+        if row.against in families:
+            colour, dashes = families[row.against]
+            families[row.name] = colour, dashes
+            yield colour, next(dashes)
+        else:
+            families[row.name] = next(palette), itertools.cycle(["--", "-.", ":"])
+            yield families[row.name][0], "-"
+
+
+def _points(
+    run: dict[str, Any], metric: Metric, in_steps: bool, seconds: float | None
+) -> tuple[list[float], list[float]]:
+    """The metric at each point of a run's curve, over steps or minutes.
+
+    Minutes are by the seconds a step, as the budget is, since a run may have shared the machine with others.
+    """
+    seconds = 60 * run["minutes"] / run["steps"] if seconds is None else seconds
+    scale = 1.0 if in_steps else seconds / 60
     return [point["steps"] * scale for point in run["curve"]], [point[metric.key] for point in run["curve"]]
