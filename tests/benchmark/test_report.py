@@ -8,8 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from nnunet_ssl.benchmark.report import case_differences, case_values, fill, write_report
+from nnunet_ssl.benchmark.protocol import Row
+from nnunet_ssl.benchmark.report import _points, case_differences, case_values, fill, line_styles, write_report
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.metrics import METRICS
 
 CASES = ("case_a", "case_b", "case_c")
 
@@ -144,6 +146,20 @@ def test_figures_are_shown_and_copied(plan, tmp_path):
     for name, content in (("training_curves", "curves"), ("cases_1_liver", "cases_1_liver")):
         assert f"(figures/made_up_{name}.png)" in page.read_text()
         assert (tmp_path / "figures" / f"made_up_{name}.png").read_text() == content
+
+
+def test_what_is_compared_with_a_method_has_its_colour_dashed():
+    rows = [Row(name, "", against=other) for name, other in zip("ABCDE", (None, None, "B", "B", "A"), strict=True)]
+    (a, a_line), (b, b_line), (b1, b1_line), (b2, b2_line), (a1, a1_line) = line_styles(rows)
+    assert a == a1 != b == b1 == b2
+    assert (a_line, b_line, b1_line, b2_line, a1_line) == ("-", "-", "--", "-.", "--")
+
+
+def test_minutes_of_the_curves_are_those_of_the_measurement():
+    run = {"minutes": 5.0, "steps": 100, "curve": [{"steps": 50, "Dice": 0.5}, {"steps": 100, "Dice": 0.6}]}
+    assert _points(run, METRICS["dice"], in_steps=False, seconds=1.2) == ([1.0, 2.0], [0.5, 0.6])
+    assert _points(run, METRICS["dice"], in_steps=False, seconds=None) == ([2.5, 5.0], [0.5, 0.6])
+    assert _points(run, METRICS["dice"], in_steps=True, seconds=1.2) == ([50.0, 100.0], [0.5, 0.6])
 
 
 def test_differences_are_over_the_classes_that_both_have():
