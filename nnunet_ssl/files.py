@@ -24,11 +24,15 @@ def replacing(path: str) -> Iterator[str]:
             os.remove(temporary)
 
 
+def write_text(path: str, text: str) -> None:
+    """Write ``text`` as UTF-8 with :func:`replacing`."""
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
 def write_json(path: str, content: object) -> None:
     """Write ``content`` as JSON with :func:`replacing`."""
-    with replacing(path) as temporary, open(temporary, "w") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def stamp(path: str) -> list[int]:

@@ -16,10 +16,10 @@ import numpy as np
 from nnunet_ssl.benchmark.plan import Plan, Run, epoch_seconds, trainings
 from nnunet_ssl.benchmark.protocol import Row
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.compare import bootstrap_interval, signed_rank_p
+from nnunet_ssl.evaluation.compare import bootstrap_interval, interval, p_value, signed, signed_rank_p
 from nnunet_ssl.evaluation.metrics import METRICS, Metric, Options
 from nnunet_ssl.evaluation.summary import heading, nanmean, shown, table
-from nnunet_ssl.files import replacing, write_json
+from nnunet_ssl.files import replacing, write_json, write_text
 
 MAX_WITH_SEEDS = 6  # methods; of more the lines of every seed are a tangle
 EXPLANATION = (
@@ -50,7 +50,7 @@ def write_report(plan: Plan, page: Path | None = None) -> str:
     write_json(str(plan.home / "results.json"), results)
     pictures = {"learning curves": plan.home / "curves.png", **figure_files(plan)}
     text = "\n".join([*markdown(plan, results), *shown_pictures(pictures, plan.home), ""])
-    _write(plan.home / "report.md", f"# {name}\n\n{text}")
+    write_text(str(plan.home / "report.md"), f"# {name}\n\n{text}")
     if page is not None:
         folder = page.parent / "figures"
         copies = {title: folder / f"{name}_{title.replace(' ', '_')}.png" for title in pictures}
@@ -59,13 +59,8 @@ def write_report(plan: Plan, page: Path | None = None) -> str:
         for title, file in copies.items():
             with replacing(str(file)) as temporary:
                 shutil.copyfile(pictures[title], temporary)
-        _write(page, content)
+        write_text(str(page), content)
     return text
-
-
-def _write(file: Path, text: str) -> None:
-    with replacing(str(file)) as temporary:
-        Path(temporary).write_text(text, encoding="utf-8")
 
 
 def fill(page: Path, name: str, lines: Sequence[str], writer: str = "nnUNetv2_ssl_benchmark") -> str:
@@ -307,17 +302,19 @@ def differences_table(plan: Plan, differences: Sequence[dict[str, Any]]) -> list
     for d in differences:
         metric = by_key[d["metric"]]
         each = [signed(metric, d["seeds"][str(seed)]) if str(seed) in d["seeds"] else "" for seed in seeds]
-        interval = "–" if np.isnan(d["low"]) else f"{signed(metric, d['low'])} to {signed(metric, d['high'])}"
-        p = "–" if np.isnan(d["p"]) else "< 0.001" if d["p"] < 0.001 else f"{d['p']:.3f}"
         unit = metric.title if metric.is_distance else f"{metric.title} (%)"
-        rows.append([d["row"], d["against"], unit, *each, signed(metric, d["mean"]), interval, p])
+        rows.append(
+            [
+                d["row"],
+                d["against"],
+                unit,
+                *each,
+                signed(metric, d["mean"]),
+                interval(metric, d["low"], d["high"]),
+                p_value(d["p"]),
+            ]
+        )
     return table(rows)
-
-
-def signed(metric: Metric, value: float) -> str:
-    """A difference as it is printed, with its sign."""
-    text = shown(metric, value)
-    return text if text.startswith(("-", "–")) else f"+{text}"
 
 
 def curve_table(plan: Plan, runs: Sequence[dict[str, Any]]) -> list[str]:

@@ -14,7 +14,7 @@ from scipy import stats
 
 from nnunet_ssl.evaluation.metrics import METRICS, Metric
 from nnunet_ssl.evaluation.summary import Evaluation, definitions, heading, nanmean, shown, table
-from nnunet_ssl.files import replacing, write_json
+from nnunet_ssl.files import replacing, write_json, write_text
 
 EQUAL = 1e-9  # differences up to this are rounding
 RESAMPLES = 9999
@@ -185,11 +185,7 @@ def write_comparison(evaluations: Sequence[Evaluation], folder: str, seed: int =
         "seed": seed,
     }
     write_json(os.path.join(folder, "comparison.json"), content)
-    with (
-        replacing(os.path.join(folder, "comparison.md")) as temporary,
-        open(temporary, "w", encoding="utf-8") as stream,
-    ):
-        stream.write(markdown)
+    write_text(os.path.join(folder, "comparison.md"), markdown)
     return markdown
 
 
@@ -239,22 +235,36 @@ def methods_table(evaluations: Sequence[Evaluation]) -> list[str]:
             cell = f"**{text}**" if text == best else text
             gain = values[i] - values[0]
             if i > 0 and with_difference and not math.isnan(gain):
-                cell += f" ({_signed(metric, gain)})"
+                cell += f" ({signed(metric, gain)})"
             row.append(cell)
     return table(rows)
 
 
 def _row(metric: Metric, d: Difference) -> list[str]:
-    interval = "–" if math.isnan(d.low) else f"{_signed(metric, d.low)} to {_signed(metric, d.high)}"
     target = d.target if d.kind == "class" else f"**{d.target}**"
     counts = map(str, (d.wins, d.ties, d.losses))
-    return [d.method, target, _signed(metric, d.difference), interval, _p(d.p), _p(d.p_holm), *counts]
+    return [
+        d.method,
+        target,
+        signed(metric, d.difference),
+        interval(metric, d.low, d.high),
+        p_value(d.p),
+        p_value(d.p_holm),
+        *counts,
+    ]
 
 
-def _signed(metric: Metric, value: float) -> str:
+def signed(metric: Metric, value: float) -> str:
+    """A difference as it is printed, with its sign."""
     text = shown(metric, value)
     return text if text.startswith(("-", "–")) else f"+{text}"
 
 
-def _p(value: float) -> str:
-    return "" if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+def interval(metric: Metric, low: float, high: float) -> str:
+    """An interval as it is printed."""
+    return "–" if math.isnan(low) else f"{signed(metric, low)} to {signed(metric, high)}"
+
+
+def p_value(p: float) -> str:
+    """A p value as it is printed; nothing where there was no test."""
+    return "" if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -13,7 +13,7 @@ import numpy as np
 from nnunet_ssl.evaluation.classes import Dataset
 from nnunet_ssl.evaluation.folders import Case
 from nnunet_ssl.evaluation.metrics import EMPTY_RULES, METRICS, SURFACE, SURFACE_METRICS, Label, Metric, Options
-from nnunet_ssl.files import replacing
+from nnunet_ssl.files import replacing, write_text
 
 COUNTS = ("TP", "FP", "FN", "TN", "n_pred", "n_ref")
 
@@ -96,11 +96,7 @@ def write_summary(evaluation: Evaluation, folder: str) -> None:
         _write_json(evaluation, temporary)
     with replacing(os.path.join(folder, "cases.csv")) as temporary:
         _write_csv(evaluation, temporary)
-    with (
-        replacing(os.path.join(folder, "summary.md")) as temporary,
-        open(temporary, "w", encoding="utf-8") as stream,
-    ):
-        stream.write(summary_markdown(evaluation))
+    write_text(os.path.join(folder, "summary.md"), summary_markdown(evaluation))
 
 
 def _write_json(evaluation: Evaluation, file: str) -> None:

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from nnunet_ssl.files import replacing
+from nnunet_ssl.files import replacing, write_text
 
 DPI = 300
 CHARACTER = 0.062  # inches, about the widest that a letter is on average
@@ -110,6 +110,5 @@ def save_figure(figure: Figure, folder: Path, name: str, caption: str) -> None:
             metadata = {"CreationDate": None} if kind == "pdf" else None
             with replacing(str(folder / f"{name}.{kind}")) as temporary:
                 figure.savefig(temporary, format=kind, dpi=DPI, metadata=metadata)
-    with replacing(str(folder / f"{name}.md")) as temporary, open(temporary, "w", encoding="utf-8") as stream:
-        stream.write(caption.rstrip() + "\n")
+    write_text(str(folder / f"{name}.md"), caption.rstrip() + "\n")
     figure.clear()
