@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -48,17 +49,17 @@ def write_report(plan: Plan, page: Path | None = None) -> str:
     name = plan.protocol.name
     draw_curves(plan, results, plan.home / "curves.png")
     write_json(str(plan.home / "results.json"), results)
-    pictures = {"learning curves": plan.home / "curves.png", **figure_files(plan)}
+    pictures = [Picture("learning_curves", "Learning curves", plan.home / "curves.png"), *figure_pictures(plan)]
     text = "\n".join([*markdown(plan, results), *shown_pictures(pictures, plan.home), ""])
     write_text(str(plan.home / "report.md"), f"# {name}\n\n{text}")
     if page is not None:
         folder = page.parent / "figures"
-        copies = {title: folder / f"{name}_{title.replace(' ', '_')}.png" for title in pictures}
+        copies = [picture._replace(file=folder / f"{name}_{picture.name}.png") for picture in pictures]
         content = fill(page, name, [*markdown(plan, results), *shown_pictures(copies, page.parent)])
         folder.mkdir(exist_ok=True)
-        for title, file in copies.items():
-            with replacing(str(file)) as temporary:
-                shutil.copyfile(pictures[title], temporary)
+        for picture, copy in zip(pictures, copies, strict=True):
+            with replacing(str(copy.file)) as temporary:
+                shutil.copyfile(picture.file, temporary)
         write_text(str(page), content)
     return text
 
@@ -82,18 +83,31 @@ def fill(page: Path, name: str, lines: Sequence[str], writer: str = "nnUNetv2_ss
     return "\n".join([text.split(begin)[0] + begin, "", *lines, "", end + text.split(end)[1]])
 
 
-def figure_files(plan: Plan) -> dict[str, Path]:
-    """Title -> picture that ``nnUNetv2_ssl_figures`` has drawn, of the first labelled set."""
+class Picture(NamedTuple):
+    """A picture of the report: its name in file names, its title, and its file."""
+
+    name: str
+    title: str
+    file: Path
+
+
+def figure_pictures(plan: Plan) -> Iterator[Picture]:
+    """What ``nnUNetv2_ssl_figures`` has drawn, of the first labelled set; titles are those of the captions."""
     first = next((step for _, step in plan.figures()), None)
     files = sorted((plan.home / "figures" / first.key.removeprefix("figures_")).glob("*.png")) if first else []
-    titles = {"curves": "training curves"}  # beside the learning curves of the report
-    return {titles.get(file.stem, file.stem.replace("_", " ")): file for file in files}
+    for file in files:
+        caption = file.with_suffix(".md")
+        bold = re.match(r"\*\*(.+?)\.?\*\*", caption.read_text(encoding="utf-8")) if caption.is_file() else None
+        title = bold[1] if bold else file.stem.replace("_", " ").capitalize()
+        # beside the learning curves of the report
+        yield Picture("training_curves" if file.stem == "curves" else file.stem, title, file)
 
 
-def shown_pictures(pictures: Mapping[str, Path], folder: Path) -> Iterator[str]:
-    """Lines of Markdown that show pictures, by title, on a page in ``folder``."""
-    for title, file in pictures.items():
-        yield from ("", f"![{title.capitalize()}]({file.relative_to(folder).as_posix()})")
+def shown_pictures(pictures: Sequence[Picture], folder: Path) -> Iterator[str]:
+    """Lines of Markdown that show pictures, each with its title, on a page in ``folder``."""
+    for picture in pictures:
+        place = picture.file.relative_to(folder).as_posix()
+        yield from ("", f"![{picture.title}]({place})", "", f"*{picture.title}.*")
 
 
 # ----------------------------------------------------------------------------------------------------------- numbers

@@ -137,12 +137,14 @@ def test_figures_are_shown_and_copied(plan, tmp_path):
     folder.mkdir(parents=True)
     for name in ("curves", "cases_1_liver"):
         (folder / f"{name}.png").write_text(name)
+    (folder / "curves.md").write_text("**Training curves.** A value an epoch.\n\nMore **bold** text.\n")
     page = tmp_path / "results.md"
     page.write_text("<!-- made_up: written by nnUNetv2_ssl_benchmark -->\n<!-- made_up: end -->\n")
     write_report(plan, page)
     report = (plan.home / "report.md").read_text()
     assert "![Cases 1 liver](figures/steps80_2labeled_seed0/cases_1_liver.png)" in report
-    assert "![Learning curves](curves.png)" in report
+    assert "![Learning curves](curves.png)\n\n*Learning curves.*" in report
+    assert "![Training curves](figures/steps80_2labeled_seed0/curves.png)\n\n*Training curves.*" in report
     for name, content in (("training_curves", "curves"), ("cases_1_liver", "cases_1_liver")):
         assert f"(figures/made_up_{name}.png)" in page.read_text()
         assert (tmp_path / "figures" / f"made_up_{name}.png").read_text() == content
