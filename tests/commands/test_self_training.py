@@ -10,6 +10,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib import metadata
+from multiprocessing.context import ForkContext
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,11 +56,20 @@ def trained(tiny_copy: Callable, make_trainer: Callable) -> Callable[..., tuple[
     return train
 
 
+class ThreadsForWorkers(ForkContext):
+    """Pools of threads; what is not a pool is forked."""
+
+    def Pool(self, *args: object, **kwargs: object) -> ThreadPool:  # noqa: N802
+        return ThreadPool(*args, **kwargs)
+
+
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """nnU-Net's real commands, but in this process, and with forked workers: a new process imports for seconds."""
-    real = multiprocessing.get_context
-    monkeypatch.setattr(multiprocessing, "get_context", lambda method=None: real("fork"))
+    """nnU-Net's real commands, but in this process, and with threads for workers: a new process imports for seconds.
+
+    A forked one would be as quick, but blosc2's threads do not come along: compressing there can wait for ever.
+    """
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method=None: ThreadsForWorkers())
     monkeypatch.setattr(multiprocessing, "cpu_count", lambda: 1)  # what nnUNetv2_train takes for threads
     commands = {entry.name: entry for entry in metadata.entry_points(group="console_scripts")}
 
