@@ -159,7 +159,7 @@ TRAIN = {
     "unknown setting": Row(lambda d: settings(d, cps_wieght=0.5)),
     "ill-typed setting": Row(lambda d: settings(d, cps_weight="much")),
     "cascade configuration": Row(cascade),
-    "region-based labels with SHTA": Row(lambda d: [], "regions"),
+    "region-based labels with GA-CPS, MagicNet, SASNet or SHTA": Row(lambda d: [], "regions"),
     "disk full while preparing": Row(large_image),
 }
 
