@@ -297,16 +297,20 @@ class Plan:
         name = f"{row.key}_{labeled}labeled_seed{seed}"
         iterations = self._iterations(row, budget, self.home / "runs" / budget.key / name)
         if p.equal_steps is not None:
-            same = self._iterations(row, p.equal_steps, self.home)
+            same = self._steps_of_an_epoch(row, p.equal_steps.steps)
             if budget.time_of == row.name or (iterations and abs(iterations - same) <= SAME_LENGTH * same):
                 budget, iterations = p.equal_steps, same
         return Run(row, labeled, seed, budget, p.epochs, iterations, self.home / "runs" / budget.key / name)
+
+    def _steps_of_an_epoch(self, row: Row, steps: int) -> int:
+        """So many that all trainings of the row together have these steps."""
+        return steps // self.protocol.epochs // row.trainings
 
     def _iterations(self, row: Row, budget: Budget, folder: Path) -> int | None:
         """Steps of an epoch. Epochs are the same for all, so that schedules and curves are."""
         p = self.protocol
         if budget.steps is not None:
-            return budget.steps // p.epochs // row.trainings
+            return self._steps_of_an_epoch(row, budget.steps)
         if (folder / "settings.json").is_file():  # a run that was started keeps its length, whatever is measured later
             return json.loads((folder / "settings.json").read_text())["num_iterations_per_epoch"]
         seconds = self.seconds_a_step()

@@ -27,6 +27,11 @@ class SelfTraining:
     options: tuple[str, ...] = ()
 
 
+def row_key(name: str) -> str:
+    """A row's name as it stands in file names; names that differ in signs or case alone have the same."""
+    return re.sub(r"[^\w.-]+", "_", name).strip("_").lower()
+
+
 @dataclass(frozen=True)
 class Row:
     """A row of the table.
@@ -50,7 +55,7 @@ class Row:
     @property
     def key(self) -> str:
         """In file names."""
-        return re.sub(r"[^\w.-]+", "_", self.name).strip("_").lower()
+        return row_key(self.name)
 
     @property
     def trainings(self) -> int:
@@ -71,7 +76,7 @@ class Budget:
         """In file names."""
         if self.steps is not None:
             return f"steps{self.steps}"
-        return f"minutes{self.minutes:g}" if self.minutes is not None else f"time_of_{Row(self.time_of, '').key}"
+        return f"minutes{self.minutes:g}" if self.minutes is not None else f"time_of_{row_key(self.time_of)}"
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from nnunet_ssl import __version__
 from nnunet_ssl.benchmark.plan import Plan, Run, Step
-from nnunet_ssl.benchmark.protocol import Row
+from nnunet_ssl.benchmark.protocol import row_key
 from nnunet_ssl.demo.run import executable
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_json
@@ -348,9 +348,9 @@ def refuse_other(home: Path, given: dict[str, Any], device: str) -> list[dict[st
             f"{home} was begun with {first} as the first budget in steps, by which 'time_of' goes, the protocol now "
             f"says {now}; undo that, or take another -o."
         )
-    rows = {Row(row["name"], "").key: row for row in old["rows"]}  # by the key that names folders: CPS+SHTA, CPS + SHTA
+    rows = {row_key(row["name"]): row for row in old["rows"]}
     for row in given["rows"]:
-        was = rows.pop(Row(row["name"], "").key, row)
+        was = rows.pop(row_key(row["name"]), row)
         if {k: v for k, v in was.items() if k != "against"} != {k: v for k, v in row.items() if k != "against"}:
             raise UserError(
                 f"{home} was begun with another row {row['name']!r} ({json.dumps(was)}); undo that, give the row "
