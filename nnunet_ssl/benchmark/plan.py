@@ -235,7 +235,7 @@ class Plan:
     def measure(self) -> Iterator[Step]:
         """Short trainings, each kind in turn, forwards and backwards: whatever drifts drifts for all."""
         p = self.protocol
-        if all(budget.steps is not None for budget in p.budgets):
+        if p.measure.seconds or all(budget.steps is not None for budget in p.budgets):
             return
         timed = [row for row in p.rows if self._timed_as(row) is row]
         rows = [(row, number) for number in range(p.measure.rounds) for row in (timed if number % 2 == 0
@@ -249,9 +249,11 @@ class Plan:
     def seconds_a_step(self) -> dict[str, float]:
         """Seconds of a step by row, of those that have been measured: of the fastest epoch.
 
-        Whatever else the machine does makes an epoch longer, never shorter.
+        Whatever else the machine does makes an epoch longer, never shorter. Those that the protocol gives go first.
         """
         p, seconds = self.protocol, {}
+        if p.measure.seconds:
+            return {row.key: p.measure.seconds[row.name] for row in p.rows}
         for row in p.rows:
             folders = [self._measure_folder(self._timed_as(row), number) for number in range(p.measure.rounds)]
             rounds = [epoch_seconds(fold) for folder in folders for fold in trainings(folder)]

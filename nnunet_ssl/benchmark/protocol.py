@@ -104,11 +104,16 @@ class Measure:
     """The short runs by which seconds a step are measured: each row in turn, forwards and backwards.
 
     An epoch costs more than its steps (0.1 to 0.3 s on a CPU), which short epochs would count as the steps' own.
+
+    Attributes:
+        seconds: of a step by row's name, where they are known from elsewhere: then nothing is measured, and a budget in
+            time gives the same steps on every machine.
     """
 
     epochs: int = 3
     iterations: int = 100
     rounds: int = 2
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -249,7 +254,9 @@ MEASURE_FIELDS: dict[str, tuple[Kind, Any]] = {
     "epochs": (Kind("a whole number from 2", lambda v: _is_whole(v, 2)), Measure.epochs),  # the first is warm-up
     "iterations": (COUNT, Measure.iterations),
     "rounds": (COUNT, Measure.rounds),
-}
+    "seconds": (Kind("an object of rows and their seconds a step, numbers above 0", lambda v: isinstance(v, dict)
+                     and all(map(_is_number, v.values()))), {}),
+}  # fmt: skip
 
 
 def checked(given: Any, fields: Mapping[str, tuple[Kind, Any]], where: str) -> dict[str, Any]:
@@ -398,6 +405,12 @@ def _check_rows(protocol: Protocol, file: Path) -> None:
 
 
 def _check_budgets(protocol: Protocol, file: Path) -> None:
+    names, known = [row.name for row in protocol.rows], protocol.measure.seconds
+    if known and set(known) != set(names):
+        raise UserError(
+            f"{file}, measure, gives 'seconds' of {', '.join(known)}; give those of every row, {', '.join(names)}, or "
+            "none."
+        )
     for number, budget in enumerate(protocol.budgets):
         where = f"{file}, budgets[{number}],"
         if [budget.steps, budget.minutes, budget.time_of].count(None) != 2:
@@ -411,7 +424,6 @@ def _check_budgets(protocol: Protocol, file: Path) -> None:
                 why += f" x trainings of {row.name} ({row.trainings})" if row.trainings > 1 else ""
                 raise UserError(f"{where} sets 'steps' to {budget.steps}; take a multiple of {why}, {unit}.")
         if budget.time_of is not None:
-            names = [row.name for row in protocol.rows]
             if budget.time_of not in names:
                 raise UserError(f"{where} sets 'time_of' to {budget.time_of!r}; the rows are {', '.join(names)}.")
             if protocol.equal_steps is None:

@@ -250,7 +250,8 @@ def markdown(plan: Plan, results: dict[str, Any]) -> Iterator[str]:
     if results["seconds_a_step"]:
         names = {row.key: row.name for row in p.rows}
         measured = ", ".join(f"{names[key]} {value:.4f}" for key, value in results["seconds_a_step"].items())
-        yield from ("", f"Measured seconds a step, by which equal time was made: {measured}.")
+        source = "Seconds a step as the protocol gives them" if p.measure.seconds else "Measured seconds a step"
+        yield from ("", f"{source}, by which equal time was made: {measured}.")
     for place in results["surroundings"]:
         threads = ", one thread a run" if place["device"] == "cpu" else ""
         versions = ", ".join(f"{k} {v}" for k, v in place.items() if k not in ("device", "machine"))

@@ -127,6 +127,14 @@ def test_equal_time_follows_from_the_measured_seconds(given, make_plan, write_ti
     assert lengths(plan, 2) == {"Labels only": 60, "CPS": 15, "CPS + SHTA": 12, "More labels": 60}
 
 
+def test_seconds_that_the_protocol_gives_are_not_measured(given, make_plan, write_times):
+    given["measure"] = {"seconds": SECONDS}
+    plan = make_plan(given)
+    assert not list(plan.measure())
+    write_measurements(plan, write_times, dict.fromkeys(SECONDS, 1.0))  # what lies there changes nothing
+    assert lengths(plan, 1) == {"Labels only": 80, "CPS": 20, "CPS + SHTA": 16, "More labels": 80}
+
+
 def test_a_measurement_that_is_not_complete_does_not_count(given, make_plan, write_times):
     plan = make_plan(given)
     write_times(plan.home / "measure" / "cps_2labeled_seed0_0", [2.0, 1.0, 1.0])
