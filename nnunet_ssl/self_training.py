@@ -21,10 +21,10 @@ from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_dataset
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_ssl.demo.run import executable
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.export import find_model_folder
 from nnunet_ssl.files import stamp
+from nnunet_ssl.stock_commands import of_this_python
 from nnunet_ssl.unlabeled.find import UNLABELED_FOLDER, required_folder, resolve_dataset
 from nnunet_ssl.unlabeled.pseudolabel import RECORD, REPORT, Predictions, Source, read_source, write_pseudolabeled
 from nnunet_ssl.unlabeled.split import SPLITS, refuse_existing
@@ -289,7 +289,7 @@ class SelfTraining:
         print(f"  $ {shlex.join(words)}", flush=True)
         if self.dry_run:
             return
-        done = subprocess.run([executable(words[0]), *words[1:]])
+        done = subprocess.run(of_this_python(words, self.device))
         if done.returncode != 0:
             raise UserError(
                 f"{words[0]} ended with exit code {done.returncode}; what it printed above says why. Started again "

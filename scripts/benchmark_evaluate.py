@@ -19,8 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_ssl.demo.run import executable
 from nnunet_ssl.evaluation.metrics import Options, case_metrics
+from nnunet_ssl.stock_commands import executable
 
 BALLS = (8, 16, 32)  # radius in voxels
 VOLUMES = (80, 160, 240)  # voxels along each axis

@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_ssl.benchmark.report import fill
-from nnunet_ssl.benchmark.run import of_this_python
 from nnunet_ssl.demo.plans import shrink_plans
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.stock_commands import of_this_python
 
 ROOT = Path(__file__).resolve().parent.parent
 PLANS = "nnUNetPlans_2mm"

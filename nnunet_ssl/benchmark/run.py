@@ -8,7 +8,6 @@ import platform
 import shlex
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,16 +24,12 @@ from filelock import FileLock, Timeout
 from nnunet_ssl import __version__
 from nnunet_ssl.benchmark.plan import Plan, Run, Step
 from nnunet_ssl.benchmark.protocol import row_key
-from nnunet_ssl.demo.run import executable
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_json
+from nnunet_ssl.stock_commands import of_this_python
 
 ADDED_TO = ("seeds", "labeled", "rows", "budgets")  # what a protocol may get more of while its benchmark is under way
 FREE = ("about", "figures")
-ENTRY_POINTS = {
-    "nnUNetv2_train": "nnunetv2.run.run_training:run_training_entry",
-    "nnUNetv2_predict": "nnunetv2.inference.predict_from_raw_data:predict_entry_point",
-}
 
 
 class StepError(Exception):
@@ -231,28 +226,6 @@ def words_to_run(step: Step, device: str) -> list[str]:
         StepError: there is no such dataset, or more than one.
     """
     return of_this_python([_filled_in(word) for word in [*step.words, *step.machine]], device)
-
-
-def of_this_python(words: Sequence[str], device: str) -> list[str]:
-    """A command with the executable of the environment that runs this.
-
-    On the CPU a command of nnU-Net's that trains or predicts is held to one thread, since ``-device cpu`` asks torch
-    for as many threads as there are cores.
-
-    Args:
-        words: as typed: ``python``, one of our commands or one of nnU-Net's, and its arguments.
-        device: ``cuda``, ``cpu`` or ``mps``.
-    """
-    name, *rest = words
-    if name == "python":
-        return [sys.executable, *rest]
-    if name.startswith("nnUNetv2_ssl_"):
-        return [sys.executable, "-m", f"nnunet_ssl.commands.{name.removeprefix('nnUNetv2_ssl_')}", *rest]
-    if device == "cpu" and name in ENTRY_POINTS:
-        module, function = ENTRY_POINTS[name].split(":")
-        code = f"import multiprocessing as m; m.cpu_count = lambda: 1; from {module} import {function} as f; f()"
-        return [sys.executable, "-c", code, *rest]
-    return [executable(name), *rest]
 
 
 def _filled_in(word: str) -> str:

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import SimpleITK as sitk
 from nnunet_ssl.demo.dataset import DATASET, ORGANS, write_dataset
 from nnunet_ssl.demo.plans import shrink_plans
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.stock_commands import executable
 
 TRAINERS = ("nnUNetTrainerLabeledOnly", "nnUNetTrainerSHTA_CPS")
 CONFIGURATION, PLANS, FOLD = "3d_fullres", "nnUNetPlans", "all"
@@ -193,18 +193,6 @@ class Demo:
 
     def _say(self, what: str) -> None:
         print(f"\n{what}" if what else "", flush=True)
-
-
-def executable(name: str) -> str:
-    """nnU-Net's command of the environment that runs this.
-
-    Raises:
-        UserError: there is none.
-    """
-    file = Path(sys.executable).parent / (name + (".exe" if os.name == "nt" else ""))
-    if not file.exists():
-        raise UserError(f"{file} does not exist; install nnunet-ssl with pip in the environment that nnU-Net lives in.")
-    return str(file)
 
 
 def dice_table(results: dict[str, Any]) -> str:
