@@ -133,12 +133,17 @@ def _classes_and_ignore(content: dict, file: str) -> tuple[dict[Label, str], int
         foreground = manager.foreground_regions if manager.has_regions else manager.foreground_labels
     except Exception as error:
         raise UserError(f"{file}: nnU-Net does not accept its labels ({error}). Correct them.") from error
-    name_of = {_as_label(value): str(name) for name, value in content["labels"].items()}
-    return {label: name_of.get(label, str(label)) for label in map(_as_label, foreground)}, manager.ignore_label
+    name_of = {as_label(value, manager.has_regions): str(name) for name, value in content["labels"].items()}
+    foreground = [as_label(value, manager.has_regions) for value in foreground]
+    return {label: name_of.get(label, str(label)) for label in foreground}, manager.ignore_label
 
 
-def _as_label(value: int | Sequence[int]) -> Label:
-    return int(value) if np.isscalar(value) else tuple(int(v) for v in value)
+def as_label(value: int | Sequence[int], has_regions: bool) -> Label:
+    """A label, or the labels of a region; in a dataset without regions ``[1]`` is another way to write 1."""
+    if np.isscalar(value):
+        return int(value)
+    labels = tuple(int(v) for v in value)
+    return labels if has_regions or len(labels) > 1 else labels[0]
 
 
 def _labels_in(files: Sequence[str], reader: type) -> dict[Label, str]:
@@ -154,11 +159,12 @@ def _labels_in(files: Sequence[str], reader: type) -> dict[Label, str]:
 def _groups(content: object, classes: dict[Label, str], file: str) -> dict[str, tuple[Label, ...]]:
     """Resolve labels, regions and names of classes."""
     by_name = {name: label for label, name in classes.items()}
+    has_regions = any(isinstance(label, tuple) for label in classes)
     if not isinstance(content, dict) or not all(isinstance(members, list) and members for members in content.values()):
         raise UserError(f'{file}: groups of classes must be written as {{"name": [labels or class names], ...}}.')
     groups: dict[str, tuple[Label, ...]] = {}
     for name, members in content.items():
-        resolved = [by_name.get(m) if isinstance(m, str) else _as_label(m) for m in members]
+        resolved = [by_name.get(m) if isinstance(m, str) else as_label(m, has_regions) for m in members]
         unknown = [m for m, label in zip(members, resolved, strict=True) if label not in classes]
         if unknown:
             raise UserError(

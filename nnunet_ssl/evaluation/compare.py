@@ -20,8 +20,8 @@ EQUAL = 1e-9  # differences up to this are rounding
 RESAMPLES = 9999
 EXPLANATION = (
     "Differences are means over the cases in which both methods are defined. Interval: 95 % bootstrap over cases "
-    f"(BCa, {RESAMPLES} resamples, seeded). p: Wilcoxon signed-rank test, two-sided, ties dropped. p (Holm): corrected "
-    "over the classes of one metric and method; means and groups are not corrected."
+    f"(BCa, {RESAMPLES} resamples, seeded). p: Wilcoxon signed-rank test, two-sided, ties dropped. p (Holm): "
+    "corrected, that of a class over the classes of its metric and method, that of a mean or a group over the methods."
 )
 
 
@@ -34,7 +34,8 @@ class Difference:
         n: cases in which both are defined.
         baseline_mean, method_mean: over these cases.
         difference: mean of method - baseline; ``low`` and ``high``: its 95 % interval.
-        p: of the Wilcoxon signed-rank test; ``p_holm``: corrected, for classes.
+        p: of the Wilcoxon signed-rank test; ``p_holm``: corrected over the classes, or for a mean or a group over the
+            methods.
         wins, ties, losses: cases in which the method is better, equal, worse.
     """
 
@@ -76,18 +77,28 @@ def compare(evaluations: Sequence[Evaluation], seed: int = 0) -> list[Difference
     column = {label: i for i, label in enumerate(classes)}
     differences: list[Difference] = []
     for metric in baseline.metrics:
+        found = []
         for other in others:
             a, b = baseline.values(metric.key), other.values(metric.key)
             unpaired = np.isnan(a) | np.isnan(b)
             a[unpaired] = b[unpaired] = np.nan
-            found = []
             for kind, target, members in targets:
                 columns = [column[label] for label in members]
                 pair = [np.array([nanmean(row[columns]) for row in values]) for values in (a, b)]
                 found.append(_difference(metric, other.method, baseline.method, kind, target, *pair, seed))
-            corrected = iter(holm([d.p for d in found if d.kind == "class"]))
-            differences += [replace(d, p_holm=next(corrected)) if d.kind == "class" else d for d in found]
+        differences += _corrected(found)
     return differences
+
+
+def _corrected(found: Sequence[Difference]) -> list[Difference]:
+    """Differences in one metric, with Holm's p: the classes of a method are a family, and a mean of all methods is."""
+    families: dict[tuple[str, str], list[int]] = {}
+    for i, d in enumerate(found):
+        families.setdefault(("class", d.method) if d.kind == "class" else (d.kind, d.target), []).append(i)
+    p_holm = {}
+    for members in families.values():
+        p_holm |= zip(members, holm([found[i].p for i in members]), strict=True)
+    return [replace(d, p_holm=p_holm[i]) for i, d in enumerate(found)]
 
 
 def _difference(

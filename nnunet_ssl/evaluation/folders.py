@@ -53,9 +53,18 @@ def evaluate_folders(
     Raises:
         UserError: names every case with which something is wrong.
     """
-    cases = find_cases(reference, predictions, dataset.file_ending, chill)
-    problems = [problem for case in cases for problem in _header_problems(case, dataset.reader)]
-    _refuse(problems)
+    cases, missing = find_cases(reference, predictions, dataset.file_ending)
+    if chill:
+        for problem in missing:
+            print(f"Left out: {problem}", flush=True)
+        missing = []
+    problems = [*missing, *(problem for case in cases for problem in _header_problems(case, dataset.reader))]
+    _refuse(problems, " --chill evaluates the cases that every folder has." if missing else "")
+    if not cases:
+        raise UserError(
+            f"no {dataset.file_ending} file of {reference} is in every prediction folder "
+            f"({', '.join(predictions.values())}). Label maps must be named as the true ones."
+        )
     jobs = [(case, dataset, options) for case in cases]
     measured: list[Case] = []
     for outcome in all_outcomes(evaluate_case, jobs, num_processes, "Evaluating"):
@@ -67,35 +76,23 @@ def evaluate_folders(
     return sorted(measured, key=lambda case: case.name)
 
 
-def find_cases(reference: str, predictions: Mapping[str, str], ending: str, chill: bool = False) -> list[Case]:
+def find_cases(reference: str, predictions: Mapping[str, str], ending: str) -> tuple[list[Case], list[str]]:
     """Match the files of the folders by name.
 
-    Raises:
-        UserError: names the files that are in one folder and not in another (not with ``chill``), or there are none
-            that are in all.
+    Returns:
+        The cases that are in every folder, and sentences that name the files that are in one and not in another.
     """
-    true_files = files_in(reference, ending)
-    folders = {method: files_in(folder, ending) for method, folder in predictions.items()}
-    problems = []
+    true_files = set(files_in(reference, ending))
+    folders = {method: set(files_in(folder, ending)) for method, folder in predictions.items()}
+    missing = []
     for method, files in folders.items():
-        problems += [f"{os.path.join(predictions[method], f)} is missing" for f in true_files if f not in set(files)]
-        problems += [
-            f"{os.path.join(reference, f)} is missing, but {method} has a prediction of it"
-            for f in files
-            if f not in set(true_files)
+        missing += [f"{os.path.join(predictions[method], file)} is missing" for file in sorted(true_files - files)]
+        missing += [
+            f"{os.path.join(reference, file)} is missing, but {method} has a prediction of it"
+            for file in sorted(files - true_files)
         ]
-    if chill:
-        for problem in problems:
-            print(f"Left out: {problem}", flush=True)
-    else:
-        _refuse(problems, " --chill evaluates the cases that every folder has.")
-    common = sorted(set(true_files).intersection(*folders.values()))
-    if not common:
-        raise UserError(
-            f"no {ending} file of {reference} is in every prediction folder ({', '.join(predictions.values())}). "
-            "Label maps must be named as the true ones."
-        )
-    return [
+    common = sorted(true_files.intersection(*folders.values()))
+    cases = [
         Case(
             file.removesuffix(ending),
             os.path.join(reference, file),
@@ -103,6 +100,7 @@ def find_cases(reference: str, predictions: Mapping[str, str], ending: str, chil
         )
         for file in common
     ]
+    return cases, missing
 
 
 def _refuse(problems: Sequence[str], hint: str = "") -> None:

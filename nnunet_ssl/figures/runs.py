@@ -22,6 +22,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.evaluation.classes import as_label
 from nnunet_ssl.evaluation.metrics import Label
 from nnunet_ssl.figures.page import class_colors
 from nnunet_ssl.files import stamp, write_json
@@ -157,8 +158,9 @@ def find_classes(
     Raises:
         UserError: a name or label that the dataset does not have.
     """
+    has_regions = any(isinstance(value, list) and len(value) > 1 for value in dataset_json["labels"].values())
     labels = {
-        name: int(value) if np.isscalar(value) else tuple(map(int, value))
+        name: as_label(value, has_regions)
         for name, value in dataset_json["labels"].items()
         if name != "ignore" and value not in (0, [0])
     }

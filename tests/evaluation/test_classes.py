@@ -56,6 +56,21 @@ def test_groups_by_label_and_by_name(tmp_path):
     assert read_dataset(str(truth), []).groups == {"Large": (1, 2), "Small": (3,)}
 
 
+def test_a_list_of_one_label_is_that_label_unless_there_are_regions(tmp_path):
+    """As nnU-Net has it; with regions its summary.json calls it (3,)."""
+    truth = write_dataset(tmp_path)
+    file = tmp_path / "dataset.json"
+    content = {"labels": {"background": 0, "liver": [1], "spleen": 2}, "file_ending": ".nii.gz",
+               "class_groups": {"Large": ["liver", [2]]}}  # fmt: skip
+    file.write_text(json.dumps(content))
+    dataset = read_dataset(str(truth), [str(tmp_path / "a")])
+    assert dataset.classes == {1: "liver", 2: "spleen"}
+    assert dataset.groups == {"Large": (1, 2)}
+    content["labels"] = {"background": 0, "whole": [1, 2, 3], "tip": [3]}
+    file.write_text(json.dumps({**content, "regions_class_order": [1, 3], "class_groups": {"All": ["whole", [3]]}}))
+    assert read_dataset(str(truth), [str(tmp_path / "a")]).groups == {"All": ((1, 2, 3), (3,))}
+
+
 def test_groups_of_regions(tmp_path):
     truth = write_dataset(tmp_path, class_groups={"Both": [[1, 2, 3], "core"]}, **REGIONS)
     assert read_dataset(str(truth), []).groups == {"Both": ((1, 2, 3), (2, 3))}

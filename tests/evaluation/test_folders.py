@@ -59,6 +59,14 @@ def test_all_files_that_are_missing_are_named(tmp_path):
         assert text in str(error.value)
 
 
+def test_what_is_missing_and_what_lies_on_another_grid_are_named_at_once(tmp_path):
+    write_dataset(tmp_path)
+    (tmp_path / "a" / "case_1.nii.gz").unlink()
+    write(tmp_path / "a" / "case_2.nii.gz", SMALL)
+    with pytest.raises(UserError, match=r"2 problem(.|\n)*case_1.nii.gz is missing(.|\n)*case_2.nii.gz has .*shape"):
+        evaluate(tmp_path)
+
+
 def test_chill_evaluates_what_all_have_and_names_the_rest(tmp_path, capsys):
     write_dataset(tmp_path, ("a", "b"))
     (tmp_path / "a" / "case_1.nii.gz").unlink()
