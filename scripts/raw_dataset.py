@@ -184,7 +184,8 @@ def align_by_header(label: sitk.Image, image: sitk.Image) -> sitk.Image:
     _check_size_and_spacing(label, image)
     if not np.allclose(label.GetDirection(), image.GetDirection(), atol=1e-2):
         raise CaseError("image and label differ in the direction of their axes.")
-    if (np.abs(np.subtract(label.GetOrigin(), image.GetOrigin())) > 0.5 * np.max(image.GetSpacing())).any():
+    shift = image.TransformPhysicalPointToContinuousIndex(label.GetOrigin())  # in voxels of each axis
+    if np.max(np.abs(shift)) > 0.5:
         raise CaseError(f"image and label differ in origin: {_text(image.GetOrigin())} and {_text(label.GetOrigin())}.")
     label.CopyInformation(image)
     return label
@@ -207,11 +208,11 @@ def align_by_slice_number(label: sitk.Image, image: sitk.Image) -> sitk.Image:
 
 
 def _check_size_and_spacing(label: sitk.Image, image: sitk.Image) -> None:
-    for what, of_image, of_label in (
-        ("size", image.GetSize(), label.GetSize()),
-        ("spacing", image.GetSpacing(), label.GetSpacing()),
+    for what, of_image, of_label, tolerance in (
+        ("size", image.GetSize(), label.GetSize(), 0),
+        ("spacing", image.GetSpacing(), label.GetSpacing(), 1e-3),
     ):
-        if not np.allclose(of_image, of_label, rtol=1e-3, atol=0):
+        if not np.allclose(of_image, of_label, rtol=tolerance, atol=0):
             raise CaseError(f"image and label differ in {what}: {_text(of_image)} and {_text(of_label)}.")
 
 

@@ -201,6 +201,8 @@ HARMS = {
     "size": (harm_label(label(0, 1, shape=(4, 5, 7))), "synapse_0023: image and label differ in size: 6 x 5 x 4 and 7"),
     "spacing": (harm_label(label(0, 1), spacing=(0.7, 0.8, 2.0)), "spacing: 0.7 x 0.8 x 2.5 and 0.7 x 0.8 x 2"),
     "origin": (harm_label(label(0, 1), origin=(30.0, -4.0, 5.0)), "differ in origin: 3 x -4 x 5 and 30"),
+    # 1.7 voxels, and less than half of a slice's thickness
+    "shift in the plane": (harm_label(label(0, 1), origin=(4.2, -4.0, 5.0)), "differ in origin: 3 x -4 x 5 and 4.2"),
     "foreign label": (harm_label(label(0, 14)), r"synapse_0023: the label holds \[14\]"),
     "fractions": (harm_label(label(0, 1).astype(np.float32) / 2), "synapse_0023: the label holds fractions"),
 }  # fmt: skip
