@@ -14,15 +14,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nnunet_ssl.benchmark.protocol import Budget, Labeled, Protocol, Row
+from nnunet_ssl.benchmark.protocol import Budget, Labeled, Protocol, Row, row_key
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.metrics import METRICS
+from nnunet_ssl.files import write_json
 
 # of a CPU: one thread a run, so that runs side by side do not slow each other down; batches are made in it too
 ONE_THREAD = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_NUM_THREADS": "1"}
 
 # seconds a step are not known better than this: a budget in time that differs by less from the one in steps is the same
 SAME_LENGTH = 0.05
+
+SECONDS = "seconds_a_step.json"  # of each row, in the folder of the benchmark
 
 
 @dataclass(frozen=True)
@@ -235,9 +238,10 @@ class Plan:
     def measure(self) -> Iterator[Step]:
         """Short trainings, each kind in turn, forwards and backwards: whatever drifts drifts for all."""
         p = self.protocol
-        if p.measure.seconds or all(budget.steps is not None for budget in p.budgets):
+        if all(budget.steps is not None for budget in p.budgets):
             return
-        timed = [row for row in p.rows if self._timed_as(row) is row]
+        known = self._known_seconds()
+        timed = [row for row in p.rows if self._timed_as(row) is row and row.key not in known]
         rows = [(row, number) for number in range(p.measure.rounds) for row in (timed if number % 2 == 0
                                                                                 else timed[::-1])]  # fmt: skip
         for row, number in rows:
@@ -247,14 +251,14 @@ class Plan:
             yield Step(f"measure_{folder.name}", f"Time {row.name}, round {number + 1}", *step)
 
     def seconds_a_step(self) -> dict[str, float]:
-        """Seconds of a step by row, of those that have been measured: of the fastest epoch.
+        """Seconds of a step by row: those that the protocol gives, those that were kept, and those that were measured.
 
-        Whatever else the machine does makes an epoch longer, never shorter. Those that the protocol gives go first.
+        Measured seconds are those of the fastest epoch: whatever else the machine does makes one longer, never shorter.
         """
-        p, seconds = self.protocol, {}
-        if p.measure.seconds:
-            return {row.key: p.measure.seconds[row.name] for row in p.rows}
+        p, seconds = self.protocol, self._known_seconds()
         for row in p.rows:
+            if row.key in seconds:
+                continue
             folders = [self._measure_folder(self._timed_as(row), number) for number in range(p.measure.rounds)]
             rounds = [epoch_seconds(fold) for folder in folders for fold in trainings(folder)]
             # the first epoch is warm-up: allocators, compilation, the choice of algorithms
@@ -268,10 +272,26 @@ class Plan:
                     )
         return seconds
 
+    def keep_seconds(self) -> None:
+        """Write down the seconds a step, so that runs that are added later get their length from the same."""
+        seconds = kept_seconds(self.home) | self.seconds_a_step()
+        if seconds:
+            write_json(str(self.home / SECONDS), seconds)
+
+    def _known_seconds(self) -> dict[str, float]:
+        """Of rows that need no measuring: given by the protocol, or kept, of the row or of one that trains alike."""
+        known = kept_seconds(self.home) | {
+            row_key(name): value for name, value in self.protocol.measure.seconds.items()
+        }
+        for row in self.protocol.rows:
+            same = [known[other.key] for other in self.protocol.rows if other.key in known and other.alike(row)]
+            if row.key not in known and same:
+                known[row.key] = same[0]
+        return {row.key: known[row.key] for row in self.protocol.rows if row.key in known}
+
     def _timed_as(self, row: Row) -> Row:
         """The first row that trains as this one does: a step takes the same time, and they get the same number."""
-        alike = (row.trainer, row.settings)
-        return next(other for other in self.protocol.rows if (other.trainer, other.settings) == alike)
+        return next(other for other in self.protocol.rows if other.alike(row))
 
     def _measure_folder(self, row: Row, number: int) -> Path:
         p = self.protocol
@@ -298,7 +318,7 @@ class Plan:
         labeled = labeled if row.labeled is None else row.labeled
         name = f"{row.key}_{labeled}labeled_seed{seed}"
         iterations = self._iterations(row, budget, self.home / "runs" / budget.key / name)
-        if p.equal_steps is not None:
+        if p.equal_steps is not None and budget.steps is None:
             same = self._steps_of_an_epoch(row, p.equal_steps.steps)
             if budget.time_of == row.name or (iterations and abs(iterations - same) <= SAME_LENGTH * same):
                 budget, iterations = p.equal_steps, same
@@ -432,6 +452,12 @@ class Plan:
         """The command without predictions; the metrics in the order that the command knows."""
         words = ["nnUNetv2_ssl_evaluate", "-ref", dataset / "labelsTs", "-djfile", dataset / "dataset.json"]
         return [*words, "--metrics", *(name for name in METRICS if name in metrics), *self.protocol.evaluate]
+
+
+def kept_seconds(home: Path) -> dict[str, float]:
+    """Seconds a step by row's key that a benchmark has kept."""
+    file = home / SECONDS
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def trainings(folder: Path) -> list[Path]:

@@ -57,6 +57,10 @@ class Row:
         """In file names."""
         return row_key(self.name)
 
+    def alike(self, other: Row) -> bool:
+        """Whether a step of both is the same computation, so that it takes the same time."""
+        return (self.trainer, self.settings) == (other.trainer, other.settings)
+
     @property
     def trainings(self) -> int:
         """How many trainings share its budget."""
@@ -106,8 +110,8 @@ class Measure:
     An epoch costs more than its steps (0.1 to 0.3 s on a CPU), which short epochs would count as the steps' own.
 
     Attributes:
-        seconds: of a step by row's name, where they are known from elsewhere: then nothing is measured, and a budget in
-            time gives the same steps on every machine.
+        seconds: of a step by row's name, where they are known from elsewhere: such a row is not measured, and a budget
+            in time gives it the same steps on every machine.
     """
 
     epochs: int = 3
@@ -405,12 +409,10 @@ def _check_rows(protocol: Protocol, file: Path) -> None:
 
 
 def _check_budgets(protocol: Protocol, file: Path) -> None:
-    names, known = [row.name for row in protocol.rows], protocol.measure.seconds
-    if known and set(known) != set(names):
-        raise UserError(
-            f"{file}, measure, gives 'seconds' of {', '.join(known)}; give those of every row, {', '.join(names)}, or "
-            "none."
-        )
+    names = [row.name for row in protocol.rows]
+    unknown = [name for name in protocol.measure.seconds if name not in names]
+    if unknown:
+        raise UserError(f"{file}, measure, gives 'seconds' of {unknown[0]!r}; the rows are {', '.join(names)}.")
     for number, budget in enumerate(protocol.budgets):
         where = f"{file}, budgets[{number}],"
         if [budget.steps, budget.minutes, budget.time_of].count(None) != 2:

@@ -128,13 +128,14 @@ def collect(plan: Plan) -> dict[str, Any]:
         }
         for budget, labeled, own in plan.tables()
     ]
-    records = sorted((json.loads(file.read_text()) for file in (plan.home / "done").rglob("train.json")),
-                     key=lambda record: record["started"])  # fmt: skip
+    records = [json.loads(file.read_text()) for file in (plan.home / "done").rglob("train.json")]
+    attempts = [attempt for record in records for attempt in record["attempts"]]  # it may have gone on elsewhere
+    attempts.sort(key=lambda attempt: attempt["started"])
     return {
         "protocol": p.name,
         "unfinished": [run.title for run in plan.queue() if run.folder not in runs],
         "seconds_a_step": plan.seconds_a_step(),
-        "surroundings": [dict(place) for place in dict.fromkeys(map(_place, records))],
+        "surroundings": [dict(place) for place in dict.fromkeys(map(_place, attempts))],
         "tables": tables,
     }
 
@@ -144,9 +145,9 @@ def is_finished(plan: Plan, run: Run) -> bool:
     return all(plan.summary(run, epoch).is_file() for epoch in plan.protocol.curve_epochs)
 
 
-def _place(record: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Versions and machine of a record, to tell records apart by."""
-    return (("device", record["device"]), ("machine", record["machine"]), *record["versions"].items())
+def _place(attempt: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Versions and machine of an attempt, to tell attempts apart by."""
+    return (("device", attempt["device"]), ("machine", attempt["machine"]), *attempt["versions"].items())
 
 
 def _result(plan: Plan, run: Run) -> dict[str, Any]:
@@ -234,7 +235,7 @@ def markdown(plan: Plan, results: dict[str, Any]) -> Iterator[str]:
             continue
         labeled = content["labeled"] if content["labeled"] == "all" else f"{content['labeled']:g}"
         yield from ("", f"### {labeled} labelled, {_title(plan, content['budget'])}", "")
-        yield from methods_table(plan, content["runs"])
+        yield from methods_table(plan, content["runs"], content["differences"])
         leading = METRICS[p.metrics[0]]
         first = [d for d in content["differences"] if d["metric"] == leading.key]
         others = [d for d in content["differences"] if d["metric"] != leading.key]
@@ -250,7 +251,8 @@ def markdown(plan: Plan, results: dict[str, Any]) -> Iterator[str]:
     if results["seconds_a_step"]:
         names = {row.key: row.name for row in p.rows}
         measured = ", ".join(f"{names[key]} {value:.4f}" for key, value in results["seconds_a_step"].items())
-        source = "Seconds a step as the protocol gives them" if p.measure.seconds else "Measured seconds a step"
+        given = all(row.name in p.measure.seconds for row in p.rows)
+        source = "Seconds a step as the protocol gives them" if given else "Measured seconds a step"
         yield from ("", f"{source}, by which equal time was made: {measured}.")
     for place in results["surroundings"]:
         threads = ", one thread a run" if place["device"] == "cpu" else ""
@@ -275,8 +277,12 @@ def _rows(plan: Plan, runs: Sequence[dict[str, Any]]) -> Iterator[tuple[Row, dic
             yield row, own
 
 
-def methods_table(plan: Plan, runs: Sequence[dict[str, Any]]) -> list[str]:
-    """A row a method: steps, minutes, each metric, the leading one of groups or few classes, and of every seed."""
+def methods_table(plan: Plan, runs: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]) -> list[str]:
+    """A row a method: steps, minutes, each metric, the leading one of groups or few classes, and of every seed.
+
+    As the papers' Table I: in brackets what a method gains on the one that it is built on, the best in bold. A row with
+    labels of its own is out of the contest.
+    """
     p = plan.protocol
     metrics = [METRICS[name] for name in p.metrics]
     leading, given = metrics[0], runs[0]["options"]
@@ -294,17 +300,24 @@ def methods_table(plan: Plan, runs: Sequence[dict[str, Any]]) -> list[str]:
         cells += [shown(leading, nanmean(run[parts][name] for run in own.values())) for name in names]
         cells += [shown(leading, own[seed]["metrics"][leading.key]) if seed in own else "" for seed in seeds]
         rows.append(cells)
-    _embolden(rows, metrics)
+    shown_rows = [row for row, _ in _rows(plan, runs)]
+    _embolden([cells for row, cells in zip(shown_rows, rows[1:], strict=True) if row.labeled is None], metrics)
+    gains = {(d["row"], d["metric"]): d["mean"] for d in differences}
+    for row, cells in zip(shown_rows, rows[1:], strict=True):
+        for column, metric in enumerate(metrics, start=3):
+            gain = gains.get((row.name, metric.key), float("nan"))
+            if row.against is not None and not np.isnan(gain):
+                cells[column] += f" ({signed(metric, gain)})"
     return table(rows)
 
 
 def _embolden(rows: list[list[str]], metrics: Sequence[Metric]) -> None:
     """Put the best of each metric's column in bold, in place."""
     for column, metric in enumerate(metrics, start=3):
-        values = [float(row[column]) for row in rows[1:] if row[column] != "–"]
+        values = [float(row[column]) for row in rows if row[column] != "–"]
         if values:
             best = (max if metric.higher_is_better else min)(values)
-            for row in rows[1:]:
+            for row in rows:
                 if row[column] != "–" and float(row[column]) == best:
                     row[column] = f"**{row[column]}**"
 

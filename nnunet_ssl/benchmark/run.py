@@ -22,14 +22,14 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from nnunet_ssl import __version__
-from nnunet_ssl.benchmark.plan import Plan, Run, Step
+from nnunet_ssl.benchmark.plan import Plan, Run, Step, kept_seconds
 from nnunet_ssl.benchmark.protocol import row_key
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_json
 from nnunet_ssl.stock_commands import of_this_python
 
 ADDED_TO = ("seeds", "labeled", "rows", "budgets")  # what a protocol may get more of while its benchmark is under way
-FREE = ("about", "figures")
+FREE = ("about", "figures", "measure")  # what is measured is kept, see Plan.seconds_a_step
 
 
 class StepError(Exception):
@@ -86,6 +86,7 @@ class Benchmark:
                 self.do(step)
         except StepError as error:
             raise UserError(f"{error} Mend it and start again: what is done is not done twice.") from None
+        self.plan.keep_seconds()
         failed = self._work_through(self.plan.queue())
         for runs, step in [*self.plan.compare(), *self.plan.figures()]:
             if not failed.keys() & {run.folder for run in runs}:
@@ -155,26 +156,42 @@ class Benchmark:
             write_json(str(file), settings)
         log = self.home / "logs" / f"{step.key}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
-        started, start = datetime.now(timezone.utc), time.time()
-        with log.open("a") as stream:
+        with self._attempt(step) as attempts, log.open("a") as stream:
             stream.write(f"\n$ {step.shell()}\n")
             stream.flush()
             code = self._execute(words_to_run(step, self.plan.machine.device), step, stream)
-        seconds = time.time() - start
         if code != 0:
             raise StepError(f"{step.title}: exit code {code}, its output is at the end of {log}.")
-        words = [word for word in step.words if word != "--c"]
+        seconds = sum(attempt["seconds"] or 0 for attempt in attempts)
         record = {
-            "words": words,
+            "words": [word for word in step.words if word != "--c"],
             "command": step.shell(),
             "settings": step.settings[1] if step.settings else None,
-            "started": started.isoformat(timespec="seconds"),
             "seconds": round(seconds, 2),
-            **surroundings(self.plan.machine.device),
+            "attempts": attempts,
         }
         self._record(step).parent.mkdir(parents=True, exist_ok=True)
         write_json(str(self._record(step)), record)
         print(f"  done after {seconds / 60:.1f} min: {step.title}", flush=True)
+
+    @contextmanager
+    def _attempt(self, step: Step) -> Iterator[list[dict[str, Any]]]:
+        """Write down an attempt when it begins and when it ends; gives all attempts at this step so far.
+
+        One that was killed together with this process has no seconds.
+        """
+        file = self.home / "attempts" / f"{step.key}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        attempts = json.loads(file.read_text()) if file.is_file() else []
+        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        attempts.append({"started": started, "seconds": None, **surroundings(self.plan.machine.device)})
+        write_json(str(file), attempts)
+        start = time.time()
+        try:
+            yield attempts
+        finally:
+            attempts[-1]["seconds"] = round(time.time() - start, 2)
+            write_json(str(file), attempts)
 
     def _record(self, step: Step) -> Path:
         return self.home / "done" / f"{step.key}.json"
@@ -321,6 +338,12 @@ def refuse_other(home: Path, given: dict[str, Any], device: str) -> list[dict[st
             f"{home} was begun with {first} as the first budget in steps, by which 'time_of' goes, the protocol now "
             f"says {now}; undo that, or take another -o."
         )
+    for name, seconds in given.get("measure", {}).get("seconds", {}).items():
+        if kept_seconds(home).get(row_key(name), seconds) != seconds:
+            raise UserError(
+                f"{home} was begun with {kept_seconds(home)[row_key(name)]} seconds a step of {name!r}, the protocol "
+                f"now gives {seconds}; undo that, or take another -o."
+            )
     rows = {row_key(row["name"]): row for row in old["rows"]}
     for row in given["rows"]:
         was = rows.pop(row_key(row["name"]), row)

@@ -127,6 +127,32 @@ def test_equal_time_follows_from_the_measured_seconds(given, make_plan, write_ti
     assert lengths(plan, 2) == {"Labels only": 60, "CPS": 15, "CPS + SHTA": 12, "More labels": 60}
 
 
+def test_seconds_are_kept_for_what_is_added_later(given, make_plan, write_times):
+    """Another first seed, or a row that trains as another did, is no reason to measure again."""
+    plan = make_plan(given)
+    plan.home.mkdir()
+    plan.keep_seconds()
+    assert not (plan.home / "seconds_a_step.json").exists()
+    write_measurements(plan, write_times)
+    plan.keep_seconds()
+    before = lengths(plan, 1)
+    given["seeds"] = [2, 0, 1]
+    given["rows"][0] = {"name": "Another name", "trainer": "nnUNetTrainerLabeledOnly"}
+    plan = make_plan(given)
+    assert not list(plan.measure())
+    assert lengths(plan, 1) == {"Another name": 80, **{name: before[name] for name in list(before)[1:]}}
+    given["rows"].append({"name": "URPC", "trainer": "nnUNetTrainerURPC"})
+    assert {step.key for step in make_plan(given).measure()} == {"measure_urpc_2labeled_seed2_0",
+                                                                 "measure_urpc_2labeled_seed2_1"}  # fmt: skip
+
+
+def test_budgets_in_steps_are_never_the_same(given, make_plan):
+    given["budgets"] = [{"steps": 400}, {"steps": 404}]
+    plan = make_plan(given)
+    assert set(lengths(plan, 1).values()) == {101}
+    assert len(plan.queue()) == 2 * 2 * 4
+
+
 def test_seconds_that_the_protocol_gives_are_not_measured(given, make_plan, write_times):
     given["measure"] = {"seconds": SECONDS}
     plan = make_plan(given)

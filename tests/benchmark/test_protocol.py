@@ -85,7 +85,7 @@ def set_(*path):
         (set_("shrink", {"features": [8, 16, 32]}), "shrink, lacks 'patch_size'"),
         (set_("measure", {"epochs": 1}), "measure, sets 'epochs' to 1; it must be a whole number from 2"),
         (set_("measure", {"seconds": {"CPS": 0}}), "numbers above 0"),
-        (set_("measure", {"seconds": {"CPS": 1}}), "gives 'seconds' of CPS; give those of every row, Labels only, CPS"),
+        (set_("measure", {"seconds": {"CP": 1}}), "gives 'seconds' of 'CP'; the rows are Labels only, CPS"),
     ],
 )
 def test_what_is_refused(given, write_protocol, change, message):

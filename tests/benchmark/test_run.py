@@ -35,8 +35,8 @@ def test_a_step_is_done_once_and_leaves_a_record(benchmark, tmp_path):
     assert record["words"] == list(step.words)
     assert record["seconds"] > 0
     assert record["command"].startswith("WHAT=x python -c")
-    assert {"nnunet_ssl", "nnunetv2", "torch", "python"} <= set(record["versions"])
-    assert record["machine"]
+    assert {"nnunet_ssl", "nnunetv2", "torch", "python"} <= set(record["attempts"][0]["versions"])
+    assert record["attempts"][0]["machine"]
     benchmark.do(replace(step, words=(*step.words, "more")))  # another command is another step
     assert file.read_text() == "xx"
 
@@ -71,6 +71,24 @@ def test_settings_are_written_and_checkpoints_make_it_go_on(benchmark, tmp_path)
     assert benchmark.is_done(step)
     with pytest.raises(UserError, match="the same command with other settings"):
         benchmark.is_done(replace(step, settings=(file, {"seed": 5})))
+
+
+def test_every_attempt_counts(benchmark, tmp_path):
+    """One fails, one is killed together with the benchmark, one comes to its end."""
+    code = "import pathlib, sys, time; time.sleep(0.3); sys.exit(not pathlib.Path(sys.argv[1]).exists())"
+    step = python("train", code, str(tmp_path / "mended"))
+    with pytest.raises(StepError):
+        benchmark.do(step)
+    file = benchmark.home / "attempts" / "train.json"
+    first = json.loads(file.read_text())
+    file.write_text(json.dumps([*first, {**first[0], "seconds": None}]))
+    (tmp_path / "mended").touch()
+    benchmark.do(step)
+    record = json.loads((benchmark.home / "done" / "train.json").read_text())
+    assert [attempt["seconds"] is None for attempt in record["attempts"]] == [False, True, False]
+    assert record["seconds"] == pytest.approx(sum(record["attempts"][i]["seconds"] for i in (0, 2)))
+    assert record["seconds"] > 0.6
+    assert record["attempts"][0]["versions"]["nnunetv2"]
 
 
 def test_stopping_ends_the_command_and_nothing_else_begins(benchmark):
@@ -137,7 +155,7 @@ def test_nnunets_commands_are_its_own_and_on_the_cpu_hold_to_one_thread():
     step = Step("x", "x", ("nnUNetv2_train", "501", "3d_fullres", "0"), ("-device", "cpu"))
     assert words_to_run(step, "cuda")[0].endswith("nnUNetv2_train")
     words = words_to_run(step, "cpu")
-    assert "m.cpu_count = lambda: 1; from nnunetv2.run.run_training import run_training_entry" in words[2]
+    assert "from nnunetv2.run.run_training import run_training_entry" in words[2]  # see tests/test_stock_commands.py
     assert words[3:] == ["501", "3d_fullres", "0", "-device", "cpu"]
 
 
@@ -207,6 +225,15 @@ def test_a_row_that_was_left_out_once_is_not_forgotten(given, tmp_path):
     given["rows"][1]["settings"] = {"cps_weight": 2}
     with pytest.raises(UserError, match="begun with another row 'CPS'"):
         refuse_other(home, given, "cpu")
+
+
+def test_seconds_that_are_kept_stay(given, tmp_path):
+    home = tmp_path / "home"
+    with claimed(home, given, "cpu"):
+        (home / "seconds_a_step.json").write_text(json.dumps({"cps": 0.5}))
+    refuse_other(home, given | {"measure": {"seconds": {"CPS": 0.5, "Labels only": 0.1}}}, "cpu")
+    with pytest.raises(UserError, match=r"begun with 0\.5 seconds a step of 'CPS', the protocol now gives 0\.4"):
+        refuse_other(home, given | {"measure": {"seconds": {"CPS": 0.4}}}, "cpu")
 
 
 def test_the_steps_that_equal_time_goes_by_stay(given, tmp_path):
