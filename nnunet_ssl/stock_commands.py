@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 from collections.abc import Sequence
@@ -36,11 +37,18 @@ def of_this_python(words: Sequence[str], device: str) -> list[str]:
         return [sys.executable, "-m", f"nnunet_ssl.commands.{name.removeprefix('nnUNetv2_ssl_')}", *rest]
     if device == "cpu" and name in ENTRY_POINTS:
         module, function = ENTRY_POINTS[name].split(":")
-        code = "import multiprocessing as m, os; cores = m.cpu_count(); "
-        code += "m.cpu_count = lambda: int(os.environ.get('OMP_NUM_THREADS') or cores); "
+        code = "from nnunet_ssl.stock_commands import keep_to_given_threads as k; k(); "
         code += f"from {module} import {function} as f; f()"
-        return [sys.executable, "-c", code, *rest]
+        # -P: the current directory is no place to import from, as it is not for an installed command
+        return [sys.executable, *(["-P"] if sys.version_info >= (3, 11) else []), "-c", code, *rest]
     return [executable(name), *rest]
+
+
+def keep_to_given_threads() -> None:
+    """Make nnU-Net, which asks for the number of cores, take ``OMP_NUM_THREADS`` for it in this process."""
+    threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # 4,2 is of nested loops
+    if threads.isdecimal() and int(threads) > 0:
+        multiprocessing.cpu_count = lambda: int(threads)
 
 
 def executable(name: str) -> str:

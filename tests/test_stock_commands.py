@@ -26,7 +26,7 @@ def test_every_command_is_this_environments():
         of_this_python(["nnUNetv2_no_such"], "cpu")
 
 
-@pytest.mark.parametrize(("given", "expected"), [("1", 1), ("3", 3), (None, os.cpu_count())])
+@pytest.mark.parametrize(("given", "expected"), [("1", 1), ("3,2", 3), ("0", os.cpu_count()), (None, os.cpu_count())])
 def test_threads_on_the_cpu(tmp_path, monkeypatch, given, expected):
     """nnU-Net asks multiprocessing for the number of cores, and gives torch as many threads."""
     (tmp_path / "probe.py").write_text(

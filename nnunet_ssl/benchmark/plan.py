@@ -279,7 +279,7 @@ class Plan:
             write_json(str(self.home / SECONDS), seconds)
 
     def _known_seconds(self) -> dict[str, float]:
-        """Of rows that need no measuring: given by the protocol, or kept, of the row or of one that trains alike."""
+        """Of rows that need no measuring: given by the protocol, or kept, of the row or another that trains alike."""
         known = kept_seconds(self.home) | {
             row_key(name): value for name, value in self.protocol.measure.seconds.items()
         }

@@ -248,12 +248,11 @@ def markdown(plan: Plan, results: dict[str, Any]) -> Iterator[str]:
             yield from ("", f"{leading.title} on the way, mean over seeds:", "", *curve_table(plan, content["runs"]))
     if results["unfinished"]:
         yield from ("", f"Not finished, and left out above: {'; '.join(results['unfinished'])}.")
-    if results["seconds_a_step"]:
+    if results["seconds_a_step"] and any(budget.steps is None for budget in p.budgets):
         names = {row.key: row.name for row in p.rows}
-        measured = ", ".join(f"{names[key]} {value:.4f}" for key, value in results["seconds_a_step"].items())
-        given = all(row.name in p.measure.seconds for row in p.rows)
-        source = "Seconds a step as the protocol gives them" if given else "Measured seconds a step"
-        yield from ("", f"{source}, by which equal time was made: {measured}.")
+        seconds = ", ".join(f"{names[key]} {value:#.4g}" for key, value in results["seconds_a_step"].items())
+        given = f", those of {', '.join(p.measure.seconds)} as the protocol gives them" if p.measure.seconds else ""
+        yield from ("", f"Seconds a step by which equal time was made{given}: {seconds}.")
     for place in results["surroundings"]:
         threads = ", one thread a run" if place["device"] == "cpu" else ""
         versions = ", ".join(f"{k} {v}" for k, v in place.items() if k not in ("device", "machine"))
@@ -389,7 +388,7 @@ def draw_curves(plan: Plan, results: dict[str, Any], file: Path) -> None:
                 x, y = (np.mean(values, axis=0) for values in zip(*curves, strict=True))
                 drawn[row.name] = panel.plot(x, y, color=colour, linestyle=dashes, marker="o", markersize=4)[0]
             panel.set_title(f"{content['labeled']} labelled, {_title(plan, content['budget'])}", fontsize=9)
-            panel.set_xlabel("training steps" if in_steps else "minutes of training, by the measured seconds a step")
+            panel.set_xlabel("training steps" if in_steps else "minutes of training, by the seconds a step")
             panel.grid(alpha=0.3)
         panels[0].set_ylabel(f"test {leading.title}, mean of the classes")
         names = [row.name for row in p.rows if row.name in drawn]

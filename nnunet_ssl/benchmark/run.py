@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shlex
@@ -29,7 +30,7 @@ from nnunet_ssl.files import write_json
 from nnunet_ssl.stock_commands import of_this_python
 
 ADDED_TO = ("seeds", "labeled", "rows", "budgets")  # what a protocol may get more of while its benchmark is under way
-FREE = ("about", "figures", "measure")  # what is measured is kept, see Plan.seconds_a_step
+FREE = ("about", "figures")
 
 
 class StepError(Exception):
@@ -156,7 +157,7 @@ class Benchmark:
             write_json(str(file), settings)
         log = self.home / "logs" / f"{step.key}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
-        with self._attempt(step) as attempts, log.open("a") as stream:
+        with self._attempt(step, goes_on=step.words[-1] == "--c") as attempts, log.open("a") as stream:
             stream.write(f"\n$ {step.shell()}\n")
             stream.flush()
             code = self._execute(words_to_run(step, self.plan.machine.device), step, stream)
@@ -175,14 +176,14 @@ class Benchmark:
         print(f"  done after {seconds / 60:.1f} min: {step.title}", flush=True)
 
     @contextmanager
-    def _attempt(self, step: Step) -> Iterator[list[dict[str, Any]]]:
-        """Write down an attempt when it begins and when it ends; gives all attempts at this step so far.
+    def _attempt(self, step: Step, goes_on: bool) -> Iterator[list[dict[str, Any]]]:
+        """Write down an attempt when it begins and when it ends; gives it with those whose work it goes on with.
 
         One that was killed together with this process has no seconds.
         """
         file = self.home / "attempts" / f"{step.key}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        attempts = json.loads(file.read_text()) if file.is_file() else []
+        attempts = json.loads(file.read_text()) if goes_on and file.is_file() else []
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         attempts.append({"started": started, "seconds": None, **surroundings(self.plan.machine.device)})
         write_json(str(file), attempts)
@@ -323,7 +324,10 @@ def refuse_other(home: Path, given: dict[str, Any], device: str) -> list[dict[st
     if not note.is_file():
         return []
     before = json.loads(note.read_text())
-    old = before["protocol"]
+    old, seconds = dict(before["protocol"]), given.get("measure", {}).get("seconds", {})
+    given = dict(given)
+    for protocol in (old, given):  # seconds may come and go with their rows
+        protocol["measure"] = {k: v for k, v in protocol.get("measure", {}).items() if k != "seconds"}
     if before["device"] != device:
         raise UserError(f"{home} was begun with --device {before['device']}; keep to it, or take another -o.")
     for name in sorted(set(old) | set(given)):
@@ -338,11 +342,12 @@ def refuse_other(home: Path, given: dict[str, Any], device: str) -> list[dict[st
             f"{home} was begun with {first} as the first budget in steps, by which 'time_of' goes, the protocol now "
             f"says {now}; undo that, or take another -o."
         )
-    for name, seconds in given.get("measure", {}).get("seconds", {}).items():
-        if kept_seconds(home).get(row_key(name), seconds) != seconds:
+    for name, value in seconds.items():
+        kept = kept_seconds(home).get(row_key(name), value)
+        if not math.isclose(kept, value, rel_tol=1e-3):  # as the report prints them
             raise UserError(
-                f"{home} was begun with {kept_seconds(home)[row_key(name)]} seconds a step of {name!r}, the protocol "
-                f"now gives {seconds}; undo that, or take another -o."
+                f"{home} was begun with {kept:.4g} seconds a step of {name!r}, the protocol now gives {value}; undo "
+                "that, or take another -o."
             )
     rows = {row_key(row["name"]): row for row in old["rows"]}
     for row in given["rows"]:

@@ -143,7 +143,7 @@ def as_label(value: int | Sequence[int], has_regions: bool) -> Label:
     if np.isscalar(value):
         return int(value)
     labels = tuple(int(v) for v in value)
-    return labels if has_regions or len(labels) > 1 else labels[0]
+    return labels[0] if len(labels) == 1 and not has_regions else labels
 
 
 def _labels_in(files: Sequence[str], reader: type) -> dict[Label, str]:

@@ -253,6 +253,8 @@ def test_the_commands_of_a_run(given, make_plan, tmp_path):
     )
     assert train.variables["nnUNet_ssl_config"] == str(folder / "settings.json")
     assert {step.variables.get("nnUNet_results") for step in (train, others[0])} == {str(folder / "results")}
+    timed = next(plan.measure())
+    assert {step.variables.get("OMP_NUM_THREADS") for step in (train, others[0], timed)} == {"1"}
     raw = tmp_path / "raw" / "Dataset501_*"
     assert [" ".join(step.words) for step in others] == [
         f"nnUNetv2_predict -i {raw}/imagesTs -o {folder}/test_epoch2 -d 501 -c 3d_fullres -f 0 -p nnUNetPlans "

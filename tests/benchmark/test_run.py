@@ -76,9 +76,11 @@ def test_settings_are_written_and_checkpoints_make_it_go_on(benchmark, tmp_path)
 def test_every_attempt_counts(benchmark, tmp_path):
     """One fails, one is killed together with the benchmark, one comes to its end."""
     code = "import pathlib, sys, time; time.sleep(0.3); sys.exit(not pathlib.Path(sys.argv[1]).exists())"
-    step = python("train", code, str(tmp_path / "mended"))
-    with pytest.raises(StepError):
-        benchmark.do(step)
+    step = python("train", code, str(tmp_path / "mended"), checkpoints=tmp_path)
+    for _ in range(2):  # the first has left no checkpoint, so nothing goes on with it
+        with pytest.raises(StepError):
+            benchmark.do(step)
+    (tmp_path / "checkpoint_latest.pth").touch()
     file = benchmark.home / "attempts" / "train.json"
     first = json.loads(file.read_text())
     file.write_text(json.dumps([*first, {**first[0], "seconds": None}]))
@@ -155,8 +157,9 @@ def test_nnunets_commands_are_its_own_and_on_the_cpu_hold_to_one_thread():
     step = Step("x", "x", ("nnUNetv2_train", "501", "3d_fullres", "0"), ("-device", "cpu"))
     assert words_to_run(step, "cuda")[0].endswith("nnUNetv2_train")
     words = words_to_run(step, "cpu")
-    assert "from nnunetv2.run.run_training import run_training_entry" in words[2]  # see tests/test_stock_commands.py
-    assert words[3:] == ["501", "3d_fullres", "0", "-device", "cpu"]
+    # see tests/test_stock_commands.py, and tests/benchmark/test_plan.py for OMP_NUM_THREADS
+    assert "from nnunetv2.run.run_training import run_training_entry" in words[-6]
+    assert words[-5:] == ["501", "3d_fullres", "0", "-device", "cpu"]
 
 
 def test_the_script_has_every_step_and_says_what_is_done(benchmark, tmp_path):
@@ -231,9 +234,15 @@ def test_seconds_that_are_kept_stay(given, tmp_path):
     home = tmp_path / "home"
     with claimed(home, given, "cpu"):
         (home / "seconds_a_step.json").write_text(json.dumps({"cps": 0.5}))
-    refuse_other(home, given | {"measure": {"seconds": {"CPS": 0.5, "Labels only": 0.1}}}, "cpu")
+    more = given | {"measure": {**given["measure"], "seconds": {"CPS": 0.5001, "Labels only": 0.1}}}
+    refuse_other(home, more, "cpu")  # as it is printed
+    with claimed(home, more, "cpu"):
+        pass
+    refuse_other(home, given, "cpu")  # seconds may go again, with their row
+    with pytest.raises(UserError, match="begun with 'measure'"):
+        refuse_other(home, given | {"measure": {"epochs": 5}}, "cpu")
     with pytest.raises(UserError, match=r"begun with 0\.5 seconds a step of 'CPS', the protocol now gives 0\.4"):
-        refuse_other(home, given | {"measure": {"seconds": {"CPS": 0.4}}}, "cpu")
+        refuse_other(home, given | {"measure": {**given["measure"], "seconds": {"CPS": 0.4}}}, "cpu")
 
 
 def test_the_steps_that_equal_time_goes_by_stay(given, tmp_path):

@@ -183,7 +183,9 @@ def test_killed_resumed_and_reported(protocol, tmp_path, fresh_folders, capsys):
     assert (settings["seed"], settings["num_iterations_per_epoch"], settings["cps_weight"]) == (0, 2, 0.5)
     record = json.loads((home / "done" / "steps4" / "cps_2labeled_seed0" / "train.json").read_text())
     assert record["settings"]["cps_weight"] == 0.5
-    assert record["device"] == "cpu"
+    assert record["attempts"][-1]["device"] == "cpu"
+    killed = [json.loads(file.read_text())["attempts"] for file in (home / "done").rglob("train.json")]
+    assert max(map(len, killed)) > 1  # the training that was killed with the benchmark
 
     # nothing is left to do, and another row may come
     main([*map(str, arguments), "--dry-run"])

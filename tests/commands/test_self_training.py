@@ -75,9 +75,14 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run(words: list[str]) -> subprocess.CompletedProcess:
         monkeypatch.setattr(sys, "argv", words)
-        commands[Path(words[0]).name].load()()
+        commands[words[0]].load()()
         return subprocess.CompletedProcess(words, 0)
 
+    def as_typed(words: list[str], device: str) -> list[str]:
+        assert device == "cpu"  # by which the threads go
+        return words
+
+    monkeypatch.setattr(self_training, "of_this_python", as_typed)
     monkeypatch.setattr(self_training, "subprocess", SimpleNamespace(run=run))
 
 
