@@ -251,8 +251,10 @@ def markdown(plan: Plan, results: dict[str, Any]) -> Iterator[str]:
     if results["seconds_a_step"] and any(budget.steps is None for budget in p.budgets):
         names = {row.key: row.name for row in p.rows}
         seconds = ", ".join(f"{names[key]} {value:#.4g}" for key, value in results["seconds_a_step"].items())
-        given = f", those of {', '.join(p.measure.seconds)} as the protocol gives them" if p.measure.seconds else ""
-        yield from ("", f"Seconds a step by which equal time was made{given}: {seconds}.")
+        given = list(p.measure.seconds)
+        which = "" if len(given) == len(p.rows) else f" ({', '.join(given)})"
+        source = f", as the protocol gives them{which}" if given else ", measured"
+        yield from ("", f"Seconds a step by which equal time was made{source}: {seconds}.")
     for place in results["surroundings"]:
         threads = ", one thread a run" if place["device"] == "cpu" else ""
         versions = ", ".join(f"{k} {v}" for k, v in place.items() if k not in ("device", "machine"))
