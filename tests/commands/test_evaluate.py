@@ -30,7 +30,7 @@ def test_the_real_command_compares_two_methods(tmp_path, run_nnunet):
     summary = json.loads((tmp_path / "out" / "CPS" / "summary.json").read_text())
     assert summary["options"] == {"spacing": "voxel", "tolerance": 2.0, "empty": "128"}
     assert len(summary["metric_per_case"]) == 4
-    assert (tmp_path / "out" / "comparison.md").read_text() in done.stdout
+    assert (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8") in done.stdout
     assert "Mean Dice (%) ↑" in done.stdout
     assert "Evaluating" in done.stderr  # the bar
 

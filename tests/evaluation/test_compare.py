@@ -212,7 +212,7 @@ def test_files_hold_the_same_differences(tmp_path):
     content = json.loads((tmp_path / "new" / "comparison.json").read_text())
     with open(tmp_path / "new" / "comparison.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert (tmp_path / "new" / "comparison.md").read_text() == text
+    assert (tmp_path / "new" / "comparison.md").read_text(encoding="utf-8") == text
     assert len(rows) == len(differences) == len(content["differences"])
     for d, row, entry in zip(differences, rows, content["differences"], strict=True):
         assert (row["target"], entry["target"]) == (d.target, d.target)

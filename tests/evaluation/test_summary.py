@@ -117,7 +117,7 @@ def test_without_surface_metrics_there_is_no_word_of_them(tmp_path):
     write_summary(evaluation, str(tmp_path / "out"))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["definitions"].keys() == {"Dice", "IoU", "empty"}
-    assert "HD95" not in (tmp_path / "out" / "summary.md").read_text()
+    assert "HD95" not in (tmp_path / "out" / "summary.md").read_text(encoding="utf-8")
 
 
 def test_csv_has_a_row_for_each_case_and_class(tmp_path):

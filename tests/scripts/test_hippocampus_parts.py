@@ -93,5 +93,5 @@ def test_commands_are_nnunets_own():
     stock = parts.command("nnUNetv2_train", 640, "3d_fullres", 0, device="cuda")
     assert Path(stock[0]).name == "nnUNetv2_train"
     one_thread = parts.command("nnUNetv2_train", 640, "3d_fullres", 0, device="cpu")
-    assert "nnunetv2.run.run_training import run_training_entry" in one_thread[2]
-    assert one_thread[3:] == [*stock[1:-1], "cpu"]
+    assert "nnunetv2.run.run_training import run_training_entry" in one_thread[-6]
+    assert one_thread[-5:] == [*stock[1:-1], "cpu"]
