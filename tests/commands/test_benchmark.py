@@ -173,8 +173,8 @@ def test_killed_resumed_and_reported(protocol, tmp_path, fresh_folders, capsys):
     compared = home / "compared" / "steps4_2labeled_seed0" / "comparison.json"
     assert set(json.loads(compared.read_text())["methods"]) == {"Labels only", "CPS"}
 
-    for name in ("cases_1_liver", "entropy", "training_curves", "boxes"):
-        assert f"![{name.replace('_', ' ').capitalize()}](figures/steps4_2labeled_seed0/" in text
+    for name in ("cases_1_liver", "entropy", "curves", "boxes"):
+        assert f"](figures/steps4_2labeled_seed0/{name}.png)" in text
     assert len(list((home / "figures" / "steps4_2labeled_seed0").glob("cases_*.pdf"))) == 5
 
     # what the trainings were told, and what was recorded of them
