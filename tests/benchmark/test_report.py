@@ -106,7 +106,7 @@ def test_files(plan):
     assert run["curve"] == [
         {"steps": 40, "Dice": pytest.approx(0.44667, abs=1e-5)}, {"steps": 80, "Dice": pytest.approx(0.46667, abs=1e-5)}
     ]  # fmt: skip
-    assert (plan.home / "report.md").read_text().startswith("# made_up\n\nFive")
+    assert (plan.home / "report.md").read_text(encoding="utf-8").startswith("# made_up\n\nFive")
     assert (plan.home / "curves.png").stat().st_size > 5000
 
 
@@ -153,7 +153,7 @@ def test_figures_are_shown_and_copied(plan, tmp_path):
     page = tmp_path / "results.md"
     page.write_text("<!-- made_up: written by nnUNetv2_ssl_benchmark -->\n<!-- made_up: end -->\n")
     write_report(plan, page)
-    report = (plan.home / "report.md").read_text()
+    report = (plan.home / "report.md").read_text(encoding="utf-8")
     assert "![Cases 1 liver](figures/steps80_2labeled_seed0/cases_1_liver.png)" in report
     assert "![Learning curves](curves.png)\n\n*Learning curves.*" in report
     assert "![Training curves](figures/steps80_2labeled_seed0/curves.png)\n\n*Training curves.*" in report

@@ -167,7 +167,7 @@ def test_killed_resumed_and_reported(protocol, tmp_path, fresh_folders, capsys):
         assert 0 <= run["metrics"]["Dice"] <= 1
         assert run["minutes"] > 0
     assert set(labels_only["classes"]) == {"liver", "spleen", "kidney", "nodule", "vessel"}
-    text = (home / "report.md").read_text()
+    text = (home / "report.md").read_text(encoding="utf-8")
     assert "| Labels only | 4 |" in text
     assert "| CPS | Labels only | Dice (%) |" in text
     compared = home / "compared" / "steps4_2labeled_seed0" / "comparison.json"

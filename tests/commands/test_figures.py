@@ -59,7 +59,7 @@ def test_what_was_asked_for_is_refused_after_the_others_are_drawn(made: MadeUp) 
     with pytest.raises(UserError, match="tokens: none of the trainers has SHTA"):
         figures(made, "--which", "tokens", "boxes", "--names", "Mine", trainers=TRAINERS[:1])
     assert sorted(file.name for file in made.out.iterdir()) == ["boxes.md", "boxes.pdf", "boxes.png"]
-    assert "- Mine: `" in (made.out / "boxes.md").read_text()
+    assert "- Mine: `" in (made.out / "boxes.md").read_text(encoding="utf-8")
 
 
 def test_what_an_earlier_call_drew_is_removed(made: MadeUp) -> None:
@@ -99,7 +99,7 @@ def test_finished_predictions_are_taken_as_they_are(made: MadeUp, tmp_path: Path
     command = ["--which", "boxes", "cases", "--disable_tta", "-pred"]
     figures(made, *command, *map(str, folders))
     for name in ("boxes", "cases_1_shell"):
-        caption = (made.out / f"{name}.md").read_text()
+        caption = (made.out / f"{name}.md").read_text(encoding="utf-8")
         assert all(f"`{folder}` (given with -pred)" in caption for folder in folders)
     assert not (made.out / "predictions").exists()
     with pytest.raises(UserError, match="-pred gives 1 folder"):
@@ -115,7 +115,7 @@ def test_models_of_several_results_folders(made: MadeUp, tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"-m gives several models of the same trainer. Tell them apart with --names"):
         main([*command, *models])
     main([*command, *models, "--names", "Here", "Over there"])
-    caption = (made.out / "boxes.md").read_text()
+    caption = (made.out / "boxes.md").read_text(encoding="utf-8")
     assert f"`{elsewhere}" in caption
     assert "Over there" in caption
     with pytest.raises(UserError, match=r"is no such trained model. Name folders <trainer>"):

@@ -116,7 +116,7 @@ def test_real_runs(tiny, make_trainer: Maker, tmp_path: Path) -> None:
     out = tmp_path / "out"
     draw_assignment([run], cases, out, options)
     assert sorted(file.name for file in out.iterdir()) == ["assignment.md", "assignment.pdf", "assignment.png"]
-    caption = (out / "assignment.md").read_text()
+    caption = (out / "assignment.md").read_text(encoding="utf-8")
     tables = {}
     for checkpoint, text in ((early, f"{run.name}, epoch 3 of 1000 (0%), `"), (run, f"{run.name}, `")):
         wanted = counted(checkpoint, cases)

@@ -48,7 +48,7 @@ def test_caption_has_files_and_the_paired_comparison(made: MadeUp) -> None:
     runs, cases, options = everything(made)
     draw_boxes(runs, cases, made.out, options)
     assert sorted(f.name for f in made.out.iterdir()) == ["boxes.md", "boxes.pdf", "boxes.png"]
-    caption = (made.out / "boxes.md").read_text()
+    caption = (made.out / "boxes.md").read_text(encoding="utf-8")
     means = [counted(made, trainer)[2].mean() for trainer in TRAINERS]
     assert f"({means[1] - means[0]:+.2f})" in caption
     assert "Wilcoxon" in caption
@@ -62,7 +62,7 @@ def test_one_run_is_enough(made: MadeUp) -> None:
     runs, cases, options = everything(made, ["core"])
     draw_boxes(runs[:1], cases, made.out, options)
     mean = counted(made, TRAINERS[0])[1].mean()
-    assert f"| core | {mean:.2f}" in (made.out / "boxes.md").read_text()
+    assert f"| core | {mean:.2f}" in (made.out / "boxes.md").read_text(encoding="utf-8")
 
 
 def test_what_is_undefined_is_left_out(made: MadeUp) -> None:

@@ -69,7 +69,7 @@ def test_files_and_caption(made: MadeUp) -> None:
     runs, cases, options = everything(made, ["core"])
     draw_cases(runs, cases, made.out, options)
     assert sorted(f.name for f in made.out.iterdir()) == [f"cases_2_core.{kind}" for kind in ("md", "pdf", "png")]
-    caption = (made.out / "cases_2_core.md").read_text()
+    caption = (made.out / "cases_2_core.md").read_text(encoding="utf-8")
     for run in runs:
         assert f"`{run.fold_folder / 'validation'}`" in caption
         assert f"`{run.checkpoint_file}`" in caption

@@ -74,7 +74,7 @@ def test_lines_are_the_curves_and_the_caption_names_the_files(tmp_path: Path) ->
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["A", "B"]
 
     draw_curves(runs, [], tmp_path / "out", OPTIONS)
-    caption = (tmp_path / "out/curves.md").read_text()
+    caption = (tmp_path / "out/curves.md").read_text(encoding="utf-8")
     assert f"| A | 3 | not recorded | `{runs[0].checkpoint_file}` |" in caption
     assert f"| B | 3 | 64 | `{runs[1].checkpoint_file}`, `{runs[1].fold_folder / 'ssl_log.csv'}` |" in caption
     assert PANELS["shta_hard_ratio"].heading not in caption

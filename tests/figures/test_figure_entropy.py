@@ -102,7 +102,7 @@ def test_with_one_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for case in cases:
         with_probabilities(made, runs, case.name)
     draw_entropy(runs, cases, made.out, options)
-    assert "| organ |" in (made.out / "entropy.md").read_text()
+    assert "| organ |" in (made.out / "entropy.md").read_text(encoding="utf-8")
 
 
 def with_probabilities(made: MadeUp, runs: list, case: str, seed: int = 0) -> dict[str, np.ndarray]:
@@ -203,7 +203,7 @@ def test_real_runs(tiny, make_trainer: Maker, tmp_path: Path, kind: str) -> None
     out = tmp_path / "out"
     draw_entropy(runs, some_cases(dataset), out, options_of(dataset))
     assert {f"entropy.{kind}" for kind in ("md", "pdf", "png")} <= {file.name for file in out.iterdir()}
-    caption = (out / "entropy.md").read_text()
+    caption = (out / "entropy.md").read_text(encoding="utf-8")
     assert caption.startswith("**Entropy of LabeledOnly and SHTA_LabeledOnly")  # the host first, in whatever order
     assert "2 test cases" in caption
     assert "without mirroring" in caption

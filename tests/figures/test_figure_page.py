@@ -30,7 +30,7 @@ def draw(width: float = 2.0, height: float = 1.0) -> object:
 def test_picture_document_and_caption_are_written(tmp_path: Path) -> None:
     save_figure(draw(), tmp_path / "new", "curves", "What it shows.\n\n")
     assert sorted(f.name for f in (tmp_path / "new").iterdir()) == ["curves.md", "curves.pdf", "curves.png"]
-    assert (tmp_path / "new/curves.md").read_text() == "What it shows.\n"
+    assert (tmp_path / "new/curves.md").read_text(encoding="utf-8") == "What it shows.\n"
     png = (tmp_path / "new/curves.png").read_bytes()
     assert [int.from_bytes(png[i : i + 4], "big") for i in (16, 20)] == [2 * DPI, 1 * DPI]
     pdf = (tmp_path / "new/curves.pdf").read_bytes()
@@ -58,7 +58,7 @@ def test_a_failure_leaves_the_old_files(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(RuntimeError, match="disk"):
         save_figure(figure, tmp_path, "x", "new")
     assert (tmp_path / "x.png").read_bytes() == before
-    assert (tmp_path / "x.md").read_text() == "old\n"
+    assert (tmp_path / "x.md").read_text(encoding="utf-8") == "old\n"
     assert len(list(tmp_path.iterdir())) == 3
 
 

@@ -140,7 +140,7 @@ def test_a_case_is_prepared_once_for_all_models_and_both_figures(
     prepared.clear()
     draw_tokens([host, run], cases, tmp_path / "out", options)
     assert prepared == [case.name for case in cases]
-    caption = (tmp_path / "out/tokens.md").read_text()
+    caption = (tmp_path / "out/tokens.md").read_text(encoding="utf-8")
     assert f"Not shown: {host.name}, whose plans" in caption
     assert f"{host.name}: decoder" not in caption
     assert f"without {host.name}, whose plans" in capsys.readouterr().out
@@ -161,6 +161,6 @@ def test_a_dataset_with_one_class(
     draw_figures(None, runs, some_cases(dataset), out, options_of(dataset, embedding=("pca",)))
     assert {"assignment.md", "entropy.md", "tokens.md"} <= {file.name for file in out.iterdir()}
     assert "Skipped" not in capsys.readouterr().out
-    caption = (out / "tokens.md").read_text()
+    caption = (out / "tokens.md").read_text(encoding="utf-8")
     assert "| background | " in caption
     assert "Background: the tokens without any foreground" in caption

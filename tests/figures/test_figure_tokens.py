@@ -106,7 +106,7 @@ def test_real_runs(tiny, make_trainer: Maker, tmp_path: Path, monkeypatch: pytes
     chosen = options_of(dataset, embedding=("pca",))
     draw_tokens(runs, some_cases(dataset), out, chosen)
     assert sorted(file.name for file in out.iterdir()) == ["tokens.md", "tokens.pdf", "tokens.png"]
-    caption = (out / "tokens.md").read_text()
+    caption = (out / "tokens.md").read_text(encoding="utf-8")
     for run in runs:
         assert f"- {run.name}: `{run.checkpoint_file}`" in caption
     assert "LabeledOnly: decoder feature" in caption
