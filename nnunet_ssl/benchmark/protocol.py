@@ -404,15 +404,14 @@ def _check_rows(protocol: Protocol, file: Path) -> None:
     for name in protocol.figures:
         if name not in names:
             raise UserError(f"{file} sets 'figures' to {list(protocol.figures)}; the rows are {', '.join(names)}.")
+    for name in protocol.measure.seconds:
+        if name not in names:
+            raise UserError(f"{file}, measure, gives 'seconds' of {name!r}; the rows are {', '.join(names)}.")
     if protocol.data.dataset is not None and "all" in [*protocol.labeled, *(row.labeled for row in protocol.rows)]:
         raise UserError(f"{file} sets 'labeled' to \"all\"; for a dataset that is split, give the number of cases.")
 
 
 def _check_budgets(protocol: Protocol, file: Path) -> None:
-    names = [row.name for row in protocol.rows]
-    unknown = [name for name in protocol.measure.seconds if name not in names]
-    if unknown:
-        raise UserError(f"{file}, measure, gives 'seconds' of {unknown[0]!r}; the rows are {', '.join(names)}.")
     for number, budget in enumerate(protocol.budgets):
         where = f"{file}, budgets[{number}],"
         if [budget.steps, budget.minutes, budget.time_of].count(None) != 2:
@@ -426,6 +425,7 @@ def _check_budgets(protocol: Protocol, file: Path) -> None:
                 why += f" x trainings of {row.name} ({row.trainings})" if row.trainings > 1 else ""
                 raise UserError(f"{where} sets 'steps' to {budget.steps}; take a multiple of {why}, {unit}.")
         if budget.time_of is not None:
+            names = [row.name for row in protocol.rows]
             if budget.time_of not in names:
                 raise UserError(f"{where} sets 'time_of' to {budget.time_of!r}; the rows are {', '.join(names)}.")
             if protocol.equal_steps is None:

@@ -292,7 +292,8 @@ def methods_table(plan: Plan, runs: Sequence[dict[str, Any]], differences: Seque
     parts = "groups" if runs[0]["groups"] else "classes"
     names = list(runs[0][parts]) if 1 < len(runs[0][parts]) <= 6 else []
     head = ["Method", "Steps", "Minutes", *(heading(metric, options) for metric in metrics), *names]
-    rows = [[*head, *(f"{leading.title}, seed {seed}" for seed in seeds)]]
+    head += [f"{leading.title}, seed {seed}" for seed in seeds]
+    lines: list[tuple[Row, list[str]]] = []
     for row, own in _rows(plan, runs):
         first = next(iter(own.values()))
         title = row.name if row.labeled is None else f"{row.name} ({row.labeled} labelled)"
@@ -300,16 +301,15 @@ def methods_table(plan: Plan, runs: Sequence[dict[str, Any]], differences: Seque
         cells += [shown(m, nanmean(run["metrics"][m.key] for run in own.values())) for m in metrics]
         cells += [shown(leading, nanmean(run[parts][name] for run in own.values())) for name in names]
         cells += [shown(leading, own[seed]["metrics"][leading.key]) if seed in own else "" for seed in seeds]
-        rows.append(cells)
-    shown_rows = [row for row, _ in _rows(plan, runs)]
-    _embolden([cells for row, cells in zip(shown_rows, rows[1:], strict=True) if row.labeled is None], metrics)
+        lines.append((row, cells))
+    _embolden([cells for row, cells in lines if row.labeled is None], metrics)
     gains = {(d["row"], d["metric"]): d["mean"] for d in differences}
-    for row, cells in zip(shown_rows, rows[1:], strict=True):
+    for row, cells in lines:
         for column, metric in enumerate(metrics, start=3):
             gain = gains.get((row.name, metric.key), float("nan"))
             if row.against is not None and not np.isnan(gain):
                 cells[column] += f" ({signed(metric, gain)})"
-    return table(rows)
+    return table([head, *(cells for _, cells in lines)])
 
 
 def _embolden(rows: list[list[str]], metrics: Sequence[Metric]) -> None:
