@@ -1,41 +1,134 @@
-"""Writing files so that a kill at any moment leaves the old one or the new one, never half of one; and their stamps."""
+"""Files that outlive a kill, a copy and a careless editor: writing whole, reading JSON and lists, telling files apart."""
 
 from __future__ import annotations
 
+import glob
+import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from nnunet_ssl.errors import UserError
+
+Stamp = list  # [size in bytes, time of the last change in ns, SHA-256 of the content], as JSON keeps it
 
 
 @contextmanager
-def replacing(path: str) -> Iterator[str]:
-    """Yield a temporary name beside ``path``; on success it becomes ``path``, on failure it is removed.
+def replacing(path: str | Path) -> Iterator[str]:
+    """Yield a temporary file beside ``path``; on success it becomes ``path``, on failure it is removed.
+
+    Nobody can foresee the temporary name, and the file is made anew: a link that somebody has put into a shared folder
+    is not followed. What a kill leaves is removed by the next write of the same file.
 
     Args:
         path: the file to make or to replace; one process at a time writes it.
     """
-    temporary = f"{path}.tmp"  # one fixed name: what a kill leaves, the next write takes over
+    folder, name = os.path.split(os.fspath(path))
+    before, after = os.path.join(folder, f".{name}."), ".tmp"
+    for left in glob.glob(f"{glob.escape(before)}*{after}"):
+        with suppress(OSError):
+            os.remove(left)
+    temporary = f"{before}{secrets.token_hex(8)}{after}"
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
-        if os.path.lexists(temporary):
+        with suppress(FileNotFoundError):
             os.remove(temporary)
 
 
-def write_text(path: str, text: str) -> None:
+def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` as UTF-8 with :func:`replacing`."""
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
 
 
-def write_json(path: str, content: object) -> None:
+def write_json(path: str | Path, content: object) -> None:
     """Write ``content`` as JSON with :func:`replacing`."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def stamp(path: str) -> list[int]:
-    """Size in bytes and time of the last change in ns: what tells, without reading it, that a file is another one."""
+def read_json(
+    path: str | Path, remedy: str, kind: type | tuple[type, ...] = dict, keys: Mapping[str, type] | None = None
+) -> Any:
+    """Read a JSON file that may have been cut off, edited by hand, or never been what it should be.
+
+    Args:
+        path: UTF-8, with or without a byte order mark.
+        remedy: a sentence that says what to do about a file that is no good.
+        kind: the type or types of the content.
+        keys: what an object must have, and of which type.
+
+    Raises:
+        UserError: the file is missing, unreadable, no JSON, or something else than asked for.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}). {remedy}") from None
+    except (ValueError, RecursionError) as error:  # bytes that are no UTF-8 are a ValueError too
+        reason = "it is empty" if not os.path.getsize(path) else str(error)
+        raise UserError(f"{path} is not JSON ({reason}). {remedy}") from None
+    if not isinstance(content, kind):
+        raise UserError(f"{path} holds {_named(type(content))}, not {_named(kind)}. {remedy}")
+    for key, wanted in (keys or {}).items():
+        if not isinstance(content.get(key), wanted):
+            found = _named(type(content[key])) if key in content else "nothing"
+            raise UserError(f"{path} has {found} under '{key}', not {_named(wanted)}. {remedy}")
+    return content
+
+
+def read_text(path: str | Path, remedy: str) -> str:
+    """Read a text file that a user has written, with or without a byte order mark.
+
+    Raises:
+        UserError: it is missing, unreadable or not UTF-8; ``remedy`` says what to do.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}). {remedy}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error}). {remedy}") from None
+
+
+def _named(kind: type | tuple[type, ...]) -> str:
+    """A JSON type in words."""
+    words = {dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number"}
+    words |= {bool: "true or false", type(None): "null"}
+    return " or ".join(words[k] for k in (kind if isinstance(kind, tuple) else (kind,)))
+
+
+def stamp(path: str | Path) -> Stamp:
+    """What tells that a file is another one: size, time of the last change, and a digest of its content."""
     status = os.stat(path)
-    return [status.st_size, status.st_mtime_ns]
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
+    return [status.st_size, status.st_mtime_ns, digest.hexdigest()]
+
+
+def is_as_stamped(path: str | Path, kept: Stamp) -> bool:
+    """Whether a file has the content that it had when ``kept`` was its :func:`stamp`.
+
+    Its content is read only where the size is the same and the time is not: ``cp -r`` and ``tar`` change times.
+    """
+    try:
+        status = os.stat(path)
+        if status.st_size != kept[0]:
+            return False
+        return status.st_mtime_ns == kept[1] or stamp(path)[2] == kept[2]
+    except (OSError, IndexError, TypeError):  # not there, or no stamp of ours
+        return False
+
+
+def _digest(file: Any) -> Any:
+    """``hashlib.file_digest`` of Python 3.11."""
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest

@@ -1,0 +1,117 @@
+"""What every room reads and writes files with."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import is_as_stamped, read_json, replacing, stamp, write_json
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    write_json(file, 1)
+    with pytest.raises(ValueError), replacing(file) as temporary:  # noqa: PT011, PT012
+        Path(temporary).write_text("half")
+        raise ValueError
+    assert file.read_text() == "1\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_write_does_not_follow_a_link_that_lies_in_wait(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    file = tmp_path / "shared" / "a.json"
+    file.parent.mkdir()
+    for name in ("a.json.tmp", ".a.json.0123456789abcdef.tmp"):
+        (file.parent / name).symlink_to(victim)
+    write_json(file, 1)
+    assert victim.read_text() == "precious"
+    assert file.read_text() == "1\n"
+
+
+def test_what_a_kill_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    left = tmp_path / ".a.json.0123456789abcdef.tmp"
+    other = tmp_path / ".b.json.0123456789abcdef.tmp"
+    left.write_text("half")
+    other.write_text("of another file")
+    write_json(tmp_path / "a.json", 1)
+    assert not left.exists()
+    assert other.exists()
+
+
+def test_a_new_file_has_the_rights_that_the_user_wants(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_json(tmp_path / "a.json", 1)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "empty"),
+        (b'{"seed": 1', "not JSON"),
+        (b"[1, 2]", "holds a list, not an object"),
+        (b"null", "holds null, not an object"),
+        (b"{}", "has nothing under 'seed', not a whole number"),
+        (b'{"seed": "1"}', "has a text under 'seed'"),
+        (b'{"seed": \xff}', "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"seed": ' + b"9" * 5000 + b"}", "not JSON"),
+    ],
+)
+def test_json_in_the_wrong_shape_is_a_sentence(tmp_path: Path, content: bytes, says: str) -> None:
+    file = tmp_path / "a.json"
+    file.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        read_json(file, "Delete it.", keys={"seed": int})
+    assert str(file) in str(error.value)
+    assert says in str(error.value)
+    assert str(error.value).endswith("Delete it.")
+
+
+def test_json_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"seed": 1}')
+    assert read_json(tmp_path / "a.json", "", keys={"seed": int}) == {"seed": 1}
+
+
+def test_a_folder_and_a_missing_file_are_sentences(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(UserError, match="cannot be read"):
+            read_json(path, "Mend it.")
+
+
+def test_a_copy_is_the_same_file_and_another_content_is_not(tmp_path: Path) -> None:
+    file = tmp_path / "image"
+    file.write_bytes(b"content")
+    kept = stamp(file)
+    copy = tmp_path / "copy"
+    shutil.copy(file, copy)
+    os.utime(copy, ns=(1, 1))
+    assert is_as_stamped(copy, kept)
+    copy.write_bytes(b"CONTENT")
+    os.utime(copy, ns=(2, 2))
+    assert not is_as_stamped(copy, kept)
+    copy.write_bytes(b"more content")
+    assert not is_as_stamped(copy, kept)
+    assert not is_as_stamped(tmp_path / "nowhere", kept)
+
+
+def test_a_file_of_the_same_time_and_size_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "image"
+    file.write_bytes(b"content")
+    kept = stamp(file)
+
+    def unreadable(*_: object) -> None:
+        raise OSError(errno.EIO, "read")
+
+    monkeypatch.setattr("nnunet_ssl.files.stamp", unreadable)
+    assert is_as_stamped(file, kept)
