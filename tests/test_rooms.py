@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nnunet_ssl"
 
-OPEN_TO_ALL = {"errors", "files", "pools", "randomness", "stock_commands"}  # small modules below every room
+# small modules below every room
+OPEN_TO_ALL = {"errors", "files", "locks", "names", "pools", "randomness", "stock_commands", "volumes"}
 # room -> the rooms that it may import besides itself
 MAY_IMPORT = {
     "__init__": set(),

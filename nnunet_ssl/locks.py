@@ -1,0 +1,88 @@
+"""Locks between processes, on file systems that have them and on those that have not.
+
+A lock is freed by the system when its holder dies. Some network file systems have none (NFS without lockd): there we
+say so once and go on, as nnU-Net itself does everywhere.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+from nnunet_ssl.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+NO_LOCKS_HERE = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
+
+_said: set[str] = set()  # folders of which it has been said that they have no locks
+
+
+def take(file: str | Path, busy: str, *, wait: bool = False) -> BaseFileLock | None:
+    """Take a lock, and keep it until ``release`` or the end of the process.
+
+    Args:
+        file: the lock's file; it stays. Its folder is made where it is missing.
+        busy: what to say where another process holds it.
+        wait: print ``busy`` and wait, rather than refuse.
+
+    Returns:
+        The lock; None on a file system without locks.
+
+    Raises:
+        UserError: ``busy``, unless ``wait``.
+        OSError: the file cannot be made.
+    """
+    folder = os.path.dirname(os.path.abspath(file))
+    os.makedirs(folder, exist_ok=True)
+    if not _has_locks(file):
+        if folder not in _said:
+            _said.add(folder)
+            print(
+                f"nnunet_ssl: {folder} is on a file system without locks: see to it that no two processes work there "
+                "at a time.",
+                flush=True,
+            )
+        return None
+    lock = FileLock(file, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise UserError(busy) from None
+        print(f"nnunet_ssl: {busy}", flush=True)
+        lock.acquire()
+    return lock
+
+
+def _has_locks(file: str | Path) -> bool:
+    """Ask the system: filelock 3 takes a file system without locks for a lock that is held, and waits for ever."""
+    if fcntl is None:
+        return True
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in NO_LOCKS_HERE
+    finally:
+        os.close(descriptor)
+    return True
+
+
+@contextmanager
+def holding(file: str | Path, busy: str, *, wait: bool = False) -> Iterator[None]:
+    """:func:`take` a lock for the length of a ``with`` block."""
+    lock = take(file, busy, wait=wait)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
