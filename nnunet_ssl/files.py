@@ -1,4 +1,4 @@
-"""Files that outlive a kill, a copy and a careless editor: writing whole, reading JSON and lists, telling files apart."""
+"""Files that outlive kills, copies and careless editors: written whole, read in any shape, told apart by content."""
 
 from __future__ import annotations
 
