@@ -47,9 +47,9 @@ PANELS = {
         "or branch on labelled patches; trainers without such terms have no curve",
     ),
     "shta_token_accuracy": Panel("Token accuracy (%)", "SHTA: tokens whose nearest proxy is their most frequent class"),
-    "shta_hard_ratio": Panel("Hard tokens (%)", "SHTA: share of labelled tokens that are selected as hard"),
+    "shta_hard_share": Panel("Hard tokens (%)", "SHTA: share of labelled tokens that are selected as hard"),
 }
-IN_PERCENT = ("dice", "shta_token_accuracy", "shta_hard_ratio")
+IN_PERCENT = ("dice", "shta_token_accuracy", "shta_hard_share")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def read_curves(run: TrainedRun) -> dict[str, Curve]:
     further = _further_terms(rows)
     if len(further.epochs):
         curves["further"] = further
-    for name in ("shta_token_accuracy", "shta_hard_ratio"):
+    for name in ("shta_token_accuracy", "shta_hard_share"):
         if len((curve := _of_rows(rows, name)).epochs):
             curves[name] = curve
     return curves

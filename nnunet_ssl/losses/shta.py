@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnunet_ssl.losses.class_counts import class_counts
 from nnunet_ssl.losses.masked import masked_mean
 
 
@@ -70,7 +71,7 @@ def token_class_distribution(
 
 
 class SHTATerms(NamedTuple):
-    """What SHTA says of one batch. Losses carry gradients; the readouts are detached. All are 0-dim float32."""
+    """What SHTA says of one batch. Losses carry gradients; the readouts are detached. All are float32."""
 
     assign: Tensor  # L_assign, Eq. 5
     anchor: Tensor  # L_anchor, Eq. 5
@@ -79,11 +80,44 @@ class SHTATerms(NamedTuple):
     total: Tensor  # L_SHTA, Eq. 11
     num_candidates: Tensor  # |Omega_cand|
     num_hard: Tensor  # |Omega_hard|
-    hard_ratio: Tensor  # |Omega_hard| / |Omega_l|, the supply of Table IV
-    candidate_ratio: Tensor  # |Omega_cand| / |Omega_l|
+    candidate_share: Tensor  # |Omega_cand| / |Omega_l|
+    hard_share: Tensor  # |Omega_hard| / |Omega_l|, the supply of Table IV
+    num_references: Tensor  # |K'|
+    num_centers: Tensor  # |K_h|
     token_accuracy: Tensor  # share of tokens whose most likely proxy is their most frequent class
-    proxy_cosine: Tensor  # mean cos(c_k, mu_k) over the classes present
+    proxy_cosine: Tensor  # mean cos(c_k, mu_k) over K'
     center_gap: Tensor  # mean Euclidean distance of unit centers to unit references over K_h (Table IV, our reading)
+    candidates_of_class: Tensor  # [K], tokens of Omega_cand whose most frequent foreground class is k; 0 for background
+    hard_of_class: Tensor  # [K], |Omega_k|
+
+
+class Assignment(NamedTuple):
+    """Semantic assignment of one batch."""
+
+    s: Tensor  # [N, K] scores, Eq. 3
+    log_q: Tensor  # [N, K] log of the assignment, Eq. 3
+    c: Tensor  # [K, C_z] class references, Eq. 4
+    present: Tensor  # [K] bool, K'
+    proxy_cosine: Tensor  # [K], cos(c_k, mu_k)
+    assign: Tensor  # L_assign
+    anchor: Tensor  # L_anchor
+
+
+class HardTokens(NamedTuple):
+    """Hard token refinement of one batch."""
+
+    candidates: Tensor  # [N] bool, Omega_cand
+    selected: Tensor  # [N] bool, Omega_hard
+    y: Tensor  # [N] the most frequent foreground class of every token, y_i of Eq. 8
+    hard: Tensor  # L_hard
+
+
+class Centers(NamedTuple):
+    """Semantic center alignment of one batch."""
+
+    center: Tensor  # L_center
+    cc: Tensor  # [K, C_z] centers, Eq. 9
+    size: Tensor  # [K], |Omega_k|
 
 
 class SHTALoss(nn.Module):
@@ -114,7 +148,8 @@ class SHTALoss(nn.Module):
         detach_reference_in_center: c_k gets no gradient in L_center, where it is the reference.
         normalize_embeddings: use unit z in Eq. 4 and 9; the equations are written with raw z.
         min_class_mass: a class enters K' when its mass (in tokens) is above this; 0 as in Eq. 4.
-        sync_references: in DDP, sum Eq. 4 over the ranks; needs both references detached.
+        sync_references: in DDP, sum Eq. 4 over the ranks, so that c_k and K' are those of one GPU with the whole batch.
+            Only while both references are detached: gradients do not cross ranks. Omega_hard is each rank's own.
         eps: epsilon of Eq. 4 (Eq. 5's is replaced by a log-softmax, which needs none).
 
     Attributes:
@@ -144,7 +179,7 @@ class SHTALoss(nn.Module):
         detach_reference_in_center: bool = True,
         normalize_embeddings: bool = False,
         min_class_mass: float = 0.0,
-        sync_references: bool = False,
+        sync_references: bool = True,
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -156,8 +191,6 @@ class SHTALoss(nn.Module):
             raise ValueError(f"hard_ratio is {hard_ratio}; it must be in (0, 1]")
         if selection not in ("global", "per_class"):
             raise ValueError(f"selection is {selection!r}; it must be 'global' or 'per_class'")
-        if sync_references and not (detach_reference_in_anchor and detach_reference_in_center):
-            raise ValueError("sync_references needs both references detached: gradients do not cross ranks")
         self.num_classes = num_classes
         self.temperature = temperature
         self.conf_threshold = conf_threshold
@@ -192,67 +225,91 @@ class SHTALoss(nn.Module):
         with torch.autocast(z.device.type, enabled=False):
             return self._losses(z.float(), y_tok.float())
 
-    def _losses(self, z: Tensor, y_tok: Tensor) -> SHTATerms:
-        in_omega_l = y_tok.sum(1) > 0
-        num_tokens = in_omega_l.sum()
-
-        # Semantic assignment
-        log_q = self.log_assignment(z)  # Eq. 3
-        if self.normalize_embeddings:
-            z = F.normalize(z, dim=1)
-        reference, mass = self._class_references(z, y_tok)  # Eq. 4
-        present = mass > self.min_class_mass  # K'
-        assign = masked_mean(-(y_tok * log_q).sum(1), in_omega_l)  # Eq. 5
-        anchor_reference = reference.detach() if self.detach_reference_in_anchor else reference
-        proxy_cosine = F.cosine_similarity(anchor_reference, self.proxies, dim=1)
-        anchor = masked_mean(1 - proxy_cosine, present)  # Eq. 5
-
-        # Hard token refinement
-        eligible, dominant = self.eligible(y_tok)
-        with torch.no_grad():
-            confidence = log_q.exp().amax(1)  # h_i, Eq. 6
-            candidates = eligible & (self.matched_hard | (confidence >= self.conf_threshold))
-            hard_set = self._top_share(candidates, confidence, dominant)  # Eq. 7
-        hard = masked_mean(F.nll_loss(log_q, dominant, reduction="none"), hard_set)  # Eq. 8
-
-        # Semantic center alignment. The "embedding after correction" is z of this same forward pass: the correction
-        # is the gradient step that follows, and the paper describes no second pass.
-        members = F.one_hot(dominant, self.num_classes) * hard_set[:, None]  # Omega_k
-        num_members = members.sum(0)
-        centers = members.to(z.dtype).T @ z / num_members.clamp(min=1)[:, None]  # Eq. 9
-        has_center = num_members > 0  # K_h
-        center_reference = reference.detach() if self.detach_reference_in_center else reference
-        center = masked_mean(1 - F.cosine_similarity(centers, center_reference, dim=1), has_center)  # Eq. 10
-
+    def _losses(self, z: Tensor, Y: Tensor) -> SHTATerms:
+        omega_l = Y.sum(1) > 0
+        assignment = self._semantic_assignment(z, Y, omega_l)
+        tokens = self._hard_token_refinement(assignment, Y)
+        centers = self._center_alignment(z, assignment, tokens)
         total = (
-            self.assign_weight * assign
-            + self.anchor_weight * anchor
-            + self.hard_weight * hard
-            + self.center_weight * center
+            self.assign_weight * assignment.assign
+            + self.anchor_weight * assignment.anchor
+            + self.hard_weight * tokens.hard
+            + self.center_weight * centers.center
         )  # Eq. 11
+        return SHTATerms(
+            assignment.assign,
+            assignment.anchor,
+            tokens.hard,
+            centers.center,
+            total,
+            **self._readouts(Y, omega_l, assignment, tokens, centers),
+        )
 
+    def _semantic_assignment(self, z: Tensor, Y: Tensor, omega_l: Tensor) -> Assignment:
+        """Eq. 3 to 5: q from cosines to the proxies, class references, L_assign and L_anchor."""
+        s = self._scores(z)
+        log_q = F.log_softmax(s, 1)
+        c, mass = self._class_references(z, Y)
+        present = mass > self.min_class_mass  # K'
+        proxy_cosine = F.cosine_similarity(c.detach() if self.detach_reference_in_anchor else c, self.proxies, dim=1)
+        assign = masked_mean(-(Y * log_q).sum(1), omega_l)
+        anchor = masked_mean(1 - proxy_cosine, present)
+        return Assignment(s, log_q, c, present, proxy_cosine, assign, anchor)
+
+    def _hard_token_refinement(self, assignment: Assignment, Y: Tensor) -> HardTokens:
+        """Eq. 6 to 8: the most confident eligible tokens, and the cross-entropy to their class."""
+        eligible, y = self.eligible(Y)
         with torch.no_grad():
-            gap = (F.normalize(centers, dim=1) - F.normalize(reference, dim=1)).norm(dim=1)
-            correct = (log_q.argmax(1) == y_tok.argmax(1)).to(z.dtype)
-            num_candidates, num_hard = candidates.sum(), hard_set.sum()
-            return SHTATerms(
-                assign,
-                anchor,
-                hard,
-                center,
-                total,
-                num_candidates=num_candidates.float(),
-                num_hard=num_hard.float(),
-                hard_ratio=num_hard / num_tokens.clamp(min=1),
-                candidate_ratio=num_candidates / num_tokens.clamp(min=1),
-                token_accuracy=masked_mean(correct, in_omega_l),
-                proxy_cosine=masked_mean(proxy_cosine, present),
-                center_gap=masked_mean(gap, has_center),
-            )
+            confidence = confidence_logit(assignment.s)  # orders as h_i does
+            candidates = eligible & (self.matched_hard | (confidence.sigmoid() >= self.conf_threshold))
+            selected = self._top_r(candidates, confidence, y)
+        hard = masked_mean(F.nll_loss(assignment.log_q, y, reduction="none"), selected)
+        return HardTokens(candidates, selected, y, hard)
+
+    def _center_alignment(self, z: Tensor, assignment: Assignment, tokens: HardTokens) -> Centers:
+        """Eq. 9 and 10: the mean of each class's hard tokens, drawn to the class reference.
+
+        The "embedding after correction" is z of this same forward pass: the correction is the gradient step that
+        follows, and the paper describes no second pass.
+        """
+        members = F.one_hot(tokens.y, self.num_classes) * tokens.selected[:, None]  # Omega_k
+        size = members.sum(0)
+        cc = members.to(z.dtype).T @ self._embedding(z) / size.clamp(min=1)[:, None]  # Eq. 9
+        c = assignment.c.detach() if self.detach_reference_in_center else assignment.c
+        return Centers(masked_mean(1 - F.cosine_similarity(cc, c, dim=1), size > 0), cc, size)  # K_h, Eq. 10
+
+    @torch.no_grad()
+    def _readouts(
+        self, Y: Tensor, omega_l: Tensor, assignment: Assignment, tokens: HardTokens, centers: Centers
+    ) -> dict[str, Tensor]:
+        num_tokens, num_candidates, num_hard = omega_l.sum(), tokens.candidates.sum(), tokens.selected.sum()
+        gap = (F.normalize(centers.cc, dim=1) - F.normalize(assignment.c, dim=1)).norm(dim=1)
+        correct = (assignment.log_q.argmax(1) == Y.argmax(1)).float()
+        return {
+            "num_candidates": num_candidates.float(),
+            "num_hard": num_hard.float(),
+            "candidate_share": num_candidates / num_tokens.clamp(min=1),
+            "hard_share": num_hard / num_tokens.clamp(min=1),
+            "num_references": assignment.present.sum().float(),
+            "num_centers": (centers.size > 0).sum().float(),
+            "token_accuracy": masked_mean(correct, omega_l),
+            "proxy_cosine": masked_mean(assignment.proxy_cosine, assignment.present),
+            "center_gap": masked_mean(gap, centers.size > 0),
+            "candidates_of_class": class_counts(tokens.y, self.num_classes, tokens.candidates).float(),
+            "hard_of_class": centers.size.float(),
+        }
+
+    def _embedding(self, z: Tensor) -> Tensor:
+        """z as Eq. 4 and 9 take it."""
+        return F.normalize(z, dim=1) if self.normalize_embeddings else z
+
+    def _scores(self, z: Tensor) -> Tensor:
+        """s of Eq. 3, ``[N, K]``."""
+        return F.normalize(z, dim=1) @ F.normalize(self.proxies, dim=1).T / self.temperature
 
     def log_assignment(self, z: Tensor) -> Tensor:
         """Eq. 3: log q ``[N, K]`` of embeddings z ``[N, C_z]``, by their cosine similarity to the proxies."""
-        return F.log_softmax(F.normalize(z, dim=1) @ F.normalize(self.proxies, dim=1).T / self.temperature, 1)
+        return F.log_softmax(self._scores(z), 1)
 
     def eligible(self, y_tok: Tensor) -> tuple[Tensor, Tensor]:
         """What Eq. 7 asks of the labels alone, and y_i of Eq. 8.
@@ -272,27 +329,47 @@ class SHTALoss(nn.Module):
         )
         return mask, dominant + 1
 
-    def _class_references(self, z: Tensor, y_tok: Tensor) -> tuple[Tensor, Tensor]:
-        """Eq. 4: c_k ``[K, C_z]`` and the mass ``[K]`` of each class in tokens."""
-        weighted_sum, mass = y_tok.T @ z, y_tok.sum(0)
-        if self.sync_references and dist.is_available() and dist.is_initialized():
+    def _class_references(self, z: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
+        """Eq. 4: c_k ``[K, C_z]`` and the mass ``[K]`` of each class in tokens, of all ranks where they are synced."""
+        weighted_sum, mass = Y.T @ self._embedding(z), Y.sum(0)
+        detached = self.detach_reference_in_anchor and self.detach_reference_in_center
+        if self.sync_references and detached and dist.is_available() and dist.is_initialized():
             weighted_sum, mass = weighted_sum.detach().clone(), mass.clone()
             dist.all_reduce(weighted_sum)
             dist.all_reduce(mass)
         return weighted_sum / (mass[:, None] + self.eps), mass
 
-    def _top_share(self, candidates: Tensor, confidence: Tensor, dominant: Tensor) -> Tensor:
+    def _top_r(self, candidates: Tensor, confidence: Tensor, y: Tensor) -> Tensor:
         """Top_r of Eq. 7: the most confident share r of the candidates, as a mask ``[N]``."""
         if self.selection == "global":
             return top_share(candidates, confidence, self.hard_ratio)
-        hard_set = torch.zeros_like(candidates)
+        selected = torch.zeros_like(candidates)
         for k in range(1, self.num_classes):
-            hard_set |= top_share(candidates & (dominant == k), confidence, self.hard_ratio)
-        return hard_set
+            selected |= top_share(candidates & (y == k), confidence, self.hard_ratio)
+        return selected
+
+
+def confidence_logit(s: Tensor) -> Tensor:
+    """The logit of h_i (Eq. 6): how far the largest score is above the log-sum-exp of the others.
+
+    It orders tokens as ``h_i = max_k q_{i,k} = sigmoid(logit)`` does. But h_i is exactly 1 in single precision for most
+    tokens once two classes at a small temperature are learnt, and such ties would go to the first image of the batch.
+
+    Args:
+        s: ``[N, K]`` scores of Eq. 3, K at least 2.
+
+    Returns:
+        ``[N]``.
+    """
+    largest, at = s.max(1)
+    others = s.scatter(1, at[:, None], -torch.inf)
+    return largest - others.logsumexp(1)
 
 
 def top_share(mask: Tensor, score: Tensor, share: float) -> Tensor:
     """The ``ceil(share * count)`` entries of ``mask`` with the highest score, without reading the count on the CPU.
+
+    At least one, where ``mask`` has one.
 
     Args:
         mask: ``[N]`` bool.
@@ -303,7 +380,7 @@ def top_share(mask: Tensor, score: Tensor, share: float) -> Tensor:
         ``[N]`` bool, a subset of ``mask``.
     """
     exact = Fraction(share).limit_denominator(1_000_000)  # in integers, ceil(0.1 * 30) is 3
-    wanted = (mask.sum() * exact.numerator + exact.denominator - 1) // exact.denominator
+    wanted = ((mask.sum() * exact.numerator + exact.denominator - 1) // exact.denominator).clamp(min=1)
     order = score.masked_fill(~mask, -torch.inf).argsort(descending=True, stable=True)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order), device=order.device)

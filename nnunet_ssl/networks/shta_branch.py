@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,7 @@ def token_stride(patch_size: Sequence[int], spacing: Sequence[float], batch_size
     patches. So the aim is three voxels, and four along axes of 128 voxels or more and in 2D; where the finest spacing
     is not an axis' own, it shrinks in proportion. nnU-Net's patches are seldom multiples of three: the nearest divisor
     is taken, and of two equally near ones the larger (4 for 40). While a batch has more than ``max_tokens`` tokens, the
-    axis whose tokens are shortest in millimetres goes to its next divisor.
+    aim grows along all axes alike, so that tokens keep their shape.
 
     Args:
         patch_size: voxels along each axis.
@@ -28,23 +29,22 @@ def token_stride(patch_size: Sequence[int], spacing: Sequence[float], batch_size
     Returns:
         The stride along each axis.
     """
-    divisors = [[s for s in range(1, n + 1) if n % s == 0] for n in patch_size]
-    stride = []
-    for axis, options in enumerate(divisors):
-        aim = 4 if patch_size[axis] >= 128 or len(patch_size) == 2 else 3
-        aim = max(1, round(aim * min(spacing) / spacing[axis]))
-        stride.append(min(options, key=lambda s: (abs(s - aim), -s)))
+    aims = [
+        (4 if n >= 128 or len(patch_size) == 2 else 3) * min(spacing) / mm
+        for n, mm in zip(patch_size, spacing, strict=True)
+    ]
+    growth = 1.0
+    while True:
+        stride = [nearest_divisor(n, max(1, round(growth * aim))) for n, aim in zip(patch_size, aims, strict=True)]
+        num_tokens = batch_size * math.prod(n // s for n, s in zip(patch_size, stride, strict=True))
+        if num_tokens <= max_tokens or stride == list(patch_size):
+            return stride
+        growth *= 1.1
 
-    def num_tokens() -> int:
-        return batch_size * torch.Size([n // s for n, s in zip(patch_size, stride, strict=True)]).numel()
 
-    while num_tokens() > max_tokens:
-        growable = [axis for axis, n in enumerate(patch_size) if stride[axis] < n]
-        if not growable:
-            break
-        axis = min(growable, key=lambda a: stride[a] * spacing[a])
-        stride[axis] = next(s for s in divisors[axis] if s > stride[axis])
-    return stride
+def nearest_divisor(number: int, aim: int) -> int:
+    """The divisor of ``number`` that is nearest to ``aim``, and of two the larger."""
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (abs(d - aim), -d))
 
 
 class SHTABranch(nn.Module):

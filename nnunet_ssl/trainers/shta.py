@@ -35,7 +35,7 @@ class SHTASettings(SSLSettings):
     shta_warmup: float = 0.0  # share of the training over which lambda grows linearly; the paper has no ramp-up
     shta_attach: Literal["first", "all"] = "first"  # F_A is one network's: Table IV counts one network's tokens
     shta_stride: tuple[int, ...] = ()  # voxels per token and axis; () is about three, as Table IV implies
-    shta_max_tokens: int = 131072  # labelled tokens in a step at most; larger strides keep to it
+    shta_max_tokens: int = 262144  # labelled tokens in a step at most; larger strides keep to it
     shta_min_valid_fraction: float = 0.5  # tokens with fewer voxels that are not ignored are left out
     shta_hidden_dim: int = 256  # width of g; the paper's parameter ratio asks for more than the feature's channels
     shta_embedding_dim: int = 128  # C_z: room for many classes' directions, and cheap
@@ -54,7 +54,7 @@ class SHTASettings(SSLSettings):
     shta_detach_reference_in_center: bool = True  # c_k in Eq. 10: the reference stands still
     shta_normalize_embeddings: bool = False  # unit z in Eq. 4 and 9; the equations are written with raw z
     shta_min_class_mass: float = 0.0  # tokens' worth of a class before it enters K'; Eq. 4 says more than none
-    shta_sync_references: bool = False  # sum Eq. 4 over DDP ranks; the paper trains on one GPU
+    shta_sync_references: bool = True  # sum Eq. 4 over DDP ranks, while both references are detached
 
     def problems(self) -> dict[str, str]:
         """Values that cannot work, beside those of the host."""
@@ -63,10 +63,6 @@ class SHTASettings(SSLSettings):
             problems["shta_temperature"] = "a positive number"
         if not 0 < self.shta_hard_ratio <= 1:
             problems["shta_hard_ratio"] = "above 0 and at most 1"
-        if self.shta_sync_references and not (
-            self.shta_detach_reference_in_anchor and self.shta_detach_reference_in_center
-        ):
-            problems["shta_sync_references"] = "false unless both references are detached"
         for name in ("shta_hidden_dim", "shta_embedding_dim", "shta_max_tokens"):
             if getattr(self, name) < 1:
                 problems[name] = "at least 1"
@@ -78,7 +74,7 @@ LOSS_SETTINGS = (
     "anchor_weight hard_weight center_weight detach_reference_in_anchor detach_reference_in_center "
     "normalize_embeddings min_class_mass sync_references"
 ).split()
-READOUTS = ("assign anchor hard center hard_ratio candidate_ratio token_accuracy proxy_cosine center_gap").split()
+READOUTS = "assign anchor hard center hard_share candidate_share token_accuracy proxy_cosine center_gap".split()
 
 
 class SHTAMixin(nnUNetTrainerSSL):
@@ -126,6 +122,12 @@ class SHTAMixin(nnUNetTrainerSSL):
         self.print_to_log_file(f"SHTA on the {name} network, tokens of {' x '.join(map(str, branch.stride))} voxels")
         return branch
 
+    @property
+    def _foreground_classes(self) -> dict[int, str]:
+        """label -> name of the classes that have tokens."""
+        names = {(label[0] if isinstance(label, list) else label): n for n, label in self.dataset_json["labels"].items()}
+        return {label: names[label] for label in self.label_manager.foreground_labels}
+
     def term_weights(self) -> dict[str, float]:
         """lambda, with its warm-up if there is one."""
         weights = super().term_weights()
@@ -140,7 +142,13 @@ class SHTAMixin(nnUNetTrainerSSL):
         shta = self.training_modules[f"shta_{name}"](feature, target)
         for readout in READOUTS:
             self.log_value(f"shta_{readout}", getattr(shta, readout))
-        self.log_value("tokens_hard", shta.num_hard)  # a panel of its own: a count among ratios
+        # panels of their own: counts among shares
+        self.log_value("classes_references", shta.num_references)  # |K'|
+        self.log_value("classes_centers", shta.num_centers)  # |K_h|
+        self.log_value("tokens_hard", shta.num_hard)
+        for label, of_class in self._foreground_classes.items():
+            self.log_value(f"candidates_{of_class}", shta.candidates_of_class[label])
+            self.log_value(f"hard_{of_class}", shta.hard_of_class[label])  # |Omega_k|
         return {**terms, "shta": shta.total}
 
 

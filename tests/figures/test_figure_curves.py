@@ -67,7 +67,7 @@ def test_lines_are_the_curves_and_the_caption_names_the_files(tmp_path: Path) ->
     curves = {run.name: read_curves(run) for run in runs}
     figure = curves_figure(curves)
     shown = {axes.get_ylabel(): axes for axes in figure.axes}
-    assert list(shown) == [PANELS[name].heading for name in PANELS if name != "shta_hard_ratio"]
+    assert list(shown) == [PANELS[name].heading for name in PANELS if name != "shta_hard_share"]
     dice = [line.get_ydata() for line in shown[PANELS["dice"].heading].lines if line.get_label() == "B"]
     assert dice[0] == pytest.approx(100 * np.array(LOG["ema_fg_dice"], float))
     assert [line.get_label() for line in shown[PANELS["further"].heading].lines] == ["B"]
@@ -77,7 +77,7 @@ def test_lines_are_the_curves_and_the_caption_names_the_files(tmp_path: Path) ->
     caption = (tmp_path / "out/curves.md").read_text(encoding="utf-8")
     assert f"| A | 3 | not recorded | `{runs[0].checkpoint_file}` |" in caption
     assert f"| B | 3 | 64 | `{runs[1].checkpoint_file}`, `{runs[1].fold_folder / 'ssl_log.csv'}` |" in caption
-    assert PANELS["shta_hard_ratio"].heading not in caption
+    assert PANELS["shta_hard_share"].heading not in caption
 
 
 def test_a_model_without_a_log_is_named(tmp_path: Path) -> None:

@@ -125,7 +125,10 @@ def oracle(loss, z, y):
     total = sum(w * term for w, term in zip(weights, (assign, anchor, hard, center), strict=True))  # 11
     return {
         "assign": assign, "anchor": anchor, "hard": hard, "center": center, "total": total,
-        "num_candidates": len(candidates), "num_hard": len(hard_set), "hard_ratio": len(hard_set) / max(1, len(omega)),
+        "num_candidates": len(candidates), "num_hard": len(hard_set), "hard_share": len(hard_set) / max(1, len(omega)),
+        "num_references": len(present), "num_centers": len(centers),
+        "candidates_of_class": [sum(k and 1 + y[i, 1:].argmax() == k for i in candidates) for k in range(num_classes)],
+        "hard_of_class": [sum(k and label[i] == k for i in hard_set) for k in range(num_classes)],
     }  # fmt: skip
 
 
@@ -158,8 +161,11 @@ def test_losses_equal_the_oracle(num_classes, absent, settings):
     z, y = some_tokens(num_classes, absent=absent)
     expected = oracle(loss, z, y)
     terms = loss(z, y)
+    of_class = {name: expected.pop(name) for name in ("candidates_of_class", "hard_of_class")}
     for name, value in expected.items():
         assert getattr(terms, name).item() == pytest.approx(value, abs=2e-5), name
+    for name, counts in of_class.items():
+        assert getattr(terms, name).tolist() == counts, name
 
 
 def test_the_settings_in_force_are_attributes():
@@ -306,7 +312,7 @@ def test_empty_sets_give_zero_and_zero_gradients(empty):
     assert terms.num_hard == 0
     if empty in ("no token", "no labelled token"):
         assert terms.total == 0
-    assert all(value.isfinite() for value in terms)
+    assert all(value.isfinite().all() for value in terms)
     terms.total.backward()
     assert loss.proxies.grad is not None  # every parameter has a gradient at every step, or DDP waits for ever
     assert z.grad is not None
