@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor
 
@@ -54,11 +55,15 @@ class nnUNetTrainerGACPS(nnUNetTrainerCPS):  # noqa: N801
         self.cross_loss = GACELoss(100, self.settings.ga_gamma)
 
     def _supervised_loss(self, outputs: list[Tensor] | Tensor, target: list[Tensor] | Tensor) -> Tensor:
-        """GACE and GADice. Which classes are absent is decided at full resolution, for all scales."""
-        if not self.enable_deep_supervision:
-            return self.supervised_loss(outputs, target)
+        """GACE and GADice. Which classes are absent is decided at full resolution, for all scales and GPUs."""
         manager = self.label_manager
         present = present_classes(full_resolution(target), manager.num_segmentation_heads, manager.ignore_label)
+        if self.is_ddp:
+            present = present.int()
+            dist.all_reduce(present, dist.ReduceOp.MAX)
+            present = present > 0
+        if not self.enable_deep_supervision:
+            return self.supervised_loss(outputs, target, present)
         return self.supervised_loss(outputs, target, [present] * len(outputs))
 
     def _cross_loss(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -125,7 +125,8 @@ class SHTAMixin(nnUNetTrainerSSL):
     @property
     def _foreground_classes(self) -> dict[int, str]:
         """label -> name of the classes that have tokens."""
-        names = {(label[0] if isinstance(label, list) else label): n for n, label in self.dataset_json["labels"].items()}
+        labels = self.dataset_json["labels"]
+        names = {label[0] if isinstance(label, list) else label: name for name, label in labels.items()}
         return {label: names[label] for label in self.label_manager.foreground_labels}
 
     def term_weights(self) -> dict[str, float]:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from nnunet_ssl.losses.shta import SHTALoss, SHTATerms, token_class_distribution, top_share
+from nnunet_ssl.losses.shta import SHTALoss, SHTATerms, confidence_logit, token_class_distribution, top_share
 
 LOSSES = SHTATerms._fields[:5]
 
@@ -211,7 +211,27 @@ def test_most_confident_candidates_are_taken():
     assert top_share(mask, score, 0.01).sum() == 1  # at least one
     assert top_share(torch.zeros(5, dtype=torch.bool), score, 0.5).sum() == 0
     assert top_share(torch.ones(30, dtype=torch.bool), torch.rand(30), 0.1).sum() == 3  # not 4 by rounding
-    assert top_share(torch.ones(30, dtype=torch.bool), torch.rand(30), 0.00004).sum() == 1
+    for share in (0.00004, 1e-7, 1e-300):
+        assert top_share(torch.ones(30, dtype=torch.bool), torch.rand(30), share).sum() == 1
+
+
+@pytest.mark.parametrize("num_classes", [2, 14])
+def test_the_logit_of_the_confidence_is_that_of_the_largest_probability(num_classes):
+    s = 4 * torch.randn(50, num_classes)
+    torch.testing.assert_close(confidence_logit(s).sigmoid(), s.softmax(1).amax(1))
+
+
+def test_saturated_tokens_are_ranked_and_not_taken_from_the_first_image():
+    """Two classes at a small temperature: h is exactly 1 for all tokens, and the surest are of the second image."""
+    loss = SHTALoss(2, 2, temperature=0.02, hard_ratio=0.25)
+    loss.proxies.data = torch.eye(2)
+    angle = torch.cat([torch.linspace(0.2, 0.3, 20), torch.linspace(0.0, 0.1, 20)])  # of two images, from the proxy
+    z = torch.stack([angle.sin(), angle.cos()], 1)
+    y = torch.tensor([[0.0, 1.0]]).expand(40, 2)
+    assert (loss.log_assignment(z).exp().amax(1) == 1).all()
+    surest = range(20, 30)  # the smallest angles
+    tokens = loss._hard_token_refinement(loss._semantic_assignment(z, y, y.sum(1) > 0), y)
+    assert tokens.selected.nonzero()[:, 0].tolist() == list(surest)
 
 
 def test_who_is_eligible_follows_from_the_shares_alone():
@@ -338,7 +358,7 @@ def test_settings_out_of_range_are_refused(settings):
 def _reference_on_rank(rank, folder, z, y):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.manual_seed(0)
-    loss = SHTALoss(4, 8, sync_references=True)
+    loss = SHTALoss(4, 8)
     half = slice(rank, None, 2)
     reference, mass = loss._class_references(z[half], y[half])
     torch.save((reference, mass), os.path.join(folder, f"rank{rank}.pt"))
@@ -348,7 +368,27 @@ def _reference_on_rank(rank, folder, z, y):
 def test_synchronised_references_are_those_of_all_ranks_tokens(tmp_path):
     z, y = some_tokens(4)
     mp.start_processes(_reference_on_rank, (str(tmp_path), z, y), nprocs=2, start_method="fork")
-    expected = SHTALoss(4, 8)._class_references(z, y)
+    expected = SHTALoss(4, 8, sync_references=False)._class_references(z, y)
     for rank in range(2):
         for a, b in zip(torch.load(tmp_path / f"rank{rank}.pt"), expected, strict=True):
             torch.testing.assert_close(a, b)
+
+
+def _gradient_on_rank(rank, folder, z, y):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    loss = SHTALoss(4, 8, detach_reference_in_center=False)
+    loss.load_state_dict(torch.load(os.path.join(folder, "loss.pt")))
+    z = z.clone().requires_grad_()
+    loss(z, y).center.backward()
+    torch.save(z.grad, os.path.join(folder, f"rank{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def test_a_reference_with_a_gradient_stays_on_its_rank(tmp_path):
+    z, y = some_tokens(4)
+    loss = SHTALoss(4, 8, detach_reference_in_center=False)
+    torch.save(loss.state_dict(), tmp_path / "loss.pt")
+    mp.start_processes(_gradient_on_rank, (str(tmp_path), z, y), nprocs=2, start_method="fork")
+    z = z.clone().requires_grad_()
+    loss(z, y).center.backward()
+    torch.testing.assert_close(torch.load(tmp_path / "rank1.pt"), z.grad)

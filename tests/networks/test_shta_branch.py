@@ -6,7 +6,7 @@ import torch
 from nnunet_ssl.losses.shta import SHTALoss
 from nnunet_ssl.networks.shta_branch import SHTABranch, token_stride
 
-CAP = 131072
+CAP = 262144
 
 
 @pytest.mark.parametrize(
@@ -27,12 +27,32 @@ def test_about_three_voxels_a_token(patch, spacing, stride):
     assert token_stride(patch, spacing, 2, CAP) == stride
 
 
-def test_the_number_of_tokens_is_capped_and_strides_still_divide():
-    patch = (160, 256, 256)
-    stride = token_stride(patch, (1, 1, 1), 2, CAP)
+@pytest.mark.parametrize(
+    ("patch", "spacing", "batch"),
+    [
+        ((160, 256, 256), (1, 1, 1), 4),
+        ((256, 256), (1, 1), 49),  # tokens of 8 x 4 pixels before
+        ((256, 256), (1, 1), 99),
+        ((512, 512), (0.8, 0.8), 24),
+        ((320, 256), (0.7, 0.7), 60),
+        ((128, 128, 128), (1, 1, 1), 12),
+        ((28, 256, 224), (5, 1.25, 1.25), 12),
+        ((16, 320, 320), (3.6, 0.6, 0.6), 8),
+    ],
+)
+def test_a_capped_number_of_tokens_keeps_their_shape(patch, spacing, batch):
+    uncapped = token_stride(patch, spacing, batch, 10**9)
+    stride = token_stride(patch, spacing, batch, CAP)
     assert all(n % s == 0 for n, s in zip(patch, stride, strict=True))
-    assert 2 * math.prod(n // s for n, s in zip(patch, stride, strict=True)) <= CAP
-    assert max(stride) <= 8
+    num_tokens = batch * math.prod(n // s for n, s in zip(patch, stride, strict=True))
+    assert CAP / 2 ** len(patch) < num_tokens <= CAP  # no larger than need be
+    in_plane = [s * mm for s, mm in zip(stride, spacing, strict=True)][-2:]
+    assert max(in_plane) < 1.5 * min(in_plane)
+    assert all(s >= u for s, u in zip(stride, uncapped, strict=True))
+
+
+def test_what_no_stride_can_cap_is_one_token_a_sample():
+    assert token_stride((7, 5, 11), (1, 1, 1), 100, 50) == [7, 5, 11]
 
 
 @pytest.mark.parametrize("spatial", [(8, 12), (4, 8, 12)])

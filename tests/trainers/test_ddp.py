@@ -40,6 +40,33 @@ def test_gradients_are_averaged_in_place_and_missing_ones_stay_missing(tmp_path)
         assert gradients[2] is None
 
 
+def _supervised(rank, trainer, outputs, target):
+    trainer.is_ddp = True
+    outputs = [x[rank : rank + 1].requires_grad_() for x in outputs]
+    trainer._supervised_loss(outputs, [t[rank : rank + 1] for t in target]).backward()
+    return outputs[0].grad
+
+
+def test_a_class_that_another_rank_has_is_not_pushed_down(tiny, make_trainer, tmp_path):
+    """GADice's absence is that of the whole batch: class 2 is in the first sample alone, class 1 in none."""
+    trainer = make_trainer("nnUNetTrainerGACPS", tiny())
+    torch.manual_seed(0)
+    shapes = [[n // s for n in trainer.configuration_manager.patch_size] for s in (1, 2)]
+    outputs = [torch.randn(2, 3, *shape) for shape in shapes]
+    target = [torch.zeros(2, 1, *shape) for shape in shapes]
+    for t in target:
+        t[0, 0, :2] = 2
+    outputs, target = outputs[: len(trainer.loss.weight_factors)], target[: len(trainer.loss.weight_factors)]
+    gradients = on_two_ranks(tmp_path, _supervised, trainer, outputs, target)
+    expected = {}
+    for present in ((True, False, True), (True, False, False)):
+        second = [x[1:].clone().requires_grad_() for x in outputs]
+        trainer.supervised_loss(second, [t[1:] for t in target], [torch.tensor(present)] * len(second)).backward()
+        expected[present[2]] = second[0].grad
+    torch.testing.assert_close(gradients[1], expected[True])
+    assert not torch.allclose(gradients[1], expected[False])
+
+
 def _step(rank, trainer, batch):
     trainer.is_ddp = True
     wrapped = nn.parallel.DistributedDataParallel(trainer.plans_network)  # as nnU-Net wraps it; a step goes around it

@@ -48,7 +48,6 @@ def test_the_paper_preset_and_what_overrides_it(tmp_path):
         ({"num_iterations_per_epoch": 0}, ["num_iterations_per_epoch", "at least 1"]),
         ({"shta_temperature": 0}, ["shta_temperature", "positive"]),
         ({"shta_hard_ratio": 1.5}, ["shta_hard_ratio", "1.5"]),
-        ({"shta_sync_references": True, "shta_detach_reference_in_center": False}, ["shta_sync_references"]),
         ("{", ["settings.json", "JSON"]),
         ("[1]", ["settings.json", "list"]),
     ],

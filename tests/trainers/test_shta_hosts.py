@@ -85,6 +85,21 @@ def test_matched_supply_is_the_same_whatever_has_been_learned(tiny, make_trainer
     assert counts[False, 0.0] == counts[True, 0.0] == counts[True, 1.0] > 0
 
 
+def test_the_log_says_how_many_tokens_of_each_class_are_selected(tiny, make_trainer):
+    trainer = make_trainer("nnUNetTrainerSHTA_LabeledOnly", tiny(), settings={"shta_selection": "per_class"})
+    first = next(iter(trainer._foreground_classes.values()))
+    trainer.dataset_json["labels"][first] = [trainer.dataset_json["labels"][first]]  # as nnU-Net may be given it
+    stepped(trainer)
+    values = trainer._mean_values()
+    names = list(trainer._foreground_classes.values())
+    assert names == [name for name in trainer.dataset_json["labels"] if name != "background"]
+    assert sum(values[f"hard_{name}"] for name in names) == pytest.approx(values["tokens_hard"])
+    for name in names:
+        assert 0.5 * values[f"candidates_{name}"] <= values[f"hard_{name}"] <= 0.5 * values[f"candidates_{name}"] + 1
+    assert values["classes_references"] == len(names) + 1
+    assert 0 < values["classes_centers"] <= len(names)
+
+
 # ---------------------------------------------------------------------------------------------------- its own settings
 
 ON_LABELS = "nnUNetTrainerSHTA_LabeledOnly"
