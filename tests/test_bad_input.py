@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
@@ -62,6 +63,16 @@ def with_voxels(dataset: TinyDataset, values: list[float]) -> None:
     sitk.WriteImage(sitk.GetImageFromArray(array), str(image(dataset)))
 
 
+def uncompressed(dataset: TinyDataset) -> None:
+    image(dataset).write_bytes(gzip.decompress(image(dataset).read_bytes()))
+
+
+def with_bad_header(dataset: TinyDataset) -> None:
+    content = bytearray(gzip.decompress(image(dataset).read_bytes()))
+    content[108:112] = bytes(4)  # vox_offset
+    image(dataset).write_bytes(gzip.compress(bytes(content)))
+
+
 def as_2d(dataset: TinyDataset) -> None:
     sitk.WriteImage(sitk.ReadImage(str(image(dataset)))[:, :, 3], str(image(dataset)))
 
@@ -88,9 +99,12 @@ PREPROCESS = {
     "wrong file ending": Row(lambda d: image(d).rename(str(image(d)).replace(".nii.gz", ".nrrd")) and None),
     "name without channel": Row(lambda d: image(d).rename(str(image(d)).replace("_0000", "")) and None),
     "truncated NIfTI": Row(truncate),
+    "not compressed, but named so": Row(uncompressed),
+    "damaged NIfTI header": Row(with_bad_header),
     "not an image": Row(lambda d: image(d).write_text("hello") and None),
     "NaN voxels": Row(lambda d: with_voxels(d, [np.nan])),
     "infinite voxels": Row(lambda d: with_voxels(d, [np.inf, -np.inf])),
+    "voxels too large for float32": Row(lambda d: with_voxels(d, [3e38, -3e38])),
     "a 2D image among 3D": Row(as_2d),
     "channels of different shape": Row(crop_one_channel, "multichannel"),
     "the name of a labelled case": Row(lambda d: named_as(d, d.cases("imagesTr")[0])),

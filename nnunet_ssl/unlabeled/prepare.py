@@ -387,7 +387,7 @@ def _complete(
 
 def _prepare_case(task: _Task, case: str, files: list[str], folder: str) -> _Outcome:
     """Prepare one image into a folder of its own. Errors come back as values: raising would break the pool."""
-    plans_manager = CheckingPlans(task.plans, len(channel_names(task.dataset_json)))
+    plans_manager = CheckingPlans(task.plans, len(channel_names(task.dataset_json)), task.configuration)
     configuration_manager = plans_manager.get_configuration(task.configuration)
     try:
         os.makedirs(folder)

@@ -1,97 +1,78 @@
-"""What must not be learnt from is refused, though SimpleITK would read it without a word."""
+"""Which images nnU-Net could not use with a dataset's plans."""
 
 from __future__ import annotations
 
-import nibabel
+from pathlib import Path
+
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_ssl.unlabeled.check import BadImageError, check_nifti, is_2d, read
+from nnunet_ssl.unlabeled.check import BadImageError, CheckingPlans
+from nnunet_ssl.unlabeled.prepare import prepare_unlabeled
 
-IMAGE = np.random.default_rng(0).normal(100, 10, (8, 9, 10))
-
-
-@pytest.fixture(params=[".nii", ".nii.gz"])
-def nifti(request, tmp_path):
-    """Writes an array as NIfTI and gives back the file."""
-
-    def write(array: np.ndarray) -> str:
-        file = str(tmp_path / f"case_0000{request.param}")
-        nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), file)
-        return file
-
-    return write
+IMAGE = np.random.default_rng(0).normal(100, 10, (20, 22, 24)).astype(np.float32)
 
 
-@pytest.mark.parametrize("kept", [0.0, 0.02, 0.3, 0.9, 0.999])
-def test_every_cut_is_noticed(nifti, kept):
-    file = nifti(IMAGE.astype(np.float32))
-    with open(file, "rb") as stream:
-        content = stream.read()
-    with open(file, "wb") as stream:
-        stream.write(content[: int(kept * len(content))])
-    with pytest.raises(BadImageError, match=r"case_0000.nii(.gz)? cannot be read .*replace or remove it"):
-        read(SimpleITKIO().read_images, [file])
+def write(file: Path, array: np.ndarray, *spacing: float) -> str:
+    """``spacing``: in SimpleITK's order, x first."""
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing or [1.0] * array.ndim)
+    sitk.WriteImage(image, str(file))
+    return str(file)
 
 
-def test_simpleitk_would_have_said_nothing(nifti):
-    """If this fails, SimpleITK has learnt it, and check_nifti can go."""
-    file = nifti(IMAGE.astype(np.float32))
-    with open(file, "rb+") as stream:
-        stream.truncate(2000)
-    images, _ = SimpleITKIO().read_images([file])
-    assert images.shape == (1, 10, 9, 8)
-    array = IMAGE.astype(np.float32)
-    array[1, 2, 3] = np.nan
-    images, _ = SimpleITKIO().read_images([nifti(array)])
-    assert images[0, 3, 2, 1] == 0
+@pytest.mark.parametrize(
+    ("kind", "transpose", "refused"), [("3d", [0, 1, 2], True), ("2d", [0, 1, 2], False), ("2d", [2, 0, 1], True)]
+)
+def test_a_2d_image_is_refused_where_it_has_no_slice_of_the_datasets_kind(tiny, tmp_path, kind, transpose, refused):
+    dataset = tiny(kind)
+    plans = CheckingPlans({**dataset.plans, "transpose_forward": transpose}, 1, dataset.configuration)
+    file = write(tmp_path / "x_0000.nii.gz", IMAGE[3])
+    if refused:
+        with pytest.raises(BadImageError, match=r"x_0000.nii.gz: the image is 2D, but the labelled images .* are 3D\."):
+            plans.image_reader_writer_class().read_images([file])
+    else:
+        assert plans.image_reader_writer_class().read_images([file])[0].shape == (1, 1, 22, 24)
 
 
-def test_a_flipped_bit_in_a_compressed_file_is_noticed(tmp_path):
-    file = str(tmp_path / "case_0000.nii.gz")
-    nibabel.save(nibabel.Nifti1Image(IMAGE.astype(np.float32), np.eye(4)), file)
-    with open(file, "rb+") as stream:
-        stream.seek(-6, 2)  # the checksum
-        stream.write(b"\x00\x01")
-    with pytest.raises(BadImageError, match="CRC check failed"):
-        check_nifti(file)
+@pytest.mark.parametrize("kind", ["2d", "3d"])
+def test_what_nnunet_takes_is_prepared_as_nnunet_does(tiny_copy, kind):
+    """Slice spacings of 999 mean nothing, in-plane spacings vary, and volumes have slices for a 2D network."""
+    dataset = tiny_copy(kind)
+    folder = dataset.raw / "imagesUn"
+    images = {
+        "volume": write(folder / "volume_0000.nii.gz", IMAGE, 1.2, 1.1, 1.0),
+        "slice_5mm": write(folder / "slice_5mm_0000.nii.gz", IMAGE[:1], 1.2, 1.2, 5.0),
+        "slice_999mm": write(folder / "slice_999mm_0000.nii.gz", IMAGE[:1, :10, :10], 1.2, 1.2, 999.0),
+        "thin_999mm": write(folder / "thin_999mm_0000.nii.gz", IMAGE[:1, :10, :10], 0.9, 0.9, 999.0),
+    }
+    if kind == "2d":
+        images["flat"] = write(folder / "flat_0000.nii.gz", IMAGE[0], 0.9, 1.3)
+    manager = PlansManager(dataset.plans)
+    prepared, cases = prepare_unlabeled(
+        dataset.name, manager, dataset.configuration, dataset.dataset_json, dataset.cases("imagesTr"), 1
+    )
+    assert set(images) < set(cases)
+
+    configuration = manager.get_configuration(dataset.configuration)
+    for case, file in images.items():
+        expected, *_ = configuration.preprocessor_class(verbose=False).run_case(
+            [file], None, manager, configuration, dataset.dataset_json
+        )
+        data, *_ = nnUNetDatasetBlosc2(prepared, [case]).load_case(case)
+        np.testing.assert_array_equal(data[:], expected)
 
 
-@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8"])
-def test_voxels_that_are_not_finite_are_counted(nifti, dtype):
-    array = IMAGE.astype(dtype)
-    check_nifti(nifti(array))
-    array[1, 2, 3:5] = np.nan, np.inf
-    with pytest.raises(BadImageError, match=r"case_0000.nii(.gz)?: 2 voxel\(s\) are NaN or infinite"):
-        check_nifti(nifti(array))
-
-
-@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float64])
-def test_whole_images_pass(nifti, dtype):
-    file = nifti(IMAGE.astype(dtype))
-    images, properties = read(SimpleITKIO().read_images, [file])
-    expected, expected_properties = SimpleITKIO().read_images([file])
-    np.testing.assert_array_equal(images, expected)
-    assert properties == expected_properties
-
-
-def test_the_channel_that_is_broken_is_named(tmp_path):
-    files = [str(tmp_path / f"case_{channel:04d}.nrrd") for channel in range(2)]
-    for file in files:
-        sitk.WriteImage(sitk.GetImageFromArray(IMAGE.astype(np.float32)), file)
-    with open(files[1], "rb+") as stream:
-        stream.truncate(500)
-    with pytest.raises(BadImageError, match=r"case_0001.nrrd cannot be read"):
-        read(SimpleITKIO().read_images, files)
-
-
-def test_dimensions_by_the_readers_spacing(tmp_path):
-    spacings = []
-    for name, array in (("2d.nii.gz", IMAGE[0]), ("3d.nii.gz", IMAGE), ("one_slice.nii.gz", IMAGE[:1])):
-        image = sitk.GetImageFromArray(array)
-        image.SetSpacing([0.7, 0.8, 5.0][: image.GetDimension()])
-        sitk.WriteImage(image, str(tmp_path / name))
-        spacings.append(SimpleITKIO().read_images([str(tmp_path / name)])[1]["spacing"])
-    assert [is_2d(spacing) for spacing in spacings] == [True, False, False]
+def test_damaged_images_are_refused_with_a_remedy(tiny, tmp_path):
+    dataset = tiny("3d")
+    plans = CheckingPlans(dataset.plans, 1, dataset.configuration)
+    file = Path(write(tmp_path / "x_0000.nii.gz", IMAGE))
+    file.write_bytes(file.read_bytes()[:-2000])
+    with pytest.raises(BadImageError, match=r"x_0000.nii.gz cannot be read \(.+\)\. It may be cut off or damaged: rep"):
+        plans.image_reader_writer_class().read_images([str(file)])
+    write(file, IMAGE * 1e30)
+    with pytest.raises(BadImageError, match=r"too large for nnU-Net, .* in float32\. Rescale them, or remove the case"):
+        plans.image_reader_writer_class().read_images([str(file)])
