@@ -26,6 +26,9 @@ def replacing(path: str | Path) -> Iterator[str]:
 
     Args:
         path: the file to make or to replace; one process at a time writes it.
+
+    Raises:
+        OSError: it cannot be written; its ``filename`` is ``path``, also on a full disk, where the system names none.
     """
     folder, name = os.path.split(os.fspath(path))
     before, after = os.path.join(folder, f".{name}."), ".tmp"
@@ -33,13 +36,34 @@ def replacing(path: str | Path) -> Iterator[str]:
         with suppress(OSError):
             os.remove(left)
     temporary = f"{before}{secrets.token_hex(8)}{after}"
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
     try:
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (None, temporary):
+            error.filename, error.filename2 = os.fspath(path), None
+        raise
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # where its folder is not there or not ours, it was never made
             os.remove(temporary)
+
+
+@contextmanager
+def writing(remedy: str) -> Iterator[None]:
+    """Around what writes results: says which file cannot be written, and why.
+
+    Args:
+        remedy: a sentence.
+
+    Raises:
+        UserError: for an OSError within, such as that of a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        file = error.filename or "a file"
+        raise UserError(f"{file} cannot be written ({error.strerror or error}). {remedy}") from error
 
 
 def write_text(path: str | Path, text: str) -> None:

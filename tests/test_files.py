@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import is_as_stamped, read_json, replacing, stamp, write_json
+from nnunet_ssl.files import is_as_stamped, read_json, replacing, stamp, write_json, writing
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -43,6 +43,19 @@ def test_what_a_kill_left_goes_with_the_next_write(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", 1)
     assert not left.exists()
     assert other.exists()
+
+
+def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """On a full disk the system says why, but not which file."""
+    says = pytest.raises(UserError, match=r"a\.png cannot be written \(No space left on device\)\. Make room\.")
+    with says, writing("Make room."), replacing(tmp_path / "a.png"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    says = pytest.raises(UserError, match=r"/nowhere/a\.json cannot be written \(No such file or directory\)")
+    with says, writing("Make room."):
+        write_json(tmp_path / "nowhere" / "a.json", 1)
+    with pytest.raises(UserError, match=r"/other cannot be written"), writing(""), replacing(tmp_path / "a.png"):
+        (tmp_path / "nowhere" / "other").touch()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_new_file_has_the_rights_that_the_user_wants(tmp_path: Path) -> None:

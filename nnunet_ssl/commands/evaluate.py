@@ -72,24 +72,20 @@ def main(argv: list[str] | None = None) -> None:
     from nnunet_ssl.evaluation.folders import evaluate_folders
     from nnunet_ssl.evaluation.metrics import Options
     from nnunet_ssl.evaluation.summary import Evaluation, summary_markdown, write_summary
+    from nnunet_ssl.files import writing
 
     dataset = read_dataset(args.ref, args.pred, args.djfile, args.groups)
     options = Options(tuple(m for m in METRICS if m in args.metrics), args.spacing == "mm", args.tolerance, args.empty)
     folders = dict(zip(names, args.pred, strict=True))
     cases = evaluate_folders(args.ref, folders, dataset, options, args.np or default_num_processes, args.chill)
     evaluations = [Evaluation(name, cases, dataset, options) for name in names]
-    try:
+    with writing("Make room, or name another folder with -o."):
         for evaluation in evaluations:
             own = folders[evaluation.method] if args.o is None else args.o
             write_summary(evaluation, own if len(names) == 1 else os.path.join(own, evaluation.method))
-        if len(names) == 1:
-            print(summary_markdown(evaluations[0]))
-        else:
-            print(write_comparison(evaluations, args.o, args.seed))
-    except OSError as error:
-        raise UserError(
-            f"{error.filename} cannot be written ({error.strerror}). Name another folder with -o."
-        ) from error
+        several = len(names) > 1
+        text = write_comparison(evaluations, args.o, args.seed) if several else summary_markdown(evaluations[0])
+    print(text)
     print(f"Wrote {args.o or args.pred[0]}")
 
 

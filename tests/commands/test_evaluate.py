@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 from label_maps import write_dataset
@@ -59,6 +61,24 @@ def test_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file cannot be written"):
         main(["-ref", str(truth), "-pred", str(tmp_path / "a"), "-o", str(tmp_path / "file")])
+
+
+def test_full_disk(tmp_path):
+    """The limit of a file's size stands for it."""
+    truth = write_dataset(tmp_path)
+    code = (
+        "import resource, sys; from nnunet_ssl.commands.evaluate import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); main(sys.argv[1:])"
+    )
+    arguments = ["-ref", str(truth), "-pred", str(tmp_path / "a"), "-o", str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, encoding="utf-8")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1] == (
+        f"nnunet_ssl: {tmp_path}/out/summary.json cannot be written (File too large). Make room, or name another "
+        "folder with -o."
+    )
+    assert not names_in(tmp_path / "out")
 
 
 @pytest.mark.parametrize(
