@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.metrics import Label
+from nnunet_ssl.evaluation.label_maps import read_label_map
+from nnunet_ssl.evaluation.metrics import Label, labels_of, positions
+from nnunet_ssl.files import read_json
+from nnunet_ssl.names import file_ending, path_component
+from nnunet_ssl.volumes import VolumeError
 
 GROUPS_KEY = "class_groups"
+LARGEST_LABEL = 65535  # nnU-Net writes predictions as uint16 at most
+MAX_NAMED = 10  # labels in a message
+NAME_DATASET_JSON = "Name the dataset's dataset.json with -djfile."
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,8 @@ class Dataset:
         reader: nnU-Net's reader class.
         ignore_label: of voxels that do not count, or None.
         groups: name -> classes that are averaged under it.
+        declared: the labels that a label map may hold; None for any.
+        declared_by: who says so, for messages.
     """
 
     classes: dict[Label, str]
@@ -34,6 +42,27 @@ class Dataset:
     reader: type
     ignore_label: int | None = None
     groups: dict[str, tuple[Label, ...]] = field(default_factory=dict)
+    declared: frozenset[int] | None = None
+    declared_by: str = "dataset.json"
+
+    def check_labels(self, labels: np.ndarray, file: str) -> None:
+        """Refuse labels that nobody declared: they would count as background, as 255 for 1 does.
+
+        Args:
+            labels: integers, a label map.
+            file: that it is from.
+
+        Raises:
+            VolumeError: names the file and the values.
+        """
+        if self.declared is None:
+            return
+        unknown = np.unique(labels[positions(labels, sorted(self.declared)) == 0])
+        if len(unknown):
+            raise VolumeError(
+                f"{file} holds the label(s) {_listed(unknown)}, but {self.declared_by} has only "
+                f"{_listed(sorted(self.declared))}"
+            )
 
 
 def read_dataset(
@@ -57,10 +86,10 @@ def read_dataset(
         UserError: a file cannot be read or does not say what it must.
     """
     file = dataset_json or find_dataset_json([os.path.dirname(os.path.abspath(reference)), reference, *predictions])
-    content = _load(file) if file else {"file_ending": ".nii.gz"}
-    if not isinstance(content, dict) or (file and not {"labels", "file_ending"} <= content.keys()):
-        raise UserError(f"{file} names no labels or no file_ending. Name the dataset's dataset.json with -djfile.")
-    ending = content["file_ending"]
+    content: dict = {"file_ending": ".nii.gz"}
+    if file:
+        content = read_json(file, NAME_DATASET_JSON, keys={"labels": dict, "file_ending": str})
+    ending = file_ending(content["file_ending"], file or "")
     examples = files_in(reference, ending)
     if not examples:
         raise UserError(f"{reference} holds no {ending} file. Name the folder of the true labels with -ref.")
@@ -68,17 +97,21 @@ def read_dataset(
 
     ignore = None
     if file:
-        classes, ignore = _classes_and_ignore(content, file)
+        classes, ignore = classes_of(content, file)
+        declared = declared_labels(classes, ignore)
     else:
         print(f"No dataset.json near {reference}: evaluating every label that occurs there.", flush=True)
-        classes = _labels_in([os.path.join(reference, name) for name in examples], reader)
+        declared = _labels_in([os.path.join(reference, name) for name in examples], reader) | {0}
+        classes = {label: str(label) for label in sorted(declared) if label > 0}
     if not classes:
         raise UserError(f"{file or reference} has no label but the background: there is nothing to evaluate.")
 
-    group_content = _load(groups) if groups else content
-    if isinstance(group_content, dict):
-        group_content = group_content.get(GROUPS_KEY, group_content if groups else {})
-    return Dataset(classes, ending, reader, ignore, _groups(group_content, classes, groups or file or ""))
+    group_content = content.get(GROUPS_KEY, {})
+    if groups:
+        group_content = read_json(groups, "Name a JSON file with groups of classes with --groups.")
+        group_content = group_content.get(GROUPS_KEY, group_content)
+    resolved = _groups(group_content, classes, groups or file or "")
+    return Dataset(classes, ending, reader, ignore, resolved, declared, file or f"{reference} (no dataset.json)")
 
 
 def find_dataset_json(folders: Sequence[str]) -> str | None:
@@ -91,51 +124,67 @@ def files_in(folder: str, ending: str) -> list[str]:
     """Names of the label maps of a folder, sorted; hidden files are none.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: there is no such folder, or a name in it that cannot be printed.
     """
     try:
         names = os.listdir(folder)
     except OSError as error:
         raise UserError(f"{folder} cannot be read ({error.strerror}). Name a folder of label maps.") from error
     return sorted(
-        name
+        path_component(name, "file", folder)
         for name in names
         if name.endswith(ending) and not name.startswith(".") and os.path.isfile(os.path.join(folder, name))
     )
 
 
-def _load(file: str) -> object:
-    try:
-        with open(file, encoding="utf-8") as stream:
-            return json.load(stream)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}). Name a JSON file.") from error
-
-
 def _reader(content: dict, example: str) -> type:
+    from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
     with contextlib.redirect_stderr(io.StringIO()):  # the stack traces of readers that do not fit
         try:
-            return determine_reader_writer_from_dataset_json(content, example, verbose=False)
-        except RuntimeError as error:
+            reader = determine_reader_writer_from_dataset_json(content, example, verbose=False)
+            if issubclass(reader, BaseReaderWriter):
+                return reader
+        except Exception as error:  # of a reader's name that is no text, too
             raise UserError(
                 f"nnU-Net has no reader that can read {example}. It may be damaged, or the file_ending wrong."
             ) from error
+    raise UserError(f"overwrite_image_reader_writer {reader.__name__} is no reader of nnU-Net. Correct dataset.json.")
 
 
-def _classes_and_ignore(content: dict, file: str) -> tuple[dict[Label, str], int | None]:
-    """nnU-Net's foreground labels, or regions where there are any."""
+def classes_of(dataset_json: dict, source: str) -> tuple[dict[Label, str], int | None]:
+    """The classes as nnU-Net understands them: its foreground labels, or the regions where there are any.
+
+    Args:
+        dataset_json: its content.
+        source: the file, for messages.
+
+    Returns:
+        label or region -> name, and the ignore label.
+
+    Raises:
+        UserError: nnU-Net does not accept the labels.
+    """
     from nnunetv2.utilities.label_handling.label_handling import LabelManager  # imports torch
 
     try:
-        manager = LabelManager(content["labels"], content.get("regions_class_order"))
+        labels = dataset_json["labels"]
+        manager = LabelManager(labels, dataset_json.get("regions_class_order"))
         foreground = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+        foreground = [as_label(value, manager.has_regions) for value in foreground]
+        name_of = {as_label(value, manager.has_regions): name for name, value in labels.items()}
+        if not all(0 <= label <= LARGEST_LABEL for label in declared_labels(foreground, manager.ignore_label)):
+            raise ValueError(f"a label lies between 0 and {LARGEST_LABEL}")
     except Exception as error:
-        raise UserError(f"{file}: nnU-Net does not accept its labels ({error}). Correct them.") from error
-    name_of = {as_label(value, manager.has_regions): str(name) for name, value in content["labels"].items()}
-    foreground = [as_label(value, manager.has_regions) for value in foreground]
+        raise UserError(f"{source}: nnU-Net does not accept its labels ({error}). Correct them.") from error
     return {label: name_of.get(label, str(label)) for label in foreground}, manager.ignore_label
+
+
+def declared_labels(classes: Iterable[Label], ignore_label: int | None) -> frozenset[int]:
+    """The labels that a label map may hold: background, those of all classes, and the ignore label."""
+    ignored = () if ignore_label is None else (ignore_label,)
+    return frozenset({0, *ignored, *(label for members in map(labels_of, classes) for label in members)})
 
 
 def as_label(value: int | Sequence[int], has_regions: bool) -> Label:
@@ -146,14 +195,18 @@ def as_label(value: int | Sequence[int], has_regions: bool) -> Label:
     return labels[0] if len(labels) == 1 and not has_regions else labels
 
 
-def _labels_in(files: Sequence[str], reader: type) -> dict[Label, str]:
+def _labels_in(files: Sequence[str], reader: type) -> frozenset[int]:
     labels: set[int] = set()
     for file in files:
         try:
-            labels.update(np.unique(reader().read_seg(file)[0]).astype(int).tolist())
-        except Exception as error:
-            raise UserError(f"{file} cannot be read ({error}). It may be damaged: replace it.") from error
-    return {label: str(label) for label in sorted(labels) if label > 0}
+            labels.update(np.unique(read_label_map(file, reader())[0]).tolist())
+        except VolumeError as error:
+            raise UserError(f"{error}. {error.remedy}") from error
+    return frozenset(labels)
+
+
+def _listed(labels: Sequence[int]) -> str:
+    return ", ".join([*map(str, labels[:MAX_NAMED]), *(["..."] if len(labels) > MAX_NAMED else [])])
 
 
 def _groups(content: object, classes: dict[Label, str], file: str) -> dict[str, tuple[Label, ...]]:
@@ -164,7 +217,7 @@ def _groups(content: object, classes: dict[Label, str], file: str) -> dict[str, 
         raise UserError(f'{file}: groups of classes must be written as {{"name": [labels or class names], ...}}.')
     groups: dict[str, tuple[Label, ...]] = {}
     for name, members in content.items():
-        resolved = [by_name.get(m) if isinstance(m, str) else as_label(m, has_regions) for m in members]
+        resolved = [by_name.get(m) if isinstance(m, str) else _label(m, has_regions) for m in members]
         unknown = [m for m, label in zip(members, resolved, strict=True) if label not in classes]
         if unknown:
             raise UserError(
@@ -173,3 +226,8 @@ def _groups(content: object, classes: dict[Label, str], file: str) -> dict[str, 
             )
         groups[name] = tuple(dict.fromkeys(resolved))
     return groups
+
+
+def _label(member: object, has_regions: bool) -> Label | None:
+    numbers = member if isinstance(member, list) else [member]
+    return as_label(member, has_regions) if all(type(number) is int for number in numbers) else None

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.classes import Dataset, files_in
-from nnunet_ssl.evaluation.label_maps import Grid, grid_difference, grid_of, read_label_map, unreadable
+from nnunet_ssl.evaluation.label_maps import Grid, grid_difference, grid_of, read_label_map
 from nnunet_ssl.evaluation.metrics import Label, Options, case_metrics
 from nnunet_ssl.pools import all_outcomes
+from nnunet_ssl.volumes import VolumeError, unreadable
 
 MAX_PROBLEMS = 50  # named in one message
 
@@ -124,15 +125,17 @@ def evaluate_case(case: Case, dataset: Dataset, options: Options) -> Case | list
     reader = dataset.reader()
     try:
         truth, properties = read_label_map(case.reference, reader)
-    except Exception as error:
-        return [unreadable(case.reference, error)]
+        dataset.check_labels(truth, case.reference)
+    except VolumeError as error:
+        return [str(error)]
     grid = grid_of(truth, properties)
     metrics, problems = {}, []
     for method, file in case.predictions.items():
         try:
             prediction, properties = read_label_map(file, reader)
-        except Exception as error:
-            problems.append(unreadable(file, error))
+            dataset.check_labels(prediction, file)
+        except VolumeError as error:
+            problems.append(str(error))
             continue
         if difference := grid_difference(grid_of(prediction, properties), grid):
             problems.append(f"{file} {difference}")
@@ -157,7 +160,7 @@ def _header_problems(case: Case, reader: type) -> list[str]:
         try:
             grids.append(_grid_of_header(file))
         except RuntimeError as error:
-            problems.append(unreadable(file, error))
+            problems.append(str(unreadable(file, error)))
             grids.append(None)
     truth = grids[0]
     for file, grid in zip(case.predictions.values(), grids[1:], strict=True):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import math
-import zlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from nnunet_ssl.volumes import VolumeError, read_volume
 
 if TYPE_CHECKING:
     from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
@@ -38,18 +38,13 @@ def read_label_map(file: str, reader: BaseReaderWriter) -> tuple[np.ndarray, dic
         int32 ``[*spatial]``, and the reader's properties.
 
     Raises:
-        Exception: whatever the reader raises; :func:`unreadable` makes a sentence of it.
-        ValueError: its voxels are not whole numbers.
+        VolumeError: it is damaged, or its voxels are not whole numbers.
     """
-    if file.endswith(".gz"):
-        # SimpleITK takes a file that was cut off for a whole one
-        with gzip.open(file) as stream:
-            while stream.read(1 << 20):
-                pass
-    array, properties = reader.read_seg(file)
-    labels = array[0].astype(np.int32)
+    array, properties = read_volume(lambda files: reader.read_seg(files[0]), [file])
+    with np.errstate(invalid="ignore"):  # of what is beyond int32
+        labels = array[0].astype(np.int32)
     if not np.array_equal(labels, array[0]):
-        raise ValueError("its voxels are not whole numbers")
+        raise VolumeError(f"{file} cannot be read (its voxels are not whole numbers)")
     return labels, properties
 
 
@@ -82,11 +77,3 @@ def grid_difference(grid: Grid, truth: Grid) -> str | None:
 
 def _rounded(values: Sequence[float]) -> tuple[float, ...]:
     return tuple(round(float(v), 4) if math.isfinite(v) else float(v) for v in values)
-
-
-def unreadable(file: str, error: Exception) -> str:
-    """A sentence without its full stop: that a file cannot be read, and why."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    truncated = isinstance(error, EOFError | zlib.error | gzip.BadGzipFile)
-    reason = "cut off or damaged" if truncated else lines[-1].removeprefix("sitk::ERROR: ") if lines else repr(error)
-    return f"{file} cannot be read ({reason})"

@@ -131,7 +131,7 @@ def case_metrics(
     """
     labels = sorted({label for members in map(labels_of, classes) for label in members})
     position = {label: i for i, label in enumerate(labels, start=1)}  # 0 is whatever belongs to no class
-    truth, guess = _positions(reference, labels), _positions(prediction, labels)
+    truth, guess = positions(reference, labels), positions(prediction, labels)
     num_counted = truth.size
     if ignore_label is not None:
         ignored = reference == ignore_label
@@ -248,7 +248,7 @@ def labels_of(cls: Label) -> tuple[int, ...]:
     return cls if isinstance(cls, tuple) else (cls,)
 
 
-def _positions(labels: np.ndarray, known: Sequence[int]) -> np.ndarray:
+def positions(labels: np.ndarray, known: Sequence[int]) -> np.ndarray:
     """Replace each label by its place among the known ones, from 1; 0 for all others. Small integers."""
     table = np.zeros(known[-1] + 3, np.uint8 if len(known) < 256 else np.uint16)
     table[np.array(known) + 1] = np.arange(1, len(known) + 1)

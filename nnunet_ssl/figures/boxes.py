@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.classes import Dataset
+from nnunet_ssl.evaluation.classes import Dataset, declared_labels
 from nnunet_ssl.evaluation.compare import compare, comparison_markdown
 from nnunet_ssl.evaluation.folders import Case as EvaluatedCase
 from nnunet_ssl.evaluation.folders import evaluate_case
@@ -58,7 +58,13 @@ def draw_boxes(runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path, opt
 
 def evaluate(runs: Sequence[TrainedRun], cases: Sequence[Case], options: FigureOptions) -> list[Evaluation]:
     """Dice of each predicted run, as ``nnUNetv2_ssl_evaluate --metrics dice`` gives it."""
-    dataset = Dataset(options.names, options.file_ending, type(runs[0].reader), options.ignore_label)
+    dataset = Dataset(
+        options.names,
+        options.file_ending,
+        type(runs[0].reader),
+        options.ignore_label,
+        declared=declared_labels(options.labels.values(), options.ignore_label),
+    )
     measure = Options(metrics=("dice",))
     jobs = []
     for case in cases:

@@ -19,10 +19,11 @@ import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.label_maps import grid_difference, grid_of, read_label_map, unreadable
+from nnunet_ssl.evaluation.label_maps import grid_difference, grid_of, read_label_map
 from nnunet_ssl.evaluation.metrics import Label, labels_of
 from nnunet_ssl.figures.runs import Case, FigureOptions, TrainedRun, reason
 from nnunet_ssl.pools import all_outcomes
+from nnunet_ssl.volumes import VolumeError
 
 RANKS = ("worst", "median", "best")
 MIN_SHARE = 0.25  # of the largest cross-section
@@ -113,8 +114,8 @@ def read_prediction(file: Path, reader: BaseReaderWriter, truth: np.ndarray, pro
 def _read(file: Path, reader: BaseReaderWriter) -> tuple[np.ndarray, dict[str, Any]]:
     try:
         return read_label_map(str(file), reader)
-    except Exception as error:
-        raise UserError(f"{unreadable(str(file), error)}. Replace it.") from error
+    except VolumeError as error:
+        raise UserError(f"{error}. Replace it.") from error
 
 
 def read_image(case: Case, reader: BaseReaderWriter, shape: Sequence[int]) -> np.ndarray:

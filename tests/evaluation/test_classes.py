@@ -92,7 +92,19 @@ def test_groups_from_a_file_go_before_those_of_dataset_json(tmp_path, wrapped):
         ({"class_groups": {"Large": []}}, "must be written as"),
         ({"class_groups": [1, 2]}, "must be written as"),
         ({"labels": {"one": 1}}, "does not accept its labels"),
+        ({"class_groups": {"Large": [1.5]}}, "group Large names 1.5, which is no class"),
+        ({"class_groups": {"Large": [None]}}, "group Large names None, which is no class"),
+        ({"class_groups": {"Large": [{"one": 1}]}}, "which is no class"),
         ({"labels": {"background": 0}}, "no label but the background"),
+        ({"labels": {"background": 0, "one": -1}}, "does not accept its labels .*between 0 and 65535"),
+        ({"labels": {"background": 0, "one": 10**400}}, "does not accept its labels"),
+        ({"labels": {"background": 0, "one": "first"}}, "does not accept its labels"),
+        ({"labels": ["background", "one"]}, "has a list under 'labels', not an object"),
+        ({"labels": {"background": 0, "all": [1, 2], "two": 2}, "regions_class_order": 1}, "does not accept"),
+        ({"file_ending": ""}, "file_ending '' is no file ending"),
+        ({"file_ending": 7}, "has a whole number under 'file_ending', not a text"),
+        ({"overwrite_image_reader_writer": ["SimpleITKIO"]}, "no reader that can read"),
+        ({"overwrite_image_reader_writer": "np"}, "no reader"),
     ],
 )
 def test_what_dataset_json_must_not_say(tmp_path, content, message):
@@ -103,14 +115,48 @@ def test_what_dataset_json_must_not_say(tmp_path, content, message):
 
 def test_broken_or_wrong_files_are_named(tmp_path):
     truth = str(write_dataset(tmp_path))
-    (tmp_path / "broken.json").write_text("{")
     (tmp_path / "plans.json").write_text('{"plans_name": "x"}')
-    with pytest.raises(UserError, match=r"broken\.json cannot be read"):
-        read_dataset(truth, [], str(tmp_path / "broken.json"))
-    with pytest.raises(UserError, match=r"plans\.json names no labels"):
+    with pytest.raises(UserError, match=r"plans\.json has nothing under 'labels', .* with -djfile"):
         read_dataset(truth, [], str(tmp_path / "plans.json"))
     with pytest.raises(UserError, match="nowhere cannot be read"):
         read_dataset(str(tmp_path / "nowhere"), [], str(tmp_path / "dataset.json"))
+
+
+BAD_JSON = {"empty": b"", "cut": b'{"labels"', "a list": b"[1]", "no text": b"\xff\xfe\x00", "deep": b"[" * 10**5}
+
+
+@pytest.mark.parametrize("kind", [*BAD_JSON, "a folder"])
+@pytest.mark.parametrize("option", ["dataset_json", "groups"])
+def test_json_in_any_shape(tmp_path, kind, option):
+    truth = str(write_dataset(tmp_path))
+    file = tmp_path / "given.json"
+    file.mkdir() if kind == "a folder" else file.write_bytes(BAD_JSON[kind])
+    message = r"given\.json (is not JSON|cannot be read|holds a list).* with -(djfile|-groups)"
+    with pytest.raises(UserError, match=message):
+        read_dataset(truth, [], **{option: str(file)})
+
+
+def test_json_with_a_byte_order_mark(tmp_path):
+    truth = str(write_dataset(tmp_path))
+    file = tmp_path / "dataset.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    (tmp_path / "groups.json").write_bytes(b'\xef\xbb\xbf{"All": [1, 2, 3]}')
+    assert read_dataset(truth, [], groups=str(tmp_path / "groups.json")).groups == {"All": (1, 2, 3)}
+
+
+def test_declared_labels(tmp_path):
+    assert read_dataset(str(write_dataset(tmp_path / "plain")), []).declared == {0, 1, 2, 3}
+    assert read_dataset(str(write_dataset(tmp_path / "regions", **REGIONS)), []).declared == {0, 1, 2, 3, 4}
+    truth = write_dataset(tmp_path / "none")
+    (tmp_path / "none" / "dataset.json").unlink()
+    assert read_dataset(str(truth), []).declared == {0, 1, 2, 3}
+
+
+def test_a_file_name_that_cannot_be_printed(tmp_path):
+    truth = write_dataset(tmp_path, num_cases=1)
+    (truth / "case_0.nii.gz").rename(truth / "case\n0.nii.gz")
+    with pytest.raises(UserError, match=r"labels: file 'case\\n0\.nii\.gz'"):
+        read_dataset(str(truth), [])
 
 
 def test_folder_without_label_maps(tmp_path):

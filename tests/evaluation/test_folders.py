@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+
 import numpy as np
 import pytest
 from label_maps import SHAPE, SPACING, labels, write, write_dataset
@@ -122,10 +124,68 @@ def test_files_that_are_cut_off_or_no_images_are_all_named(tmp_path):
     file = tmp_path / "a" / "case_1.nii.gz"
     write(file, np.random.default_rng(0).integers(0, 4, SHAPE).astype(np.uint8))
     file.write_bytes(file.read_bytes()[:-40])
-    with pytest.raises(UserError, match=r"a/case_1.nii.gz cannot be read \(cut off or damaged\)"):
+    with pytest.raises(UserError, match=r"a/case_1.nii.gz cannot be read \(Compressed file ended before"):
         evaluate(tmp_path)
     (tmp_path / "a" / "case_2.nii.gz").write_text("no image")
     with pytest.raises(UserError, match=r"a/case_2.nii.gz cannot be read"):
+        evaluate(tmp_path)
+
+
+def test_half_of_the_voxels_in_a_whole_gzip_stream(tmp_path):
+    """SimpleITK makes up the rest, and this prediction, the truth itself, would have had a Dice below 1."""
+    truth = write_dataset(tmp_path)
+    content = gzip.decompress((truth / "case_2.nii.gz").read_bytes())
+    voxels = len(content) - 352
+    (tmp_path / "a" / "case_2.nii.gz").write_bytes(gzip.compress(content[: 352 + voxels // 2]))
+    (truth / "case_3.nii.gz").write_bytes(gzip.compress(content[:-1]))
+    with pytest.raises(UserError) as error:
+        evaluate(tmp_path)
+    for text in ("2 problem", "a/case_2.nii.gz cannot be read (592 bytes where its header promises 832)",
+                 "labels/case_3.nii.gz cannot be read (831 bytes where its header promises 832)"):  # fmt: skip
+        assert text in str(error.value)
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd"])
+@pytest.mark.parametrize("share", ["one", "all"])
+def test_predictions_that_are_not_numbers(tmp_path, ending, share):
+    """SimpleITK reads NaN of a NIfTI file as 0, the background."""
+    write_dataset(tmp_path, num_cases=2, ending=ending)
+    array = labels(11).astype(np.float32)
+    array[(0, 0, 0) if share == "one" else ...] = np.nan
+    write(tmp_path / "a" / f"case_1{ending}", array)
+    with pytest.raises(UserError, match=rf"a/case_1{ending}: \d+ voxel\(s\) are NaN or infinite"):
+        evaluate(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["a", "labels"])
+def test_labels_that_nobody_declared_are_named(tmp_path, where):
+    """They would count as background: Dice 0 for a perfect prediction whose 255 should be 1."""
+    truth = write_dataset(tmp_path)
+    write(tmp_path / where / "case_2.nii.gz", 255 * (labels(20) > 0).astype(np.uint8))
+    message = r"case_2.nii.gz holds the label\(s\) 255, but .*dataset.json has only 0, 1, 2, 3$"
+    with pytest.raises(UserError, match=rf"1 problem.*\n  .*{where}/{message}"):
+        evaluate(tmp_path)
+    write(truth / "case_2.nii.gz", np.arange(480, dtype=np.int16).reshape(SHAPE))  # an image for a label map
+    with pytest.raises(UserError, match=r"holds the label\(s\) 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, \.\.\., but"):
+        evaluate(tmp_path)
+
+
+def test_labels_of_regions_and_the_ignore_label_are_declared(tmp_path):
+    regions = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
+    write_dataset(tmp_path, labels=regions, regions_class_order=[1, 2])
+    assert len(evaluate(tmp_path)) == 4
+    write(tmp_path / "a" / "case_1.nii.gz", labels(11) + 1)
+    with pytest.raises(UserError, match=r"case_1.nii.gz holds the label\(s\) 4, but"):
+        evaluate(tmp_path)
+
+
+def test_without_dataset_json_predictions_hold_the_labels_of_the_truth(tmp_path):
+    truth = write_dataset(tmp_path)
+    (tmp_path / "dataset.json").unlink()
+    assert len(evaluate(tmp_path)) == 4
+    for case in range(4):
+        write(truth / f"case_{case}.nii.gz", 255 * (labels(10 * case) > 0).astype(np.uint8))
+    with pytest.raises(UserError, match=r"a/case_0.nii.gz holds the label\(s\) 1, 2, 3, but .*labels .* only 0, 255"):
         evaluate(tmp_path)
 
 

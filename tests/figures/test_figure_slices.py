@@ -142,5 +142,5 @@ def test_a_prediction_on_another_grid_is_named(tmp_path: Path, monkeypatch: pyte
     whole = truth.read_bytes()
     for content in (b"nothing", whole[: len(whole) - 12]):  # SimpleITK takes the second for a whole file
         file.write_bytes(content)
-        with pytest.raises(UserError, match=rf"{file} cannot be read \(cut off or damaged\)"):
+        with pytest.raises(UserError, match=rf"{file} cannot be read \(.*(is not a gzip|ended before the end).*\)"):
             measure_all_slices(with_predictions(runs, cases, made.out, options), cases, options)
