@@ -22,7 +22,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.classes import as_label
+from nnunet_ssl.evaluation.classes import classes_of
 from nnunet_ssl.evaluation.metrics import Label
 from nnunet_ssl.figures.page import class_colors
 from nnunet_ssl.files import stamp, write_json
@@ -156,14 +156,9 @@ def find_classes(
         name -> label or labels of a region, without background and ignore label; the chosen ones in this order.
 
     Raises:
-        UserError: a name or label that the dataset does not have.
+        UserError: a name or label that the dataset does not have, or labels that nnU-Net does not accept.
     """
-    has_regions = any(isinstance(value, list) and len(value) > 1 for value in dataset_json["labels"].values())
-    labels = {
-        name: as_label(value, has_regions)
-        for name, value in dataset_json["labels"].items()
-        if name != "ignore" and value not in (0, [0])
-    }
+    labels = {name: label for label, name in classes_of(dataset_json, "dataset.json")[0].items()}
     if chosen is None:
         return labels, list(labels.values())
     by_text = {str(label): label for label in labels.values()} | labels

@@ -139,7 +139,7 @@ def test_classes_by_label_and_name_in_the_datasets_order() -> None:
 
 
 def test_regions_are_classes_too() -> None:
-    labels, classes = find_classes({"labels": REGIONS}, ["whole"])
+    labels, classes = find_classes({"labels": REGIONS, "regions_class_order": [1, 2]}, ["whole"])
     assert (labels, classes) == ({"whole": (1, 2), "core": 2}, [(1, 2)])
     array = np.array([0, 1, 2, 3])
     assert class_mask(array, (1, 2)).tolist() == [False, True, True, False]
