@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.names import path_component
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -104,8 +105,7 @@ def method_names(predictions: Sequence[str], names: Sequence[str] | None) -> lis
             f"--names gives {len(names)} name(s) for {len(predictions)} folder(s). Give one for each -pred."
         )
     for name in names:
-        if name in ("", ".", "..") or "/" in name or os.sep in name:
-            raise UserError(f"--names {name!r} cannot be the name of a folder. Leave out slashes.")
+        path_component(name, "method", "--names")
     if len(set(names)) < len(names):
         twice = next(name for name in names if list(names).count(name) > 1)
         raise UserError(f"two methods are named {twice}. Tell them apart with --names.")

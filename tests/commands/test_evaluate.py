@@ -90,7 +90,8 @@ def test_full_disk(tmp_path):
         (["-pred", "a", "b"], "name a folder for the comparison with -o"),
         (["-pred", "a", "b", "-o", "out", "--names", "x"], r"--names gives 1 name\(s\) for 2"),
         (["-pred", "a", "b", "-o", "out", "--names", "x", "x"], "two methods are named x"),
-        (["-pred", "a", "--names", "x/y"], "cannot be the name of a folder"),
+        (["-pred", "a", "--names", "x/y"], "--names: method 'x/y' has a path separator in it"),
+        (["-pred", "a", "--names", "x\udc80"], "--names: method '.*' has characters in it that cannot be printed"),
     ],
 )
 def test_arguments_that_are_refused(arguments, message):
