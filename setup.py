@@ -89,6 +89,7 @@ setup(
         "matplotlib",
         "nibabel",  # reads NIfTI headers and data to the end: SimpleITK passes over truncated files in silence
         "filelock",
+        "pydantic>=2.7",  # settings and protocols: types with ranges
         "edt>=3.0",  # exact distance transforms on the CPU, several times as fast as scipy's
         "psutil",
     ],

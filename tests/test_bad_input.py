@@ -30,6 +30,7 @@ class Row(NamedTuple):
 
     spoil: Callable[[TinyDataset], list[Any] | None]
     kind: str = "3d"
+    trainer: str = "nnUNetTrainerCPS"
 
 
 class Outcome(NamedTuple):
@@ -172,8 +173,10 @@ TRAIN = {
     "no `imagesUn` at training": Row(lambda d: shutil.rmtree(d.raw / "imagesUn")),
     "unknown setting": Row(lambda d: settings(d, cps_wieght=0.5)),
     "ill-typed setting": Row(lambda d: settings(d, cps_weight="much")),
+    "setting out of range": Row(lambda d: settings(d, shta_conf_threshold=30), trainer="nnUNetTrainerSHTA_CPS"),
+    "setting that is no number": Row(lambda d: settings(d, cps_weight=float("nan"))),
     "cascade configuration": Row(cascade),
-    "region-based labels with GA-CPS, MagicNet, SASNet or SHTA": Row(lambda d: [], "regions"),
+    "region-based labels with GA-CPS, MagicNet, SASNet or SHTA": Row(lambda d: [], "regions", "nnUNetTrainerSHTA_CPS"),
     "disk full while preparing": Row(large_image),
 }
 
@@ -222,15 +225,14 @@ def trainings(tiny, tmp_path_factory) -> dict[str, tuple[Outcome, dict, dict]]:
     folders = {name: Folders.below(tmp_path_factory.mktemp("row")) for name in TRAIN}
     for name, row in TRAIN.items():
         dataset = a_copy(tiny(row.kind), folders[name])
-        trainer = "nnUNetTrainerSHTA_CPS" if "SHTA" in name else "nnUNetTrainerCPS"
         configuration = [*(row.spoil(dataset) or []), dataset.configuration][0]
-        earlier = dataset.folders.results / dataset.name / f"{trainer}__nnUNetPlans__{configuration}" / "fold_0"
+        earlier = dataset.folders.results / dataset.name / f"{row.trainer}__nnUNetPlans__{configuration}" / "fold_0"
         earlier.mkdir(parents=True)
         (earlier / "checkpoint_final.pth").write_text("an earlier model")
         config = dataset.folders.raw.parent / "settings.json"
         rows.append(
             {
-                "arguments": [str(dataset.id), configuration, "0", "-tr", trainer, "-device", "cpu"],
+                "arguments": [str(dataset.id), configuration, "0", "-tr", row.trainer, "-device", "cpu"],
                 "environment": {
                     **dataset.folders.environment(),
                     **({"nnUNet_ssl_config": str(config)} if config.exists() else {}),

@@ -16,6 +16,7 @@ from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
+from nnunet_ssl.declared import build
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.figures.runs import Case, TrainedRun, load_predictor, settings_of, without_epochs
 from nnunet_ssl.losses.shta import token_class_distribution
@@ -153,7 +154,8 @@ def load_branch(run: TrainedRun, model: TrainedModel) -> SHTABranch:
         )
     stored = state.get("settings", settings_of(run))  # early versions of this package did not write them there
     ours = {field.name for field in dataclasses.fields(SHTASettings)}
-    settings = SHTASettings(**{name: value for name, value in stored.items() if name in ours})
+    stored = {name: value for name, value in stored.items() if name in ours}
+    settings = build(SHTASettings, stored, f"{file}, settings,", "a setting of SHTA")
     branch = build_branch(
         settings,
         getattr(model.network, "decoder", model.network).seg_layers[-1].in_channels,

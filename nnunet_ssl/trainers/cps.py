@@ -4,32 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from dynamic_network_architectures.initialization.weight_init import InitWeights_XavierUniform
 from torch import Tensor, nn
 
+from nnunet_ssl.declared import Share, Weight, declared
 from nnunet_ssl.losses.pseudo_labels import hard_pseudo_labels, pseudo_label_cross_entropy
 from nnunet_ssl.losses.ramps import sigmoid_rampup
 from nnunet_ssl.trainers.base import Batch, Stream, full_resolution, nnUNetTrainerSSL
 from nnunet_ssl.trainers.settings import SSLSettings
 
 
-@dataclass(frozen=True, kw_only=True)
+@declared
 class CrossSupervisionSettings(SSLSettings):
     """Settings of two networks that teach each other, whatever their losses."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"cps_weight": 0.1, "cps_rampup": 1.0}}
 
-    cps_weight: float = 1.0  # weight of the cross term; 0.1 in DHC's and GA's code, for other networks
-    cps_rampup: float = 0.4  # share of the training over which the weight grows
+    cps_weight: Weight = 1.0  # weight of the cross term; 0.1 in DHC's and GA's code, for other networks
+    cps_rampup: Share = 0.4  # share of the training over which the weight grows
     cps_on_labeled: bool = True  # the cross term also on labelled images, as in the paper
     cps_init: Literal["xavier", "he"] = "xavier"  # of the second network, beside a seed of its own; nnU-Net's is "he"
 
 
-@dataclass(frozen=True, kw_only=True)
+@declared
 class CPSSettings(CrossSupervisionSettings):
     """Settings of CPS."""
 

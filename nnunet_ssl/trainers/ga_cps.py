@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch.distributed as dist
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor
 
+from nnunet_ssl.declared import Percentage, Share, declared
 from nnunet_ssl.losses.ga import GACELoss, GALoss, present_classes
 from nnunet_ssl.trainers.base import full_resolution
 from nnunet_ssl.trainers.cps import CrossSupervisionSettings, nnUNetTrainerCPS
 
 
-@dataclass(frozen=True, kw_only=True)
+@declared
 class GACPSSettings(CrossSupervisionSettings):
     """Settings of GA-CPS; weight and ramp-up as in CPS, so that the two differ by their losses alone."""
 
-    ga_topk: float = 10.0  # k: percentage of labelled voxels, the hardest, in the cross-entropy with labels
-    ga_gamma: float = 0.5  # gamma: share of the whole number of voxels in a class's normaliser
-
-    def problems(self) -> dict[str, str]:
-        """Values that cannot work."""
-        problems = super().problems()
-        if not 0 < self.ga_topk <= 100:
-            problems["ga_topk"] = "a percentage above 0 and at most 100"
-        if not 0 <= self.ga_gamma <= 1:
-            problems["ga_gamma"] = "from 0 to 1"
-        return problems
+    ga_topk: Percentage = 10.0  # k: percentage of labelled voxels, the hardest, in the cross-entropy with labels
+    ga_gamma: Share = 0.5  # gamma: share of the whole number of voxels in a class's normaliser
 
 
 class nnUNetTrainerGACPS(nnUNetTrainerCPS):  # noqa: N801

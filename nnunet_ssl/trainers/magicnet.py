@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nnunet_ssl.declared import Count, Counts, Decay, Positive, Share, Weight, Whole, declared
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.class_counts import class_counts
 from nnunet_ssl.losses.cubes import (
@@ -38,7 +38,7 @@ from nnunet_ssl.trainers.base import Batch, Stream, full_resolution, nnUNetTrain
 from nnunet_ssl.trainers.settings import SSLSettings
 
 
-@dataclass(frozen=True, kw_only=True)
+@declared
 class MagicNetSettings(SSLSettings):
     """Settings of MagicNet. The five weights are the authors' times four, so that nnU-Net's own loss keeps weight 1."""
 
@@ -55,37 +55,21 @@ class MagicNetSettings(SSLSettings):
         }
     }
 
-    magicnet_cubes: tuple[int, ...] = ()  # cubes along each axis, the paper's N; () is up to three, as the plans allow
-    magicnet_direct_weight: float = 1.0  # of nnU-Net's loss on o[l]; 1/4 in the code
-    magicnet_cross_weight: float = 1.0  # of Dice on o_c[l], cubes exchanged across images; 1/4 in the code
-    magicnet_within_weight: float = 1.0  # of Dice on o_w[l], cubes seen one by one; 1/4 in the code
-    magicnet_location_weight: float = 0.4  # of the location of cubes; 0.1 in the code
-    magicnet_weight: float = 0.4  # full w(t), consistency of o_c[u] with the pseudo-labels; 0.1 in the code
-    magicnet_rampup: float = 1.0  # share of the training over which w grows
-    magicnet_ema_decay: float = 0.99  # alpha of the teacher
-    magicnet_noise: float = 0.1  # standard deviation of the noise on the teacher's images, cut at twice this
-    magicnet_blend_start: int = 100  # steps before pseudo-labels are blended: the histogram must fill
-    magicnet_blend_temperature: float = 1.0  # T_dist; larger ones take more of rare classes from the cubes
-    magicnet_histogram_decay: float = 0.95  # of the class counts; averages over 20 steps, the code's window
+    magicnet_cubes: Counts = ()  # cubes along each axis, the paper's N; () is up to three, as the plans allow
+    magicnet_direct_weight: Weight = 1.0  # of nnU-Net's loss on o[l]; 1/4 in the code
+    magicnet_cross_weight: Weight = 1.0  # of Dice on o_c[l], cubes exchanged across images; 1/4 in the code
+    magicnet_within_weight: Weight = 1.0  # of Dice on o_w[l], cubes seen one by one; 1/4 in the code
+    magicnet_location_weight: Weight = 0.4  # of the location of cubes; 0.1 in the code
+    magicnet_weight: Weight = 0.4  # full w(t), consistency of o_c[u] with the pseudo-labels; 0.1 in the code
+    magicnet_rampup: Share = 1.0  # share of the training over which w grows
+    magicnet_ema_decay: Decay = 0.99  # alpha of the teacher
+    magicnet_noise: Weight = 0.1  # standard deviation of the noise on the teacher's images, cut at twice this
+    magicnet_blend_start: Whole = 100  # steps before pseudo-labels are blended: the histogram must fill
+    magicnet_blend_temperature: Positive = 1.0  # T_dist; larger ones take more of rare classes from the cubes
+    magicnet_histogram_decay: Decay = 0.95  # of the class counts; averages over 20 steps, the code's window
     magicnet_dice: Literal["nnunet", "squared"] = "nnunet"  # of cross, within and consistency; the paper's is squared
     magicnet_mirroring: bool = True  # nnU-Net's mirroring, in training and prediction; the paper has none
-    magicnet_location_dim: int = 512  # width of the location head
-
-    def problems(self) -> dict[str, str]:
-        """Values that cannot work."""
-        problems = super().problems()
-        for name in ("magicnet_ema_decay", "magicnet_histogram_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                problems[name] = "from 0 and below 1"
-        if self.magicnet_blend_temperature <= 0:
-            problems["magicnet_blend_temperature"] = "a positive number"
-        if self.magicnet_noise < 0:
-            problems["magicnet_noise"] = "0 or more"
-        if self.magicnet_location_dim < 1:
-            problems["magicnet_location_dim"] = "at least 1"
-        if any(n < 1 for n in self.magicnet_cubes):
-            problems["magicnet_cubes"] = "a list of whole numbers from 1"
-        return problems
+    magicnet_location_dim: Count = 512  # width of the location head
 
 
 class nnUNetTrainerMagicNet(nnUNetTrainerSSL):  # noqa: N801

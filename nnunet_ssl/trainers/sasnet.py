@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -22,6 +21,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
+from nnunet_ssl.declared import Angle, Positive, Share, Weight, Whole, declared
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.consistency import pseudo_label_consistency, segmentation_regression_consistency
 from nnunet_ssl.losses.ramps import sigmoid_rampup
@@ -36,40 +36,25 @@ from nnunet_ssl.unlabeled.views import view_transform
 BRANCHES = ("high", "low")
 
 
-@dataclass(frozen=True, kw_only=True)
+@declared
 class SASNetSettings(SSLSettings):
     """Settings of SASNet."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"sasnet_rampup": 0.15}}  # 6,000 of their 40,000 steps
 
-    sasnet_beta: float = 0.5  # beta, weight of L_seg of each branch
-    sasnet_gamma: float = 1.0  # gamma, full weight of L_plc and L_src
-    sasnet_rampup: float = 0.4  # share of the training over which gamma grows, as in CPS
-    sasnet_low_level_start: int = 1  # stages above the bottleneck where the low-level decoder starts; 0: no such branch
+    sasnet_beta: Weight = 0.5  # beta, weight of L_seg of each branch
+    sasnet_gamma: Weight = 1.0  # gamma, full weight of L_plc and L_src
+    sasnet_rampup: Share = 0.4  # share of the training over which gamma grows, as in CPS
+    sasnet_low_level_start: Whole = 1  # stages above the bottleneck where the low-level decoder starts; 0: no such one
     sasnet_sar: Literal["last_two", "running", "off"] = "last_two"  # memory of confidence: Eq. 4-5, or the code's blend
-    sasnet_alpha: float = 0.5  # alpha, Eq. 4-5
-    sasnet_memory_share: float = 0.25  # of the GPU's memory, else of RAM, that the memory may take; else it is on disk
+    sasnet_alpha: Share = 0.5  # alpha, Eq. 4-5
+    sasnet_memory_share: Share = 0.25  # of the GPU's memory, else of RAM, that the memory may take; else it is on disk
     sasnet_sdm: bool = True  # regression heads and L_src
     sasnet_plc: Literal["sharpened", "plain", "off"] = "sharpened"  # L_plc: as implemented, or as Eq. 15
-    sasnet_temperature: float = 0.1  # T of the sharpening
+    sasnet_temperature: Positive = 0.1  # T of the sharpening
     sasnet_detach_target: bool = False  # whether the sharpened target stands still; the authors' code lets it move
     sasnet_views: Literal["permute", "rotate", "off"] = "permute"  # view variance: as the authors' code, or Eq. 9-11
-    sasnet_view_angle: float = 30.0  # largest theta, Eq. 10, in degrees; nnU-Net's own rotations go as far
-
-    def problems(self) -> dict[str, str]:
-        """Values that cannot work."""
-        problems = super().problems()
-        if self.sasnet_low_level_start < 0:
-            problems["sasnet_low_level_start"] = "0 (no low-level branch) or more"
-        if self.sasnet_temperature <= 0:
-            problems["sasnet_temperature"] = "a positive number"
-        if not 0 <= self.sasnet_alpha <= 1:
-            problems["sasnet_alpha"] = "from 0 to 1"
-        if not 0 <= self.sasnet_memory_share <= 1:
-            problems["sasnet_memory_share"] = "from 0 (always on disk) to 1"
-        if not 0 < self.sasnet_view_angle <= 180:
-            problems["sasnet_view_angle"] = "above 0 and at most 180 degrees"
-        return problems
+    sasnet_view_angle: Angle = 30.0  # largest theta, Eq. 10, in degrees; nnU-Net's own rotations go as far
 
 
 class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801

@@ -7,13 +7,13 @@ Image Segmentation". The losses are in :mod:`nnunet_ssl.losses.shta`, the branch
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
+from nnunet_ssl.declared import Count, Counts, Part, Positive, Share, Weight, declared
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.networks.shta_branch import SHTABranch, token_stride
 from nnunet_ssl.trainers.base import nnUNetTrainerSSL
@@ -27,46 +27,34 @@ from nnunet_ssl.trainers.urpc import URPCSettings, nnUNetTrainerURPC
 PAPER = "Zhang et al., SHTA: Semantic Hard Token Correction and Center Alignment"
 
 
-@dataclass(frozen=True, kw_only=True)
+@declared
 class SHTASettings(SSLSettings):
     """Settings of SHTA. The paper states neither weights nor thresholds; each default says why it is what it is."""
 
-    shta_weight: float = 0.1  # lambda, Eq. 2: an auxiliary gradient well below the host's; 0 removes the branch
-    shta_warmup: float = 0.0  # share of the training over which lambda grows linearly; the paper has no ramp-up
+    shta_weight: Weight = 0.1  # lambda, Eq. 2: an auxiliary gradient well below the host's; 0 removes the branch
+    shta_warmup: Share = 0.0  # share of the training over which lambda grows linearly; the paper has no ramp-up
     shta_attach: Literal["first", "all"] = "first"  # F_A is one network's: Table IV counts one network's tokens
-    shta_stride: tuple[int, ...] = ()  # voxels per token and axis; () is about three, as Table IV implies
-    shta_max_tokens: int = 262144  # labelled tokens in a step at most; larger strides keep to it
-    shta_min_valid_fraction: float = 0.5  # tokens with fewer voxels that are not ignored are left out
-    shta_hidden_dim: int = 256  # width of g; the paper's parameter ratio asks for more than the feature's channels
-    shta_embedding_dim: int = 128  # C_z: room for many classes' directions, and cheap
-    shta_temperature: float = 0.1  # tau_sa, Eq. 3: Table IV's losses exclude 0.2 to 0.37 and above
-    shta_conf_threshold: float = 0.0  # T_conf, Eq. 7: does not bind, as Table IV's equal supplies imply
-    shta_fg_threshold: float = 0.5  # T_fg, Eq. 7: mostly foreground
-    shta_purity_threshold: float = 0.5  # T_pur, Eq. 7: mostly one class
-    shta_hard_ratio: float = 0.5  # r, Eq. 7: of 8 to 10 % eligible tokens, 3.8 % were selected
+    shta_stride: Counts = ()  # voxels per token and axis; () is about three, as Table IV implies
+    shta_max_tokens: Count = 262144  # labelled tokens in a step at most; larger strides keep to it
+    shta_min_valid_fraction: Share = 0.5  # tokens with fewer voxels that are not ignored are left out
+    shta_hidden_dim: Count = 256  # width of g; the paper's parameter ratio asks for more than the feature's channels
+    shta_embedding_dim: Count = 128  # C_z: room for many classes' directions, and cheap
+    shta_temperature: Positive = 0.1  # tau_sa, Eq. 3: Table IV's losses exclude 0.2 to 0.37 and above
+    shta_conf_threshold: Share = 0.0  # T_conf, Eq. 7: does not bind, as Table IV's equal supplies imply
+    shta_fg_threshold: Share = 0.5  # T_fg, Eq. 7: mostly foreground
+    shta_purity_threshold: Share = 0.5  # T_pur, Eq. 7: mostly one class
+    shta_hard_ratio: Part = 0.5  # r, Eq. 7: of 8 to 10 % eligible tokens, 3.8 % were selected
     shta_matched_hard: bool = False  # candidates by label alone, without T_conf: their number is equal in all ablations
     shta_selection: Literal["global", "per_class"] = "global"  # Top_r, Eq. 7: the paper names one candidate set
-    shta_assign_weight: float = 1.0  # alpha_as, Eq. 11: not stated, so equal
-    shta_anchor_weight: float = 1.0  # alpha_a
-    shta_hard_weight: float = 1.0  # alpha_h
-    shta_center_weight: float = 1.0  # alpha_c
+    shta_assign_weight: Weight = 1.0  # alpha_as, Eq. 11: not stated, so equal
+    shta_anchor_weight: Weight = 1.0  # alpha_a
+    shta_hard_weight: Weight = 1.0  # alpha_h
+    shta_center_weight: Weight = 1.0  # alpha_c
     shta_detach_reference_in_anchor: bool = True  # c_k in Eq. 5: the loss calibrates proxies, so it moves them alone
     shta_detach_reference_in_center: bool = True  # c_k in Eq. 10: the reference stands still
     shta_normalize_embeddings: bool = False  # unit z in Eq. 4 and 9; the equations are written with raw z
-    shta_min_class_mass: float = 0.0  # tokens' worth of a class before it enters K'; Eq. 4 says more than none
+    shta_min_class_mass: Weight = 0.0  # tokens' worth of a class before it enters K'; Eq. 4 says more than none
     shta_sync_references: bool = True  # sum Eq. 4 over DDP ranks, while both references are detached
-
-    def problems(self) -> dict[str, str]:
-        """Values that cannot work, beside those of the host."""
-        problems = super().problems()
-        if self.shta_temperature <= 0:
-            problems["shta_temperature"] = "a positive number"
-        if not 0 < self.shta_hard_ratio <= 1:
-            problems["shta_hard_ratio"] = "above 0 and at most 1"
-        for name in ("shta_hidden_dim", "shta_embedding_dim", "shta_max_tokens"):
-            if getattr(self, name) < 1:
-                problems[name] = "at least 1"
-        return problems
 
 
 LOSS_SETTINGS = (
@@ -192,7 +180,7 @@ def build_branch(
     )
 
 
-@dataclass(frozen=True, kw_only=True)
+@declared
 class SHTA_CPSSettings(SHTASettings, CPSSettings):  # noqa: N801
     """Settings of SHTA on CPS."""
 
@@ -204,7 +192,7 @@ class nnUNetTrainerSHTA_CPS(SHTAMixin, nnUNetTrainerCPS):  # noqa: N801
     Settings = SHTA_CPSSettings
 
 
-@dataclass(frozen=True, kw_only=True)
+@declared
 class SHTA_GACPSSettings(SHTASettings, GACPSSettings):  # noqa: N801
     """Settings of SHTA on GA-CPS."""
 
@@ -216,7 +204,7 @@ class nnUNetTrainerSHTA_GACPS(SHTAMixin, nnUNetTrainerGACPS):  # noqa: N801
     Settings = SHTA_GACPSSettings
 
 
-@dataclass(frozen=True, kw_only=True)
+@declared
 class SHTA_URPCSettings(SHTASettings, URPCSettings):  # noqa: N801
     """Settings of SHTA on URPC."""
 
@@ -228,7 +216,7 @@ class nnUNetTrainerSHTA_URPC(SHTAMixin, nnUNetTrainerURPC):  # noqa: N801
     Settings = SHTA_URPCSettings
 
 
-@dataclass(frozen=True, kw_only=True)
+@declared
 class SHTA_MagicNetSettings(SHTASettings, MagicNetSettings):  # noqa: N801
     """Settings of SHTA on MagicNet."""
 
@@ -240,7 +228,7 @@ class nnUNetTrainerSHTA_MagicNet(SHTAMixin, nnUNetTrainerMagicNet):  # noqa: N80
     Settings = SHTA_MagicNetSettings
 
 
-@dataclass(frozen=True, kw_only=True)
+@declared
 class SHTA_LabeledOnlySettings(SHTASettings):  # noqa: N801
     """Settings of SHTA on labels alone."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
 
+from nnunet_ssl.declared import Decays, Share, TwoOrMore, Weight, declared
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.ramps import sigmoid_rampup
 from nnunet_ssl.losses.urpc import uncertainty_rectified_consistency
@@ -18,27 +18,18 @@ from nnunet_ssl.trainers.base import Batch, nnUNetTrainerSSL
 from nnunet_ssl.trainers.settings import SSLSettings
 
 
-@dataclass(frozen=True, kw_only=True)
+@declared
 class URPCSettings(SSLSettings):
     """Settings of URPC."""
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"urpc_dropout": (0.5, 0.3, 0.2, 0.1)}}
 
-    urpc_weight: float = 0.1  # lambda
-    urpc_rampup: float = 1.0  # share of the training over which lambda grows: all of it in every released variant
-    urpc_scales: int = 4  # S; fewer where the network has fewer
+    urpc_weight: Weight = 0.1  # lambda
+    urpc_rampup: Share = 1.0  # share of the training over which lambda grows: all of it in every released variant
+    urpc_scales: TwoOrMore = 4  # S; fewer where the network has fewer
     urpc_kl: Literal["mean_to_scale", "scale_to_mean"] = "mean_to_scale"  # the code's KL(pbar || p_s); the paper's
     urpc_detach_mean: bool = False  # no gradient through pbar
-    urpc_dropout: tuple[float, ...] = ()  # before the heads of the scales in training, the last is full resolution's
-
-    def problems(self) -> dict[str, str]:
-        """Values that cannot work."""
-        problems = super().problems()
-        if self.urpc_scales < 2:
-            problems["urpc_scales"] = "at least 2"
-        if not all(0 <= p < 1 for p in self.urpc_dropout):
-            problems["urpc_dropout"] = "a list of probabilities below 1"
-        return problems
+    urpc_dropout: Decays = ()  # before the heads of the scales in training, the last is full resolution's
 
 
 class nnUNetTrainerURPC(nnUNetTrainerSSL):  # noqa: N801

@@ -1,0 +1,133 @@
+"""What comes from outside, declared once: its type, its range, and both in the words of a message.
+
+Settings and protocols are dataclasses made by :data:`declared`, with fields of the types below. pydantic checks a value
+wherever one is made, defaults and :func:`dataclasses.replace` included; :func:`build` turns its errors into sentences.
+Arguments of commands use the same types (``commands/arguments.py``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import reprlib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import pydantic
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from nnunet_ssl.errors import UserError
+
+T = TypeVar("T")
+
+CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+declared = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=CONFIG)
+
+# ------------------------------------------------------------------------------------------------------------- numbers
+# Whole numbers end where every library still takes them.
+
+Weight = Annotated[float, Field(ge=0, description="a number from 0")]
+Positive = Annotated[float, Field(gt=0, description="a number above 0")]
+Share = Annotated[float, Field(ge=0, le=1, description="a number from 0 to 1")]
+Part = Annotated[float, Field(gt=0, le=1, description="a number above 0 and at most 1")]
+Decay = Annotated[float, Field(ge=0, lt=1, description="a number from 0 and below 1")]
+Percentage = Annotated[float, Field(gt=0, le=100, description="a number above 0 and at most 100")]
+Angle = Annotated[float, Field(gt=0, le=180, description="a number above 0 and at most 180")]
+
+Count = Annotated[int, Field(ge=1, le=10**9, description="a whole number from 1 to 1e9")]
+Whole = Annotated[int, Field(ge=0, le=10**9, description="a whole number from 0 to 1e9")]
+TwoOrMore = Annotated[int, Field(ge=2, le=10**9, description="a whole number from 2 to 1e9")]
+Seed = Annotated[int, Field(ge=0, lt=2**32, description="a whole number from 0 and below 2^32")]
+DatasetId = Annotated[int, Field(ge=1, le=999, description="a dataset id from 1 to 999")]
+
+# --------------------------------------------------------------------------------------------------------------- texts
+
+Text = Annotated[str, Field(pattern=r"\S", description="a text")]
+
+# -------------------------------------------------------------------------- lists: JSON knows no tuples, so not strict
+
+Counts = Annotated[tuple[Count, ...], Field(strict=False, description="a list of whole numbers from 1 to 1e9")]
+Decays = Annotated[tuple[Decay, ...], Field(strict=False, description="a list of numbers from 0 and below 1")]
+
+
+def words(field: FieldInfo) -> str:
+    """What a field must be: the description of its type, or what the type says itself."""
+    if field.description:
+        return field.description
+    if get_origin(field.annotation) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(field.annotation)))
+    plain = {bool: "true or false", str: "a text", int: "a whole number", float: "a number"}
+    return plain.get(field.annotation, "an object")
+
+
+def fields_of(cls: type) -> dict[str, FieldInfo]:
+    """The declared fields of ``cls`` by name.
+
+    Raises:
+        TypeError: ``cls`` was not made by :data:`declared`, so nothing would check it.
+    """
+    if "__pydantic_fields__" not in vars(cls):
+        raise TypeError(f"{cls.__name__} needs the decorator nnunet_ssl.declared.declared in place of dataclass")
+    return cls.__pydantic_fields__
+
+
+def build(cls: type[T], given: object, source: str, what: str) -> T:
+    """An instance of a declared class, from what was read of a JSON file.
+
+    Args:
+        cls: made by :data:`declared`.
+        given: the object that was read.
+        source: file, and place in it, for messages.
+        what: what an unknown name is not, for instance ``"a setting of this trainer"``.
+
+    Raises:
+        UserError: ``given`` is no object, or a field is unknown, missing, or not what it must be.
+    """
+    fields_of(cls)
+    if not isinstance(given, Mapping):
+        raise UserError(f"{source} holds {shown(given)}; write a JSON object.")
+    given = {str(name): value for name, value in given.items()}
+    try:
+        return cls(**given)
+    except ValidationError as error:
+        raise _refusal(cls, given, source, what, error) from None
+
+
+def shown(value: object) -> str:
+    """``value`` as Python writes it, shortened: a number of 4,000 digits is no message."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 80
+    short.maxlist = short.maxdict = 20
+    return short.repr(value)
+
+
+def _refusal(cls: type, given: Any, source: str, what: str, error: ValidationError) -> UserError:
+    """The first error as a sentence, with the way to it through lists and nested objects."""
+    first = error.errors(include_url=False)[0]
+    steps = list(first["loc"])
+    while steps:
+        name = steps.pop(0)
+        fields = fields_of(cls)
+        if name not in fields:
+            near = difflib.get_close_matches(str(name), fields, n=1)
+            remedy = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(fields)}."
+            return UserError(f"{source} sets '{name}', which is not {what}; {remedy}")
+        must_be = words(fields[name])
+        if first["type"] == "missing" and not steps:
+            return UserError(f"{source} lacks '{name}'; give {must_be}.")
+        inner, place = _declared_in(fields[name].annotation), name
+        item = value = given.get(name, fields[name].default)
+        if inner and steps and isinstance(steps[0], int):
+            place, item = f"{name}[{steps[0]}]", value[steps.pop(0)]
+        if inner is None or not isinstance(item, Mapping):
+            return UserError(f"{source} sets '{name}' to {shown(value)}; it must be {must_be}.")
+        cls, given, source = inner, item, f"{source.removesuffix(',')}, {place},"
+    return UserError(f"{source} {first['ctx']['error']}.")  # of a check across fields
+
+
+def _declared_in(annotation: Any) -> type | None:
+    """The declared class that a field's type is made of: itself, a list of it, or it or None."""
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        return annotation
+    return next(filter(None, map(_declared_in, get_args(annotation))), None)
