@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import reprlib
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import pydantic
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from nnunet_ssl.errors import UserError
@@ -35,9 +36,9 @@ Decay = Annotated[float, Field(ge=0, lt=1, description="a number from 0 and belo
 Percentage = Annotated[float, Field(gt=0, le=100, description="a number above 0 and at most 100")]
 Angle = Annotated[float, Field(gt=0, le=180, description="a number above 0 and at most 180")]
 
-Count = Annotated[int, Field(ge=1, le=10**9, description="a whole number from 1 to 1e9")]
-Whole = Annotated[int, Field(ge=0, le=10**9, description="a whole number from 0 to 1e9")]
-TwoOrMore = Annotated[int, Field(ge=2, le=10**9, description="a whole number from 2 to 1e9")]
+Count = Annotated[int, Field(ge=1, lt=10**9, description="a whole number from 1 and below 1e9")]
+Whole = Annotated[int, Field(ge=0, lt=10**9, description="a whole number from 0 and below 1e9")]
+TwoOrMore = Annotated[int, Field(ge=2, lt=10**9, description="a whole number from 2 and below 1e9")]
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="a whole number from 0 and below 2^32")]
 DatasetId = Annotated[int, Field(ge=1, le=999, description="a dataset id from 1 to 999")]
 
@@ -45,20 +46,22 @@ DatasetId = Annotated[int, Field(ge=1, le=999, description="a dataset id from 1 
 
 Text = Annotated[str, Field(pattern=r"\S", description="a text")]
 
-# -------------------------------------------------------------------------- lists: JSON knows no tuples, so not strict
+# --------------------------------------------------------------------------------------------------------------- lists
 
-Counts = Annotated[tuple[Count, ...], Field(strict=False, description="a list of whole numbers from 1 to 1e9")]
-Decays = Annotated[tuple[Decay, ...], Field(strict=False, description="a list of numbers from 0 and below 1")]
+Counts = Annotated[tuple[Count, ...], Field(description="a list of whole numbers from 1 and below 1e9")]
+Decays = Annotated[tuple[Decay, ...], Field(description="a list of numbers from 0 and below 1")]
 
 
-def words(field: FieldInfo) -> str:
-    """What a field must be: the description of its type, or what the type says itself."""
-    if field.description:
-        return field.description
-    if get_origin(field.annotation) is Literal:
-        return "one of " + ", ".join(map(repr, get_args(field.annotation)))
-    plain = {bool: "true or false", str: "a text", int: "a whole number", float: "a number"}
-    return plain.get(field.annotation, "an object")
+def words(kind: Any) -> str:
+    """What a value of this type must be: its description, or what the type says itself."""
+    if get_origin(kind) is Annotated:
+        kind, *more = get_args(kind)
+        return next((field.description for field in more if isinstance(field, FieldInfo)), None) or words(kind)
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(kind)))
+    if type(None) in get_args(kind):
+        return f"{words(get_args(kind)[0])}, or null"
+    return {bool: "true or false", str: "a text", int: "a whole number", float: "a number"}.get(kind, "an object")
 
 
 def fields_of(cls: type) -> dict[str, FieldInfo]:
@@ -88,8 +91,8 @@ def build(cls: type[T], given: object, source: str, what: str) -> T:
     if not isinstance(given, Mapping):
         raise UserError(f"{source} holds {shown(given)}; write a JSON object.")
     given = {str(name): value for name, value in given.items()}
-    try:
-        return cls(**given)
+    try:  # as JSON, whose lists may become tuples and whose objects classes, strict as everything else is
+        return TypeAdapter(cls).validate_json(json.dumps(given, default=repr))
     except ValidationError as error:
         raise _refusal(cls, given, source, what, error) from None
 
@@ -113,7 +116,7 @@ def _refusal(cls: type, given: Any, source: str, what: str, error: ValidationErr
             near = difflib.get_close_matches(str(name), fields, n=1)
             remedy = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(fields)}."
             return UserError(f"{source} sets '{name}', which is not {what}; {remedy}")
-        must_be = words(fields[name])
+        must_be = fields[name].description or words(fields[name].annotation)
         if first["type"] == "missing" and not steps:
             return UserError(f"{source} lacks '{name}'; give {must_be}.")
         inner, place = _declared_in(fields[name].annotation), name

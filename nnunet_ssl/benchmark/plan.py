@@ -216,8 +216,8 @@ class Plan:
         file = self.machine.preprocessed / f"Dataset{int(number):03d}_*" / f"{self.protocol.plans}.json"
         s = self.protocol.shrink
         code = "import sys; from nnunet_ssl.demo.plans import shrink_plans; "
-        code += f"shrink_plans(sys.argv[1], {self.protocol.configuration!r}, {s['features']}, "
-        code += f"patch_size={s['patch_size']}, batch_size={s['batch_size']})"
+        code += f"shrink_plans(sys.argv[1], {self.protocol.configuration!r}, {list(s.features)}, "
+        code += f"patch_size={list(s.patch_size)}, batch_size={s.batch_size})"
         return ("python", "-c", code, str(file))
 
     def _needs_unlabeled(self, key: str) -> bool:

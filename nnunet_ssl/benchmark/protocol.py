@@ -3,28 +3,55 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator, Field
+
+from nnunet_ssl.declared import (
+    Count,
+    DatasetId,
+    Part,
+    Positive,
+    Seed,
+    Text,
+    TwoOrMore,
+    build,
+    declared,
+)
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.metrics import METRICS
+from nnunet_ssl.files import read_json
 
 SHIPPED = Path(__file__).parent / "protocols"
 OURS = ("seed", "num_iterations_per_epoch", "save_every", "keep_epochs")  # settings that the benchmark makes itself
 
-Labeled = int | float | str  # a number of cases, a fraction of them, or "all"
+Word = Annotated[str, Field(pattern=r"^[\w-]+$", description="letters, digits, - and _")]
+Plans = Annotated[str, Field(pattern=r"^[\w.-]+$", description="letters, digits, -, _ and .")]
+Name = Annotated[str, Field(pattern=r"^\w[\w +.,()%-]*$", description="a name of letters, digits, spaces and +-_.,()%")]
+Script = Annotated[str, Field(pattern=r"^\w+\.py$", description="the name of a script, prepare_<dataset>.py")]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Labeled = Annotated[
+    Literal["all"] | Count | Fraction, Field(description='a number of cases, a fraction below 1, or "all"')
+]
+Dataset = Annotated[Text | DatasetId, Field(description="the name or id of a dataset")]
+Validation = Annotated[Text | Count | Fraction, Field(description="a number, a fraction or a file")]
+Arguments = Annotated[
+    tuple[str | int | float, ...],
+    Field(description="a list of texts and numbers"),
+    AfterValidator(lambda words: tuple(map(str, words))),
+]
+Settings = Annotated[dict[str, Any], Field(description="an object of settings")]
 
 
-@dataclass(frozen=True)
+@declared
 class SelfTraining:
     """A row that is trained again on its own predictions, by ``nnUNetv2_ssl_pseudolabel``, so many rounds long."""
 
-    rounds: int = 1
-    options: tuple[str, ...] = ()
+    rounds: Count = 1
+    options: Arguments = ()
 
 
 def row_key(name: str) -> str:
@@ -32,7 +59,7 @@ def row_key(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name).strip("_").lower()
 
 
-@dataclass(frozen=True)
+@declared
 class Row:
     """A row of the table.
 
@@ -45,11 +72,11 @@ class Row:
         self_training: what follows the training, if anything.
     """
 
-    name: str
-    trainer: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    name: Name
+    trainer: Text
+    settings: Settings = Field(default_factory=dict)
     labeled: Labeled | None = None
-    against: str | None = None
+    against: Text | None = None
     self_training: SelfTraining | None = None
 
     @property
@@ -67,13 +94,13 @@ class Row:
         return 1 if self.self_training is None else 1 + self.self_training.rounds
 
 
-@dataclass(frozen=True)
+@declared
 class Budget:
     """How long each row trains: by steps, by minutes, or by the minutes that another row takes for its steps."""
 
-    steps: int | None = None
-    minutes: float | None = None
-    time_of: str | None = None
+    steps: Count | None = None
+    minutes: Positive | None = None
+    time_of: Text | None = None
 
     @property
     def key(self) -> str:
@@ -83,7 +110,7 @@ class Budget:
         return f"minutes{self.minutes:g}" if self.minutes is not None else f"time_of_{row_key(self.time_of)}"
 
 
-@dataclass(frozen=True)
+@declared
 class Data:
     """Where the datasets with few labels come from: a script of ``scripts/``, or a raw dataset that is split.
 
@@ -95,15 +122,15 @@ class Data:
         order_by_seed: whether each seed has labelled cases of its own.
     """
 
-    script: str | None = None
-    options: tuple[str, ...] = ()
-    dataset: int | str | None = None
-    test: str | None = None
-    validation: str | None = None
+    script: Script | None = None
+    options: Arguments = ()
+    dataset: Dataset | None = None
+    test: Text | None = None
+    validation: Validation | None = None
     order_by_seed: bool = False
 
 
-@dataclass(frozen=True)
+@declared
 class Measure:
     """The short runs by which seconds a step are measured: each row in turn, forwards and backwards.
 
@@ -114,36 +141,56 @@ class Measure:
             in time gives it the same steps on every machine.
     """
 
-    epochs: int = 3
-    iterations: int = 100
-    rounds: int = 2
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    epochs: TwoOrMore = 3  # the first is warm-up
+    iterations: Count = 100
+    rounds: Count = 2
+    seconds: Annotated[
+        dict[str, Positive], Field(description="an object of rows and their seconds a step, numbers above 0")
+    ] = Field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@declared
+class Shrink:
+    """A smaller network; with two stages nnU-Net's deep supervision has one output, to which it gives the weight 0."""
+
+    features: Annotated[
+        tuple[Count, ...], Field(min_length=3, description="a list of channels, one a stage, of three or more")
+    ]
+    patch_size: Annotated[tuple[Count, ...], Field(min_length=2, description="a list of voxels, one an axis")]
+    batch_size: Count = 2
+
+
+@declared
 class Protocol:
     """What the file says, with defaults filled in; see ``docs/benchmark.md``."""
 
-    name: str
-    about: str
+    name: Word
+    about: str = ""
     data: Data
-    first_id: int
-    labeled: tuple[Labeled, ...]
-    seeds: tuple[int, ...]
-    configuration: str
-    planning: tuple[str, ...]
-    plans: str
-    shrink: Mapping[str, Any]
-    rows: tuple[Row, ...]
-    epochs: int
-    budgets: tuple[Budget, ...]
-    curve: tuple[float, ...]
-    settings: Mapping[str, Any]
-    predict: tuple[str, ...]
-    metrics: tuple[str, ...]
-    evaluate: tuple[str, ...]
-    measure: Measure
-    figures: tuple[str, ...]
+    first_id: DatasetId
+    labeled: Annotated[
+        tuple[Labeled, ...],
+        Field(min_length=1, description='a list of numbers of cases, fractions below 1, or "all"'),
+    ]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, description="a list of whole numbers from 0 and below 2^32")]
+    configuration: Word = "3d_fullres"
+    planning: Arguments = ()
+    plans: Plans = "nnUNetPlans"
+    shrink: Shrink | None = None
+    rows: Annotated[tuple[Row, ...], Field(min_length=1, description="a list of objects")]
+    epochs: Count
+    budgets: Annotated[tuple[Budget, ...], Field(min_length=1, description="a list of objects")]
+    curve: Annotated[
+        tuple[Part, ...], Field(min_length=1, description="a list of shares of the training, from 0 to 1")
+    ] = (1.0,)
+    settings: Settings = Field(default_factory=dict)
+    predict: Arguments = ()
+    metrics: Annotated[
+        tuple[Literal[tuple(METRICS)], ...], Field(min_length=1, description=f"a list of metrics: {', '.join(METRICS)}")
+    ] = ("dice",)
+    evaluate: Arguments = ()
+    measure: Measure = Field(default_factory=Measure)
+    figures: Annotated[tuple[str, ...], Field(description="a list of names of rows")] = ()
 
     @property
     def curve_epochs(self) -> tuple[int, ...]:
@@ -162,134 +209,6 @@ class Protocol:
     def against(self, row: Row) -> Row:
         """The row that ``row`` is compared with."""
         return self.rows[0] if row.against is None else self.row(row.against)
-
-
-# ----------------------------------------------------------------------------------------------------------- checking
-
-
-class Kind(NamedTuple):
-    """What a value must be, in words, and the test of it."""
-
-    words: str
-    test: Callable[[Any], bool]
-
-
-def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
-
-
-def _is_labeled(value: Any) -> bool:
-    return value == "all" or _is_whole(value, 1) or (isinstance(value, float) and 0 < value < 1)
-
-
-def _list_of(words: str, test: Callable[[Any], bool], least: int = 1) -> Kind:
-    return Kind(f"a list of {words}", lambda v: isinstance(v, list) and len(v) >= least and all(map(test, v)))
-
-
-TEXT = Kind("a text", lambda v: isinstance(v, str) and v.strip() != "")
-WORD = Kind("letters, digits, - and _", lambda v: isinstance(v, str) and re.fullmatch(r"[\w-]+", v) is not None)
-NAME = Kind("a name of letters, digits, spaces and +-_.,()%", lambda v: isinstance(v, str)
-            and re.fullmatch(r"\w[\w +.,()%-]*", v) is not None)  # fmt: skip
-COUNT = Kind("a whole number from 1", lambda v: _is_whole(v, 1))
-POSITIVE = Kind("a number above 0", _is_number)
-YES_OR_NO = Kind("true or false", lambda v: isinstance(v, bool))
-OBJECT = Kind("an object", lambda v: isinstance(v, dict))
-LABELED = Kind('a number of cases, a fraction below 1, or "all"', _is_labeled)
-ARGUMENTS = _list_of("texts and numbers", lambda v: isinstance(v, (str, int, float)) and not isinstance(v, bool), 0)
-REQUIRED = object()
-
-FIELDS: dict[str, tuple[Kind, Any]] = {
-    "name": (WORD, REQUIRED),
-    "about": (TEXT, ""),
-    "data": (OBJECT, REQUIRED),
-    "first_id": (Kind("a dataset id from 1 to 999", lambda v: _is_whole(v, 1) and v <= 999), REQUIRED),
-    "labeled": (_list_of('numbers of cases, fractions below 1, or "all"', _is_labeled), REQUIRED),
-    "seeds": (_list_of("whole numbers from 0", lambda v: _is_whole(v, 0)), REQUIRED),
-    "configuration": (WORD, "3d_fullres"),
-    "planning": (ARGUMENTS, []),
-    "plans": (Kind("letters, digits, -, _ and .", lambda v: isinstance(v, str)
-                   and re.fullmatch(r"[\w.-]+", v) is not None), "nnUNetPlans"),
-    "shrink": (OBJECT, {}),
-    "rows": (_list_of("objects", lambda v: isinstance(v, dict)), REQUIRED),
-    "epochs": (COUNT, REQUIRED),
-    "budgets": (_list_of("objects", lambda v: isinstance(v, dict)), REQUIRED),
-    "curve": (_list_of("shares of the training, from 0 to 1", lambda v: _is_number(v) and v <= 1), [1]),
-    "settings": (OBJECT, {}),
-    "predict": (ARGUMENTS, []),
-    "metrics": (_list_of(f"metrics: {', '.join(METRICS)}", lambda v: v in METRICS), ["dice"]),
-    "evaluate": (ARGUMENTS, []),
-    "measure": (OBJECT, {}),
-    "figures": (_list_of("names of rows", lambda v: isinstance(v, str), 0), []),
-}  # fmt: skip
-DATA_FIELDS: dict[str, tuple[Kind, Any]] = {
-    "script": (Kind("the name of a script, prepare_<dataset>.py", lambda v: isinstance(v, str)
-                    and re.fullmatch(r"\w+\.py", v) is not None), None),
-    "options": (ARGUMENTS, []),
-    "dataset": (Kind("the name or id of a dataset", lambda v: TEXT.test(v) or _is_whole(v, 1)), None),
-    "test": (TEXT, None),
-    "validation": (Kind("a number, a fraction or a file", lambda v: TEXT.test(v) or _is_number(v)), None),
-    "order_by_seed": (YES_OR_NO, False),
-}  # fmt: skip
-ROW_FIELDS: dict[str, tuple[Kind, Any]] = {
-    "name": (NAME, REQUIRED),
-    "trainer": (TEXT, REQUIRED),
-    "settings": (OBJECT, {}),
-    "labeled": (LABELED, None),
-    "against": (TEXT, None),
-    "self_training": (OBJECT, None),
-}
-SELF_TRAINING_FIELDS: dict[str, tuple[Kind, Any]] = {"rounds": (COUNT, 1), "options": (ARGUMENTS, [])}
-BUDGET_FIELDS: dict[str, tuple[Kind, Any]] = {
-    "steps": (COUNT, None),
-    "minutes": (POSITIVE, None),
-    "time_of": (TEXT, None),
-}
-SHRINK_FIELDS: dict[str, tuple[Kind, Any]] = {
-    # with two stages nnU-Net's deep supervision has one output, to which it gives the weight 0
-    "features": (_list_of("channels, one a stage, of three or more", lambda v: _is_whole(v, 1), 3), REQUIRED),
-    "patch_size": (_list_of("voxels, one an axis", lambda v: _is_whole(v, 1), 2), REQUIRED),
-    "batch_size": (COUNT, 2),
-}
-MEASURE_FIELDS: dict[str, tuple[Kind, Any]] = {
-    "epochs": (Kind("a whole number from 2", lambda v: _is_whole(v, 2)), Measure.epochs),  # the first is warm-up
-    "iterations": (COUNT, Measure.iterations),
-    "rounds": (COUNT, Measure.rounds),
-    "seconds": (Kind("an object of rows and their seconds a step, numbers above 0", lambda v: isinstance(v, dict)
-                     and all(map(_is_number, v.values()))), {}),
-}  # fmt: skip
-
-
-def checked(given: Any, fields: Mapping[str, tuple[Kind, Any]], where: str) -> dict[str, Any]:
-    """The fields of an object, defaults filled in.
-
-    Args:
-        given: what the file says.
-        fields: name -> what it must be, and its default.
-        where: file and place in it, for messages.
-
-    Raises:
-        UserError: ``given`` is no object, or a field is unknown, missing or of a wrong kind.
-    """
-    if not isinstance(given, dict):
-        raise UserError(f"{where} holds {given!r}; write a JSON object.")
-    for name in given:
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            remedy = f"did you mean '{near[0]}'?" if near else f"the fields are {', '.join(fields)}."
-            raise UserError(f"{where} has '{name}', which means nothing here; {remedy}")
-    values = {}
-    for name, (kind, default) in fields.items():
-        value = given.get(name, default)
-        if value is REQUIRED:
-            raise UserError(f"{where} lacks '{name}'; give {kind.words}.")
-        if name in given and not kind.test(value):
-            raise UserError(f"{where} sets '{name}' to {value!r}; it must be {kind.words}.")
-        values[name] = value
-    return values
 
 
 def shipped() -> dict[str, Path]:
@@ -311,13 +230,7 @@ def load_json(which: str) -> tuple[dict[str, Any], Path]:
         file = shipped().get(which.removesuffix(".json"), file)
     if not file.is_file():
         raise UserError(f"{which} does not exist; name a JSON file, or one of {', '.join(shipped())}.")
-    try:
-        given = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read as JSON ({error}); correct the file.") from None
-    if not isinstance(given, dict):
-        raise UserError(f"{file} holds {type(given).__name__}; write one JSON object.")
-    return given, file
+    return read_json(file, "Write one JSON object, as docs/benchmark.md shows."), file
 
 
 def read_protocol(which: str) -> Protocol:
@@ -330,57 +243,39 @@ def read_protocol(which: str) -> Protocol:
         UserError: names file, field and remedy of the first thing that is wrong.
     """
     given, file = load_json(which)
-    values = checked(given, FIELDS, str(file))
-    values["data"] = _data(values["data"], file)
-    values["rows"] = tuple(_row(row, f"{file}, rows[{number}],") for number, row in enumerate(values["rows"]))
-    values["budgets"] = tuple(
-        Budget(**checked(budget, BUDGET_FIELDS, f"{file}, budgets[{number}],"))
-        for number, budget in enumerate(values["budgets"])
-    )
-    values["measure"] = Measure(**checked(values["measure"], MEASURE_FIELDS, f"{file}, measure,"))
-    if values["shrink"]:
-        values["shrink"] = checked(values["shrink"], SHRINK_FIELDS, f"{file}, shrink,")
-    for name in ("planning", "predict", "evaluate"):
-        values[name] = tuple(map(str, values[name]))
+    protocol = build(Protocol, given, str(file), "a field here")
     for name in ("labeled", "seeds", "curve", "metrics", "figures"):
-        values[name] = tuple(values[name])
-        if len(set(values[name])) < len(values[name]):
-            raise UserError(f"{file} names something twice in '{name}': {list(values[name])}. Remove one.")
-    protocol = Protocol(**values)
+        values = list(getattr(protocol, name))
+        if len(set(values)) < len(values):
+            raise UserError(f"{file} names something twice in '{name}': {values}. Remove one.")
+    protocol = replace(protocol, data=_data(protocol.data, file))
     _check_rows(protocol, file)
     _check_budgets(protocol, file)
     _check_settings(protocol, file)
     return protocol
 
 
-def _data(given: dict[str, Any], file: Path) -> Data:
-    values = checked(given, DATA_FIELDS, f"{file}, data,")
-    if (values["script"] is None) == (values["dataset"] is None):
+def _data(data: Data, file: Path) -> Data:
+    """Check what belongs together, and find the files beside the protocol."""
+    if (data.script is None) == (data.dataset is None):
         raise UserError(f"{file}, data, needs either 'script' or 'dataset': a script that makes it, or one to split.")
-    if values["dataset"] is not None:
-        if values["options"]:
-            raise UserError(f"{file}, data, has 'options', which are for 'script'; remove them.")
-        if values["test"] is None:
-            raise UserError(f"{file}, data, lacks 'test'; give a file that lists the test cases, one a line.")
-        values["test"] = str((file.parent / values["test"]).resolve())
-        if not Path(values["test"]).is_file():
-            raise UserError(f"{file}, data, sets 'test' to {given['test']!r}, but {values['test']} does not exist.")
-        validation = values["validation"]
-        if isinstance(validation, str) and (file.parent / validation).is_file():
-            validation = (file.parent / validation).resolve()
-        values["validation"] = None if validation is None else str(validation)
-    elif values["test"] or values["validation"]:
-        raise UserError(f"{file}, data, has 'test' or 'validation', which are for 'dataset'; use the script's options.")
-    values["options"] = tuple(map(str, values["options"]))
-    return Data(**values)
-
-
-def _row(given: Any, where: str) -> Row:
-    values = checked(given, ROW_FIELDS, where)
-    if values["self_training"] is not None:
-        rounds = checked(values["self_training"], SELF_TRAINING_FIELDS, f"{where} self_training,")
-        values["self_training"] = SelfTraining(rounds["rounds"], tuple(map(str, rounds["options"])))
-    return Row(**values)
+    if data.dataset is None:
+        if data.test or data.validation:
+            raise UserError(
+                f"{file}, data, has 'test' or 'validation', which are for 'dataset'; use the script's options."
+            )
+        return data
+    if data.options:
+        raise UserError(f"{file}, data, has 'options', which are for 'script'; remove them.")
+    if data.test is None:
+        raise UserError(f"{file}, data, lacks 'test'; give a file that lists the test cases, one a line.")
+    test = (file.parent / data.test).resolve()
+    if not test.is_file():
+        raise UserError(f"{file}, data, sets 'test' to {data.test!r}, but {test} does not exist.")
+    validation = data.validation
+    if isinstance(validation, str) and (file.parent / validation).is_file():
+        validation = (file.parent / validation).resolve()
+    return replace(data, test=str(test), validation=None if validation is None else str(validation))
 
 
 def _check_rows(protocol: Protocol, file: Path) -> None:

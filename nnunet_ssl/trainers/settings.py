@@ -12,7 +12,7 @@ from nnunet_ssl.files import read_json
 
 ENVIRONMENT_VARIABLE = "nnUNet_ssl_config"
 
-RunSeed = Annotated[int | None, Field(ge=0, lt=2**63, description="a whole number from 0 and below 2^63, or null")]
+RunSeed = Annotated[int, Field(ge=0, lt=2**63, description="a whole number from 0 and below 2^63")]
 S = TypeVar("S", bound="SSLSettings")
 
 
@@ -28,7 +28,7 @@ class SSLSettings:
     presets: ClassVar[dict[str, dict[str, Any]]] = {"nnunet": {}}  # name -> fields that differ from the defaults
 
     preset: str = "nnunet"  # "paper" gives the papers' own values where they differ from the defaults
-    seed: RunSeed = None  # None draws one; the one drawn is written to ssl_settings.json
+    seed: RunSeed | None = None  # None draws one; the one drawn is written to ssl_settings.json
     passes: Literal["lean", "joint"] = "lean"  # lean backpropagates pass by pass: the same gradients, less memory
     num_iterations_per_epoch: Count = 250  # nnU-Net's own
     num_val_iterations_per_epoch: Count = 50  # nnU-Net's own

@@ -43,7 +43,7 @@ def set_(*path):
     ("change", "message"),
     [
         (lambda g: g.pop("first_id"), "lacks 'first_id'; give a dataset id from 1 to 999"),
-        (set_("epoch", 3), "has 'epoch', which means nothing here; did you mean 'epochs'"),
+        (set_("epoch", 3), "sets 'epoch', which is not a field here; did you mean 'epochs'"),
         (set_("first_id", 1000), "sets 'first_id' to 1000; it must be a dataset id"),
         (set_("seeds", [0, -1]), "sets 'seeds' to .* whole numbers from 0"),
         (set_("seeds", [0, 0]), "names something twice in 'seeds'"),
@@ -65,6 +65,13 @@ def set_(*path):
         (set_("rows", 1, "trainer", "nnUNetTrainerCPS_10epochs"), "without _<N>epochs"),
         (set_("rows", 1, "settings", {"cps_weigth": 1}), r"rows\[1\] \(CPS\), sets 'cps_weigth'.*'cps_weight'"),
         (set_("rows", 0, "settings", {"cps_weight": 1}), r"rows\[0\] \(Labels only\), sets 'cps_weight'"),
+        (set_("rows", 1, "settings", {"cps_weight": float("nan")}), r"rows\[1\] \(CPS\), sets 'cps_weight' to nan"),
+        (set_("rows", 1, "settings", {"cps_weight": int("9" * 401)}), r"rows\[1\] \(CPS\), sets 'cps_weight'"),
+        (set_("settings", {"save_every": 0}), "sets 'save_every' among the settings"),
+        (
+            set_("settings", {"num_val_iterations_per_epoch": 0}),
+            r"rows\[0\] .* sets 'num_val_iterations_per_epoch' to 0",
+        ),
         (set_("rows", 1, "settings", {"seed": 1}), "sets 'seed' among the settings"),
         (set_("settings", {"keep_epochs": [1]}), "sets 'keep_epochs' among the settings"),
         (set_("rows", 2, "against", "URPC"), r"rows\[2\], sets 'against' to 'URPC'; the rows are Labels only, CPS"),
@@ -75,8 +82,22 @@ def set_(*path):
         (set_("budgets", [{"time_of": "CPS"}]), "needs a budget in 'steps' besides"),
         (set_("budgets", [{"steps": 80}, {"time_of": "X"}]), "the rows are"),
         (set_("budgets", [{"minutes": 0}]), "a number above 0"),
+        (set_("budgets", [{"minutes": float("nan")}]), "a number above 0"),
+        (set_("budgets", [{"minutes": int("9" * 401)}]), "a number above 0"),
+        (set_("budgets", [{"steps": int("9" * 401)}]), "a whole number from 1 and below 1e9"),
+        (set_("epochs", 10**30), "sets 'epochs'"),
+        (set_("epochs", True), "sets 'epochs'"),
+        (set_("seeds", [2**32]), "sets 'seeds'"),
+        (set_("curve", [float("nan"), 1]), "sets 'curve'"),
+        (set_("labeled", [10**30]), "sets 'labeled'"),
+        (set_("planning", [float("inf")]), "sets 'planning'"),
+        (set_("rows", 5), "sets 'rows' to 5; it must be a list of objects"),
+        (set_("rows", 1, 5), "it must be a list of objects"),
+        (set_("data", []), r"sets 'data' to \[\]; it must be an object"),
+        (set_("rows", 0, "settings", []), r"rows\[0\], sets 'settings' to \[\]; it must be an object of settings"),
+        (set_("name", "made_up\n"), "sets 'name'"),
         (set_("rows", 0, "self_training", {"rounds": 2}), r"trainings of Labels only \(3\), 12"),
-        (set_("rows", 0, "self_training", {"round": 2}), r"rows\[0\], self_training, has 'round'"),
+        (set_("rows", 0, "self_training", {"round": 2}), r"rows\[0\], self_training, sets 'round'"),
         (set_("figures", ["URPC"]), r"sets 'figures' to \['URPC'\]; the rows are Labels only, CPS"),
         (set_("curve", [0.5]), "growing shares that end with 1"),
         (set_("curve", [1, 0.5]), "growing shares"),
@@ -86,6 +107,7 @@ def set_(*path):
         (set_("shrink", {"features": [8, 16, 32]}), "shrink, lacks 'patch_size'"),
         (set_("measure", {"epochs": 1}), "measure, sets 'epochs' to 1; it must be a whole number from 2"),
         (set_("measure", {"seconds": {"CPS": 0}}), "numbers above 0"),
+        (set_("measure", {"seconds": {"CPS": float("inf")}}), "numbers above 0"),
         (set_("measure", {"seconds": {"CP": 1}}), "gives 'seconds' of 'CP'; the rows are Labels only, CPS"),
     ],
 )
@@ -97,7 +119,10 @@ def test_what_is_refused(given, write_protocol, change, message):
     assert str(file) in str(error.value)
 
 
-@pytest.mark.parametrize(("text", "message"), [("{", "cannot be read as JSON"), ("[]", "write one JSON object")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "is not JSON"), ("[]", "Write one JSON object"), ("[" * 100_000, "is not JSON"), ("", "it is empty")],
+)
 def test_files_that_are_no_protocol(write_protocol, text, message):
     with pytest.raises(UserError, match=message):
         read_protocol(str(write_protocol(text)))

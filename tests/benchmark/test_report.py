@@ -163,7 +163,10 @@ def test_figures_are_shown_and_copied(plan, tmp_path):
 
 
 def test_what_is_compared_with_a_method_has_its_colour_dashed():
-    rows = [Row(name, "", against=other) for name, other in zip("ABCDE", (None, None, "B", "B", "A"), strict=True)]
+    rows = [
+        Row(name=name, trainer="X", against=other)
+        for name, other in zip("ABCDE", (None, None, "B", "B", "A"), strict=True)
+    ]
     (a, a_line), (b, b_line), (b1, b1_line), (b2, b2_line), (a1, a1_line) = line_styles(rows)
     assert a == a1 != b == b1 == b2
     assert (a_line, b_line, b1_line, b2_line, a1_line) == ("-", "-", "--", "-.", "--")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pytest
 from pydantic import model_validator
@@ -111,17 +111,19 @@ def test_every_listed_trainer_exists_with_a_paper_and_settings():
 # ------------------------------------------------------------------ every field of every trainer
 
 
+def types_in(kind: Any) -> set[type]:
+    """``Annotated[int, ...] | None`` -> int and None."""
+    return {kind} if isinstance(kind, type) else set().union(*map(types_in, get_args(kind)))
+
+
 def fields(kind: type, of_list: bool = False) -> list[Any]:
     """The number fields of this type, one parameter a trainer and field."""
-    found = []
-    for trainer, cls in CLASSES.items():
-        for name, field in fields_of(cls).items():
-            types = get_args(field.annotation) or (field.annotation,)
-            if (get_args(field.annotation)[1:] == (...,)) == of_list and kind in (
-                get_args(types[0])[:1] if of_list else types
-            ):
-                found.append(pytest.param(cls, name, id=f"{trainer}-{name}"))
-    return found
+    return [
+        pytest.param(cls, name, id=f"{trainer}-{name}")
+        for trainer, cls in CLASSES.items()
+        for name, field in fields_of(cls).items()
+        if kind in types_in(field.annotation) and (get_origin(field.annotation) is tuple) == of_list
+    ]
 
 
 def assert_refused(cls: type, name: str, value: Any) -> None:
