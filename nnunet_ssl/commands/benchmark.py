@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from nnunet_ssl.commands.arguments import Parser, count
 from nnunet_ssl.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: arguments without the program's name; ``sys.argv`` when None.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nnUNetv2_ssl_benchmark",
         description="Do what a protocol says, from raw data to the table: make datasets with few labels, plan, "
         "prepare, train, predict, evaluate, compare, report. A stopped benchmark goes on where it was; what is done "
@@ -34,8 +34,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="Folder of the published data, for the prepare script")
     parser.add_argument("-o", type=Path, metavar="DIR", help="Folder for all results. Default: benchmark_<name>")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="Default: cuda if there is a GPU, else cpu")
-    parser.add_argument("--jobs", type=int, default=1, help="Trainings at a time. Default: 1. Measuring is one by one")
-    parser.add_argument("-np", type=int, help="Processes that prepare and evaluate. Default: 8, or the number of cores")
+    parser.add_argument(
+        "--jobs", type=count, default=1, help="Trainings at a time. Default: 1. Measuring is one by one"
+    )
+    parser.add_argument(
+        "-np", type=count, help="Processes that prepare and evaluate. Default: 8, or the number of cores"
+    )
     parser.add_argument("--scripts", type=Path, metavar="DIR", help="Folder of prepare_*.py. Default: the checkout's")
     parser.add_argument("--page", type=Path, metavar="FILE", help="A Markdown file that gets the report between marks")
     what = parser.add_mutually_exclusive_group()
@@ -51,9 +55,6 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.protocol is None:
         raise UserError(f"name a protocol: a JSON file, or one of {', '.join(shipped())}.")
-    for option, value in (("--jobs", args.jobs), ("-np", args.np)):
-        if value is not None and value < 1:
-            raise UserError(f"{option} {value} must be at least 1.")
     protocol = read_protocol(args.protocol)
 
     # heavy: only once the arguments are known to be good

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from nnunet_ssl.commands.arguments import Parser, count, seed
 from nnunet_ssl.errors import UserError
 
 
@@ -14,21 +14,17 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: arguments without the program's name; ``sys.argv`` when None.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nnUNetv2_ssl_demo",
         description="Make a small dataset of five organs with few labels, train nnUNetTrainerLabeledOnly and "
         "nnUNetTrainerSHTA_CPS on it from the same seed with nnU-Net's own commands, and compare them on test cases. "
         "About ten minutes on two CPU cores. A stopped demo goes on where it was.",
     )
     parser.add_argument("--dir", type=Path, default=Path("demo"), help="Folder for all of it. Default: demo")
-    parser.add_argument("--epochs", type=int, default=20, help="Epochs of 50 steps for each training. Default: 20")
+    parser.add_argument("--epochs", type=count, default=20, help="Epochs of 50 steps for each training. Default: 20")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="Default: cuda where there is a GPU, else cpu")
-    parser.add_argument("--seed", type=int, default=0, help="Of the dataset and of both trainings. Default: 0")
+    parser.add_argument("--seed", type=seed, default=0, help="Of the dataset and of both trainings. Default: 0")
     args = parser.parse_args(argv)
-    if args.epochs < 1:
-        raise UserError(f"--epochs {args.epochs} must be at least 1.")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed} must be 0 or more.")
 
     # heavy: only once the arguments are known to be good
     import torch

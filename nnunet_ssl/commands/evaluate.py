@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import math
 import os
 from collections.abc import Sequence
 
+from nnunet_ssl.commands.arguments import Parser, count, distance, seed
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.names import path_component
 
@@ -19,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     """
     from nnunet_ssl.evaluation.metrics import EMPTY_RULES, METRICS
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nnUNetv2_ssl_evaluate",
         description="Dice, Jaccard and surface metrics of each case and class, as summary.json, cases.csv and "
         "summary.md. With several -pred also the paired comparison of each with the first.",
@@ -41,7 +40,9 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="Default: all")
     parser.add_argument("--spacing", choices=("mm", "voxel"), default="mm", help="Unit of distances. Default: mm")
-    parser.add_argument("--tolerance", type=float, default=1.0, help="Of NSD, in the unit of the distances. Default: 1")
+    parser.add_argument(
+        "--tolerance", type=distance, default=1.0, help="Of NSD, in the unit of the distances. Default: 1"
+    )
     parser.add_argument(
         "--empty", choices=EMPTY_RULES, default="nan",
         help="What an empty prediction or truth gives. "
@@ -52,15 +53,11 @@ def main(argv: list[str] | None = None) -> None:
         help="JSON, group name -> list of labels or class names. Default: class_groups in dataset.json",
     )  # fmt: skip
     parser.add_argument("--chill", action="store_true", help="Evaluate the cases that every folder has; name the rest")
-    parser.add_argument("--seed", type=int, default=0, help="Of the bootstrap. Default: 0")
+    parser.add_argument("--seed", type=seed, default=0, help="Of the bootstrap. Default: 0")
     parser.add_argument(
-        "-np", type=int, help="Cases evaluated at a time. Default: nnU-Net's own (nnUNet_def_n_proc, 8)"
+        "-np", type=count, help="Cases evaluated at a time. Default: nnU-Net's own (nnUNet_def_n_proc, 8)"
     )
     args = parser.parse_args(argv)
-    if args.np is not None and args.np < 1:
-        raise UserError(f"-np {args.np} must be at least 1.")
-    if not 0 <= args.tolerance < math.inf:
-        raise UserError(f"--tolerance {args.tolerance} must be a distance, 0 or more.")
     names = method_names(args.pred, args.names)
     if len(names) > 1 and args.o is None:
         raise UserError("with several -pred, name a folder for the comparison with -o.")

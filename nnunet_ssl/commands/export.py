@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 
+from nnunet_ssl.commands.arguments import Parser, fold
 from nnunet_ssl.errors import UserError
 
 
@@ -15,14 +15,16 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: arguments without the program's name; ``sys.argv`` when None.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nnUNetv2_ssl_export",
         description="Write a trained model as a plain nnUNetTrainer model: CPU tensors, no optimiser, checked by equal "
         "logits before it is kept. Nobody who predicts with it needs this package.",
     )
     parser.add_argument("-d", required=True, help="Dataset name or id")
     parser.add_argument("-c", required=True, help="Configuration, for instance 3d_fullres")
-    parser.add_argument("-f", nargs="+", default=["0", "1", "2", "3", "4"], help="Folds: numbers, or all. Default: 0-4")
+    parser.add_argument(
+        "-f", type=fold, nargs="+", default=["0", "1", "2", "3", "4"], help="Folds: numbers, or all. Default: 0-4"
+    )
     parser.add_argument("-tr", default="nnUNetTrainerSHTA_CPS", help="Trainer. Default: nnUNetTrainerSHTA_CPS")
     parser.add_argument("-p", default="nnUNetPlans", help="Plans identifier. Default: nnUNetPlans")
     parser.add_argument("-o", required=True, help="Folder to write; must be empty or not exist")
@@ -33,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--zip", action="store_true", help="Also write FOLDER.zip, for nnU-Net to install")
     args = parser.parse_args(argv)
 
-    folds = [_fold(f) for f in args.f]
+    folds = [f if f == "all" else int(f) for f in args.f]
     zip_base = os.path.normpath(args.o)
     if args.zip and os.path.exists(zip_base + ".zip"):
         raise UserError(f"{zip_base}.zip exists already. Remove it, or name another folder with -o.")
@@ -41,22 +43,14 @@ def main(argv: list[str] | None = None) -> None:
 
     model, exported = export_model(args.d, args.c, folds, args.o, args.tr, args.p, args.chk, args.both, args.branch)
     part = f"{args.branch} branch" if args.branch else "network"
-    for fold in exported:
-        name = f"{fold.network} {part}" if args.both else part
-        print(f"fold_{fold.fold}: the {name} of fold {fold.source_fold}, verified")
+    for each in exported:
+        name = f"{each.network} {part}" if args.both else part
+        print(f"fold_{each.fold}: the {name} of fold {each.source_fold}, verified")
     print(f"Wrote {model}")
     print(f"  nnUNetv2_predict_from_modelfolder -m {model} -f {' '.join(str(f.fold) for f in exported)} -i IN -o OUT")
     if args.zip:
         archive = shutil.make_archive(zip_base, "zip", root_dir=args.o)
         print(f"Wrote {archive}\n  nnUNetv2_install_pretrained_model_from_zip {archive}")
-
-
-def _fold(text: str) -> int | str:
-    if text == "all":
-        return text
-    if not text.isdigit():
-        raise UserError(f"-f {text} is not a fold. Give numbers, or all.")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nnunet_ssl.commands.arguments import Parser, count, fold, seed
 from nnunet_ssl.errors import UserError
 
 FIGURES = ("cases", "entropy", "tokens", "assignment", "curves", "boxes")
@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: arguments without the program's name; ``sys.argv`` when None.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nnUNetv2_ssl_figures",
         description="Draw what a paper shows of trained models: cases, entropy, tokens, assignment, curves, boxes. "
         "Each figure is a PNG, a PDF and its caption. Test cases with a truth are predicted with nnU-Net; where there "
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("-d", required=True, help="Dataset name or id")
     parser.add_argument("-c", help="Configuration, for instance 3d_fullres")
-    parser.add_argument("-f", default="0", help="Fold: a number, or all. Default: 0")
+    parser.add_argument("-f", type=fold, default="0", help="Fold: a number, or all. Default: 0")
     models = parser.add_mutually_exclusive_group(required=True)
     models.add_argument("-tr", nargs="+", metavar="TRAINER", help="Trainers; the first is the baseline")
     models.add_argument(
@@ -51,17 +51,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--classes", nargs="+", metavar="CLASS", help="Labels or names. Default: all but background")
     parser.add_argument("-device", choices=("cuda", "cpu", "mps"), help="Default: cuda where there is a GPU, else cpu")
     parser.add_argument("--disable_tta", action="store_true", help="Predict without mirroring: faster, less accurate")
-    parser.add_argument("-np", type=int, help="Cases at a time. Default: nnU-Net's own (nnUNet_def_n_proc, 8)")
+    parser.add_argument("-np", type=count, help="Cases at a time. Default: nnU-Net's own (nnUNet_def_n_proc, 8)")
     parser.add_argument("--embedding", nargs="+", choices=EMBEDDINGS, default=list(EMBEDDINGS), help="Default: both")
-    parser.add_argument("--seed", type=int, default=0, help="Of t-SNE, bootstrap and all else drawn. Default: 0")
+    parser.add_argument("--seed", type=seed, default=0, help="Of t-SNE, bootstrap and all else drawn. Default: 0")
     args = parser.parse_args(argv)
 
-    if args.f != "all" and not args.f.isdigit():
-        raise UserError(f"-f {args.f} is not a fold. Give a number, or all.")
     if args.tr and args.c is None:
         raise UserError("-tr needs -c, the configuration that was trained, for instance -c 3d_fullres.")
-    if args.np is not None and args.np < 1:
-        raise UserError(f"-np {args.np} must be at least 1.")
 
     # heavy: only once the arguments are known to be good
     import torch

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 
+from nnunet_ssl.commands.arguments import Parser, count
 from nnunet_ssl.errors import UserError
 
 
@@ -14,7 +14,7 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: arguments without the program's name; ``sys.argv`` when None.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nnUNetv2_ssl_preprocess",
         description="Prepare the images of imagesUn for training. Training does it itself; this does it ahead, for "
         "instance where the machine with the GPU has few CPU cores. Only what is new or has changed is prepared.",
@@ -28,11 +28,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("-p", default="nnUNetPlans", help="Plans identifier. Default: nnUNetPlans")
     parser.add_argument(
-        "-np", type=int, help="Images prepared at a time. Default: nnU-Net's own (nnUNet_def_n_proc, 8)"
+        "-np", type=count, help="Images prepared at a time. Default: nnU-Net's own (nnUNet_def_n_proc, 8)"
     )
     args = parser.parse_args(argv)
-    if args.np is not None and args.np < 1:
-        raise UserError(f"-np {args.np} must be at least 1.")
 
     # heavy: only once the arguments are known to be good
     from batchgenerators.utilities.file_and_folder_operations import load_json

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-
+from nnunet_ssl.commands.arguments import Parser, count, dataset_id, fold, part, whole
 from nnunet_ssl.errors import UserError
 
 MIN_CONFIDENCE = 0.9
@@ -15,7 +14,7 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: arguments without the program's name; ``sys.argv`` when None.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nnUNetv2_ssl_pseudolabel",
         description="Predict the images of imagesUn with a trained model and make a second raw dataset in which the "
         "confident predictions are labels. With --rounds also train on it, and repeat. Predicting, preprocessing and "
@@ -23,42 +22,36 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("-d", required=True, help="Name or id of the dataset with imagesUn")
     parser.add_argument("-c", required=True, help="Configuration, for instance 3d_fullres")
-    parser.add_argument("-f", default="0", help="Fold of the trained model: a number, or all. Default: 0")
+    parser.add_argument("-f", type=fold, default="0", help="Fold of the trained model: a number, or all. Default: 0")
     parser.add_argument("-tr", default="nnUNetTrainer", help="Trainer, of every round. Default: nnUNetTrainer")
     parser.add_argument("-p", default="nnUNetPlans", help="Plans identifier. Default: nnUNetPlans")
-    parser.add_argument("-o", required=True, type=int, help="Id of the new dataset; further rounds take the next ids")
     parser.add_argument(
-        "--rounds", type=int, default=0,
+        "-o", required=True, type=dataset_id, help="Id of the new dataset; further rounds take the next ids"
+    )
+    parser.add_argument(
+        "--rounds", type=whole, default=0,
         help="Models to train, each on the predictions of the one before. Default: 0, which makes the dataset only",
     )  # fmt: skip
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--min-confidence", type=float, metavar="P",
+        "--min-confidence", type=part, metavar="P",
         help=f"Keep the cases whose confidence reaches P. Default: {MIN_CONFIDENCE}",
     )  # fmt: skip
-    which.add_argument("--keep", type=float, metavar="FRACTION", help="Keep this fraction of the cases, the best ones")
+    which.add_argument("--keep", type=part, metavar="FRACTION", help="Keep this fraction of the cases, the best ones")
     parser.add_argument("-chk", default="checkpoint_final.pth", help="Checkpoint. Default: checkpoint_final.pth")
     parser.add_argument("-device", choices=("cpu", "cuda", "mps"), help="Default: cuda where there is a GPU, else cpu")
     parser.add_argument("--disable_tta", action="store_true", help="Predict without mirroring: faster, less accurate")
     parser.add_argument(
-        "--parts", type=int, default=1, metavar="N",
+        "--parts", type=count, default=1, metavar="N",
         help="Predict in N parts: the probabilities of one part at a time are on the disk. Default: 1",
     )  # fmt: skip
-    parser.add_argument("-np", type=int, help="Processes to predict and preprocess with. Default: nnU-Net's own")
+    parser.add_argument("-np", type=count, help="Processes to predict and preprocess with. Default: nnU-Net's own")
     parser.add_argument("--copy", action="store_true", help="Copy the images instead of linking to them")
     parser.add_argument("--dry-run", action="store_true", help="Print the commands that are to be run, and do nothing")
     args = parser.parse_args(argv)
 
-    if args.f != "all" and not args.f.isdigit():
-        raise UserError(f"-f {args.f} is not a fold. Give a number, or all.")
-    if args.rounds < 0:
-        raise UserError(f"--rounds {args.rounds} must be 0 or more.")
-    for option, value in (("--min-confidence", args.min_confidence), ("--keep", args.keep)):
-        if value is not None and not 0 < value <= 1:
-            raise UserError(f"{option} {value:g} must be above 0 and at most 1.")
-    for option, value in (("--parts", args.parts), ("-np", args.np)):
-        if value is not None and value < 1:
-            raise UserError(f"{option} {value} must be at least 1.")
+    if args.o + args.rounds > 1000:
+        raise UserError(f"-o {args.o} --rounds {args.rounds}: each round takes an id, and ids end at 999. Lower one.")
 
     # heavy: only once the arguments are known to be good
     import torch

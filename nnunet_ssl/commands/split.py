@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
+from nnunet_ssl.commands.arguments import Parser, dataset_id, seed
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -11,18 +11,18 @@ def main(argv: list[str] | None = None) -> None:
     Args:
         argv: arguments without the program's name; ``sys.argv`` when None.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nnUNetv2_ssl_split",
         description="Make a second raw dataset of links in which few cases have labels and the rest are unlabelled. "
         "N is a number of cases, a fraction of those that are not test cases (0.1), or a file with one case a line. "
         "From one seed, more labelled cases contain the fewer.",
     )
     parser.add_argument("-d", required=True, help="Name or id of the labelled dataset")
-    parser.add_argument("-o", required=True, type=int, help="Id of the new dataset")
+    parser.add_argument("-o", required=True, type=dataset_id, help="Id of the new dataset")
     parser.add_argument("--labeled", required=True, metavar="N", help="Cases that keep their label")
     parser.add_argument("--val", metavar="N", help="Validation cases. Default: validate on the labelled cases")
     parser.add_argument("--test", metavar="FILE", help="Test cases, for imagesTs and labelsTs; the file lists them")
-    parser.add_argument("--seed", type=int, default=0, help="Draws the order. Default: 0")
+    parser.add_argument("--seed", type=seed, default=0, help="Draws the order. Default: 0")
     parser.add_argument("--copy", action="store_true", help="Copy the files instead of linking to them")
     parser.add_argument("--name", help="Name of the new dataset, without its id. Default: <old name>_<n>labeled")
     args = parser.parse_args(argv)

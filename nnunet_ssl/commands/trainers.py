@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from importlib import metadata
 from typing import NamedTuple
 
 from nnunet_ssl._startup import EXT_FOLDER, VARIABLE
+from nnunet_ssl.commands.arguments import Parser
 
 NNUNET_FROM, NNUNET_BELOW = (2, 8, 0), (2, 9)
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -128,7 +128,7 @@ def check() -> Iterator[Finding]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="nnUNetv2_ssl_trainers",
         description="List the trainers of nnunet_ssl with their papers, or check the installation.",
     )

@@ -311,7 +311,7 @@ def _target_name(target_id: int, name: str | None, source: str, num_labeled: int
 
 
 def _is_number(value: str) -> bool:
-    return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)", value) is not None
+    return re.fullmatch(r"[+-]?([0-9]{1,9}\.?[0-9]{0,30}|\.[0-9]{1,30})", value) is not None
 
 
 def _count(value: str, option: str, available: int) -> int:

@@ -78,8 +78,8 @@ def test_list(capsys):
     [
         ([], "name a protocol: a JSON file, or one of amos"),
         (["no_such"], "no_such does not exist"),
-        (["la", "--jobs", "0"], "--jobs 0 must be at least 1"),
-        (["la", "-np", "0"], "-np 0 must be at least 1"),
+        (["la", "--jobs", "0"], "--jobs: '0' must be"),
+        (["la", "-np", "0"], "-np: '0' must be"),
         (["la", "--device", "cpu", "--data", "nowhere", "-o", "out"], "nowhere is no folder"),
         (["la", "--device", "cpu", "--scripts", "nowhere", "-o", "out"], "prepare_la.py does not exist"),
         (["la", "--device", "cpu", "--report", "-o", "out"], "no run in .* is finished yet"),

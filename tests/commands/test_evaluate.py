@@ -84,9 +84,9 @@ def test_full_disk(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-pred", "a", "-np", "0"], "-np 0 must be at least 1"),
-        (["-pred", "a", "--tolerance", "-1"], "--tolerance -1.0 must be"),
-        (["-pred", "a", "--tolerance", "nan"], "--tolerance nan must be"),
+        (["-pred", "a", "-np", "0"], "-np: '0' must be a whole number from 1"),
+        (["-pred", "a", "--tolerance", "-1"], "--tolerance: '-1' must be a number from 0"),
+        (["-pred", "a", "--tolerance", "nan"], "--tolerance: 'nan' must be a number from 0"),
         (["-pred", "a", "b"], "name a folder for the comparison with -o"),
         (["-pred", "a", "b", "-o", "out", "--names", "x"], r"--names gives 1 name\(s\) for 2"),
         (["-pred", "a", "b", "-o", "out", "--names", "x", "x"], "two methods are named x"),

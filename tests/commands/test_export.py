@@ -145,7 +145,7 @@ def test_refuses_what_it_cannot_do(trained, tmp_path):
 
     refused([*arguments, "-f", "3"], out, "fold_3", "-chk")
     refused([*arguments, "-chk", "nothing.pth"], out, "nothing.pth")
-    refused([*arguments, "-f", "one"], out, "-f one")
+    refused([*arguments, "-f", "one"], out, "-f: 'one'")
     refused([*arguments, "-c", "3d_lowres"], out, "3d_lowres", "no trained model")
     refused([*arguments, "-d", "999"], out, "999")
     refused([*arguments, "--both"], out, LABELED_ONLY, "second network")

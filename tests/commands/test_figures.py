@@ -26,8 +26,8 @@ def figures(made: MadeUp, *arguments: str, trainers: tuple[str, ...] = TRAINERS)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("-f", "first"), "-f first is not a fold"),
-        (("-np", "0"), "-np 0 must be at least 1"),
+        (("-f", "first"), "-f: 'first' is not a fold"),
+        (("-np", "0"), "-np: '0' must be"),
         (("--classes", "spleen"), "--classes spleen is no class"),
         (("--names", "A"), "--names gives 1 name"),
         (("-p", "nnUNetPlans_other"), "there is no such trained model"),

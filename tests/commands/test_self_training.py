@@ -98,12 +98,12 @@ def tree(folder: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-f", "one"], "-f one"),
-        (["--rounds", "-1"], "--rounds -1"),
-        (["--min-confidence", "1.5"], r"--min-confidence 1\.5"),
-        (["--keep", "0"], "--keep 0"),
-        (["--parts", "0"], "--parts 0"),
-        (["-np", "0"], "-np 0"),
+        (["-f", "one"], "-f: 'one'"),
+        (["--rounds", "-1"], "--rounds: '-1'"),
+        (["--min-confidence", "1.5"], r"--min-confidence: '1\.5'"),
+        (["--keep", "0"], "--keep: '0'"),
+        (["--parts", "0"], "--parts: '0'"),
+        (["-np", "0"], "-np: '0'"),
     ],
 )
 def test_impossible_arguments_are_refused(arguments, message):
@@ -125,7 +125,7 @@ def test_refuses_what_it_cannot_do(trained, tmp_path):
     refused("no checkpoint", "fold_1", arguments=[*arguments, "-f", "1"])
     refused("checkpoint_best", arguments=[*arguments, "-chk", "checkpoint_best_of_all.pth"])
     refused("-o 901", "exists already", target="901")
-    refused("-o 1000", target="1000")
+    refused("-o", "1000", target="1000")
     refused("-o 901", "exists already", arguments=[*arguments, "--rounds", "2"], target="900")
     plans = dataset.plans_file.rename(dataset.preprocessed / "moved.json")
     refused(dataset.plans_file.name, "students", arguments=[*arguments, "--rounds", "1"])

@@ -45,7 +45,7 @@ def test_figure_is_drawn(tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--epochs", "0"], "--epochs 0"), (["--seed", "-1"], "--seed -1")],
+    [(["--epochs", "0"], "--epochs: '0'"), (["--seed", "-1"], "--seed: '-1'")],
 )
 def test_impossible_arguments_are_refused(arguments, message, tmp_path):
     with pytest.raises(UserError, match=message):

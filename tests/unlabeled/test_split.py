@@ -197,3 +197,9 @@ def test_a_failed_split_leaves_nothing(tiny_copy, monkeypatch):
         split_dataset(dataset.id, 951, "2", "1")
     assert files_below(dataset.folders.raw.parent) == before
     assert not list(dataset.folders.raw.glob(".*"))
+
+
+@pytest.mark.parametrize("value", ["²", "٣", "1" * 401, "1" * 5000], ids=["superscript", "arabic", "401", "5000"])
+def test_a_number_is_of_plain_digits(split, value):
+    with pytest.raises(UserError, match=r"--labeled .* (does not exist|cannot be read)"):
+        split("--labeled", value)
