@@ -21,6 +21,7 @@ from types import ModuleType
 import pytest
 
 from nnunet_ssl import _startup
+from nnunet_ssl.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 INSTALLED = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "startup", "nnunet_ssl")
@@ -304,3 +305,19 @@ def test_ours_is_found_beside_a_broken_folder_of_the_user(tmp_path: Path, monkey
 def test_names_that_are_not_ours_are_refused(ext: ModuleType, name: str) -> None:
     with pytest.raises(AttributeError):
         getattr(ext, name)
+
+
+@pytest.mark.parametrize("number", ["0", "00", "1000000000", "9" * 401, "9" * 5000], ids=lambda number: number[:11])
+def test_numbers_of_epochs_that_cannot_be(ext: ModuleType, number: str) -> None:
+    """In a sentence, through nnU-Net's own look-up."""
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    name = f"nnUNetTrainerCPS_{number}epochs"
+    with pytest.raises(UserError, match=r"nnUNetTrainerCPS_<N>epochs: N must be"):
+        hasattr(ext, name)
+    with pytest.raises(UserError, match=r"nnUNetTrainerCPS_<N>epochs: N must be"):
+        recursive_find_trainer_class_by_name(name)
+
+
+def test_numbers_of_epochs_that_can_be(ext: ModuleType) -> None:
+    assert [getattr(ext, f"nnUNetTrainerCPS_{n}epochs").epochs for n in ("1", "007", "999999999")] == [1, 7, 999999999]
