@@ -175,6 +175,8 @@ TRAIN = {
     "ill-typed setting": Row(lambda d: settings(d, cps_weight="much")),
     "setting out of range": Row(lambda d: settings(d, shta_conf_threshold=30), trainer="nnUNetTrainerSHTA_CPS"),
     "setting that is no number": Row(lambda d: settings(d, cps_weight=float("nan"))),
+    "epochs to keep that will not be": Row(lambda d: settings(d, keep_epochs=[1, 1001])),
+    "a training of no epochs": Row(lambda d: [], trainer="nnUNetTrainerCPS_0epochs"),
     "cascade configuration": Row(cascade),
     "region-based labels with GA-CPS, MagicNet, SASNet or SHTA": Row(lambda d: [], "regions", "nnUNetTrainerSHTA_CPS"),
     "disk full while preparing": Row(large_image),

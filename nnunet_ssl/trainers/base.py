@@ -10,6 +10,7 @@ import dataclasses
 import glob
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
+from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.configuration import default_num_processes
@@ -290,6 +292,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
 
     def on_train_start(self) -> None:
         """Check and prepare all that can fail, then start as nnU-Net does."""
+        self._refuse_epochs_that_will_not_be()
         if not self.was_initialized:
             self.initialize()
         if self._resumed_from is not None:
@@ -308,6 +311,15 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             )
             self.ssl_log = SSLLog(self.output_folder, self.current_epoch)
         self.print_to_log_file(f"nnunet_ssl {__version__}: {self.settings}")
+
+    def _refuse_epochs_that_will_not_be(self) -> None:
+        """Only here, since a class derived from this one may have set the number of epochs after our ``__init__``."""
+        if beyond := [epoch for epoch in self.settings.keep_epochs if epoch > self.num_epochs]:
+            raise UserError(
+                f"{os.environ.get(ENVIRONMENT_VARIABLE) or self.settings_file} sets 'keep_epochs' to "
+                f"{list(self.settings.keep_epochs)}, but this training ends with epoch {self.num_epochs}; leave out "
+                f"{beyond[0]}, or train longer with -tr <trainer>_<N>epochs."
+            )
 
     def _prepared_unlabeled(self) -> tuple[str, list[str]]:
         """Rank 0 prepares what is missing; the others wait without a collective, which would time out."""
@@ -405,6 +417,15 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             num_workers=workers,
         )
         return start_workers(loader, workers, pin_memory=self.device.type == "cuda")
+
+    def run_training(self) -> None:
+        """As nnU-Net; and however it ends, the workers are stopped, whose threads would complain after our message."""
+        try:
+            super().run_training()
+        finally:
+            for loader in (self.dataloader_train, self.dataloader_val):
+                if isinstance(loader, MultiThreadedAugmenter):
+                    loader._finish()
 
     # ------------------------------------------------------------------ the step
 
@@ -510,8 +531,37 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Read the epoch's losses from the device, all at once, and give them to nnU-Net's log."""
-        losses = torch.stack([output["loss"] for output in train_outputs]).cpu().numpy()
-        super().on_train_epoch_end([{"loss": loss} for loss in losses])
+        losses = torch.stack([output["loss"] for output in train_outputs])
+        self._end_if_lost(losses)
+        super().on_train_epoch_end([{"loss": loss} for loss in losses.cpu().numpy()])
+
+    def _end_if_lost(self, losses: Tensor) -> None:
+        """End a training that will not recover, before it overwrites a checkpoint.
+
+        With half precision a step may overflow, and is left out; a whole epoch of them is no training, and weights that
+        are not finite stay so.
+
+        Raises:
+            UserError: on all ranks, if it is lost on any.
+        """
+        parameters = [*self.plans_network.parameters(), *self.training_modules.parameters()]
+        broken = ~torch.stack([p.detach().isfinite().all() for p in parameters]).all()
+        lost = torch.stack([~losses.isfinite().any(), broken]).int()
+        if self.is_ddp:
+            dist.all_reduce(lost, dist.ReduceOp.MAX)
+        no_loss, broken = lost.tolist()
+        if not (no_loss or broken):
+            return
+        terms = [name for name, value in self._mean_values().items() if not math.isfinite(value)]
+        message = (
+            f"{self.output_folder}: in epoch {self.current_epoch} "
+            + ("no step had a finite loss" if no_loss else "the weights became NaN or infinite")
+            + (f" ({', '.join(terms)})" if terms else "")
+            + f". The training ends here; checkpoints of earlier epochs stay. Look at {self.settings_file}, and start "
+            "anew with smaller weights of the terms, or with a smaller initial_lr in a trainer of your own."
+        )
+        self.print_to_log_file(message)
+        raise UserError(message)
 
     def on_epoch_end(self) -> None:
         """Log the terms; let nnU-Net log, save and draw; keep the checkpoints that the settings name."""
