@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import glob
 import hashlib
-import json
 import math
 import os
 import secrets
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 
 from nnunet_ssl import __version__
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import replacing, write_json
+from nnunet_ssl.files import read_json, replacing, write_json
 from nnunet_ssl.networks.feature_tap import FeatureTap
 from nnunet_ssl.randomness import derived_seed, seeded
 from nnunet_ssl.trainers.log import SSLLog
@@ -207,8 +206,9 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
     def _settings_in_force(self, override: SSLSettings, continue_training: bool) -> SSLSettings:
         """``override``, or with ``--c`` what the run was started with; with a seed in any case."""
         if continue_training and os.path.isfile(self.settings_file):
-            with open(self.settings_file) as file:
-                stored = settings_from_dict(self.Settings, json.load(file)["settings"], self.settings_file)
+            remedy = "Restore it, or start anew without --c."
+            stored = read_json(self.settings_file, remedy, keys={"settings": dict})["settings"]
+            stored = settings_from_dict(self.Settings, stored, self.settings_file)
             if os.environ.get(ENVIRONMENT_VARIABLE):
                 if override.seed is None:
                     override = dataclasses.replace(override, seed=stored.seed)
@@ -646,7 +646,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
                 f"or start anew without --c (-pretrained_weights {self._resumed_from} keeps what was learned). "
                 "Validating with --val does not need it."
             )
-        stored = settings_from_dict(self.Settings, state["settings"], filename)  # those of today have their defaults
+        stored = settings_from_dict(self.Settings, state.get("settings"), filename)  # new ones have their defaults
         if stored != self.settings:
             names = [
                 field.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -75,3 +76,17 @@ def test_a_derived_class_may_train_longer(tiny, make_trainer):
     trainer = make_trainer(NAME, tiny(), settings={"keep_epochs": [4]})
     trainer.num_epochs = 4
     trainer._refuse_epochs_that_will_not_be()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", '{"settings": []}', '{"settings": {"cps_weight": NaN}}', '{"settings": {"x": 1}}', "[" * 99999],
+)
+def test_continued_settings_in_a_wrong_shape_give_a_sentence(tiny, make_trainer, content):
+    trainer = make_trainer(NAME, tiny(), initialize=False)
+    Path(trainer.settings_file).write_text(content)
+    with pytest.raises(UserError, match=r"ssl_settings\.json"):
+        trainer._settings_in_force(trainer.settings, continue_training=True)
+    Path(trainer.settings_file).write_text("\ufeff" + json.dumps({"settings": {"seed": 5}}))
+    override = trainer.Settings(seed=5)
+    assert trainer._settings_in_force(override, continue_training=True).seed == 5
