@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -56,19 +55,20 @@ def test_readme_lists_every_trainer():
     assert [name for name in TRAINERS if name != "nnUNetTrainerSSL" and f"`{name}`" not in readme] == []
 
 
-def settings_tables() -> dict[str, tuple[str, str]]:
-    """Setting -> default and paper's value, as docs/settings.md has them."""
+def settings_tables() -> dict[str, tuple[str, str, str]]:
+    """Setting -> default, paper's value and range, as docs/settings.md has them."""
     text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
-    return {name.strip("`"): (default, paper) for name, default, paper, _ in rows}
+    return {name.strip("`"): (default, paper, must_be) for name, default, paper, must_be, _ in rows}
 
 
 def as_json(value: object) -> str:
     return f"`{json.dumps(value)}`"
 
 
-def test_settings_have_the_defaults_and_the_presets_that_are_documented():
+def test_settings_have_the_defaults_presets_and_ranges_that_are_documented():
     from nnunet_ssl import trainers
+    from nnunet_ssl.declared import fields_of, words
     from nnunet_ssl.trainers.settings import all_presets
 
     documented, seen = settings_tables(), set()
@@ -76,11 +76,13 @@ def test_settings_have_the_defaults_and_the_presets_that_are_documented():
         cls = getattr(trainers, name).Settings
         paper = all_presets(cls).get("paper", {})
         assert set(all_presets(cls)) <= {"nnunet", "paper"}, "document the new preset"
-        for field in dataclasses.fields(cls):
-            seen.add(field.name)
-            assert field.name in documented, f"{field.name} of {name} is not in docs/settings.md"
-            wanted = (as_json(field.default), as_json(paper[field.name]) if field.name in paper else "")
-            assert documented[field.name] == wanted, f"{field.name} of {name} in docs/settings.md"
+        for field, declared in fields_of(cls).items():
+            seen.add(field)
+            assert field in documented, f"{field} of {name} is not in docs/settings.md"
+            must_be = declared.description or words(declared.annotation)
+            must_be = "one of 'nnunet', 'paper'" if field == "preset" else must_be
+            wanted = (as_json(declared.default), as_json(paper[field]) if field in paper else "", must_be)
+            assert documented[field] == wanted, f"{field} of {name} in docs/settings.md"
     assert set(documented) == seen
 
 
