@@ -95,6 +95,8 @@ def build(cls: type[T], given: object, source: str, what: str) -> T:
         return TypeAdapter(cls).validate_json(json.dumps(given, default=repr))
     except ValidationError as error:
         raise _refusal(cls, given, source, what, error) from None
+    except RecursionError as error:  # json.dumps may give up earlier than what has read the file
+        raise UserError(f"{source} cannot be read ({error}); write plain names and values.") from None
 
 
 def shown(value: object) -> str:
@@ -126,7 +128,10 @@ def _refusal(cls: type, given: Any, source: str, what: str, error: ValidationErr
         if inner is None or not isinstance(item, Mapping):
             return UserError(f"{source} sets '{name}' to {shown(value)}; it must be {must_be}.")
         cls, given, source = inner, item, f"{source.removesuffix(',')}, {place},"
-    return UserError(f"{source} {first['ctx']['error']}.")  # of a check across fields
+    reason = first["ctx"]["error"]
+    if first["type"] == "json_invalid":  # nested deeper than pydantic goes, or text that is no Unicode
+        return UserError(f"{source} cannot be read ({reason}); write plain names and values.")
+    return UserError(f"{source} {reason}.")  # of a check across fields
 
 
 def _declared_in(annotation: Any) -> type | None:

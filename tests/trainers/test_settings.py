@@ -78,6 +78,8 @@ def test_a_file_of_a_windows_editor_is_read(tmp_path):
         ("[1]", ["settings.json", "list"]),
         ("", ["settings.json", "empty"]),
         ("[" * 100_000, ["settings.json", "JSON"]),
+        ('{"cps_weight": ' + "[" * 500 + "]" * 500 + "}", ["settings.json", "cannot be read"]),
+        ('{"passes": "\\ud800"}', ["settings.json", "cannot be read"]),
         ('{"cps_weight": ' + "9" * 5000 + "}", ["settings.json"]),
     ],
 )
