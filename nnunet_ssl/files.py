@@ -128,12 +128,25 @@ def _named(kind: type | tuple[type, ...]) -> str:
     return " or ".join(words[k] for k in (kind if isinstance(kind, tuple) else (kind,)))
 
 
-def stamp(path: str | Path) -> Stamp:
-    """What tells that a file is another one: size, time of the last change, and a digest of its content."""
+def stamp(path: str | Path, kept: Stamp | None = None) -> Stamp:
+    """What tells that a file is another one: size, time of the last change, and a digest of its content.
+
+    Args:
+        path: the file.
+        kept: what this said earlier, perhaps of a file that this one is a copy of. The content is read only where size
+            or time are not as kept.
+    """
     status = os.stat(path)
+    if kept is not None and kept[:2] == [status.st_size, status.st_mtime_ns] and len(kept) == 3:
+        return kept
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
     return [status.st_size, status.st_mtime_ns, digest.hexdigest()]
+
+
+def same_content(one: Stamp, other: Stamp) -> bool:
+    """Whether two stamps are of files that hold the same; their times tell nothing."""
+    return [one[0], *one[2:]] == [other[0], *other[2:]]
 
 
 def is_as_stamped(path: str | Path, kept: Stamp) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import is_as_stamped, read_json, replacing, stamp, write_json, writing
+from nnunet_ssl.files import is_as_stamped, read_json, replacing, same_content, stamp, write_json, writing
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -128,3 +128,18 @@ def test_a_file_of_the_same_time_and_size_is_not_read(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr("nnunet_ssl.files.stamp", unreadable)
     assert is_as_stamped(file, kept)
+
+
+def test_a_content_is_read_again_only_where_size_or_time_are_others(tmp_path: Path) -> None:
+    file = tmp_path / "image"
+    file.write_bytes(b"content")
+    kept = stamp(file)
+    file.write_bytes(b"CONTENT")
+    os.utime(file, ns=(kept[1], kept[1]))
+    assert stamp(file, kept) == kept  # the price of not reading
+    file.write_bytes(b"content")
+    os.utime(file, ns=(1, 1))
+    now = stamp(file, kept)
+    assert now == [7, 1, kept[2]]
+    assert same_content(now, kept)
+    assert not same_content(now, [7, 1, "another"])
