@@ -22,8 +22,10 @@ except ImportError:  # Windows
     fcntl = None
 
 NO_LOCKS_HERE = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}
+OPEN = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)  # a link may lie in wait in a shared folder
 
 _said: set[str] = set()  # folders of which it has been said that they have no locks
+_shared: dict[tuple[int, int], int] = {}  # device and inode -> descriptor, of what this process shares
 
 
 def take(file: str | Path, busy: str, *, wait: bool = False) -> BaseFileLock | None:
@@ -67,7 +69,7 @@ def _has_locks(file: str | Path) -> bool:
     """Ask the system: filelock 3 takes a file system without locks for a lock that is held, and waits for ever."""
     if fcntl is None:
         return True
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | OPEN, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
@@ -86,3 +88,64 @@ def holding(file: str | Path, busy: str, *, wait: bool = False) -> Iterator[None
     finally:
         if lock is not None:
             lock.release()
+
+
+def share(file: str | Path) -> None:
+    """Say until the end of this process that it uses something; any number of processes may at a time.
+
+    The right to read is enough where the file is there. Nothing is said on a file system without locks.
+
+    Args:
+        file: the lock's file; it is made where it is missing.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    if fcntl is None:
+        return
+    try:
+        descriptor = os.open(file, os.O_RDONLY | OPEN)
+    except FileNotFoundError:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | OPEN, 0o666)
+    status = os.fstat(descriptor)
+    this = (status.st_dev, status.st_ino)
+    try:
+        if this not in _shared:
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            _shared[this] = descriptor
+    except OSError as error:
+        if error.errno not in NO_LOCKS_HERE:
+            raise
+    finally:
+        if _shared.get(this) != descriptor:
+            os.close(descriptor)
+
+
+def is_shared(file: str | Path) -> bool | None:
+    """Whether a process, this one too, uses what :func:`share` says with a file; None where nobody can tell."""
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(file, os.O_RDWR | OPEN)  # NFS locks alone only what may be written
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return True if error.errno in (errno.EAGAIN, errno.EACCES) else None
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _let_go() -> None:
+    """In a forked child: its parent's locks end with the parent, however long the child lives."""
+    for descriptor in _shared.values():
+        os.close(descriptor)
+    _shared.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)

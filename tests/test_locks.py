@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.locks import holding, take
+from nnunet_ssl.locks import holding, is_shared, share, take
 
 fcntl = pytest.importorskip("fcntl", reason="locks of POSIX")
 
@@ -52,3 +53,68 @@ def test_another_error_is_raised(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"exists|directory"):
         take(tmp_path / "file" / "lock", "busy")
+
+
+def test_a_link_that_lies_in_wait_is_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    (tmp_path / "lock").symlink_to(victim)
+    (tmp_path / "new").symlink_to(tmp_path / "elsewhere")
+    for name in ("lock", "new"):
+        with pytest.raises(OSError):  # noqa: PT011
+            take(tmp_path / name, "busy")
+        with pytest.raises(OSError):  # noqa: PT011
+            share(tmp_path / name)
+    assert victim.read_text() == "precious"
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_what_is_shared_is_so_until_the_last_process_has_gone_but_not_its_forked_children(tmp_path: Path) -> None:
+    file = tmp_path / "shared"
+    assert is_shared(file) is False
+    code = f"""
+import os, signal, time
+from nnunet_ssl.locks import is_shared, share
+share({str(file)!r})
+share({str(file)!r})
+child = os.fork() or time.sleep(60)
+print(child, flush=True)
+input()
+"""
+    command, pipe = [sys.executable, "-c", code], subprocess.PIPE
+    processes = [subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, encoding="utf-8") for _ in range(2)]
+    children = [int(process.stdout.readline()) for process in processes]
+    try:
+        for process in processes:
+            assert is_shared(file) is True
+            process.kill()
+            process.wait()
+        assert is_shared(file) is False
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_what_may_only_be_read_can_be_shared(tmp_path: Path) -> None:
+    file = tmp_path / "shared"
+    file.touch()
+    real_open = os.open
+    with pytest.MonkeyPatch.context() as patch:  # root may write everything
+
+        def read_only(path: str, flags: int, *mode: int) -> int:
+            if flags & (os.O_RDWR | os.O_CREAT):
+                raise PermissionError(errno.EACCES, "no")
+            return real_open(path, flags, *mode)
+
+        patch.setattr(os, "open", read_only)
+        share(file)
+    assert is_shared(file) is True
+
+
+def test_nobody_can_tell_where_there_are_no_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "none")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    share(tmp_path / "shared")
+    assert is_shared(tmp_path / "shared") is None
