@@ -56,6 +56,8 @@ def _problem(name: object) -> str | None:
         return "begins with a dot"
     if any(separator in name for separator in "/\\"):
         return "has a path separator in it"
+    if any("\ud800" <= character <= "\udfff" for character in name):  # how Python keeps bytes that it cannot decode
+        return "is not UTF-8, or this system's locale is not (set PYTHONUTF8=1 or a UTF-8 locale)"
     if not name.isprintable():
         return "has characters in it that cannot be printed"
     try:

@@ -32,3 +32,8 @@ def test_endings_pass(ending: str) -> None:
 def test_other_endings_do_not(ending: object) -> None:
     with pytest.raises(UserError, match="file_ending"):
         file_ending(ending, "dataset.json")
+
+
+def test_bytes_that_are_no_text_here_are_told_with_the_remedy() -> None:
+    with pytest.raises(UserError, match=r"'un_\\udce9' is not UTF-8, or this system's locale is not .set PYTHONUTF8=1"):
+        path_component("un_\udce9", "case", "imagesUn")
