@@ -10,11 +10,12 @@ import re
 from collections import defaultdict
 from collections.abc import Collection
 
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import read_json
+from nnunet_ssl.names import file_ending, path_component
 
 UNLABELED_FOLDER = "imagesUn"
 
@@ -33,13 +34,19 @@ def find_unlabeled(raw_folder: str, dataset_json: dict) -> dict[str, list[str]]:
         UserError: there is no ``imagesUn``, it holds no image, or a file in it is not named as nnU-Net wants it.
     """
     folder = os.path.join(raw_folder, UNLABELED_FOLDER)
-    ending = dataset_json["file_ending"]
+    ending = file_ending(dataset_json.get("file_ending"), os.path.join(raw_folder, "dataset.json"))
     if not os.path.isdir(folder):
         raise UserError(
             f"{folder} does not exist. Put the images that have no labels there, named as those in imagesTr "
             f"(<case>_0000{ending})."
         )
     cases, others = find_images(folder, ending)
+    if broken := [name for name in others if not os.path.exists(os.path.join(folder, name))]:
+        link = os.path.join(folder, broken[0])
+        raise UserError(
+            f"{link}{_and_more(broken)}: the link leads nowhere, since {os.path.realpath(link)} does not exist. Bring "
+            "that file back, or remove the link."
+        )
     if others:
         raise UserError(
             f"{os.path.join(folder, others[0])}{_and_more(others)} is not an image of this dataset: its images are "
@@ -68,16 +75,26 @@ def find_images(folder: str, ending: str) -> tuple[dict[str, list[str]], list[st
     Returns:
         case -> its channel files, cases and channels in order; and the names of what is not an image. Hidden files
         and the ``<case>.json`` that nnU-Net's TIFF reader takes the spacing from count as neither.
+
+    Raises:
+        UserError: a name is not UTF-8, or not text in this system's locale. ITK would end the interpreter.
     """
+    try:
+        os.path.abspath(folder).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"the folder {folder!a} is named in bytes that are no UTF-8, or the locale is not UTF-8. Set PYTHONUTF8=1, "
+            "or rename it."
+        ) from None
     pattern = re.compile(rf"(.+)_\d{{4}}{re.escape(ending)}")
     cases: dict[str, list[str]] = defaultdict(list)
     others = []
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
-        if match := pattern.fullmatch(name):
-            (cases[match[1]] if os.path.isfile(path) else others).append(path)
-        elif not name.startswith("."):
-            others.append(path)
+        if name.startswith("."):
+            continue
+        match = pattern.fullmatch(path_component(name, "file", folder))
+        (cases[match[1]] if match and os.path.isfile(path) else others).append(path)
     spacing_files = {os.path.join(folder, f"{case}.json") for case in cases}
     return dict(sorted(cases.items())), [os.path.basename(path) for path in others if path not in spacing_files]
 
@@ -87,15 +104,28 @@ def find_labeled(raw_folder: str, dataset_json: dict) -> dict[str, list[str]]:
 
     Returns:
         case -> its channel files, sorted by case.
+
+    Raises:
+        UserError: a case that ``dataset.json`` lists cannot be a file's name, or names no images.
     """
+    source = os.path.join(raw_folder, "dataset.json")
     if "dataset" in dataset_json:  # nnU-Net's other way: explicit files, relative to the dataset's folder
-        files = {case: entry["images"] for case, entry in dataset_json["dataset"].items()}
+        try:
+            files = {
+                path_component(case, "case", source): [os.fspath(name) for name in entry["images"]]
+                for case, entry in dataset_json["dataset"].items()
+            }
+        except (AttributeError, LookupError, TypeError):
+            raise UserError(
+                f"{source}: 'dataset' must give for each case its 'images', a list of files, and its 'label'. Write it "
+                "so, or remove it."
+            ) from None
         return {
             case: [os.path.abspath(os.path.join(raw_folder, os.path.expandvars(name))) for name in files[case]]
             for case in sorted(files)
         }
     folder = os.path.join(raw_folder, "imagesTr")
-    return find_images(folder, dataset_json["file_ending"])[0] if os.path.isdir(folder) else {}
+    return find_images(folder, file_ending(dataset_json.get("file_ending"), source))[0] if os.path.isdir(folder) else {}
 
 
 def refuse_labeled_names(unlabeled: dict[str, list[str]], labeled_cases: Collection[str]) -> None:
@@ -113,6 +143,37 @@ def refuse_labeled_names(unlabeled: dict[str, list[str]], labeled_cases: Collect
             f"{unlabeled[both[0]][0]}{_and_more(both)}: {both[0]} is also a labelled or validation case of this "
             f"dataset. Remove it from {UNLABELED_FOLDER}, or rename it if it is another image."
         )
+
+
+def refuse_labeled_images(unlabeled: dict[str, list[str]], labeled: dict[str, list[str]]) -> None:
+    """Refuse an unlabelled image that is a labelled one under another name: the same files, by whatever links.
+
+    Args:
+        unlabeled, labeled: case -> its channel files. Labelled files that are not there are passed over.
+
+    Raises:
+        UserError: names the first such file and the labelled case.
+    """
+    known = {identity: case for case, files in labeled.items() if (identity := _identity(files))}
+    for files in unlabeled.values():
+        if twin := known.get(_identity(files)):
+            raise UserError(is_labeled(files[0], twin))
+
+
+def is_labeled(file: str, case: str) -> str:
+    """What to say of an unlabelled image that is the labelled or validation image of ``case``."""
+    return (
+        f"{file} is the image of {case}, a labelled or validation case of this dataset, under another name. Remove it "
+        f"from {UNLABELED_FOLDER}."
+    )
+
+
+def _identity(files: list[str]) -> tuple[tuple[int, int], ...] | None:
+    """What tells files apart, links followed; None if one is not there."""
+    try:
+        return tuple((status.st_dev, status.st_ino) for status in map(os.stat, files))
+    except OSError:
+        return None
 
 
 def channel_names(dataset_json: dict) -> dict[str, str]:
@@ -139,13 +200,14 @@ def read_dataset_json(folder: str) -> dict:
     """Read the ``dataset.json`` of a raw or preprocessed dataset.
 
     Raises:
-        UserError: it is missing or not JSON.
+        UserError: it is missing, not JSON, or without a file ending or channels.
     """
     file = os.path.join(folder, "dataset.json")
-    try:
-        return load_json(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}). Every nnU-Net dataset needs one.") from error
+    dataset_json = read_json(file, "Every nnU-Net dataset needs one.")
+    file_ending(dataset_json.get("file_ending"), file)
+    if not isinstance(dataset_json.get("channel_names", dataset_json.get("modality")), dict):
+        raise UserError(f"{file} has no channel_names. Name the channels of an image, as in {{\"0\": \"CT\"}}.")
+    return dataset_json
 
 
 def required_folder(variable: str) -> str:
