@@ -37,7 +37,7 @@ from nnunet_ssl.randomness import derived_seed, seeded
 from nnunet_ssl.trainers.log import SSLLog
 from nnunet_ssl.trainers.settings import ENVIRONMENT_VARIABLE, SSLSettings, load_settings, settings_from_dict
 from nnunet_ssl.unlabeled.loader import TwoStreamLoader, UnlabeledDataset, UnlabeledLoader, start_workers
-from nnunet_ssl.unlabeled.prepare import prepare_unlabeled, wait_until_prepared
+from nnunet_ssl.unlabeled.prepare import PreparedFolder, prepare_unlabeled, wait_until_prepared
 
 CLIP_NORM = 12  # nnU-Net's
 
@@ -99,7 +99,9 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         if self.epochs is not None:
             self.num_epochs = self.epochs
         self.global_step = 0
+        self.unlabeled: PreparedFolder | None = None
         self._resumed_from: str | None = None
+        self._resumed_unlabeled: dict[str, str] | None = None
         self._sums: dict[str, list] = {}
         self._terms_of_features: dict[str, Tensor] = {}
 
@@ -297,7 +299,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             self.initialize()
         if self._resumed_from is not None:
             self._load_training_state(training_state_file(self._resumed_from))
-        self.unlabeled_folder, self.unlabeled_cases = self._prepared_unlabeled() if self.uses_unlabeled else (None, [])
+        if self.uses_unlabeled:
+            self.unlabeled = self._prepared_unlabeled()
         super().on_train_start()
         if self.local_rank == 0:
             write_json(
@@ -306,7 +309,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
                     "trainer": type(self).__name__,
                     "version": __version__,
                     "settings": dataclasses.asdict(self.settings),
-                    "unlabeled_cases": self.unlabeled_cases,
+                    "unlabeled_cases": {} if self.unlabeled is None else self.unlabeled.contents,
                 },
             )
             self.ssl_log = SSLLog(self.output_folder, self.current_epoch)
@@ -321,8 +324,12 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
                 f"{beyond[0]}, or train longer with -tr <trainer>_<N>epochs."
             )
 
-    def _prepared_unlabeled(self) -> tuple[str, list[str]]:
-        """Rank 0 prepares what is missing; the others wait without a collective, which would time out."""
+    def _prepared_unlabeled(self) -> PreparedFolder:
+        """Rank 0 prepares what is missing; the others wait without a collective, which would time out.
+
+        Raises:
+            UserError: this run has learnt from other images so far.
+        """
         what = (
             self.plans_manager.dataset_name,
             self.plans_manager,
@@ -331,11 +338,32 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             self.dataset_class.get_identifiers(self.preprocessed_dataset_folder),
         )
         if self.local_rank == 0:
-            folder, cases = prepare_unlabeled(*what, default_num_processes)
+            prepared = prepare_unlabeled(*what, default_num_processes, reading=True)
         else:
-            folder, cases = wait_until_prepared(*what)
-        self.print_to_log_file(f"Learning from {len(cases)} unlabelled images in {folder}")
-        return folder, cases
+            prepared = wait_until_prepared(*what)
+        if self._resumed_unlabeled is not None:
+            self._refuse_other_images(prepared.contents, self._resumed_unlabeled)
+        self.print_to_log_file(f"Learning from {len(prepared.cases)} unlabelled images in {prepared.folder}")
+        return prepared
+
+    def _refuse_other_images(self, now: dict[str, str], then: dict[str, str]) -> None:
+        """Refuse to go on with ``--c`` where the unlabelled images, case -> digest, are others than the run's."""
+        differences = {
+            "added": sorted(now.keys() - then.keys()),
+            "removed": sorted(then.keys() - now.keys()),
+            "changed": sorted(case for case in now.keys() & then.keys() if now[case] != then[case]),
+        }
+        told = [
+            f"{len(cases)} {what} ({', '.join(cases[:3])}{', ...' if len(cases) > 3 else ''})"
+            for what, cases in differences.items()
+            if cases
+        ]
+        if told:
+            raise UserError(
+                f"{self._resumed_from} was trained with other unlabelled images than there are now: {', '.join(told)}. "
+                "Put them back as they were to continue it, or start anew without --c (-pretrained_weights "
+                f"{self._resumed_from} keeps what was learned)."
+            )
 
     def get_dataloaders(self) -> tuple[Any, Any]:
         """nnU-Net's loaders and transforms, with an unlabelled stream beside the labelled one."""
@@ -383,7 +411,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         unlabeled = None
         if self.uses_unlabeled:
             unlabeled = UnlabeledLoader(
-                UnlabeledDataset(self.unlabeled_folder, list(self.unlabeled_cases)),
+                UnlabeledDataset(self.unlabeled.places),
                 self.batch_size,
                 initial_patch_size,
                 patch_size,
@@ -615,6 +643,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             "settings": dataclasses.asdict(self.settings),
             "epoch": self.current_epoch + 1,
             "network": fingerprint(self.plans_network),
+            "unlabeled": None if self.unlabeled is None else self.unlabeled.contents,
             "modules": self.training_modules.state_dict(),
             "optimizer": None if self.training_optimizer is None else self.training_optimizer.state_dict(),
             "method": self.training_state(),
@@ -658,6 +687,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
                 f"({', '.join(names)}): a run was started anew in this folder and left no checkpoint; start it again "
                 f"without --c, or delete {self.settings_file} and set {ENVIRONMENT_VARIABLE} to the old settings."
             )
+        self._resumed_unlabeled = state.get("unlabeled")
         if self.is_ddp:
             dist.barrier()  # all have read
         if candidate != filename and self.local_rank == 0:

@@ -206,7 +206,7 @@ def read_dataset_json(folder: str) -> dict:
     dataset_json = read_json(file, "Every nnU-Net dataset needs one.")
     file_ending(dataset_json.get("file_ending"), file)
     if not isinstance(dataset_json.get("channel_names", dataset_json.get("modality")), dict):
-        raise UserError(f"{file} has no channel_names. Name the channels of an image, as in {{\"0\": \"CT\"}}.")
+        raise UserError(f'{file} has no channel_names. Name the channels of an image, as in {{"0": "CT"}}.')
     return dataset_json
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,29 @@ from batchgenerators.dataloading.data_loader import SlimDataLoaderBase
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnunet_ssl.randomness import seeded
 
 
-class UnlabeledDataset(nnUNetDatasetBlosc2):
-    """Prepared images without labels. They know of no class locations, which nnU-Net's loader asks for."""
+class UnlabeledDataset:
+    """Prepared images without labels, each read by nnU-Net's dataset for what the plans' preprocessor has written.
+
+    Args:
+        places: case -> the folder of its files, see ``prepare.PreparedFolder``.
+    """
+
+    def __init__(self, places: Mapping[str, str]) -> None:
+        self.identifiers = sorted(places)
+        dataset_class = infer_dataset_class(places[self.identifiers[0]])
+        self._datasets = {case: dataset_class(place, [case]) for case, place in places.items()}
 
     def load_case(self, identifier: str) -> tuple[Any, Any, None, dict]:
-        """As nnU-Net's; the segmentation is nnU-Net's 0 / -1 mask of the nonzero region, which transforms use."""
-        data, seg, seg_prev, properties = super().load_case(identifier)
+        """As nnU-Net's; the segmentation is nnU-Net's 0 / -1 mask of the nonzero region, which transforms use.
+
+        An unlabelled image knows of no class locations, which nnU-Net's loader asks for.
+        """
+        data, seg, seg_prev, properties = self._datasets[identifier].load_case(identifier)
         return data, seg, seg_prev, {**properties, "class_locations": {}}
 
 

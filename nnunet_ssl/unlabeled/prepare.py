@@ -1,11 +1,15 @@
 """Unlabelled images through nnU-Net's own preprocessing, each once, and again only when it has to be.
 
-The prepared folder is ``<nnUNet_preprocessed>/<dataset>/<data_identifier>_unlabeled``, files as nnU-Net's own:
+The prepared folder is ``<nnUNet_preprocessed>/<dataset>/<data_identifier>_unlabeled``:
 
-* ``manifest.json`` lists the cases that are finished, each with the raw files it was made from, and what in the plans
-  it was made with. A case is current if its entry says what is true now; everything else is made again.
-* ``.work`` holds what is being made. A finished case is moved out of it and then entered in the manifest, so that a
-  killed run leaves nothing that looks finished and is not.
+* ``part_<number>/<case>/`` holds a case, files as nnU-Net's own. Each run that prepares makes a part of its own, and
+  what is finished is never written again, so a training reads what it began with whatever other processes do.
+* ``manifest.json`` lists the cases that are finished, each with where it lies, the raw files it was made from, and what
+  in the plans it was made with. A case is current if its entry says what is true now; everything else is made again,
+  and replaced in the manifest alone.
+* ``part_<number>/.readers`` is a lock that every training shares that reads from the part. What the manifest does not
+  list, or no longer lists, is removed by the next start that finds that nobody shares it.
+* ``.lock`` is held by the process that prepares or removes.
 
 Where nnU-Net writes ``<case>_seg``, an image without a label gets nnU-Net's nonzero mask: 0 inside, -1 outside. It is
 kept, since nnU-Net's augmentation masks with it where the plans normalise within the mask.
@@ -14,43 +18,69 @@ kept, since nnU-Net's augmentation masks with it where the plans normalise withi
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
+import re
+import secrets
 import shutil
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import stamp, write_json
+from nnunet_ssl.files import read_json, same_content, stamp, write_json
+from nnunet_ssl.locks import holding, is_shared, share
+from nnunet_ssl.names import file_ending, path_component
 from nnunet_ssl.pools import outcomes
 from nnunet_ssl.unlabeled.check import BadImageError, CheckingPlans
-from nnunet_ssl.unlabeled.find import channel_names, find_unlabeled, refuse_labeled_names, required_folder
+from nnunet_ssl.unlabeled.find import (
+    UNLABELED_FOLDER,
+    channel_names,
+    find_labeled,
+    find_unlabeled,
+    is_labeled,
+    refuse_labeled_images,
+    refuse_labeled_names,
+    required_folder,
+)
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-WORK = ".work"
+FORMAT = 2
+MANIFEST, LOCK, READERS = "manifest.json", ".lock", ".readers"
+PART = re.compile("part_[0-9a-f]{8}")
 SAVE_EVERY = 2.0  # seconds between two writes of the manifest
 POLL_EVERY = 2.0  # seconds between two looks of a waiting rank
 
-Stamps = dict[str, list[list]]  # case -> [file name, size in bytes, mtime in ns] of each raw file
+Stamps = dict[str, list[list]]  # case -> [file name, size in bytes, mtime in ns, SHA-256] of each raw file
 
 
 class PreparedFolder(NamedTuple):
-    """Where the prepared unlabelled cases are, and which."""
+    """Where the prepared unlabelled cases are, and what they were made from.
+
+    Attributes:
+        folder: of all of them.
+        places: case -> the folder of its files ``<case>.b2nd``, ``<case>_seg.b2nd``, ``<case>.pkl`` (or what else the
+            plans' preprocessor writes), sorted by case.
+        contents: case -> a digest of what its raw files hold.
+    """
 
     folder: str
-    cases: list[str]
+    places: dict[str, str]
+    contents: dict[str, str]
+
+    @property
+    def cases(self) -> list[str]:
+        """The cases, sorted."""
+        return list(self.places)
 
 
 def prepare_unlabeled(
@@ -60,11 +90,12 @@ def prepare_unlabeled(
     dataset_json: dict,
     labeled_cases: Collection[str],
     num_processes: int,
+    reading: bool = False,
 ) -> PreparedFolder:
     """Make or complete the folder of prepared unlabelled images, and say what is made again and why.
 
-    Where the raw dataset is absent, as on a cluster that has the preprocessed data alone, a folder that was prepared
-    with the same plans is taken as it is.
+    Where the raw dataset or its ``imagesUn`` is absent, as on a cluster that has the preprocessed data alone, a folder
+    that was prepared with the same plans is taken as it is. A folder that is complete need not be writable.
 
     Args:
         dataset_name: for instance ``Dataset004_Hippocampus``.
@@ -73,37 +104,53 @@ def prepare_unlabeled(
         dataset_json: the dataset's ``dataset.json``.
         labeled_cases: labelled and validation cases; no unlabelled image may bear one of these names.
         num_processes: images prepared at a time, where there is enough to do; 1 prepares in this process.
+        reading: this process will read what is returned: it stays as it is until the process ends.
 
     Returns:
-        The folder and its cases, sorted.
+        The folder and its cases.
 
     Raises:
         UserError: an image, the plans or the disk stands in the way. What was finished is kept.
     """
     task = _Task(plans_manager.plans, configuration, dataset_json)
     folder = prepared_folder(dataset_name, task.configuration_manager)
-    images = _raw_images(dataset_name, dataset_json)
-    if images is None:
-        return _take_as_it_is(folder, task, dataset_name, labeled_cases)
-    refuse_labeled_names(images, labeled_cases)
-    stamps = image_stamps(images)
-    prepared = PreparedFolder(folder, list(images))
-    if not _Manifest.read(folder).difference(stamps, task.preprocessing):
+    wanted = _wanted(dataset_name, dataset_json, labeled_cases, folder, task)
+    if wanted is None:
+        prepared = _take_as_it_is(folder, task, dataset_name, labeled_cases, reading)
+        raw = os.path.join(nnUNet_raw.get() or "nnUNet_raw", dataset_name, UNLABELED_FOLDER)
+        print(f"nnunet_ssl: {raw} is not there; {folder} is complete and taken as it is.", flush=True)
         return prepared
-    try:
-        os.makedirs(os.path.join(folder, WORK), exist_ok=True)
-        with _one_at_a_time(folder):
-            manifest = _Manifest.read(folder)  # again: another process may have done it meanwhile
-            difference = manifest.difference(stamps, task.preprocessing)
-            if difference:
-                _announce(difference, folder, len(images))
-                todo = sorted(set(itertools.chain(*difference.values())) & set(images))
-                # What is not current is struck off first: a raw file may be put back as it was before we are done.
-                current = {case: manifest.cases[case] for case in images if case not in todo}
-                _complete(_Manifest(folder, task.preprocessing, current), images, stamps, task, num_processes)
-    except OSError as error:
-        raise UserError(_cannot_write(folder, error.strerror or str(error))) from error
-    return prepared
+    looked_after = False
+    while True:
+        manifest = _Manifest.read(folder)
+        difference = wanted.difference(manifest)
+        if difference or (not looked_after and (wanted.has_news_for(manifest) or _unlisted(manifest))):
+            try:
+                os.makedirs(folder, exist_ok=True)
+                busy = f"another process is preparing {folder}; waiting for it."
+                with holding(os.path.join(folder, LOCK), busy, wait=bool(difference)):
+                    manifest = _Manifest.read(folder)  # again: another process may have done it meanwhile
+                    difference = wanted.difference(manifest)
+                    if difference:
+                        _announce(difference, folder, len(wanted.images))
+                        _remove_unread(manifest)  # what a killed run has left may be in the way on a full disk
+                        manifest = _complete(manifest, difference, wanted, task, num_processes)
+                    elif wanted.has_news_for(manifest):
+                        wanted.tell(manifest)
+                        manifest.write()
+                    _remove_unread(manifest, say=True)
+                    if reading:
+                        manifest.keep()
+                    return manifest.prepared()
+            except OSError as error:
+                if difference:
+                    raise UserError(_cannot_write(folder, error.strerror or str(error))) from error
+            except UserError:
+                if difference:
+                    raise
+            looked_after = True  # a folder that is read-only, or that another process is working on, will do as well
+        if not reading or manifest.keep():
+            return manifest.prepared()
 
 
 def wait_until_prepared(
@@ -114,7 +161,7 @@ def wait_until_prepared(
     labeled_cases: Collection[str],
     timeout: float = 24 * 3600,
 ) -> PreparedFolder:
-    """Wait until another process has prepared the unlabelled images, doing nothing else.
+    """Wait until another process has prepared the unlabelled images, doing nothing else, and keep them for reading.
 
     For the ranks of a distributed run beside the first. They look at the folder rather than wait in a collective,
     which would time out.
@@ -124,7 +171,7 @@ def wait_until_prepared(
         timeout: seconds after which to give up.
 
     Returns:
-        The folder and its cases, sorted.
+        The folder and its cases.
 
     Raises:
         UserError: not prepared in time.
@@ -133,28 +180,72 @@ def wait_until_prepared(
     task = _Task(plans_manager.plans, configuration, dataset_json)
     folder = prepared_folder(dataset_name, task.configuration_manager)
     end = time.monotonic() + timeout
-    while True:
-        try:
-            images = _raw_images(dataset_name, dataset_json)
-            if images is None:
-                return _take_as_it_is(folder, task, dataset_name, labeled_cases)
-            refuse_labeled_names(images, labeled_cases)
-        except UserError:
-            raise SystemExit(1) from None
-        if not _Manifest.read(folder).difference(image_stamps(images), task.preprocessing):
-            return PreparedFolder(folder, list(images))
-        if time.monotonic() > end:
-            raise UserError(
-                f"{folder} was not ready after {timeout:.0f} s. Prepare the images ahead with "
-                f"nnUNetv2_ssl_preprocess -d {dataset_name} -c {configuration}."
-            )
-        time.sleep(POLL_EVERY)
+    try:
+        # once, as the rank that prepares: an image that comes while it does is not waited for
+        wanted = _wanted(dataset_name, dataset_json, labeled_cases, folder, task)
+        if wanted is None:
+            return _take_as_it_is(folder, task, dataset_name, labeled_cases, reading=True)
+        while True:
+            manifest = _Manifest.read(folder)
+            if not wanted.difference(manifest) and manifest.keep():
+                return manifest.prepared()
+            if time.monotonic() > end:
+                break
+            time.sleep(POLL_EVERY)
+    except UserError:
+        raise SystemExit(1) from None
+    raise UserError(
+        f"{folder} was not ready after {timeout:.0f} s. Prepare the images ahead with "
+        f"nnUNetv2_ssl_preprocess -d {dataset_name} -c {configuration}."
+    )
 
 
 def prepared_folder(dataset_name: str, configuration_manager: ConfigurationManager) -> str:
-    """The folder of a configuration's prepared unlabelled images."""
+    """The folder of a configuration's prepared unlabelled images.
+
+    Raises:
+        UserError: the names in the plans lead out of the dataset's folder.
+    """
+    source = f"the plans of {dataset_name}"
     return os.path.join(
-        required_folder("nnUNet_preprocessed"), dataset_name, f"{configuration_manager.data_identifier}_unlabeled"
+        required_folder("nnUNet_preprocessed"),
+        path_component(dataset_name, "dataset_name", source),
+        f"{path_component(configuration_manager.data_identifier, 'data_identifier', source)}_unlabeled",
+    )
+
+
+def image_stamps(images: dict[str, list[str]], kept: Stamps | None = None) -> Stamps:
+    """What tells that a raw image has changed; with it the file that nnU-Net's TIFF reader takes the spacing from.
+
+    Compare two of them with ``same_images``: the times of copies tell nothing.
+
+    Args:
+        images: case -> its channel files.
+        kept: what this said earlier, for some or all of the cases. Only files whose size or time is another are read.
+
+    Raises:
+        UserError: a file is not there or cannot be read.
+    """
+    stamps: Stamps = {}
+    for case, files in tqdm(images.items(), "Comparing images", disable=len(images) < 2, delay=3, leave=False):
+        earlier = {name: entry for name, *entry in (kept or {}).get(case, ())}
+        spacing_file = os.path.join(os.path.dirname(files[0]), f"{case}.json")
+        stamps[case] = []
+        for file in [*files, *([spacing_file] if os.path.isfile(spacing_file) else [])]:
+            name = os.path.basename(file)
+            try:
+                stamps[case].append([name, *stamp(file, earlier.get(name))])
+            except OSError as error:
+                raise UserError(
+                    f"{file} cannot be read ({error.strerror or error}). Make it readable, or remove it."
+                ) from error
+    return stamps
+
+
+def same_images(one: list[list], other: list[list]) -> bool:
+    """Whether the stamps of a case at two times are of the same content under the same names."""
+    return [entry[0] for entry in one] == [entry[0] for entry in other] and all(
+        same_content(now[1:], then[1:]) for now, then in zip(one, other, strict=True)
     )
 
 
@@ -201,6 +292,7 @@ class _Task:
 
     def __post_init__(self) -> None:
         plans_manager = PlansManager(self.plans)
+        file_ending(self.dataset_json.get("file_ending"), f"dataset.json of {plans_manager.dataset_name}")
         if self.configuration not in plans_manager.available_configurations:
             raise UserError(
                 f"the plans {plans_manager.plans_name} have no configuration {self.configuration}, but "
@@ -220,124 +312,205 @@ class _Manifest:
     Attributes:
         folder: the prepared folder.
         preprocessing: what determined them, see ``preprocessing_of``.
-        cases: case -> {"raw": stamps of its raw files, "files": size of each prepared file}.
+        cases: case -> {"part": where it lies, "raw": stamps of its raw files, "files": size of each prepared file}.
+        labeled: stamps of the labelled images that an unlabelled one could be a copy of.
     """
 
     folder: str
     preprocessing: dict
     cases: dict[str, dict]
+    labeled: Stamps
 
     @classmethod
     def read(cls, folder: str) -> _Manifest:
         """Read the manifest; an unreadable or foreign one counts as none."""
-        try:
-            with open(os.path.join(folder, MANIFEST), encoding="utf-8") as file:
-                content = json.load(file)
+        keys = {"format": int, "preprocessing": dict, "cases": dict, "labeled": dict}
+        with contextlib.suppress(UserError, LookupError, TypeError, AttributeError, ValueError):
+            content = read_json(os.path.join(folder, MANIFEST), "", keys=keys)
+            stamps = [*content["labeled"].values(), *(entry["raw"] for entry in content["cases"].values())]
+            for name, size, time_, digest in itertools.chain(*stamps):
+                _ = os.fspath(name), int(size), int(time_), os.fspath(digest)
+            for case, entry in content["cases"].items():
+                for name in (case, entry["part"], *entry["files"].keys()):
+                    path_component(name, "file", folder)
             if content["format"] == FORMAT:
-                return cls(folder, content["preprocessing"], content["cases"])
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        return cls(folder, {}, {})
+                return cls(folder, content["preprocessing"], content["cases"], content["labeled"])
+        return cls(folder, {}, {}, {})
 
     def write(self) -> None:
         """Write the manifest in one step: whoever reads it sees the old one or the new one."""
-        write_json(
-            os.path.join(self.folder, MANIFEST),
-            {"format": FORMAT, "preprocessing": self.preprocessing, "cases": self.cases},
-        )
+        content = {
+            "format": FORMAT,
+            "preprocessing": self.preprocessing,
+            "cases": self.cases,
+            "labeled": self.labeled,
+        }
+        write_json(os.path.join(self.folder, MANIFEST), content)
 
-    def difference(self, stamps: Stamps, preprocessing: dict) -> dict[str, list[str]]:
-        """What has to be done, by reason: reason -> cases; empty if the folder is current."""
+    def place(self, case: str) -> str:
+        """The folder of a case's files."""
+        return os.path.join(self.folder, self.cases[case]["part"], case)
+
+    def prepared(self) -> PreparedFolder:
+        """What the manifest lists, for those who read it."""
+        contents = {
+            case: hashlib.sha256("".join(entry[3] for entry in self.cases[case]["raw"]).encode()).hexdigest()
+            for case in sorted(self.cases)
+        }
+        return PreparedFolder(self.folder, {case: self.place(case) for case in contents}, contents)
+
+    def keep(self) -> bool:
+        """Have what is listed stay as it is until this process ends.
+
+        Returns:
+            False if another process has changed the manifest meanwhile: then look again.
+        """
+        for part in {entry["part"] for entry in self.cases.values()}:
+            with contextlib.suppress(OSError):  # of a copy that is read-only: who could remove anything there?
+                share(os.path.join(self.folder, part, READERS))
+        return _Manifest.read(self.folder).prepared() == self.prepared()
+
+    def files_are_there(self, case: str) -> bool:
+        """Whether a case's prepared files have the size that they had when they were made."""
+        with contextlib.suppress(OSError):
+            files = self.cases[case]["files"].items()
+            return all(os.path.getsize(os.path.join(self.place(case), name)) == size for name, size in files)
+        return False
+
+    def is_complete(self, preprocessing: dict) -> bool:
+        """Whether all that is listed is there and was made with this preprocessing."""
+        return bool(self.cases) and self.preprocessing == preprocessing and all(map(self.files_are_there, self.cases))
+
+
+@dataclass
+class _Wanted:
+    """What is to be prepared, and what is known of it.
+
+    Attributes:
+        images, labeled: case -> channel files, of the unlabelled and of the labelled images.
+        preprocessing: see ``preprocessing_of``.
+        stamps: of those images that were prepared at some time. Of the others it takes reading them.
+        labeled_stamps: of the labelled images that have the sizes of an unlabelled one, and so could be the same.
+    """
+
+    images: dict[str, list[str]]
+    labeled: dict[str, list[str]]
+    preprocessing: dict
+    stamps: Stamps = field(default_factory=dict)
+    labeled_stamps: Stamps = field(default_factory=dict)
+
+    def difference(self, manifest: _Manifest) -> dict[str, list[str]]:
+        """What has to be done, by reason: reason -> cases; empty if the folder is current.
+
+        Raises:
+            UserError: an image that was prepared is the copy of a labelled one.
+        """
+        sizes = set(map(_sizes, self.images.values())) - {None}
+        could_be_copies = {case: files for case, files in self.labeled.items() if _sizes(files) in sizes}
+        self.labeled_stamps = image_stamps(could_be_copies, {**manifest.labeled, **self.labeled_stamps})
+        known = {case: files for case, files in self.images.items() if case in manifest.cases}
+        self.stamps = image_stamps(known, {case: self.stamps.get(case, manifest.cases[case]["raw"]) for case in known})
+        for case, raw in self.stamps.items():
+            if copied := self.copied_from(case, raw):
+                raise UserError(copied)
+
         reasons: dict[str, list[str]] = {}
-        changed = [key for key, value in preprocessing.items() if self.preprocessing.get(key) != value]
-        for case, raw in stamps.items():
-            entry = self.cases.get(case)
-            if entry is None:
+        changed = [key for key, value in self.preprocessing.items() if manifest.preprocessing.get(key) != value]
+        for case in self.images:
+            if case not in known:
                 reason = "not yet prepared"
             elif changed:
                 reason = f"plans changed: {', '.join(changed)}"
-            elif entry["raw"] != raw:
+            elif not same_images(self.stamps[case], manifest.cases[case]["raw"]):
                 reason = "image changed"
-            elif not self._files_are_there(entry):
+            elif not manifest.files_are_there(case):
                 reason = "prepared files missing or damaged"
             else:
                 continue
             reasons.setdefault(reason, []).append(case)
-        if gone := sorted(set(self.cases) - set(stamps)):
-            reasons["no longer there, removed"] = gone
+        if gone := sorted(set(manifest.cases) - set(self.images)):
+            reasons[GONE] = gone
         return reasons
 
-    def is_complete(self, preprocessing: dict) -> bool:
-        """Whether all that is listed is there and was made with this preprocessing."""
-        return (
-            bool(self.cases)
-            and self.preprocessing == preprocessing
-            and all(map(self._files_are_there, self.cases.values()))
+    def copied_from(self, case: str, raw: list[list]) -> str | None:
+        """What to say of an image whose channel files hold what those of a labelled one hold; None of others."""
+        content = _content(raw, self.images[case])
+        for twin, of_twin in self.labeled_stamps.items():
+            if _content(of_twin, self.labeled[twin]) == content:
+                return is_labeled(self.images[case][0], twin)
+        return None
+
+    def has_news_for(self, manifest: _Manifest) -> bool:
+        """Whether files have other times than the manifest says, as copies have."""
+        return self.labeled_stamps != manifest.labeled or any(
+            manifest.cases[case]["raw"] != raw for case, raw in self.stamps.items()
         )
 
-    def _files_are_there(self, entry: dict) -> bool:
-        with contextlib.suppress(OSError):
-            return all(os.path.getsize(os.path.join(self.folder, f)) == size for f, size in entry["files"].items())
-        return False
+    def tell(self, manifest: _Manifest) -> None:
+        """Bring the manifest of a folder that is current up to date, so that nothing is read at the next start."""
+        manifest.labeled = self.labeled_stamps
+        for case, raw in self.stamps.items():
+            manifest.cases[case]["raw"] = raw
+
+
+GONE = f"no longer in {UNLABELED_FOLDER}"
 
 
 class _Outcome(NamedTuple):
-    """What became of a case. ``fatal``: the next ones would fare no better."""
+    """What became of a case: stamps of its raw files, or a problem. ``fatal``: the next ones would fare no better."""
 
     case: str
+    raw: list[list]
     problem: str | None = None
     fatal: bool = False
 
 
-def _raw_images(dataset_name: str, dataset_json: dict) -> dict[str, list[str]] | None:
-    """The unlabelled images, or None where the raw dataset is not on this machine."""
+def _wanted(
+    dataset_name: str, dataset_json: dict, labeled_cases: Collection[str], folder: str, task: _Task
+) -> _Wanted | None:
+    """The images to prepare, or None where they are not on this machine and the prepared folder has to do."""
     raw = os.path.join(nnUNet_raw.get() or os.devnull, dataset_name)
-    return find_unlabeled(raw, dataset_json) if os.path.isdir(raw) else None
+    if not os.path.isdir(raw):
+        return None
+    if not os.path.isdir(os.path.join(raw, UNLABELED_FOLDER)) and _Manifest.read(folder).is_complete(
+        task.preprocessing
+    ):
+        return None
+    images, labeled = find_unlabeled(raw, dataset_json), find_labeled(raw, dataset_json)
+    refuse_labeled_names(images, labeled_cases)
+    refuse_labeled_images(images, labeled)
+    return _Wanted(images, labeled, task.preprocessing)
 
 
-def _take_as_it_is(folder: str, task: _Task, dataset_name: str, labeled_cases: Collection[str]) -> PreparedFolder:
-    manifest = _Manifest.read(folder)
-    if not manifest.is_complete(task.preprocessing):
-        raise UserError(
-            f"the raw dataset {dataset_name} is not in nnUNet_raw={nnUNet_raw.get()}, and {folder} does "
-            "not hold its unlabelled images prepared with these plans. Bring one of the two."
-        )
-    cases = sorted(manifest.cases)
-    refuse_labeled_names({case: [os.path.join(folder, case)] for case in cases}, labeled_cases)
-    return PreparedFolder(folder, cases)
+def _take_as_it_is(
+    folder: str, task: _Task, dataset_name: str, labeled_cases: Collection[str], reading: bool
+) -> PreparedFolder:
+    while True:
+        manifest = _Manifest.read(folder)
+        if not manifest.is_complete(task.preprocessing):
+            raise UserError(
+                f"the raw dataset {dataset_name} is not in nnUNet_raw={nnUNet_raw.get()}, and {folder} does "
+                "not hold its unlabelled images prepared with these plans. Bring one of the two."
+            )
+        refuse_labeled_names({case: [manifest.place(case)] for case in sorted(manifest.cases)}, labeled_cases)
+        if not reading or manifest.keep():
+            return manifest.prepared()
 
 
-def image_stamps(images: dict[str, list[str]]) -> Stamps:
-    """What tells that a raw image has changed; with it the file that nnU-Net's TIFF reader takes the spacing from."""
-    stamps: Stamps = {}
-    for case, files in images.items():
-        spacing_file = os.path.join(os.path.dirname(files[0]), f"{case}.json")
-        stamps[case] = []
-        for file in [*files, *([spacing_file] if os.path.isfile(spacing_file) else [])]:
-            stamps[case].append([os.path.basename(file), *stamp(file)])
-    return stamps
+def _content(stamps: list[list], files: list[str]) -> tuple[str, ...]:
+    """What the channel files hold; the file that a spacing is taken from comes after them."""
+    return tuple(digest for *_, digest in stamps[: len(files)])
 
 
-@contextlib.contextmanager
-def _one_at_a_time(folder: str) -> Iterator[None]:
-    """Let one process work in a folder: the folds of a cross-validation like to be started together."""
-    lock = FileLock(os.path.join(folder, WORK, "lock"))  # the system frees it when its holder dies
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        print(f"nnunet_ssl: another process is preparing {folder}; waiting for it.", flush=True)
-        lock.acquire()
-    except NotImplementedError:  # a file system without locks: do not start two at a time there
-        pass
-    try:
-        yield
-    finally:
-        lock.release()
+def _sizes(files: list[str]) -> tuple[int, ...] | None:
+    """Of each channel file; None if one is not there."""
+    with contextlib.suppress(OSError):
+        return tuple(map(os.path.getsize, files))
+    return None
 
 
 def _announce(difference: dict[str, list[str]], folder: str, num_images: int) -> None:
-    gone = len(difference.get("no longer there, removed", []))
-    todo = sum(map(len, difference.values())) - gone
+    todo = sum(map(len, difference.values())) - len(difference.get(GONE, []))
     parts = [
         f"{len(cases)} {reason} ({', '.join(cases[:3])}{', ...' if len(cases) > 3 else ''})"
         for reason, cases in difference.items()
@@ -346,25 +519,34 @@ def _announce(difference: dict[str, list[str]], folder: str, num_images: int) ->
 
 
 def _complete(
-    manifest: _Manifest, images: dict[str, list[str]], stamps: Stamps, task: _Task, num_processes: int
-) -> None:
-    """Make what the manifest lacks, then remove what belongs to no case."""
-    folder, work = manifest.folder, os.path.join(manifest.folder, WORK)
-    _empty(work)
-    manifest.write()
+    manifest: _Manifest, difference: dict[str, list[str]], wanted: _Wanted, task: _Task, num_processes: int
+) -> _Manifest:
+    """Strike off what is not current, and make what is missing, into a part of its own; returns the new manifest."""
+    folder = manifest.folder
+    todo = sorted(set(itertools.chain(*difference.values())) & set(wanted.images))
+    current = {case: {**manifest.cases[case], "raw": wanted.stamps[case]} for case in wanted.images if case not in todo}
+    manifest = _Manifest(folder, task.preprocessing, current, wanted.labeled_stamps)
+    manifest.write()  # first: a raw file may be put back as it was before we are done
+    if not todo:
+        return manifest
     saved = time.monotonic()
-    jobs = [(task, case, images[case], os.path.join(work, case)) for case in images if case not in manifest.cases]
+    part = f"part_{secrets.token_hex(4)}"
+    os.mkdir(os.path.join(folder, part))
+    with open(os.path.join(folder, part, READERS), "x"):
+        pass
+    jobs = [(task, case, wanted.images[case], os.path.join(folder, part, case)) for case in todo]
     problems: list[str] = []
     try:
         with contextlib.closing(outcomes(_prepare_case, jobs, num_processes)) as finished:
-            for outcome in tqdm(finished, "Preparing unlabelled images", len(jobs), disable=not jobs):
+            for outcome in tqdm(finished, "Preparing unlabelled images", len(jobs)):
                 if outcome.fatal:
-                    raise UserError(_cannot_write(folder, outcome.problem))
-                if outcome.problem is not None:
-                    problems.append(outcome.problem)
+                    raise UserError(outcome.problem)
+                if problem := outcome.problem or wanted.copied_from(outcome.case, outcome.raw):
+                    problems.append(problem)
                     continue
-                files = _publish(os.path.join(work, outcome.case), folder)
-                manifest.cases[outcome.case] = {"raw": stamps[outcome.case], "files": files}
+                made = os.scandir(os.path.join(folder, part, outcome.case))
+                files = {file.name: file.stat().st_size for file in made}
+                manifest.cases[outcome.case] = {"part": part, "raw": outcome.raw, "files": files}
                 if time.monotonic() - saved > SAVE_EVERY:
                     manifest.write()
                     saved = time.monotonic()
@@ -374,43 +556,55 @@ def _complete(
             "at a time (nnUNetv2_ssl_preprocess -np 1); what is finished is kept."
         ) from error
     finally:
-        _empty(work)  # first: on a full disk the manifest needs the room
-        manifest.write()
+        unfinished = _unlisted(manifest).get(part, [])
+        for case in unfinished:
+            _free(os.path.join(folder, part, case))
+        _clear(os.path.join(folder, part), unfinished)
+        manifest.write()  # last: on a full disk it needs the room
     if problems:
         more = f" {len(problems) - 1} other image(s) cannot be used either." if len(problems) > 1 else ""
         raise UserError(sorted(problems)[0] + more)
-    listed = set(itertools.chain(*(entry["files"] for entry in manifest.cases.values())))
-    for entry in os.scandir(folder):
-        if entry.is_file() and entry.name not in listed and entry.name != MANIFEST:
-            os.remove(entry.path)
+    return manifest
 
 
 def _prepare_case(task: _Task, case: str, files: list[str], folder: str) -> _Outcome:
     """Prepare one image into a folder of its own. Errors come back as values: raising would break the pool."""
     plans_manager = CheckingPlans(task.plans, len(channel_names(task.dataset_json)), task.configuration)
     configuration_manager = plans_manager.get_configuration(task.configuration)
+    raw = []
     try:
+        raw = image_stamps({case: files})[case]
         os.makedirs(folder)
         preprocessor = configuration_manager.preprocessor_class(verbose=False)
         preprocessor.run_case_save(
             os.path.join(folder, case), files, None, plans_manager, configuration_manager, task.dataset_json
         )
-        _read_back(folder, case, files)
+        try:
+            dataset_class = infer_dataset_class(folder)
+        except (AssertionError, LookupError):
+            written = ", ".join(sorted(os.listdir(folder))) or "nothing"
+            name = configuration_manager.preprocessor_name
+            problem = f"{name}, the preprocessor of the plans, writes what no dataset of nnU-Net reads ({written})."
+            return _Outcome(case, raw, f"{problem} Plan with another one.", fatal=True)
+        _read_back(dataset_class, folder, case, files)
+        if image_stamps({case: files}, {case: raw})[case] != raw:
+            return _Outcome(case, raw, f"{files[0]} changed while it was being prepared. Run the same command again.")
+    except UserError as error:
+        return _Outcome(case, raw, error.args[0])
     except BadImageError as error:
-        return _Outcome(case, str(error))
+        return _Outcome(case, raw, str(error))
     except Exception as error:
         # blosc2 does not say why it could not write, so we try for ourselves
         if reason := (error.strerror if isinstance(error, OSError) else _why_writing_fails(folder)):
-            return _Outcome(case, reason, fatal=True)
-        return _Outcome(
-            case, f"{files[0]} cannot be preprocessed ({type(error).__name__}: {error}). Replace or remove it."
-        )
-    return _Outcome(case)
+            return _Outcome(case, raw, _cannot_write(os.path.dirname(os.path.dirname(folder)), reason), fatal=True)
+        problem = f"{files[0]} cannot be preprocessed ({type(error).__name__}: {error}). Replace or remove it."
+        return _Outcome(case, raw, problem)
+    return _Outcome(case, raw)
 
 
-def _read_back(folder: str, case: str, files: list[str]) -> None:
+def _read_back(dataset_class: type, folder: str, case: str, files: list[str]) -> None:
     """Make sure that what was written can be read and trained on."""
-    data, seg, *_ = infer_dataset_class(folder)(folder, [case]).load_case(case)
+    data, seg, *_ = dataset_class(folder, [case]).load_case(case)
     _ = seg[:]
     if not np.isfinite(data[:]).all():
         raise BadImageError(
@@ -435,22 +629,61 @@ def _why_writing_fails(folder: str) -> str | None:
     return None
 
 
-def _publish(source: str, target: str) -> dict[str, int]:
-    """Move a finished case to where it is looked for; returns the size of each file."""
-    sizes = {}
-    for name in os.listdir(source):
-        sizes[name] = os.path.getsize(os.path.join(source, name))
-        os.replace(os.path.join(source, name), os.path.join(target, name))
-    return sizes
+def _unlisted(manifest: _Manifest) -> dict[str, list[str]]:
+    """Part -> cases in it that the manifest does not list: half-made, or no longer current; also for an empty part."""
+    listed = {(entry["part"], case) for case, entry in manifest.cases.items()}
+    found: dict[str, list[str]] = {}
+    with contextlib.suppress(OSError):
+        for part in os.scandir(manifest.folder):
+            if PART.fullmatch(part.name) and part.is_dir(follow_symlinks=False):
+                cases = [case.name for case in os.scandir(part) if case.is_dir(follow_symlinks=False)]
+                unlisted = [case for case in cases if (part.name, case) not in listed]
+                if unlisted or not cases:
+                    found[part.name] = unlisted
+    return found
 
 
-def _empty(work: str) -> None:
-    """Remove what a killed or failed run left in the making."""
-    for entry in os.scandir(work):
-        if entry.is_dir():
-            shutil.rmtree(entry.path, ignore_errors=True)
-        elif entry.name != "lock":
-            os.remove(entry.path)
+def _remove_unread(manifest: _Manifest, say: bool = False) -> None:
+    """Remove what the manifest does not list and no training reads. The folder's lock is held."""
+    folder = manifest.folder
+    removed = read = untold = 0
+    for part, cases in _unlisted(manifest).items():
+        shared = is_shared(os.path.join(folder, part, READERS))
+        if shared is False:
+            _clear(os.path.join(folder, part), cases)
+            removed += len(cases)
+        elif shared:
+            read += len(cases)
+        else:
+            untold += len(cases)
+    if not say:
+        return
+    what = f"prepared images in {folder} that are no longer current"
+    if removed:
+        print(f"nnunet_ssl: removed {removed} {what}.", flush=True)
+    if read:
+        print(f"nnunet_ssl: {read} {what} stay until no training reads them.", flush=True)
+    if untold:
+        print(
+            f"nnunet_ssl: {untold} {what} stay, since without locks nobody can tell whether a training reads them. "
+            "To have the room, delete the folder when no training reads it: all is prepared again then.",
+            flush=True,
+        )
+
+
+def _clear(part: str, cases: list[str]) -> None:
+    """Remove cases that nobody reads from a part, and the part if nothing is left."""
+    for case in cases:
+        shutil.rmtree(os.path.join(part, case), ignore_errors=True)
+    if os.listdir(part) in ([], [READERS]):
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _free(place: str) -> None:
+    """Empty the files of a case that was not finished: blosc2 leaves one open that it could not write to its end."""
+    for file in os.scandir(place):
+        if file.is_file(follow_symlinks=False):
+            os.truncate(file, 0)
 
 
 def _cannot_write(folder: str, reason: str) -> str:

@@ -19,9 +19,7 @@ def batches(trainer, number, first=0, workers=0, monkeypatch=None):
         monkeypatch.setattr("nnunet_ssl.trainers.base.get_allowed_n_proc_DA", lambda: workers)
     trainer.current_epoch = first // trainer.num_iterations_per_epoch
     trainer.initialize() if not trainer.was_initialized else None
-    trainer.unlabeled_folder, trainer.unlabeled_cases = (
-        trainer._prepared_unlabeled() if trainer.uses_unlabeled else (None, [])
-    )
+    trainer.unlabeled = trainer._prepared_unlabeled() if trainer.uses_unlabeled else None
     train, val = trainer.get_dataloaders()
     made = [next(train) for _ in range(number)]
     for loader in (train, val):
@@ -74,7 +72,7 @@ def test_unlabeled_patches_are_drawn_uniformly_and_without_any_label(tiny, make_
     """No draw is steered to a class, and every position is as likely as any other."""
     trainer = make_trainer("nnUNetTrainerCPS", tiny())
     monkeypatch.setattr("nnunet_ssl.trainers.base.get_allowed_n_proc_DA", lambda: 0)
-    trainer.unlabeled_folder, trainer.unlabeled_cases = trainer._prepared_unlabeled()
+    trainer.unlabeled = trainer._prepared_unlabeled()
     loader = trainer.get_dataloaders()[0].data_loader.unlabeled
     assert not any(loader.get_do_oversample(i) for i in range(loader.batch_size))
     shape = [p + 3 for p in loader.patch_size]
@@ -89,15 +87,15 @@ def test_unlabeled_patches_are_drawn_uniformly_and_without_any_label(tiny, make_
 def test_workers_of_any_start_method_can_take_the_loader(tiny, make_trainer, monkeypatch):
     trainer = make_trainer("nnUNetTrainerCPS", tiny())
     monkeypatch.setattr("nnunet_ssl.trainers.base.get_allowed_n_proc_DA", lambda: 0)
-    trainer.unlabeled_folder, trainer.unlabeled_cases = trainer._prepared_unlabeled()
+    trainer.unlabeled = trainer._prepared_unlabeled()
     loader = trainer.get_dataloaders()[0].data_loader
     assert_same(next(pickle.loads(pickle.dumps(loader))), next(loader))
 
 
 def test_an_unlabeled_case_knows_no_class(tiny, make_trainer):
     trainer = make_trainer("nnUNetTrainerCPS", tiny())
-    folder, cases = trainer._prepared_unlabeled()
-    _, mask, _, properties = UnlabeledDataset(folder, cases).load_case(cases[0])
+    prepared = trainer._prepared_unlabeled()
+    _, mask, _, properties = UnlabeledDataset(prepared.places).load_case(prepared.cases[0])
     assert properties["class_locations"] == {}
     assert set(np.unique(mask[:])) <= {-1, 0}
 

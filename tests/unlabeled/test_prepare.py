@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from datasets import TinyDataset, write_images
-from filelock import FileLock
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetNumpy
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.locks import holding
+from nnunet_ssl.unlabeled.loader import UnlabeledDataset
 from nnunet_ssl.unlabeled.prepare import PreparedFolder, prepare_unlabeled, wait_until_prepared
 
 COMMAND = "from nnunet_ssl.commands.preprocess import main; main()"
@@ -37,21 +38,38 @@ def prepare(dataset: TinyDataset, num_processes: int = 1, plans: dict | None = N
     )
 
 
-def load(folder: Path | str, case: str, like: Path | str) -> tuple[np.ndarray, np.ndarray, dict]:
-    data, seg, _, properties = infer_dataset_class(str(like))(str(folder), [case]).load_case(case)
+def load(folder: Path | str, case: str) -> tuple[np.ndarray, np.ndarray, dict]:
+    data, seg, _, properties = infer_dataset_class(str(folder))(str(folder), [case]).load_case(case)
     return data[:], seg[:], properties
 
 
-def fingerprint(folder: str) -> dict[str, tuple]:
-    """Inode, mtime and size of each prepared file: a file that was made again has another inode."""
-    files = [entry for entry in os.scandir(folder) if entry.is_file() and entry.name != "manifest.json"]
-    return {f.name: (f.inode(), f.stat().st_mtime_ns, f.stat().st_size) for f in files}
+def prepared_in(dataset: TinyDataset) -> Path:
+    return dataset.preprocessed / f"{dataset.plans_name}_{dataset.configuration}_unlabeled"
 
 
-def recorded(folder: Path) -> dict[str, dict]:
+def fingerprint(folder: Path | str) -> dict[str, tuple]:
+    """Place, inode, mtime and size of each prepared file that is listed: one that was made again has others."""
+    files = [Path(folder) / e["part"] / case / name for case, e in recorded(folder).items() for name in e["files"]]
+    return {f.name: (str(f), f.stat().st_ino, f.stat().st_mtime_ns, f.stat().st_size) for f in files}
+
+
+def recorded(folder: Path | str) -> dict[str, dict]:
     """The manifest's cases."""
-    manifest = folder / "manifest.json"
+    manifest = Path(folder) / "manifest.json"
     return json.loads(manifest.read_text())["cases"] if manifest.exists() else {}
+
+
+def made(*cases: str) -> set[str]:
+    return {f"{case}{end}" for case in cases for end in (".b2nd", "_seg.b2nd", ".pkl")}
+
+
+def on_disk(folder: Path | str) -> set[str]:
+    """What there is of cases, listed or not."""
+    return {file.name for file in Path(folder).glob("part_*/*/*")}
+
+
+def image(dataset: TinyDataset, case: str, folder: str = "imagesUn") -> Path:
+    return dataset.raw / folder / f"{case}_0000{dataset.recipe.file_ending}"
 
 
 def child(dataset: TinyDataset, np: int = 1, before: str = "", **popen: object) -> subprocess.Popen:
@@ -83,16 +101,16 @@ def test_equals_the_same_image_prepared_as_labeled(tiny_copy, kind):
     for twin, case in twins.items():
         for channel in range(dataset.recipe.channels):
             name = f"_{channel:04d}{dataset.recipe.file_ending}"
-            shutil.copy(dataset.raw / "imagesTr" / (case + name), dataset.raw / "imagesUn" / (twin + name))
-    folder, cases = prepare(dataset)
+            shutil.move(dataset.raw / "imagesTr" / (case + name), dataset.raw / "imagesUn" / (twin + name))
+    prepared = prepare(dataset)
 
-    assert set(twins) < set(cases)
-    assert cases == dataset.cases("imagesUn")
+    assert set(twins) < set(prepared.cases)
+    assert prepared.cases == dataset.cases("imagesUn")
     labeled = dataset.preprocessed / f"{dataset.plans_name}_{dataset.configuration}"
-    assert folder == f"{labeled}_unlabeled"
+    assert prepared.folder == f"{labeled}_unlabeled"
     for twin, case in twins.items():
-        data, seg, properties = load(folder, twin, like=labeled)
-        labeled_data, labeled_seg, labeled_properties = load(labeled, case, like=labeled)
+        data, seg, properties = load(prepared.places[twin], twin)
+        labeled_data, labeled_seg, labeled_properties = load(labeled, case)
         assert data.dtype == labeled_data.dtype
         np.testing.assert_array_equal(data, labeled_data)
         assert seg.dtype == labeled_seg.dtype
@@ -116,7 +134,7 @@ def test_keeps_the_nonzero_mask(tiny_copy):
     label[8:12, 8:12, 8:12] = 1
     (file,) = write_images(dataset.recipe, dataset.raw / "imagesUn", "brain", image[None])
     (label_file,) = write_images(dataset.recipe, dataset.folders.raw, "label", label[None])
-    folder, _ = prepare(dataset, plans=plans)
+    prepared = prepare(dataset, plans=plans)
 
     plans_manager = PlansManager(plans)
     configuration = plans_manager.get_configuration("3d_fullres")
@@ -125,8 +143,8 @@ def test_keeps_the_nonzero_mask(tiny_copy):
     configuration.preprocessor_class(verbose=False).run_case_save(
         str(labeled / "brain"), [str(file)], str(label_file), plans_manager, configuration, dataset.dataset_json
     )
-    data, seg, _ = load(folder, "brain", like=labeled)
-    labeled_data, labeled_seg, _ = load(labeled, "brain", like=labeled)
+    data, seg, _ = load(prepared.places["brain"], "brain")
+    labeled_data, labeled_seg, _ = load(labeled, "brain")
     np.testing.assert_array_equal(data, labeled_data)
     np.testing.assert_array_equal(seg == -1, labeled_seg == -1)
     assert (seg == -1).any()
@@ -135,89 +153,98 @@ def test_keeps_the_nonzero_mask(tiny_copy):
 
 def test_redoes_what_is_stale_and_nothing_else(tiny_copy, capsys):
     dataset = tiny_copy("3d")
-    images = dataset.raw / "imagesUn"
-    folder, cases = prepare(dataset)
+    prepared = prepare(dataset)
+    folder, cases = prepared.folder, prepared.cases
     first = fingerprint(folder)
     assert len(cases) == 4
     assert "4 not yet prepared" in capsys.readouterr().out
 
-    assert prepare(dataset) == (folder, cases)
+    assert prepare(dataset) == prepared
     assert fingerprint(folder) == first
     assert capsys.readouterr() == ("", "")  # quiet when there is nothing to do
 
     changed, removed = cases[1], cases[2]
-    image = sitk.ReadImage(str(images / f"{changed}_0000.nii.gz"))
-    sitk.WriteImage(image * 2, str(images / f"{changed}_0000.nii.gz"))
-    (images / f"{removed}_0000.nii.gz").unlink()
+    sitk.WriteImage(sitk.ReadImage(str(image(dataset, changed))) * 2, str(image(dataset, changed)))
+    image(dataset, removed).unlink()
     add_images(dataset, 1)
-    _, now = prepare(dataset)
+    now = prepare(dataset)
     out = capsys.readouterr().out
     assert "preparing 2 of 4" in out
     assert f"1 image changed ({changed})" in out
     assert "1 not yet prepared (extra000)" in out
-    assert f"1 no longer there, removed ({removed})" in out
+    assert f"1 no longer in imagesUn ({removed})" in out
+    assert "removed 2 prepared images" in out
     second = fingerprint(folder)
-    assert now == sorted({*cases, "extra000"} - {removed})
-    assert not [name for name in second if name.startswith(removed)]
-    redone = {name for name in second if second[name] != first.get(name)}
-    assert redone == {f"{case}{end}" for case in (changed, "extra000") for end in (".b2nd", "_seg.b2nd", ".pkl")}
+    assert now.cases == sorted({*cases, "extra000"} - {removed})
+    assert {name for name in second if second[name] != first.get(name)} == made(changed, "extra000")
+    assert on_disk(folder) == made(*now.cases)
+    assert {case for case in cases if now.contents.get(case) != prepared.contents[case]} == {changed, removed}
 
-    (Path(folder) / f"{changed}.b2nd").unlink()
+    (Path(now.places[changed]) / f"{changed}.b2nd").unlink()
     prepare(dataset)
     assert f"1 prepared files missing or damaged ({changed})" in capsys.readouterr().out
 
     plans = dataset.plans
     plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 1.0, 1.0]
     plans["configurations"]["3d_fullres"]["batch_size"] = 7  # changes no image
-    prepare(dataset, plans=plans)
+    now = prepare(dataset, plans=plans)
     assert "4 plans changed: spacing (" in capsys.readouterr().out
-    assert load(folder, changed, like=f"{dataset.preprocessed}/{dataset.plans_name}_3d_fullres")[0].shape[1] == 10
+    assert load(now.places[changed], changed)[0].shape[1] == 10
     prepare(dataset, plans={**plans, "configurations": {"3d_fullres": {**plans["configurations"]["3d_fullres"],
                                                                        "batch_size": 2}}})  # fmt: skip
     assert capsys.readouterr().out == ""
+    assert on_disk(folder) == made(*now.cases)
+    assert len(list(Path(folder).glob("part_*"))) == 1  # empty ones go
 
 
 def test_put_back_after_a_failed_run_is_redone(tiny_copy):
     """A raw file that is back as it was must not revive a manifest entry whose files were made from another one."""
     dataset = tiny_copy("3d")
-    file = dataset.raw / "imagesUn" / f"{dataset.cases('imagesUn')[0]}_0000.nii.gz"
-    folder, cases = prepare(dataset)
+    prepared = prepare(dataset)
+    folder, case = prepared.folder, prepared.cases[0]
+    file = image(dataset, case)
     good, status = file.read_bytes(), file.stat()
     file.write_bytes(good[: len(good) // 2])
+    before = fingerprint(folder)
     with pytest.raises(UserError, match="cannot be read"):
         prepare(dataset)
-    assert cases[0] not in recorded(Path(folder))
+    assert case not in recorded(folder)
     file.write_bytes(good)
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
-    before = fingerprint(folder)
     prepare(dataset)
     after = fingerprint(folder)
-    assert {name for name in after if after[name] != before[name]} == {
-        f"{cases[0]}{end}" for end in (".b2nd", "_seg.b2nd", ".pkl")
-    }
+    assert {name for name in after if after[name] != before[name]} == made(case)
+    assert on_disk(folder) == made(*prepared.cases)
 
 
 def test_one_bad_image_costs_only_itself(tiny_copy):
     dataset = tiny_copy("3d")
     bad = dataset.cases("imagesUn")[1]
-    file = dataset.raw / "imagesUn" / f"{bad}_0000.nii.gz"
-    file.write_bytes(b"no image")
+    image(dataset, bad).write_bytes(b"no image")
     with pytest.raises(UserError, match=f"{bad}_0000.nii.gz cannot be read"):
         prepare(dataset)
-    folder = dataset.preprocessed / f"{dataset.plans_name}_3d_fullres_unlabeled"
+    folder = prepared_in(dataset)
     assert bad not in recorded(folder)
-    before = fingerprint(str(folder))
+    before = fingerprint(folder)
+    assert on_disk(folder) == set(before)
     assert len(before) == 3 * 3
-    file.unlink()
+    image(dataset, bad).unlink()
     assert len(prepare(dataset).cases) == 3
-    assert fingerprint(str(folder)) == before
+    assert fingerprint(folder) == before
 
 
-def test_without_the_raw_dataset_the_prepared_one_is_enough(tiny_copy):
+def test_without_the_raw_images_the_prepared_ones_are_enough(tiny_copy, capsys):
     dataset = tiny_copy("3d")
     plans, dataset_json, labeled = dataset.plans, dataset.dataset_json, dataset.cases("imagesTr")
     arguments = (dataset.name, PlansManager(plans), "3d_fullres", dataset_json, labeled)
     there = prepare(dataset)
+    shutil.rmtree(dataset.raw / "imagesUn")
+    capsys.readouterr()
+    assert prepare_unlabeled(*arguments, 1) == there
+    assert capsys.readouterr().out == (
+        f"nnunet_ssl: {dataset.raw}/imagesUn is not there; {there.folder} is complete and taken as it is.\n"
+    )
+    assert wait_until_prepared(*arguments) == there
     shutil.rmtree(dataset.raw)
     assert prepare_unlabeled(*arguments, 1) == there
     assert wait_until_prepared(*arguments) == there
@@ -237,20 +264,37 @@ def test_a_preprocessor_of_another_kind(tiny_copy, monkeypatch):
 
     monkeypatch.setattr(default_preprocessor, "Halving", Halving, raising=False)
     dataset = tiny_copy("3d")
-    whole, cases = prepare(dataset)
-    expected = load(whole, cases[0], like=f"{dataset.preprocessed}/{dataset.plans_name}_3d_fullres")[0] / 2
+    prepared = prepare(dataset)
+    case = prepared.cases[0]
+    expected = load(prepared.places[case], case)[0] / 2
     plans = dataset.plans
     plans["configurations"]["3d_fullres"]["preprocessor_name"] = "Halving"
-    folder, _ = prepare(dataset, plans=plans)
-    assert sorted(fingerprint(folder)) == sorted(f"{case}{end}" for case in cases for end in (".npz", ".pkl"))
-    np.testing.assert_array_equal(np.load(f"{folder}/{cases[0]}.npz")["data"], expected)
+    halved = prepare(dataset, plans=plans)
+    assert sorted(fingerprint(halved.folder)) == sorted(f"{c}{end}" for c in halved.cases for end in (".npz", ".pkl"))
+    np.testing.assert_array_equal(UnlabeledDataset(halved.places).load_case(case)[0], expected)
+
+
+def test_a_preprocessor_whose_files_nobody_reads_is_refused(tiny_copy, monkeypatch):
+    from nnunetv2.preprocessing.preprocessors import default_preprocessor
+
+    class Foreign(default_preprocessor.DefaultPreprocessor):
+        def run_case_save(self, output_filename_truncated, *_):
+            Path(f"{output_filename_truncated}.zarr").touch()
+
+    monkeypatch.setattr(default_preprocessor, "Foreign", Foreign, raising=False)
+    dataset = tiny_copy("3d")
+    plans = dataset.plans
+    plans["configurations"]["3d_fullres"]["preprocessor_name"] = "Foreign"
+    with pytest.raises(UserError, match=r"Foreign, the preprocessor of the plans, writes what no dataset .*\.zarr"):
+        prepare(dataset, plans=plans)
+    assert on_disk(prepared_in(dataset)) == set()
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_kill_midway_and_run_again(tiny_copy, num_processes):
     dataset = tiny_copy("3d")
     add_images(dataset, 40)
-    folder = dataset.preprocessed / f"{dataset.plans_name}_3d_fullres_unlabeled"
+    folder = prepared_in(dataset)
     hasty = "from nnunet_ssl import pools; from nnunet_ssl.unlabeled import prepare; "
     hasty += "prepare.SAVE_EVERY = pools.PAYS_AFTER = 0; "
     process = child(dataset, num_processes, hasty, start_new_session=True)
@@ -272,19 +316,19 @@ def test_kill_midway_and_run_again(tiny_copy, num_processes):
     else:
         pytest.fail("a worker outlived the killed command")
 
-    before = fingerprint(str(folder))
+    before = fingerprint(folder)
     prepared = prepare(dataset)
     assert prepared.cases == dataset.cases("imagesUn")
-    after = fingerprint(str(folder))
+    after = fingerprint(folder)
     for case, entry in finished.items():
         assert all(before[name] == after[name] for name in entry["files"]), case
-    assert sorted(os.listdir(folder / ".work")) in ([], ["lock"])
+    assert on_disk(folder) == made(*prepared.cases)  # nothing that was half made is left
     reference = dataset.folders.preprocessed / "reference"
     shutil.move(folder, reference)
-    prepare(dataset)
-    (reference / "manifest.json").unlink()
+    again = prepare(dataset)
     for case in prepared.cases:
-        for was, now in zip(load(reference, case, like=reference), load(folder, case, like=reference), strict=True):
+        place = reference / Path(prepared.places[case]).relative_to(folder)
+        for was, now in zip(load(place, case), load(again.places[case], case), strict=True):
             assert np.array_equal(was, now)
 
 
@@ -295,24 +339,41 @@ def test_disk_full_then_room_again(tiny_copy):
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); "
     process = child(dataset, before=limit)
     out, err = process.communicate(timeout=120)
-    folder = dataset.preprocessed / f"{dataset.plans_name}_3d_fullres_unlabeled"
+    folder = prepared_in(dataset)
     assert process.returncode == 1, out + err
     assert f"{folder} cannot be written (File too large)" in err
     assert "Traceback" not in err
-    assert not (folder / "zlarge000.b2nd").exists()
-    before = fingerprint(str(folder))
+    before = fingerprint(folder)
     assert len(before) == 4 * 3
+    assert on_disk(folder) == set(before)
     assert len(prepare(dataset).cases) == 5
-    after = fingerprint(str(folder))
+    after = fingerprint(folder)
     assert {name: after[name] for name in before} == before
+
+
+def test_a_full_disk_keeps_what_is_finished(tiny_copy):
+    """The manifest needs room too, and blosc2 leaves the file open that it could not write."""
+    dataset = tiny_copy("3d")
+    add_images(dataset, 1, shape=(130, 130, 130), prefix="zlarge")
+    disk = prepared_in(dataset)
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    try:
+        with pytest.raises(UserError, match=rf"{disk} cannot be written \(No space left on device\)"):
+            prepare(dataset)
+        assert sorted(recorded(disk)) == [case for case in dataset.cases("imagesUn") if case != "zlarge000"]
+        image(dataset, "zlarge000").unlink()
+        assert prepare(dataset).cases == dataset.cases("imagesUn")
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
 
 
 def test_one_process_at_a_time(tiny_copy, capsys):
     dataset = tiny_copy("3d")
-    work = dataset.preprocessed / f"{dataset.plans_name}_3d_fullres_unlabeled" / ".work"
-    work.mkdir(parents=True)
+    folder = prepared_in(dataset)
     thread = threading.Thread(target=prepare, args=(dataset,))
-    with FileLock(work / "lock"):
+    with holding(folder / ".lock", "busy"):
         thread.start()
         time.sleep(0.5)
         assert "another process is preparing" in capsys.readouterr().out
@@ -337,7 +398,8 @@ def test_other_ranks_wait(tiny_copy, monkeypatch):
     prepared = prepare(dataset)
     waiting.join(20)
     assert found == [prepared]
-    shutil.rmtree(dataset.raw / "imagesUn")
+    for file in (dataset.raw / "imagesUn").iterdir():
+        file.unlink()
     with pytest.raises(SystemExit) as stopped:  # the first rank says why
         wait_until_prepared(*arguments)
     assert not isinstance(stopped.value, UserError)
