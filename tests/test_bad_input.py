@@ -82,6 +82,33 @@ def crop_one_channel(dataset: TinyDataset) -> None:
     sitk.WriteImage(sitk.ReadImage(str(image(dataset, 1)))[:, :, 3:], str(image(dataset, 1)))
 
 
+def nothing_to_take(dataset: TinyDataset) -> None:
+    shutil.rmtree(dataset.raw / "imagesUn")
+    shutil.rmtree(dataset.preprocessed / f"{dataset.plans_name}_{dataset.configuration}_unlabeled")
+
+
+def odd_name(dataset: TinyDataset) -> None:
+    os.rename(image(dataset), os.path.join(os.fsencode(image(dataset).parent), b"un_\xe9_0000.nii.gz"))
+
+
+def broken_link(dataset: TinyDataset) -> None:
+    file = image(dataset)
+    file.unlink()
+    file.symlink_to("elsewhere.nii.gz")
+
+
+def labeled_image(dataset: TinyDataset, put: Callable[[Path, Path], Any]) -> None:
+    file = image(dataset)
+    file.unlink()
+    put(dataset.raw / "imagesTr" / f"{dataset.cases('imagesTr')[0]}_0000.nii.gz", file)
+
+
+def other_identifier(dataset: TinyDataset) -> None:
+    plans = dataset.plans
+    plans["configurations"]["3d_fullres"]["data_identifier"] = "../../x"
+    dataset.plans_file.write_text(json.dumps(plans))
+
+
 def named_as(dataset: TinyDataset, case: str) -> None:
     image(dataset).rename(image(dataset).with_name(f"{case}_0000.nii.gz"))
 
@@ -93,7 +120,7 @@ def named_as_validation_case(dataset: TinyDataset) -> None:
 
 
 PREPROCESS = {
-    "no `imagesUn`": Row(lambda d: shutil.rmtree(d.raw / "imagesUn")),
+    "no `imagesUn`": Row(nothing_to_take),
     "empty `imagesUn`": Row(empty),
     "a channel file too many": Row(lambda d: shutil.copy(image(d), image(d, 1)) and None),
     "too few channels in the file": Row(lambda d: image(d, 1).unlink(), "multichannel"),
@@ -110,6 +137,12 @@ PREPROCESS = {
     "channels of different shape": Row(crop_one_channel, "multichannel"),
     "the name of a labelled case": Row(lambda d: named_as(d, d.cases("imagesTr")[0])),
     "the name of a validation case": Row(named_as_validation_case),
+    "a name that is not UTF-8": Row(odd_name),
+    "a link that leads nowhere": Row(broken_link),
+    "a link to a labelled image": Row(lambda d: labeled_image(d, os.symlink)),
+    "a copy of a labelled image": Row(lambda d: labeled_image(d, shutil.copyfile)),
+    "plans that lead out of the dataset's folder": Row(other_identifier),
+    "plans that are not JSON": Row(lambda d: d.plans_file.write_text("{") and None),
     "no such dataset": Row(lambda d: ["-d", 950]),
     "no such plans": Row(lambda d: ["-p", "Missing"]),
     "no such configuration": Row(lambda d: ["-c", "3d_lowres"]),
@@ -191,7 +224,10 @@ def new_spacing(dataset: TinyDataset) -> None:
     dataset.plans_file.write_text(json.dumps(plans))
 
 
-REDONE = {"plans changed after preparing": Row(new_spacing)}
+REDONE = {
+    "plans changed after preparing": Row(new_spacing),
+    "`imagesUn` gone, all of it prepared": Row(lambda d: shutil.rmtree(d.raw / "imagesUn")),
+}
 
 
 # ------------------------------------------------------------------ the test
@@ -207,7 +243,7 @@ def snapshot(folder: Path) -> dict[str, str]:
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and ".work" not in file.parts and file.name != "manifest.json"
+        if file.is_file() and file.name != "manifest.json"
     }
 
 
@@ -308,7 +344,8 @@ def train_each(rows: list[dict]) -> list[int]:
 
 def a_copy(original: TinyDataset, folders: Folders) -> TinyDataset:
     shutil.copytree(original.raw, folders.raw / original.name)
-    shutil.copytree(original.preprocessed, folders.preprocessed / original.name)
+    unprepared = shutil.ignore_patterns("*_unlabeled")  # another test's trainer may have prepared them
+    shutil.copytree(original.preprocessed, folders.preprocessed / original.name, ignore=unprepared)
     return TinyDataset(original.recipe, folders, original.plans_name)
 
 

@@ -6,6 +6,7 @@ import os
 
 from nnunet_ssl.commands.arguments import Parser, count
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import read_json
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,7 +34,6 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     # heavy: only once the arguments are known to be good
-    from batchgenerators.utilities.file_and_folder_operations import load_json
     from nnunetv2.configuration import default_num_processes
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(
                 f"{plans_file} does not exist. Run nnUNetv2_plan_and_preprocess first, or name the plans with -p."
             )
-        plans_manager = PlansManager(load_json(plans_file))
+        plans_manager = PlansManager(read_json(plans_file, "Run nnUNetv2_plan_experiment again."))
         dataset_json = read_dataset_json(preprocessed)
         configurations = [c for c in args.c if c in plans_manager.available_configurations]
         if not configurations:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import SimpleITK as sitk
 import torch
 
 from nnunet_ssl.errors import UserError
@@ -204,6 +205,32 @@ def test_checkpoints_of_named_epochs_are_kept(tiny, make_trainer):
     assert_equal(last["network_weights"], final["network_weights"])
 
 
+def test_a_run_goes_on_only_with_the_unlabelled_images_that_it_began_with(tiny_copy, make_trainer):
+    dataset = tiny_copy()
+    folder = Path(make_trainer(NAME, dataset, settings={"save_every": 1}, initialize=False).output_folder)
+    train(make_trainer(NAME, dataset, settings={"save_every": 1}), until=1)
+    record = (folder / "ssl_settings.json").read_text()
+    assert sorted(json.loads(record)["unlabeled_cases"]) == dataset.cases("imagesUn")
+
+    images = dataset.raw / "imagesUn"
+    kept = shutil.copytree(images, dataset.folders.raw / "kept")
+    removed, changed, *_ = sorted(images.iterdir())
+    removed.rename(images / "new_0000.nii.gz")
+    array = sitk.GetArrayFromImage(sitk.ReadImage(str(changed)))
+    sitk.WriteImage(sitk.GetImageFromArray(array + 1), str(changed))
+    told = r"1 added \(new\), 1 removed \(un_00\), 1 changed \(un_01\)\. Put them back.*-pretrained_weights"
+    with pytest.raises(UserError, match=told):
+        resumed(make_trainer, lambda: dataset, folder).on_train_start()
+    assert (folder / "ssl_settings.json").read_text() == record
+
+    shutil.rmtree(images)
+    shutil.copytree(kept, images, copy_function=shutil.copyfile)  # with other times
+    trainer = resumed(make_trainer, lambda: dataset, folder)
+    trainer.on_train_start()
+    assert trainer.current_epoch == 1
+    assert (folder / "ssl_settings.json").read_text() == record
+
+
 def wait_for(condition, process, seconds=120):
     end = time.time() + seconds
     while not condition():
@@ -256,10 +283,11 @@ def test_kill_9_and_continue_ends_with_the_weights_of_an_uninterrupted_run(
 
 
 def test_a_run_from_before_a_setting_was_there_is_continued(tiny, make_trainer, stopped):
-    """Its training state does not know the setting, which has its default then."""
+    """Its training state does not know the setting, which has its default then, nor what it has learnt from."""
     file = stopped / "checkpoint_latest_ssl.pth"
     state = torch.load(file, weights_only=True)
     del state["settings"]["shta_matched_hard"]
+    del state["unlabeled"]
     torch.save(state, file)
     trainer = resumed(make_trainer, tiny, stopped)
     trainer.on_train_start()
