@@ -25,6 +25,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from nnunet_ssl import trainers
+from nnunet_ssl.checkpoints import read_checkpoint
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.trainers.base import find_training_state, training_state_file
 from nnunet_ssl.unlabeled.find import required_folder, resolve_dataset
@@ -94,7 +95,7 @@ def export_model(
         for i, (fold, source) in enumerate(sources):
             for j, network in enumerate(("first", "second") if both else (branch or "first",)):
                 new = ExportedFold(2 * i + j if both else fold, fold, network)
-                _export_fold(source, trainer, new, target)
+                _export_fold(source, trainer, configuration, new, target)
                 exported.append(new)
         if os.path.isdir(output):
             os.rmdir(output)  # empty, as seen above
@@ -134,7 +135,7 @@ def plain_checkpoint(checkpoint: dict, weights: dict[str, torch.Tensor]) -> dict
         "current_epoch": checkpoint["current_epoch"],
         "init_args": {**deepcopy(init_args), "device": "cpu"},
         "trainer_name": PLAIN_TRAINER,
-        "inference_allowed_mirroring_axes": checkpoint["inference_allowed_mirroring_axes"],
+        "inference_allowed_mirroring_axes": checkpoint.get("inference_allowed_mirroring_axes"),
     }
     recursive_fix_for_json_export(plain)  # numpy scalars become Python's
     return {**plain, "network_weights": {k: v.detach() for k, v in weights.items()}}
@@ -214,12 +215,18 @@ def find_trainer(name: str) -> type[nnUNetTrainer]:
         raise UserError(f"no trainer is called {name}. nnUNetv2_ssl_trainers lists this package's.") from error
 
 
-def _export_fold(source: str, trainer: str, new: ExportedFold, target: str) -> None:
+def _export_fold(source: str, trainer: str, configuration: str, new: ExportedFold, target: str) -> None:
     """Write one network of one fold into the model folder ``target``, and verify it."""
-    checkpoint = torch.load(source, map_location="cpu", weights_only=False)
-    trained = build_network(find_trainer(trainer), target, checkpoint["init_args"]["configuration"])
+    remedy = "Restore it, or name another with -f or -chk."
+    checkpoint = read_checkpoint(source, remedy, {"network_weights": dict, "init_args": dict, "current_epoch": int})
+    if (other := checkpoint["init_args"].get("configuration")) != configuration:
+        raise UserError(f"{source} is of the configuration {other!r}, not of {configuration}. {remedy}")
+    trained = build_network(find_trainer(trainer), target, configuration)
     weights = checkpoint["network_weights"]
-    trained.load_state_dict(weights)
+    try:
+        trained.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:  # other shapes; no tensors; names that are no text
+        raise UserError(f"{source} has no weights of the network that {trainer} trains here. {remedy}") from error
     if new.network == "second":
         weights = second_network_weights(source, trained, trainer)
         trained.load_state_dict(weights)

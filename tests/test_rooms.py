@@ -13,7 +13,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "nnunet_ssl"
 
 # small modules below every room
-OPEN_TO_ALL = {"declared", "errors", "files", "locks", "names", "pools", "randomness", "stock_commands", "volumes"}
+OPEN_TO_ALL = {
+    "checkpoints",
+    "declared",
+    "errors",
+    "files",
+    "locks",
+    "names",
+    "pools",
+    "randomness",
+    "stock_commands",
+    "volumes",
+}
 # room -> the rooms that it may import besides itself
 MAY_IMPORT = {
     "__init__": set(),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,18 +95,16 @@ def read_curves(run: TrainedRun) -> dict[str, Curve]:
 
 def nnunet_log(run: TrainedRun) -> dict[str, list]:
     """What nnU-Net logged an epoch each, from the final checkpoint; from the run's own if there is none."""
-    import torch
+    from nnunet_ssl.checkpoints import read_checkpoint  # torch is heavy
 
     final = run.fold_folder / FINAL
     file = final if final.is_file() else run.checkpoint_file
-    try:  # mapped, so that the weights are not read
-        log = torch.load(file, map_location="cpu", weights_only=False, mmap=True)["logging"]
-        return {name: log[name] for name in ("mean_fg_dice", "ema_fg_dice", "train_losses", "val_losses")}
-    except (OSError, RuntimeError, LookupError, TypeError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"{file} holds no log of nnU-Net's ({error!r}), as exported models do not. Leave out its curves with "
-            "--which."
-        ) from error
+    remedy = "Leave out the curves with --which: exported models have no log of nnU-Net's."
+    log = read_checkpoint(file, remedy, {"logging": dict})["logging"]
+    names = ("mean_fg_dice", "ema_fg_dice", "train_losses", "val_losses")
+    if missing := [name for name in names if not isinstance(log.get(name), list)]:
+        raise UserError(f"{file} has no '{missing[0]}' in its log. {remedy}")
+    return {name: log[name] for name in names}
 
 
 def ssl_log(run: TrainedRun) -> list[dict[str, float]]:

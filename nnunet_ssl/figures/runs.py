@@ -314,6 +314,10 @@ def load_predictor(run: TrainedRun, device: str, tta: bool = True) -> Any:
     import torch
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
+    from nnunet_ssl.checkpoints import read_checkpoint
+
+    # nnU-Net's predictor runs what a checkpoint calls when it is read
+    read_checkpoint(run.checkpoint_file, "Restore it, or name another with -chk.", {"network_weights": dict})
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             predictor = nnUNetPredictor(use_mirroring=tta, device=torch.device(device), allow_tqdm=False)

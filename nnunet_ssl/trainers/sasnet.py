@@ -21,6 +21,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import Tensor, nn
 
+from nnunet_ssl.checkpoints import read_checkpoint
 from nnunet_ssl.declared import Angle, Positive, Share, Weight, Whole, declared
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.consistency import pseudo_label_consistency, segmentation_regression_consistency
@@ -99,7 +100,9 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """As the base. With --val no settings are known: the network is built as the checkpoint's was."""
         if not self.was_initialized:
-            checkpoint = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False)
+            checkpoint = read_checkpoint(
+                filename_or_checkpoint, "Restore it, or start anew without --c.", {"network_weights": dict}
+            )
             self._start_of_checkpoint = low_level_start_of(checkpoint["network_weights"])
         super().load_checkpoint(filename_or_checkpoint)
 

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from damage import RunsCode
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
 from nnunet_ssl import export as export_module
+from nnunet_ssl.checkpoints import TRUST
 from nnunet_ssl.commands.export import main
 from nnunet_ssl.errors import UserError
 
@@ -165,6 +167,39 @@ def test_refuses_the_training_state_of_another_checkpoint(trained, tmp_path):
     states = [Path(t.output_folder) / "checkpoint_final_ssl.pth" for t in trainers]
     shutil.copyfile(states[1], states[0])
     refused([*arguments, "--both"], tmp_path / "out", str(states[0]), "another checkpoint")
+
+
+def test_a_checkpoint_from_a_stranger_runs_nothing(trained, tmp_path, monkeypatch):
+    [trainer], arguments = trained(LABELED_ONLY)
+    checkpoint = Path(trainer.output_folder) / "checkpoint_final.pth"
+    ran = tmp_path / "ran"
+    torch.save(torch.load(checkpoint, weights_only=False) | {"further": RunsCode(ran)}, checkpoint)
+    refused(arguments, tmp_path / "out", str(checkpoint), "exec", TRUST)
+    assert not ran.exists()
+    monkeypatch.setenv(TRUST, "1")
+    main([*arguments, "-o", str(tmp_path / "out")])
+    assert model_in(tmp_path / "out").is_dir()
+
+
+def test_refuses_damaged_checkpoints(trained, tmp_path):
+    [trainer], arguments = trained(LABELED_ONLY)
+    checkpoint = Path(trainer.output_folder) / "checkpoint_final.pth"
+    whole, content = checkpoint.read_bytes(), torch.load(checkpoint, weights_only=False)
+    for damaged, word in ((b"", "is empty"), (whole[: len(whole) // 2], "cut off"), (b"[1, 2]", "cut off")):
+        checkpoint.write_bytes(damaged)
+        refused(arguments, tmp_path / "out", str(checkpoint), word, "Restore it")
+    weights, init_args = content["network_weights"], content["init_args"]
+    other = next(iter(weights))
+    for changed, word in (
+        ([1, 2], "no checkpoint of a training"),
+        (content | {"init_args": 3}, "no 'init_args'"),
+        (content | {"init_args": init_args | {"configuration": "2d"}}, "of the configuration '2d', not of 3d_fullres"),
+        (content | {"network_weights": weights | {other: torch.zeros(3)}}, "no weights of the network"),
+        (content | {"network_weights": weights | {other: "text"}}, "no weights of the network"),
+        (content | {"network_weights": weights | {3: torch.zeros(3)}}, "no weights of the network"),
+    ):
+        torch.save(changed, checkpoint)
+        refused(arguments, tmp_path / "out", str(checkpoint), word, "Restore it")
 
 
 def test_refuses_networks_that_are_not_the_plans_own(trained, tmp_path, monkeypatch):

@@ -43,7 +43,7 @@ def test_what_cannot_be_made_is_skipped_and_a_failure_loses_no_other(
     made: MadeUp, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One run without SHTA, whose checkpoint is empty: no pair, no tokens, no log; cases and boxes need none."""
-    with pytest.raises(UserError, match=r"^nnunet_ssl: 1 figure.s. could not be drawn.\n  curves: .*holds no log"):
+    with pytest.raises(UserError, match=r"^nnunet_ssl: 1 figure.s. could not be drawn.\n  curves: .*is empty"):
         figures(made, trainers=TRAINERS[:1])
     written = {file.stem.split("_")[0] for file in made.out.glob("*.pdf")}
     assert written == {"cases", "boxes"}
@@ -72,7 +72,7 @@ def test_what_an_earlier_call_drew_is_removed(made: MadeUp) -> None:
     with pytest.raises(UserError, match="tokens: none of the trainers has SHTA"):
         figures(made, "--which", "cases", "boxes", "tokens", "--classes", "core", trainers=TRAINERS[:1])
     assert (made.out / "entropy.pdf").exists()
-    with pytest.raises(UserError, match=r"curves: .*holds no log"):
+    with pytest.raises(UserError, match=r"curves: .*is empty.*no log of nnU-Net"):
         figures(made, "--classes", "core", trainers=TRAINERS[:1])
     drawn = [f"{name}.{kind}" for name in ("boxes", "cases_2_core") for kind in ("md", "pdf", "png")]
     assert sorted(file.name for file in made.out.iterdir()) == sorted([*drawn, "cases_of_mine.md", "notes.md"])
@@ -86,7 +86,7 @@ def test_what_cannot_be_predicted_is_one_sentence(made: MadeUp, capsys: pytest.C
     lines = str(raised.value).splitlines()
     assert lines[0] == "nnunet_ssl: 4 figure(s) could not be drawn."
     assert lines[1].startswith("  cases, entropy, boxes: ")
-    assert "checkpoint_final.pth cannot be loaded" in lines[1]
+    assert "checkpoint_final.pth is empty" in lines[1]
     assert lines[2].startswith("  curves: ")
     assert len(lines) == 3
     assert "Traceback" not in capsys.readouterr().err

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from damage import RunsCode
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.figures.curves import PANELS, curves_figure, draw_curves, read_curves
@@ -82,11 +83,24 @@ def test_lines_are_the_curves_and_the_caption_names_the_files(tmp_path: Path) ->
 
 def test_a_model_without_a_log_is_named(tmp_path: Path) -> None:
     run = make_run(tmp_path, "A", None, log=None)
-    with pytest.raises(UserError, match=f"{run.checkpoint_file} holds no log"):
+    with pytest.raises(UserError, match=f"{run.checkpoint_file} .* it has no 'logging'.*--which"):
         draw_curves([run], [], tmp_path, OPTIONS)
     run.checkpoint_file.write_bytes(b"no checkpoint")
-    with pytest.raises(UserError, match=f"{run.checkpoint_file} holds no log"):
+    with pytest.raises(UserError, match=f"{run.checkpoint_file} is cut off, damaged or no checkpoint.*--which"):
         read_curves(run)
+
+
+def test_a_log_that_lacks_what_is_drawn_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "A", None, log=LOG | {"val_losses": 3})
+    with pytest.raises(UserError, match=f"{run.checkpoint_file} has no 'val_losses' in its log"):
+        read_curves(run)
+
+
+def test_a_checkpoint_from_a_stranger_runs_nothing(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "A", None, log=LOG | {"lrs": [RunsCode(tmp_path / "ran")]})
+    with pytest.raises(UserError, match=f"{run.checkpoint_file} calls .*exec"):
+        read_curves(run)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_damaged_table_is_named(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from damage import RunsCode
 from figure_folders import TRAINERS, MadeUp, make_folders, set_environment, write
 
 from nnunet_ssl.errors import UserError
@@ -298,5 +300,14 @@ def test_what_cannot_be_predicted_is_named_and_the_rest_is_kept(model: tuple, tm
         predict(run, [cases[0], Case("b", (damaged,), damaged)], tmp_path / "predicted", False, "cpu", False)
     assert list(states(tmp_path / "predicted")) == [f"{cases[0].name}.nii.gz"]
     run.checkpoint_file.write_bytes(b"nothing")
-    with pytest.raises(UserError, match=f"{run.checkpoint_file} cannot be loaded"):
+    with pytest.raises(UserError, match=f"{run.checkpoint_file} is cut off, damaged or no checkpoint"):
         predict(run, cases, tmp_path / "other", False, "cpu", False)
+
+
+def test_a_checkpoint_from_a_stranger_runs_nothing(model: tuple, tmp_path: Path) -> None:
+    run, cases, _ = model
+    content = torch.load(run.checkpoint_file, weights_only=False)
+    torch.save(content | {"further": RunsCode(tmp_path / "ran")}, run.checkpoint_file)
+    with pytest.raises(UserError, match=f"{run.checkpoint_file} calls .*exec"):
+        predict(run, cases, tmp_path / "predicted", False, "cpu", False)
+    assert not (tmp_path / "ran").exists()
