@@ -33,7 +33,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_json
 from nnunet_ssl.pools import all_outcomes
 from nnunet_ssl.unlabeled.find import required_folder
-from nnunet_ssl.unlabeled.split import SPLITS, new_dataset, read_list
+from nnunet_ssl.unlabeled.split import SPLITS, is_unfinished, new_dataset, read_list
 
 Part = Literal["labeled", "validation", "unlabeled", "test"]
 ENDING = ".nii.gz"
@@ -512,7 +512,7 @@ def prepare(cases: list[Case], problems: list[str], recipe: Recipe, name: str, a
     dataset = f"Dataset{args.dataset_id:03d}_{name}"
     for folder in (raw, prepared):
         taken = sorted(folder.glob(f"Dataset{args.dataset_id:03d}_*"))
-        if taken:
+        if taken and not (taken[0].name == dataset and is_unfinished(dataset)):  # left by a killed run
             raise UserError(f"{taken[0]} exists: choose another -d, or remove it first.")
 
     if args.trust_voxels and recipe.align is align_by_header:
@@ -527,7 +527,7 @@ def prepare(cases: list[Case], problems: list[str], recipe: Recipe, name: str, a
         "train": sorted(by_part["labeled"]),
         "val": sorted(by_part["validation"] or by_part["labeled"][:VALIDATION_CASES]),
     }
-    with new_dataset(str(raw), dataset, copy=True) as building:
+    with new_dataset(str(raw), dataset, True, str(prepared)) as building:
         folder = Path(building)
         for part in by_part:
             if by_part[part]:
@@ -537,9 +537,6 @@ def prepare(cases: list[Case], problems: list[str], recipe: Recipe, name: str, a
         all_outcomes(_write, [(case, recipe, folder) for case in cases], args.processes, "Writing")
         write_json(str(folder / "dataset.json"), _dataset_json(by_part, recipe))
         write_json(str(folder / SPLITS), [fold])
-        # nnU-Net's planner would copy it here too; this is for those who bring plans from elsewhere
-        (prepared / dataset).mkdir(parents=True)
-        write_json(str(prepared / dataset / SPLITS), [fold])
     counts = [f"{len(names)} {part.replace('eled', 'elled')}" for part, names in by_part.items() if names]
     print(f"{raw / dataset}: {', '.join(counts)} cases; one fold, {SPLITS} here and in {prepared / dataset}")
 

@@ -163,6 +163,16 @@ def two_lists(dataset: TinyDataset) -> list[Any]:
     return ["--labeled", a_list(dataset, "labeled.txt", one, two), "--val", a_list(dataset, "val.txt", two)]
 
 
+def rewrite(tiny: TinyDataset, **changes: Any) -> None:
+    (tiny.raw / "dataset.json").write_text(json.dumps({**tiny.dataset_json, **changes}))
+
+
+def broken_link(dataset: TinyDataset) -> None:
+    file = dataset.raw / "imagesTr" / f"{dataset.cases('imagesTr')[0]}_0000.nii.gz"
+    file.unlink()
+    file.symlink_to("nowhere")
+
+
 SPLIT = {
     "a list names a missing case": Row(
         lambda d: ["--labeled", a_list(d, "labeled.txt", d.cases("imagesTr")[0], "nobody")]
@@ -173,6 +183,11 @@ SPLIT = {
     "more cases than there are": Row(lambda d: ["--labeled", 4, "--val", 2]),
     "not a number": Row(lambda d: ["--labeled", "five"]),
     "no fraction": Row(lambda d: ["--labeled", "1.5"]),
+    "a case name that leads elsewhere": Row(
+        lambda d: rewrite(d, dataset={"/elsewhere": {"images": ["imagesTr/tr_00_0000.nii.gz"], "label": "x"}})
+    ),
+    "an empty `file_ending`": Row(lambda d: rewrite(d, file_ending="")),
+    "an image that is a broken link": Row(broken_link),
     "no labelled dataset": Row(lambda d: ["-d", 950]),
 }
 

@@ -317,7 +317,7 @@ def write_pseudolabeled(
     raw = os.path.dirname(source.folder)
     with new_dataset(raw, target, copy) as building:
         images = {**source.images, **source.unlabeled}
-        write_dataset(building, source.folder, source.dataset_json, images, split, copy, labeled_elsewhere=kept)
+        write_dataset(building, target, source.folder, source.dataset_json, images, split, copy, kept)
         for case in kept:
             label = predictions.label_file(case)
             shutil.copyfile(label, os.path.join(building, "labelsTr", os.path.basename(label)))

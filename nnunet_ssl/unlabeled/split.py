@@ -11,9 +11,11 @@ list names. Labelled cases are taken from its front, validation cases from its e
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
+import secrets
 import shutil
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -21,10 +23,10 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import read_text, replacing, write_json
 from nnunet_ssl.unlabeled.find import (
     UNLABELED_FOLDER,
     find_images,
@@ -82,9 +84,9 @@ def split_dataset(
     source_folder = os.path.join(raw, source)
     if not os.path.isdir(source_folder):
         raise UserError(f"{source_folder} does not exist. Name a raw dataset that has labels with -d.")
-    refuse_existing(target_id)
     dataset_json = read_dataset_json(source_folder)
     images = find_labeled(source_folder, dataset_json)
+    _refuse_lost(source_folder, images)
     if not images:
         raise UserError(f"{os.path.join(source_folder, 'imagesTr')} holds no image with the ending "
                         f"{dataset_json['file_ending']}. Name a raw dataset that has labels with -d.")  # fmt: skip
@@ -97,39 +99,52 @@ def split_dataset(
     split = choose(list(images), labeled, validation, test, seed, source)
     split = split._replace(unlabeled=sorted([*split.unlabeled, *unlabeled]))
     target = _target_name(target_id, name, source, len(split.labeled))
+    refuse_existing(target_id, target)
 
-    with new_dataset(raw, target, copy) as building:
-        write_dataset(building, source_folder, dataset_json, {**images, **unlabeled}, split, copy)
+    with new_dataset(raw, target, copy, preprocessed) as building:
+        write_dataset(building, target, source_folder, dataset_json, {**images, **unlabeled}, split, copy)
         write_record(building, source, target, split, seed)
-    # nnUNetv2_plan_experiment would copy it here too; this is for those who bring plans from elsewhere
-    os.makedirs(os.path.join(preprocessed, target), exist_ok=True)
-    shutil.copyfile(os.path.join(raw, target, SPLITS), os.path.join(preprocessed, target, SPLITS))
     return target, split
 
 
 @contextmanager
-def new_dataset(raw: str, target: str, copy: bool) -> Iterator[str]:
+def new_dataset(raw: str, target: str, copy: bool, preprocessed: str | None = None) -> Iterator[str]:
     """Yield a folder to write a raw dataset into; it gets its name when the body has ended well, or is removed.
 
     Args:
         raw: nnU-Net's folder of raw datasets.
         target: the new dataset's name.
         copy: whether files are copied rather than linked to, for the message.
+        preprocessed: nnU-Net's folder of that name; its folder of the dataset gets ``splits_final.json`` too.
+            nnUNetv2_plan_experiment would copy it there; this is for those who bring plans from elsewhere.
 
     Raises:
         UserError: something could not be written.
     """
-    building = os.path.join(raw, f".{target}")  # nnU-Net does not see names that begin with a dot
-    shutil.rmtree(building, ignore_errors=True)  # left by a killed run
+    before = os.path.join(raw, f".{target}.")  # nnU-Net does not see names that begin with a dot
+    for left in glob.glob(f"{glob.escape(before)}*"):  # by a killed run
+        shutil.rmtree(left, ignore_errors=True)
+    building = before + secrets.token_hex(8)
+    made = None
     try:
+        os.mkdir(building)
         yield building
+        if preprocessed is not None:
+            folder = os.path.join(preprocessed, target)
+            made = None if os.path.isdir(folder) else folder
+            os.makedirs(folder, exist_ok=True)
+            with replacing(os.path.join(folder, SPLITS)) as temporary:
+                shutil.copyfile(os.path.join(building, SPLITS), temporary)
         os.rename(building, os.path.join(raw, target))
+        made = None
     except OSError as error:
         hint = "" if copy else " Where links are not allowed, --copy copies the files."
         file = error.filename2 or error.filename or building  # of a copy or link the second is the one to be written
         raise UserError(f"{file} cannot be written ({error.strerror}). Nothing was kept.{hint}") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
 
 
 def choose(cases: list[str], labeled: str, validation: str | None, test: str | None, seed: int, source: str) -> Split:
@@ -184,11 +199,12 @@ def choose(cases: list[str], labeled: str, validation: str | None, test: str | N
 def write_record(folder: str, source: str, target: str, split: Split, seed: int) -> None:
     """Write ``ssl_split.json``: how the dataset came about, and who is what."""
     record = {"name": target, "source": source, "seed": seed, **split._asdict()}
-    save_json(record, os.path.join(folder, RECORD), sort_keys=False)
+    write_json(os.path.join(folder, RECORD), record)
 
 
 def write_dataset(
     folder: str,
+    name: str,
     source_folder: str,
     dataset_json: dict,
     images: dict[str, list[str]],
@@ -199,7 +215,8 @@ def write_dataset(
     """Write the images, labels, ``dataset.json`` and ``splits_final.json`` of a new raw dataset.
 
     Args:
-        folder: the new dataset's, directly below ``nnUNet_raw``; a dot before its name is not part of the name.
+        folder: to write into, directly below ``nnUNet_raw``.
+        name: the new dataset's.
         source_folder: the raw dataset that the labels come from.
         dataset_json: the source's.
         images: case -> channel files, of every case of ``split``.
@@ -248,24 +265,40 @@ def write_dataset(
         put_label(case, "labelsTs")
 
     adapted = {key: value for key, value in dataset_json.items() if key != "dataset"}
-    adapted["name"] = os.path.basename(folder).removeprefix(".")
+    adapted["name"] = name
     adapted["numTraining"] = len({*split.labeled, *split.validation})
-    save_json(adapted, os.path.join(folder, "dataset.json"), sort_keys=False)
-    save_json([{"train": split.labeled, "val": split.validation or split.labeled}], os.path.join(folder, SPLITS))
+    write_json(os.path.join(folder, "dataset.json"), adapted)
+    write_json(os.path.join(folder, SPLITS), [{"train": split.labeled, "val": split.validation or split.labeled}])
 
 
 def _label_file(source_folder: str, dataset_json: dict, case: str) -> str:
     """The label of a case that keeps it."""
     if "dataset" in dataset_json:
-        name = os.path.expandvars(dataset_json["dataset"][case]["label"])
-        file = os.path.abspath(os.path.join(source_folder, name))
+        name = dataset_json["dataset"][case].get("label")
+        if not isinstance(name, str):
+            raise UserError(f"{source_folder}/dataset.json names no label of case {case}, which is to keep it. Add it.")
+        file = os.path.abspath(os.path.join(source_folder, os.path.expandvars(name)))
     else:
         file = os.path.join(source_folder, "labelsTr", case + dataset_json["file_ending"])
     if not os.path.isfile(file):
         raise UserError(
-            f"{file} does not exist, but case {case} is to keep its label. Choose another case with a list."
+            f"{file} {_absent(file)}, but case {case} is to keep its label. Choose another case with a list."
         )
     return file
+
+
+def _refuse_lost(source_folder: str, images: dict[str, list[str]]) -> None:
+    """Refuse images that are named or linked to, and are not there: the split would be made without them."""
+    folders = [os.path.join(source_folder, name) for name in ("imagesTr", UNLABELED_FOLDER)]
+    links = [entry.path for folder in folders if os.path.isdir(folder) for entry in os.scandir(folder)
+             if entry.is_symlink() and not entry.name.startswith(".")]  # fmt: skip
+    named = [file for files in images.values() for file in files]
+    if lost := [file for file in [*named, *sorted(links)] if not os.path.exists(file)]:
+        raise UserError(f"{lost[0]} {_absent(lost[0])}. Bring the image back, or remove the case from {source_folder}.")
+
+
+def _absent(file: str) -> str:
+    return f"is a link that leads nowhere ({os.readlink(file)})" if os.path.islink(file) else "does not exist"
 
 
 def _link_text(file: str, raw: str) -> str:
@@ -285,20 +318,32 @@ def _already_unlabeled(source_folder: str, dataset_json: dict, images: dict[str,
     return found
 
 
-def refuse_existing(target_id: int) -> None:
+def refuse_existing(target_id: int, target: str | None = None) -> None:
     """Refuse an id that no new dataset can have.
+
+    Args:
+        target_id: the id.
+        target: the name that the new dataset will have; what a killed run has left of it is no obstacle.
 
     Raises:
         UserError: it is none, or one of nnU-Net's three folders knows a dataset of this id.
     """
     if not 1 <= target_id <= 999:
         raise UserError(f"-o {target_id} is not a dataset id. Give a number from 1 to 999.")
-    existing = find_candidate_datasets(target_id)
-    if len(existing):
+    existing = [name for name in find_candidate_datasets(target_id) if name != target or not is_unfinished(name)]
+    if existing:
         raise UserError(
             f"-o {target_id}: {existing[0]} exists already, among the raw or preprocessed data or the results. Choose "
             "another id, or remove it from all three folders."
         )
+
+
+def is_unfinished(dataset: str) -> bool:
+    """Whether nothing but a ``splits_final.json`` is there, as :func:`new_dataset` leaves it when it is killed."""
+    if any(os.path.exists(os.path.join(os.environ.get(f"nnUNet_{name}", ""), dataset)) for name in ("raw", "results")):
+        return False
+    with os.scandir(os.path.join(required_folder("nnUNet_preprocessed"), dataset)) as entries:
+        return {entry.name for entry in entries if not entry.name.startswith(".")} <= {SPLITS}
 
 
 def _target_name(target_id: int, name: str | None, source: str, num_labeled: int) -> str:
@@ -335,14 +380,13 @@ def read_list(file: str, option: str, otherwise: str = "") -> list[str]:
     Raises:
         UserError: the file is not there, cannot be read or lists nothing.
     """
+    if not os.path.exists(file):
+        raise UserError(f"{option} {file} does not exist. Give {otherwise}a file that lists cases.")
+    text = read_text(file, f"{option} takes a file with one case a line, or a JSON list.")
     try:
-        with open(file, encoding="utf-8") as stream:
-            text = stream.read()
         names = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
-    except FileNotFoundError as error:
-        raise UserError(f"{option} {file} does not exist. Give {otherwise}a file that lists cases.") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{option} {file} cannot be read ({error}). Write one case a line, or a JSON list.") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{option} {file} is no JSON list ({error}). Write one case a line, or a JSON list.") from None
     names = [str(name).strip() for name in names if str(name).strip()]
     if not names:
         raise UserError(f"{option} {file} lists no case. Write one case a line, or a JSON list.")

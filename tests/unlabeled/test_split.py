@@ -203,3 +203,143 @@ def test_a_failed_split_leaves_nothing(tiny_copy, monkeypatch):
 def test_a_number_is_of_plain_digits(split, value):
     with pytest.raises(UserError, match=r"--labeled .* (does not exist|cannot be read)"):
         split("--labeled", value)
+
+
+def explicit(tiny: TinyDataset, named: str, **changes: object) -> None:
+    """``dataset.json`` lists its files, one of its cases under another name."""
+    names = dict(zip(tiny.cases("imagesTr"), [*tiny.cases("imagesTr")[:-1], named], strict=True))
+    entries = {
+        name: {"images": [f"imagesTr/{case}_0000.nii.gz"], "label": f"labelsTr/{case}.nii.gz"}
+        for case, name in names.items()
+    }
+    content = {**tiny.dataset_json, "file_ending": ".nii.gz", "dataset": entries, **changes}
+    (tiny.raw / "dataset.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_a_foreign_dataset_json_writes_nothing_elsewhere(tiny_copy, tmp_path, copy):
+    """An absolute name and no ending overwrote any file; so did ``..``."""
+    dataset = tiny_copy("3d")
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "mine_0000").write_text("mine")
+    before = files_below(dataset.folders.raw.parent)
+    for named in (str(home / "mine"), "../../../home/mine", "..", ".hidden", "", "a\\b", "a\x00b", "x" * 256):
+        for ending in ("", ".nii.gz"):
+            explicit(dataset, named, file_ending=ending)
+            with pytest.raises(UserError, match=r"dataset\.json: (case|file_ending) "):
+                split_dataset(dataset.id, 951, "4", "1", copy=copy)
+    for ending in ("nii.gz", "/../../x", "./../x", ".", 3, None):
+        explicit(dataset, "tr_04", file_ending=ending)
+        with pytest.raises(UserError, match=r"dataset\.json: file_ending "):
+            split_dataset(dataset.id, 951, "4", "1", copy=copy)
+    explicit(dataset, "tr_04")
+    del before[f"raw/{dataset.name}/dataset.json"]
+    after = files_below(dataset.folders.raw.parent)
+    del after[f"raw/{dataset.name}/dataset.json"]
+    assert after == before
+    assert files_below(home) == {"mine_0000": b"mine"}
+    assert split_dataset(dataset.id, 951, "4", "1", copy=copy)[1].labeled
+
+
+def test_hidden_files_are_no_cases(tiny_copy):
+    dataset = tiny_copy("3d")
+    for case in dataset.cases("imagesTr"):  # as macOS leaves them
+        (dataset.raw / "imagesTr" / f"._{case}_0000.nii.gz").write_bytes(b"resource fork")
+    _, split = split_dataset(dataset.id, 951, "2", "1")
+    assert {*split.labeled, *split.validation, *split.unlabeled} == {
+        *dataset.cases("imagesTr"), *dataset.cases("imagesUn")
+    } - {name for name in dataset.cases("imagesTr") if name.startswith(".")}  # fmt: skip
+
+
+def test_an_image_that_is_not_there_is_no_case_less(tiny_copy):
+    dataset = tiny_copy("3d")
+    images = {part: dataset.raw / part / f"{dataset.cases(part)[0]}_0000.nii.gz" for part in ("imagesTr", "imagesUn")}
+    for image in images.values():
+        moved = image.rename(image.with_name("moved"))
+        image.symlink_to("nowhere.nii.gz")
+        with pytest.raises(UserError, match=rf"{image} is a link that leads nowhere \(nowhere.nii.gz\). Bring"):
+            split_dataset(dataset.id, 951, "2", "1")
+        image.unlink()
+        moved.rename(image)
+    label = dataset.raw / "labelsTr" / images["imagesTr"].name.replace("_0000", "")
+    label.unlink()
+    label.symlink_to("nowhere.nii.gz")
+    with pytest.raises(UserError, match=rf"{label} is a link that leads nowhere"):
+        split_dataset(dataset.id, 951, "4", "1")
+    explicit(dataset, "tr_04")
+    images["imagesTr"].unlink()
+    with pytest.raises(UserError, match=rf"{images['imagesTr']} does not exist. Bring"):
+        split_dataset(dataset.id, 951, "2", "1")
+    explicit(dataset, "tr_04", dataset={"tr_01": {"images": ["imagesTr/tr_01_0000.nii.gz"]}})
+    with pytest.raises(UserError, match=r"dataset.json names no label of case tr_01"):
+        split_dataset(dataset.id, 951, "1")
+
+
+def test_a_split_that_could_not_be_finished_can_be_run_again(tiny_copy):
+    dataset = tiny_copy("3d")
+    raw, preprocessed = dataset.folders.raw, dataset.folders.preprocessed
+    in_the_way = preprocessed / "Dataset951_Tiny_2labeled"
+    in_the_way.write_text("")
+    with pytest.raises(UserError, match=f"{in_the_way} cannot be written"):
+        split_dataset(dataset.id, 951, "2", "1")
+    assert [folder.name for folder in raw.iterdir()] == [dataset.name]
+    in_the_way.unlink()
+
+    # killed before the raw half had its name; the image in it was not whole
+    (raw / f".{in_the_way.name}.0123" / "imagesTr").mkdir(parents=True)
+    in_the_way.mkdir()
+    (in_the_way / "splits_final.json").write_text("[")
+    name, split = split_dataset(dataset.id, 951, "2", "1")
+    [fold] = json.loads((in_the_way / "splits_final.json").read_text())
+    assert fold == {"train": split.labeled, "val": split.validation}
+    assert sorted(folder.name for folder in raw.iterdir()) == [dataset.name, name]
+
+    (raw / name).rename(raw / "elsewhere")
+    (in_the_way / "nnUNetPlans.json").write_text("{}")  # somebody has worked with it
+    with pytest.raises(UserError, match="exists already"):
+        split_dataset(dataset.id, 951, "2", "1")
+
+
+def test_a_link_that_lies_in_wait_is_not_followed(tiny_copy, tmp_path):
+    """In a shared folder of raw datasets, where the new one is being built."""
+    dataset = tiny_copy("3d")
+    (tmp_path / "mine").mkdir()
+    for name in (".Dataset951_Tiny_2labeled", ".Dataset951_Tiny_2labeled.x"):
+        (dataset.folders.raw / name).symlink_to(tmp_path / "mine")
+    split_dataset(dataset.id, 951, "2", "1")
+    assert not list((tmp_path / "mine").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "lists no case"),
+        (b"[]", "lists no case"),
+        (b"[\"case_01\"", "is no JSON list"),
+        (b"[" * 100_000, "is no JSON list"),
+        (b"\xff\xfe", "is not UTF-8 text"),
+        (b"{}", "names {}, which is no labelled case"),
+        (b"[[1]]", r"names \[1\], which is no labelled case"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_damaged_list_is_named(tmp_path, content, says):
+    file = tmp_path / "list.txt"
+    file.mkdir() if content is None else file.write_bytes(content)
+    with pytest.raises(UserError, match=f"{file}.* {says}"):
+        pick(str(file))
+
+
+def test_a_list_may_begin_with_a_byte_order_mark(tmp_path):
+    for text in ("case_01\r\ncase_02", '["case_01", "case_02"]'):
+        (tmp_path / "list.txt").write_text(text, encoding="utf-8-sig")
+        assert pick(str(tmp_path / "list.txt")).labeled == ["case_01", "case_02"]
+
+
+def test_numbers_that_no_dataset_has(tmp_path):
+    with pytest.raises(UserError, match="ask for 1000000 cases"):
+        pick("1000000")
+    for number in ("9" * 5000, "²"):
+        with pytest.raises(UserError, match=r"does not exist\. Give a number"):
+            pick(number)
