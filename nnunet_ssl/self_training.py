@@ -12,22 +12,32 @@ import os
 import shlex
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.export import find_model_folder
-from nnunet_ssl.files import stamp
+from nnunet_ssl.files import writing, read_json, stamp
 from nnunet_ssl.stock_commands import of_this_python
-from nnunet_ssl.unlabeled.find import UNLABELED_FOLDER, required_folder, resolve_dataset
-from nnunet_ssl.unlabeled.pseudolabel import RECORD, REPORT, Predictions, Source, read_source, write_pseudolabeled
-from nnunet_ssl.unlabeled.split import SPLITS, refuse_existing
+from nnunet_ssl.unlabeled.find import UNLABELED_FOLDER, read_dataset_json, required_folder, resolve_dataset
+from nnunet_ssl.unlabeled.folds import SPLITS
+from nnunet_ssl.unlabeled.pseudolabel import (
+    RECORD,
+    REPORT,
+    Predictions,
+    Source,
+    differences,
+    read_source,
+    stored_confidences,
+    write_pseudolabeled,
+)
+from nnunet_ssl.unlabeled.split import refuse_existing
 
 ATTEMPTS = 2  # to predict a case
 TO_PREDICT = "to_predict"  # links to the images that are still to be predicted, where these are not all
@@ -81,8 +91,13 @@ class SelfTraining:
         """Do all of it; returns the names of the datasets.
 
         Raises:
-            UserError: no trained model, no unlabelled image, an id that is taken, or a command that failed.
+            UserError: no trained model, no unlabelled image, an id that is taken, a command that failed, or a file that
+                cannot be read or written.
         """
+        with writing("Started again with the same options, this command goes on from here."):
+            return self._run()
+
+    def _run(self) -> list[str]:
         dataset = resolve_dataset(self.dataset)
         self._refuse_what_cannot_work(dataset)
         source = read_source(dataset, self.fold)
@@ -138,13 +153,15 @@ class SelfTraining:
 
     def _make_dataset(self, source: Source, teacher: Teacher, target: str) -> None:
         """Predict the unlabelled images and write the dataset, unless it is there."""
-        folder = os.path.join(self._model(teacher.dataset), f"unlabeled_fold_{teacher.fold}")
+        folder = self._predicted(teacher)
         record = self._record_file(target)
         if record.is_file() and not self._waits(teacher):
-            if load_json(str(record))["made_with"] != self._made_with(source, teacher):
+            remedy = "It says how this dataset was made: restore it, or choose another -o."
+            made_with = read_json(record, remedy, keys={"made_with": dict})["made_with"]
+            if changed := differences(made_with, self._made_with(source, teacher)):
                 raise UserError(
-                    f"{record.parent} was made with other options or by another model ({RECORD} says which). Choose "
-                    "another -o, or remove this dataset from all three folders."
+                    f"{record.parent} was made with other options or by another model: {'; '.join(changed)}. Go back "
+                    "to these, or choose another -o."
                 )
             self._skip(f"{target} is there")
         elif self.dry_run:
@@ -172,11 +189,13 @@ class SelfTraining:
         """Predict with nnU-Net's own command what is not predicted yet, part by part."""
         model = self._model(teacher.dataset)
         plans_manager = PlansManager(os.path.join(model, "plans.json"))
-        dataset_json = load_json(os.path.join(model, "dataset.json"))
+        dataset_json = read_dataset_json(model)
         ending = dataset_json["file_ending"]
         predictions = Predictions(folder, self._identity(teacher), source.unlabeled, ending)
         if not predictions.missing():
             self._skip(f"the predictions in {folder} are there")
+            with suppress(OSError):  # times of copies spare reading them; what cannot be written can still be read
+                predictions.save()
             return predictions
         predictions.begin()
         predictions.collect(plans_manager, dataset_json)  # what a run that was stopped has left
@@ -322,15 +341,22 @@ class SelfTraining:
         folder = Path(required_folder("nnUNet_preprocessed"), target)
         return folder / f"{self.plans}_{self.configuration}.preprocessed"
 
+    def _predicted(self, teacher: Teacher) -> str:
+        """Where a teacher's predictions are kept."""
+        return os.path.join(self._model(teacher.dataset), f"unlabeled_fold_{teacher.fold}")
+
     def _identity(self, teacher: Teacher) -> dict[str, Any]:
         """What makes a teacher's predictions what they are."""
+        stored = stored_confidences(self._predicted(teacher))
+        kept = stored.teacher.get("checkpoint") if stored is not None else None
+        kept = kept[1:] if isinstance(kept, list) else None  # whose content need not be read again
         return {
             "dataset": teacher.dataset,
             "configuration": self.configuration,
             "trainer": self.trainer,
             "plans": self.plans,
             "fold": teacher.fold,
-            "checkpoint": [self.checkpoint, *stamp(self._checkpoint(teacher))],
+            "checkpoint": [self.checkpoint, *stamp(self._checkpoint(teacher), kept)],
             "mirroring": self.mirroring,
         }
 

@@ -22,13 +22,13 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import write_json
+from nnunet_ssl.files import read_json, same_content, write_json
+from nnunet_ssl.names import path_component
 from nnunet_ssl.unlabeled.find import (
     find_labeled,
     find_unlabeled,
@@ -36,10 +36,11 @@ from nnunet_ssl.unlabeled.find import (
     refuse_labeled_names,
     required_folder,
 )
-from nnunet_ssl.unlabeled.prepare import image_stamps
-from nnunet_ssl.unlabeled.split import SPLITS, Split, new_dataset, write_dataset
+from nnunet_ssl.unlabeled.folds import SPLITS, read_splits
+from nnunet_ssl.unlabeled.prepare import image_stamps, same_images
+from nnunet_ssl.unlabeled.split import Split, new_dataset, write_dataset
 
-FORMAT = 1
+FORMAT = 2
 CONFIDENCES = "confidences.json"
 RECORD = "ssl_pseudolabel.json"
 REPORT, PICTURE = "pseudolabels.csv", "pseudolabels.png"
@@ -117,6 +118,65 @@ def choose(confidences: dict[str, float], min_confidence: float | None, keep: fl
 # ---------------------------------------------------------------------- the teacher's predictions
 
 
+class Stored(NamedTuple):
+    """What ``confidences.json`` says: the teacher, the stamps of the images, and the measured cases."""
+
+    teacher: dict[str, Any]
+    images: dict[str, list]
+    cases: dict[str, Measured]
+
+
+def stored_confidences(folder: str) -> Stored | None:
+    """Read ``confidences.json``; None where there is none, or none that this module can have written."""
+    file = os.path.join(folder, CONFIDENCES)
+    try:
+        content = read_json(file, "", keys={"teacher": dict, "images": dict, "cases": dict})
+        if content["format"] != FORMAT:
+            return None
+        images = {
+            path_component(case, "case", file): [[str(name), int(size), int(time), str(digest)]
+                                                 for name, size, time, digest in stamps]
+            for case, stamps in content["images"].items()
+        }  # fmt: skip
+        cases = {
+            case: Measured(
+                {name: int(number) for name, number in entry["voxels"].items()},
+                {name: None if mean is None else float(mean) for name, mean in entry["probability"].items()},
+            )
+            for case, entry in content["cases"].items()
+        }
+    except (UserError, LookupError, TypeError, ValueError, AttributeError):
+        return None
+    return Stored(content["teacher"], images, cases)
+
+
+def differences(then: Any, now: dict[str, Any], of: str = "") -> list[str]:
+    """How a dataset or a teacher differs from the one that a record names, in words.
+
+    Args:
+        then: what the record says, of whatever shape.
+        now: the same of now. ``checkpoint`` is a file's name and its stamp, whose time tells nothing.
+        of: what comes before the names of its fields, for instance ``"teacher's "``.
+    """
+    if not isinstance(then, dict):
+        return [f"{of}record was {then!r}"]
+    found = []
+    for key in [*now, *(key for key in then if key not in now)]:
+        before, after = then.get(key), now.get(key)
+        if isinstance(after, dict):
+            found += differences(before, after, f"{key}'s ")
+        elif key == "checkpoint" and isinstance(after, list):
+            if not (isinstance(before, list) and len(before) == len(after) and before[0] == after[0]):
+                found.append(f"{of}checkpoint was {before[0] if isinstance(before, list) and before else before}, "
+                             f"now {after[0]}")  # fmt: skip
+            elif not same_content(before[1:], after[1:]):
+                found.append(f"{of}{after[0]} was another file")
+        elif before != after:
+            was, is_now = ("not given" if value is None else value for value in (before, after))
+            found.append(f"{of}{key} was {was}, now {is_now}")
+    return found
+
+
 class Predictions:
     """A teacher's label maps of the unlabelled images, and how confident it was of each.
 
@@ -125,27 +185,26 @@ class Predictions:
 
     Args:
         folder: of the predictions; need not exist.
-        teacher: what identifies the teacher, as JSON keeps it: another one makes all predictions worthless. None while
-            it is not trained yet.
+        teacher: what identifies the teacher, as JSON keeps it and :func:`differences` compares it: another one makes
+            all predictions worthless. None while it is not trained yet.
         images: case -> channel files, of every unlabelled case.
         ending: the dataset's file ending.
     """
 
     def __init__(self, folder: str, teacher: dict[str, Any] | None, images: dict[str, list[str]], ending: str) -> None:
-        self.folder, self.teacher, self.ending = folder, teacher, ending
+        self.folder, self.teacher, self.ending, self.images = folder, teacher, ending, images
         self.cases = list(images)
         self.measured: dict[str, Measured] = {}
-        self._stamps = image_stamps(images)
-        try:
-            stored = load_json(os.path.join(folder, CONFIDENCES))
-        except (OSError, ValueError):
-            stored = {}
-        same_teacher = teacher is not None and stored.get("format") == FORMAT and stored["teacher"] == teacher
-        self._stored_stamps: dict[str, list] = stored["images"] if same_teacher else {}
-        if same_teacher:
+        self._stored_stamps: dict[str, list] = {}
+        self._stamps: dict[str, list] = {}
+        stored = stored_confidences(folder)
+        if stored is not None and teacher is not None and not differences(stored.teacher, teacher):
+            self._stored_stamps = stored.images
+            self._stamps = image_stamps({case: images[case] for case in self.cases if case in stored.images},
+                                        stored.images)  # fmt: skip
             self.measured = {
-                case: Measured(**entry)
-                for case, entry in stored["cases"].items()
+                case: measured
+                for case, measured in stored.cases.items()
                 if self._is_current(case) and os.path.isfile(self.label_file(case))
             }
 
@@ -165,7 +224,8 @@ class Predictions:
         for case in self._stored_stamps:
             if not self._is_current(case):
                 self._remove(case)
-        self._save()
+        self._stamps = image_stamps(self.images, self._stamps)
+        self.save()
 
     def collect(self, plans_manager: PlansManager, dataset_json: dict) -> None:
         """Measure what nnU-Net has predicted, and remove the probabilities.
@@ -193,14 +253,14 @@ class Predictions:
                 self.measured[case] = measure(probabilities, label_manager)
             else:
                 self._remove(case)
-        self._save()
+        self.save()
         for case in self.measured:
             for ending in (".npz", ".pkl"):
                 if os.path.isfile(file := self._file(case, ending)):
                     os.remove(file)
 
     def _is_current(self, case: str) -> bool:
-        return case in self._stamps and self._stored_stamps.get(case) == self._stamps[case]
+        return case in self._stamps and same_images(self._stored_stamps[case], self._stamps[case])
 
     def _file(self, case: str, ending: str) -> str:
         return os.path.join(self.folder, case + ending)
@@ -210,7 +270,8 @@ class Predictions:
             if os.path.isfile(file := self._file(case, ending)):
                 os.remove(file)
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write ``confidences.json``; also to keep the times of copied images, which are read once for that."""
         self._stored_stamps = self._stamps
         content = {
             "format": FORMAT,
@@ -263,13 +324,10 @@ def read_source(name: str, fold: str) -> Source:
     if fold == "all":
         return Source(name, folder, dataset_json, images, unlabeled, list(images), list(images))
     file = os.path.join(required_folder("nnUNet_preprocessed"), name, SPLITS)
-    try:
-        splits = load_json(file)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}). It says which cases fold {fold} was trained on.") from error
+    splits = read_splits(file, f"It says which cases fold {fold} was trained on: restore it.")
     if int(fold) >= len(splits):
         raise UserError(f"{file} has {len(splits)} fold(s), but not -f {fold}. Name one that it has, or all.")
-    labeled, validation = (sorted(splits[int(fold)][part]) for part in ("train", "val"))
+    labeled, validation = map(sorted, splits[int(fold)])
     if unknown := sorted({*labeled, *validation} - set(images)):
         raise UserError(f"{file} names {unknown[0]}, which {os.path.join(folder, 'imagesTr')} does not hold.")
     return Source(name, folder, dataset_json, images, unlabeled, labeled, validation)
@@ -335,7 +393,7 @@ def write_pseudolabeled(
             "pseudo_labeled": kept,
             "unlabeled": rest,
         }
-        save_json(record, os.path.join(building, RECORD), sort_keys=False)
+        write_json(os.path.join(building, RECORD), record)
     return split
 
 

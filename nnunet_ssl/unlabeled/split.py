@@ -35,8 +35,8 @@ from nnunet_ssl.unlabeled.find import (
     required_folder,
     resolve_dataset,
 )
+from nnunet_ssl.unlabeled.folds import SPLITS
 
-SPLITS = "splits_final.json"
 RECORD = "ssl_split.json"
 
 

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from damage import JSON_DAMAGE
 from datasets import TinyDataset
 
 from nnunet_ssl import self_training
@@ -192,8 +194,31 @@ def test_predictions_of_nnunet_become_labels_and_are_used_again(trained, in_proc
     output = run("-o", "960", "--keep", "0.5")
     assert commands_in(output) == []
     assert f"{folder.name} is there" in output
-    with pytest.raises(UserError, match="was made with other options"):
+    with pytest.raises(UserError, match=r"by another model: keep was 0\.5, now 0\.25\. Go back") as error:
         run("-o", "960", "--keep", "0.25")
+    assert "remove" not in str(error.value)
+    for file in [*dataset.raw.rglob("*.nii.gz"), *model.rglob("*")]:  # as ``cp -r`` and ``tar`` do
+        if file.is_file():
+            os.utime(file, ns=(1, 1))
+    assert commands_in(run("-o", "960", "--keep", "0.5")) == []
+    assert "the predictions in" in run("-o", "961", "--keep", "0.25")  # are there
+    shutil.rmtree(dataset.folders.raw / "Dataset961_Tiny_pseudo1")
+    shutil.rmtree(dataset.folders.preprocessed / "Dataset961_Tiny_pseudo1")
+    checkpoint = model / "fold_0" / "checkpoint_final.pth"
+    content = checkpoint.read_bytes()
+    checkpoint.write_bytes(content[::-1])
+    with pytest.raises(UserError, match=r"by another model: teacher's checkpoint_final\.pth was another file"):
+        run("-o", "960", "--keep", "0.5")
+    checkpoint.write_bytes(content)
+    os.utime(checkpoint, ns=(1, 1))
+    whole = (folder / "ssl_pseudolabel.json").read_bytes()
+    for damaged in JSON_DAMAGE.values():
+        damaged(folder / "ssl_pseudolabel.json")
+        with pytest.raises(UserError, match=r"ssl_pseudolabel\.json|exists already|by another model"):
+            run("-o", "960", "--keep", "0.5")
+        if (folder / "ssl_pseudolabel.json").is_dir():
+            (folder / "ssl_pseudolabel.json").rmdir()
+        (folder / "ssl_pseudolabel.json").write_bytes(whole)
 
     (predictions / "un_02.nii.gz").unlink()  # one prediction is lost: only this one is made again
     before = (predictions / "un_01.nii.gz").stat().st_mtime_ns

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import JSON_DAMAGE
 from datasets import TinyDataset
 from matplotlib.image import imread
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
@@ -21,6 +22,7 @@ from nnunet_ssl.unlabeled.pseudolabel import (
     Measured,
     Predictions,
     choose,
+    differences,
     draw_confidences,
     foreground_channels,
     measure,
@@ -29,7 +31,7 @@ from nnunet_ssl.unlabeled.pseudolabel import (
     write_report,
 )
 
-TEACHER = {"checkpoint": ["checkpoint_final.pth", 1, 2]}
+TEACHER = {"fold": "0", "checkpoint": ["checkpoint_final.pth", 1, 2, "digest"]}
 CERTAINTY = {"un_00": 0.95, "un_01": 0.7, "un_02": 0.92, "un_03": 0.8}
 
 
@@ -157,7 +159,8 @@ def test_what_a_kill_has_cut_off_is_predicted_again(dataset, tmp_path):
 
 def test_another_teacher_and_another_image_make_predictions_stale(dataset, predicted, tmp_path):
     folder = tmp_path / "predicted"
-    os.utime(dataset.raw / "imagesUn" / "un_01_0000.nii.gz", ns=(0, 0))
+    image = dataset.raw / "imagesUn" / "un_01_0000.nii.gz"
+    image.write_bytes(image.read_bytes()[::-1])
     (folder / "un_03.nii.gz").unlink()
     again = predictions_of(dataset, folder)
     assert again.missing() == ["un_01", "un_03"]
@@ -166,11 +169,70 @@ def test_another_teacher_and_another_image_make_predictions_stale(dataset, predi
     assert files_in(folder) == {"confidences.json", "un_00.nii.gz", "un_02.nii.gz"}
     assert predictions_of(dataset, folder).missing() == ["un_01", "un_03"]
 
-    other = predictions_of(dataset, folder, {"checkpoint": ["checkpoint_final.pth", 1, 3]})
+    other = predictions_of(dataset, folder, {**TEACHER, "checkpoint": ["checkpoint_final.pth", 1, 2, "another"]})
     assert other.missing() == sorted(CERTAINTY)
     other.begin()
     assert files_in(folder) == {"confidences.json"}
     assert predictions_of(dataset, folder, None).missing() == sorted(CERTAINTY)  # a teacher that is yet to come
+
+
+def test_copies_are_the_same_and_are_read_once(dataset, predicted, tmp_path, monkeypatch):
+    """``cp -r`` and ``tar`` change times alone."""
+    folder = tmp_path / "predicted"
+    for file in [*(dataset.raw / "imagesUn").iterdir(), *folder.iterdir()]:
+        os.utime(file, ns=(1, 1))
+    copied = {**TEACHER, "checkpoint": ["checkpoint_final.pth", 1, 99, "digest"]}
+    again = predictions_of(dataset, folder, copied)
+    assert again.missing() == []
+    again.save()
+    for file in (dataset.raw / "imagesUn").iterdir():  # of the same size and time: nobody looks
+        file.write_bytes(file.read_bytes()[::-1])
+        os.utime(file, ns=(1, 1))
+    assert predictions_of(dataset, folder, copied).missing() == []
+
+
+def test_differences_are_named():
+    now = {"source": "A", "teacher": TEACHER, "keep": 0.8}
+    assert differences(now, now) == []
+    assert differences({**now, "keep": 0.5}, now) == ["keep was 0.5, now 0.8"]
+    assert differences({"source": "A", "teacher": TEACHER, "min_confidence": 0.9}, now) == [
+        "keep was not given, now 0.8",
+        "min_confidence was 0.9, now not given",
+    ]
+    for checkpoint, says in (
+        (["checkpoint_final.pth", 1, 99, "digest"], []),
+        (["checkpoint_final.pth", 1, 2, "another"], ["teacher's checkpoint_final.pth was another file"]),
+        (["checkpoint_best.pth", 1, 2, "digest"], ["teacher's checkpoint was checkpoint_best.pth, "
+                                                   "now checkpoint_final.pth"]),
+        ([], ["teacher's checkpoint was [], now checkpoint_final.pth"]),
+        (None, ["teacher's checkpoint was None, now checkpoint_final.pth"]),
+    ):  # fmt: skip
+        assert differences({**now, "teacher": {**TEACHER, "checkpoint": checkpoint}}, now) == says
+    assert differences({**now, "teacher": {**TEACHER, "fold": "1"}}, now) == ["teacher's fold was 1, now 0"]
+    assert differences({**now, "teacher": 3}, now) == ["teacher's record was 3"]
+    assert differences([], now) == ["record was []"]
+
+
+def test_a_foreign_record_removes_nothing_elsewhere(dataset, predicted, tmp_path):
+    """Names in ``confidences.json`` become paths of files that are removed."""
+    folder = tmp_path / "predicted"
+    mine = [tmp_path / "mine.nii.gz", tmp_path / "mine.npz"]
+    for file in mine:
+        file.write_text("mine")
+    content = json.loads((folder / "confidences.json").read_text())
+    for name in ("../mine", str(tmp_path / "mine")):
+        content["images"][name] = content["images"]["un_00"]
+        (folder / "confidences.json").write_text(json.dumps(content))
+        predictions_of(dataset, folder).begin()
+        assert all(file.is_file() for file in mine)
+
+
+@pytest.mark.parametrize("damaged", JSON_DAMAGE)
+def test_a_damaged_record_means_that_predictions_are_made_again(dataset, predicted, tmp_path, damaged):
+    JSON_DAMAGE[damaged](tmp_path / "predicted" / "confidences.json")
+    again = predictions_of(dataset, tmp_path / "predicted")
+    assert again.missing() == sorted(CERTAINTY)
+    again.begin()
 
 
 # ---------------------------------------------------------------------- the dataset

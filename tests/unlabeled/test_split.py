@@ -316,7 +316,7 @@ def test_a_link_that_lies_in_wait_is_not_followed(tiny_copy, tmp_path):
     [
         (b"", "lists no case"),
         (b"[]", "lists no case"),
-        (b"[\"case_01\"", "is no JSON list"),
+        (b'["case_01"', "is no JSON list"),
         (b"[" * 100_000, "is no JSON list"),
         (b"\xff\xfe", "is not UTF-8 text"),
         (b"{}", "names {}, which is no labelled case"),
