@@ -23,7 +23,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.export import find_model_folder
-from nnunet_ssl.files import writing, read_json, stamp
+from nnunet_ssl.files import read_json, stamp, writing
 from nnunet_ssl.stock_commands import of_this_python
 from nnunet_ssl.unlabeled.find import UNLABELED_FOLDER, read_dataset_json, required_folder, resolve_dataset
 from nnunet_ssl.unlabeled.folds import SPLITS

@@ -12,6 +12,7 @@ from collections.abc import Collection
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_json
@@ -208,6 +209,27 @@ def read_dataset_json(folder: str) -> dict:
     if not isinstance(dataset_json.get("channel_names", dataset_json.get("modality")), dict):
         raise UserError(f'{file} has no channel_names. Name the channels of an image, as in {{"0": "CT"}}.')
     return dataset_json
+
+
+def read_plans(file: str, remedy: str, configuration: str | None = None) -> PlansManager:
+    """Read nnU-Net's plans, which users edit.
+
+    Args:
+        file: the plans.
+        remedy: a sentence that says what to do about a file that is no good.
+        configuration: one that they must have.
+
+    Raises:
+        UserError: they are missing, no plans, or without the configuration or a known reader.
+    """
+    plans = PlansManager(read_json(file, remedy, keys={"image_reader_writer": str}))
+    try:
+        _ = plans.image_reader_writer_class
+        if configuration is not None:
+            plans.get_configuration(configuration)
+    except Exception as error:  # nnU-Net's own code looks into it
+        raise UserError(f"{file}: nnU-Net does not accept it ({type(error).__name__}: {error}). {remedy}") from error
+    return plans
 
 
 def required_folder(variable: str) -> str:

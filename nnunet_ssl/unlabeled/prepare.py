@@ -242,6 +242,22 @@ def image_stamps(images: dict[str, list[str]], kept: Stamps | None = None) -> St
     return stamps
 
 
+def kept_stamps(content: dict, source: str) -> Stamps:
+    """What :func:`image_stamps` gave, from a record that somebody else may have written.
+
+    Raises:
+        UserError, LookupError, TypeError, ValueError, AttributeError: it is of another shape, or a case's name cannot
+            be a file's.
+    """
+    return {
+        path_component(case, "case", source): [
+            [path_component(name, "file", source), int(size), int(time_), str(digest)]
+            for name, size, time_, digest in files
+        ]
+        for case, files in content.items()
+    }
+
+
 def same_images(one: list[list], other: list[list]) -> bool:
     """Whether the stamps of a case at two times are of the same content under the same names."""
     return [entry[0] for entry in one] == [entry[0] for entry in other] and all(

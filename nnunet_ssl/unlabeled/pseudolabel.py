@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_json, same_content, write_json
-from nnunet_ssl.names import path_component
 from nnunet_ssl.unlabeled.find import (
     find_labeled,
     find_unlabeled,
@@ -37,7 +36,7 @@ from nnunet_ssl.unlabeled.find import (
     required_folder,
 )
 from nnunet_ssl.unlabeled.folds import SPLITS, read_splits
-from nnunet_ssl.unlabeled.prepare import image_stamps, same_images
+from nnunet_ssl.unlabeled.prepare import image_stamps, kept_stamps, same_images
 from nnunet_ssl.unlabeled.split import Split, new_dataset, write_dataset
 
 FORMAT = 2
@@ -133,11 +132,7 @@ def stored_confidences(folder: str) -> Stored | None:
         content = read_json(file, "", keys={"teacher": dict, "images": dict, "cases": dict})
         if content["format"] != FORMAT:
             return None
-        images = {
-            path_component(case, "case", file): [[str(name), int(size), int(time), str(digest)]
-                                                 for name, size, time, digest in stamps]
-            for case, stamps in content["images"].items()
-        }  # fmt: skip
+        images = kept_stamps(content["images"], file)
         cases = {
             case: Measured(
                 {name: int(number) for name, number in entry["voxels"].items()},
