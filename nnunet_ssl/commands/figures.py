@@ -10,10 +10,12 @@ from pathlib import Path
 
 from nnunet_ssl.commands.arguments import Parser, count, fold, seed
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import writing
 
 FIGURES = ("cases", "entropy", "tokens", "assignment", "curves", "boxes")
 FROM_PREDICTIONS = {"cases": 1, "entropy": 2, "boxes": 1}  # of so many models at least
 EMBEDDINGS = ("pca", "tsne")
+REMEDY = "Make room, make it writable, or name another folder with -o."
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -98,11 +100,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     if args.pred:
         runs = with_given_predictions(runs, args.pred, cases, options)
-    try:
+    with writing(REMEDY):
         args.o.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{args.o} cannot be made ({error.strerror}). Name another folder with -o.") from error
-    draw_figures(args.which, runs, cases, args.o, options)
+        draw_figures(args.which, runs, cases, args.o, options)
 
 
 def draw_figures(which: list[str] | None, runs: list, cases: list, out: Path, options: object) -> None:
@@ -144,7 +144,8 @@ def _noting(figures: list[str], failed: dict[str, str], skip: bool = False) -> I
     from nnunet_ssl.figures.runs import NotApplicable
 
     try:
-        yield
+        with writing(REMEDY):
+            yield
     except UserError as error:
         reason = str(error).removeprefix("nnunet_ssl: ")
         if skip and isinstance(error, NotApplicable):

@@ -16,7 +16,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.metrics import Label
@@ -194,7 +193,7 @@ def in_grey(channels: np.ndarray, run: TrainedRun, options: FigureOptions) -> np
     image = channels[0].astype(float)
     low, high = np.percentile(image, (0.5, 99.5))
     if names[0] == "ct":
-        properties = PlansManager(str(run.folder / "plans.json")).foreground_intensity_properties_per_channel["0"]
+        properties = run.plans.foreground_intensity_properties_per_channel["0"]
         low, high = properties["percentile_00_5"], properties["percentile_99_5"]
     return np.clip((image - low) / max(high - low, 1e-8), 0, 1)
 

@@ -102,21 +102,23 @@ def nnunet_log(run: TrainedRun) -> dict[str, list]:
     remedy = "Leave out the curves with --which: exported models have no log of nnU-Net's."
     log = read_checkpoint(file, remedy, {"logging": dict})["logging"]
     names = ("mean_fg_dice", "ema_fg_dice", "train_losses", "val_losses")
-    if missing := [name for name in names if not isinstance(log.get(name), list)]:
-        raise UserError(f"{file} has no '{missing[0]}' in its log. {remedy}")
-    return {name: log[name] for name in names}
+    try:
+        return {name: list(map(float, log[name])) for name in names}
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{file} has another log than nnU-Net's ({error!r}). {remedy}") from error
 
 
 def ssl_log(run: TrainedRun) -> list[dict[str, float]]:
     """The rows of ``ssl_log.csv``; none for a trainer that is not of this package."""
     file = run.fold_folder / "ssl_log.csv"
-    if not file.is_file():
+    if not file.exists():
         return []
     try:
-        with open(file, newline="", encoding="utf-8") as stream:
-            return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(stream)]
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({error}). Mend or remove it: nnU-Net's log is left.") from error
+        with open(file, newline="", encoding="utf-8-sig") as stream:
+            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(stream)]
+            return [{"epoch": row["epoch"], **row} for row in rows]
+    except (OSError, ValueError, TypeError, LookupError, csv.Error) as error:
+        raise UserError(f"{file} cannot be read ({error!r}). Mend or remove it: nnU-Net's log is left.") from error
 
 
 def _of_list(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -25,9 +23,17 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.classes import classes_of
 from nnunet_ssl.evaluation.metrics import Label
 from nnunet_ssl.figures.page import class_colors
-from nnunet_ssl.files import stamp, write_json
-from nnunet_ssl.unlabeled.find import find_images, find_labeled, read_dataset_json, required_folder, resolve_dataset
-from nnunet_ssl.unlabeled.prepare import image_stamps
+from nnunet_ssl.files import Stamp, read_json, same_content, stamp, write_json
+from nnunet_ssl.unlabeled.find import (
+    find_images,
+    find_labeled,
+    read_dataset_json,
+    read_plans,
+    required_folder,
+    resolve_dataset,
+)
+from nnunet_ssl.unlabeled.folds import SPLITS, read_splits
+from nnunet_ssl.unlabeled.prepare import image_stamps, kept_stamps, same_images
 
 FINAL = "checkpoint_final.pth"
 RECORD = "made_from.json"
@@ -76,7 +82,12 @@ class TrainedRun:
     @property
     def reader(self) -> BaseReaderWriter:
         """nnU-Net's reader of this model's images and label maps."""
-        return PlansManager(str(self.folder / "plans.json")).image_reader_writer_class()
+        return self.plans.image_reader_writer_class()
+
+    @property
+    def plans(self) -> PlansManager:
+        """Of the model."""
+        return read_plans(str(self.folder / "plans.json"), "Restore it: a model cannot be used without its plans.")
 
 
 @dataclass(frozen=True)
@@ -259,7 +270,7 @@ def refuse_other_labels(runs: Iterable[TrainedRun], dataset_json: dict[str, Any]
         UserError: names its file.
     """
     for run in runs:
-        labels = load_json(str(run.folder / "dataset.json"))["labels"]
+        labels = read_dataset_json(str(run.folder)).get("labels")
         if labels != dataset_json["labels"]:
             raise UserError(
                 f"{run.folder / 'dataset.json'} has the labels {labels}, the dataset has {dataset_json['labels']}. "
@@ -292,12 +303,7 @@ def settings_of(run: TrainedRun) -> dict[str, Any]:
         UserError: the file cannot be read.
     """
     file = run.fold_folder / "ssl_settings.json"
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8"))["settings"])
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({error!r}). Restore it.") from error
+    return read_json(file, "Restore it.", keys={"settings": dict})["settings"] if os.path.lexists(file) else {}
 
 
 def load_predictor(run: TrainedRun, device: str, tta: bool = True) -> Any:
@@ -378,20 +384,23 @@ def _cases_of_fold(dataset: str, raw: Path, dataset_json: dict[str, Any], fold: 
     images = find_labeled(str(raw), dataset_json)
     names = list(images)
     if fold != "all":
-        file = Path(required_folder("nnUNet_preprocessed")) / dataset / "splits_final.json"
-        try:
-            names = sorted(load_json(str(file))[int(fold)]["val"])
-        except (OSError, ValueError, LookupError) as error:
-            raise UserError(
-                f"{raw} has no test cases with a truth (imagesTs and labelsTs), and {file} does not name validation "
-                f"cases of fold {fold}. Add one or the other."
-            ) from error
+        file = Path(required_folder("nnUNet_preprocessed")) / dataset / SPLITS
+        remedy = (
+            f"It must name the validation cases, since {raw} has no test cases with a truth (imagesTs and labelsTs): "
+            "add one or the other."
+        )
+        splits = read_splits(str(file), remedy)
+        if int(fold) >= len(splits):
+            raise UserError(f"{file} has {len(splits)} fold(s), but not -f {fold}. {remedy}")
+        names = sorted(splits[int(fold)].val)
     explicit = dataset_json.get("dataset", {})
     cases = []
     for name in names:
         if name not in images:
             raise UserError(f"{raw} does not hold the image of validation case {name} of fold {fold}. Restore it.")
         label = explicit.get(name, {}).get("label", os.path.join("labelsTr", name + dataset_json["file_ending"]))
+        if not isinstance(label, str):
+            raise UserError(f"{raw / 'dataset.json'} names no label of case {name}. Add it.")
         cases.append(_case(name, images[name], raw / os.path.expandvars(label), kind))
     if not cases:
         raise UserError(f"{raw} has neither test cases with a truth nor {kind} cases: there is nothing to draw.")
@@ -502,7 +511,7 @@ def predict(
     Raises:
         UserError: a case cannot be predicted; those before it are kept.
     """
-    ending = load_json(str(run.folder / "dataset.json"))["file_ending"]
+    ending = read_dataset_json(str(run.folder))["file_ending"]
     _keep_only_what_is_current(run, cases, folder, tta, ending)
     wanted = [ending, ".npz"] if probabilities else [ending]
     missing = [case for case in cases if not all((folder / f"{case.name}{e}").is_file() for e in wanted)]
@@ -543,25 +552,42 @@ def predict(
         shutil.rmtree(building, ignore_errors=True)
 
 
+class _Record(NamedTuple):
+    """What predictions were made from: stamps of the checkpoint and of the images, and whether with mirroring."""
+
+    checkpoint: Stamp
+    mirroring: bool
+    images: dict[str, list]
+
+
 def _keep_only_what_is_current(run: TrainedRun, cases: Sequence[Case], folder: Path, tta: bool, ending: str) -> None:
     """Remove predictions that this model would not make now, and write down what makes the others."""
-    made_from = {"checkpoint": [str(run.checkpoint_file), *stamp(str(run.checkpoint_file))], "mirroring": tta}
-    images = image_stamps({case.name: list(map(str, case.images)) for case in cases})
-    try:
-        stored = load_json(str(folder / RECORD))
-        stored_images = stored.pop("images") if isinstance(stored, dict) else {}
-    except (OSError, ValueError, KeyError):
-        stored, stored_images = None, {}
-    if stored != made_from:
-        if stored is not None:
-            for case in stored_images:
-                _remove(folder, case, ending)
-        stored_images = {}
+    stored = _read_record(folder / RECORD)
+    checkpoint = stamp(run.checkpoint_file, stored.checkpoint if stored else None)
+    kept = stored.images if stored else {}
+    if stored and not (stored.mirroring == tta and same_content(stored.checkpoint, checkpoint)):
+        for case in kept:
+            _remove(folder, case, ending)
+        kept = {}
+    images = image_stamps({case.name: list(map(str, case.images)) for case in cases}, kept)
     for case, files in images.items():
-        if stored_images.get(case) != files:
+        if case not in kept or not same_images(kept[case], files):
             _remove(folder, case, ending)
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(str(folder / RECORD), {**made_from, "images": {**stored_images, **images}})
+    record = _Record(checkpoint, tta, {**kept, **images})
+    if record != stored:  # what is complete may lie where nothing can be written
+        write_json(folder / RECORD, {"model": str(run.checkpoint_file), **record._asdict()})
+
+
+def _read_record(file: Path) -> _Record | None:
+    """None where there is none, or none that this module can have written."""
+    try:
+        content = read_json(file, "", keys={"checkpoint": list, "mirroring": bool, "images": dict})
+        size, time, digest = content["checkpoint"]
+        checkpoint = [int(size), int(time), str(digest)]
+        return _Record(checkpoint, content["mirroring"], kept_stamps(content["images"], str(file)))
+    except (UserError, LookupError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def _remove(folder: Path, case: str, ending: str) -> None:

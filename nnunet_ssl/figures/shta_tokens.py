@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nnunet_ssl.declared import build
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.figures.runs import Case, TrainedRun, load_predictor, settings_of, without_epochs
+from nnunet_ssl.figures.runs import Case, TrainedRun, load_predictor, reason, settings_of, without_epochs
 from nnunet_ssl.losses.shta import token_class_distribution
 from nnunet_ssl.networks.feature_tap import FeatureTap
 from nnunet_ssl.networks.shta_branch import SHTABranch
@@ -152,18 +152,21 @@ def load_branch(run: TrainedRun, model: TrainedModel) -> SHTABranch:
             f"{file} does not hold the SHTA branch that was trained with {run.checkpoint}: it is missing, damaged or "
             "of another checkpoint. Restore it, or name another checkpoint with -chk."
         )
-    stored = state.get("settings", settings_of(run))  # early versions of this package did not write them there
-    ours = {field.name for field in dataclasses.fields(SHTASettings)}
-    stored = {name: value for name, value in stored.items() if name in ours}
-    settings = build(SHTASettings, stored, f"{file}, settings,", "a setting of SHTA")
-    branch = build_branch(
-        settings,
-        getattr(model.network, "decoder", model.network).seg_layers[-1].in_channels,
-        model.configuration_manager,
-        model.plans_manager.get_label_manager(model.dataset_json),
-        model.configuration_manager.batch_size,
-    )
-    branch.load_state_dict(weights)
+    try:
+        stored = state.get("settings", settings_of(run))  # early versions of this package did not write them there
+        ours = {field.name for field in dataclasses.fields(SHTASettings)}
+        stored = {name: value for name, value in stored.items() if name in ours}
+        settings = build(SHTASettings, stored, f"{file}, settings,", "a setting of SHTA")
+        branch = build_branch(
+            settings,
+            getattr(model.network, "decoder", model.network).seg_layers[-1].in_channels,
+            model.configuration_manager,
+            model.plans_manager.get_label_manager(model.dataset_json),
+            model.configuration_manager.batch_size,
+        )
+        branch.load_state_dict(weights)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{file} holds no SHTA branch that can be built ({reason(error)}). Restore it.") from error
     return branch.to(next(model.network.parameters()).device).eval()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from sklearn.metrics import confusion_matrix
 from tqdm import tqdm
 
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.figures.runs import Case, NotApplicable, TrainedRun
 from nnunet_ssl.figures.shta_tokens import (
     Patches,
@@ -27,6 +27,7 @@ from nnunet_ssl.figures.shta_tokens import (
     preparation,
     read_tokens,
 )
+from nnunet_ssl.files import read_json
 from nnunet_ssl.randomness import derived_seed
 from nnunet_ssl.trainers.base import training_state_file
 
@@ -132,10 +133,10 @@ def earliest_kept(run: TrainedRun) -> list[TrainedRun]:
 def _of_all(run: TrainedRun, epoch: int) -> str:
     """The number of epochs and how far ``epoch`` is, by nnU-Net's own note of the training, if it is there."""
     try:
-        total = int(json.loads((run.fold_folder / "debug.json").read_text(encoding="utf-8"))["num_epochs"])
-    except (OSError, ValueError, LookupError, TypeError):
+        total = int(read_json(run.fold_folder / "debug.json", "")["num_epochs"])
+        return f" of {total} ({epoch / total:.0%})"
+    except (UserError, LookupError, TypeError, ValueError, ZeroDivisionError):
         return ""
-    return f" of {total} ({epoch / total:.0%})"
 
 
 class ClassSample:

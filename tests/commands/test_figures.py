@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -120,7 +123,8 @@ def test_models_of_several_results_folders(made: MadeUp, tmp_path: Path) -> None
     assert "Over there" in caption
     with pytest.raises(UserError, match=r"is no such trained model. Name folders <trainer>"):
         main([*command, "-m", str(tmp_path)])
-    (elsewhere / "dataset.json").write_text('{"labels": {"background": 0, "spleen": 1}, "file_ending": ".nii.gz"}')
+    content = json.loads((elsewhere / "dataset.json").read_text()) | {"labels": {"background": 0, "spleen": 1}}
+    (elsewhere / "dataset.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"has the labels .*spleen.*Name the dataset of the models with -d"):
         main([*command, "-m", str(elsewhere)])
 
@@ -166,3 +170,25 @@ def test_from_two_trainings_to_all_figures(
     printed = run_nnunet(*command)
     assert "Predicting" not in printed.stderr
     assert {file.name: file.read_bytes() for file in out.glob("*.png")} == before
+
+
+def test_full_disk(made: MadeUp) -> None:
+    """The limit of a file's size stands for it: one sentence a figure, and nothing half-drawn."""
+    code = (
+        "import resource, sys; from nnunet_ssl.commands.figures import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); main(sys.argv[1:])"
+    )
+    arguments = ["-d", "990", "-c", "3d_fullres", "-tr", *TRAINERS, "-o", str(made.out), "-device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments, "--which", "boxes"], capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert f"boxes: {made.out}/boxes.png cannot be written (File too large). Make room" in done.stderr
+    assert not list(made.out.iterdir())
+
+
+def test_a_folder_that_cannot_be_made(made: MadeUp) -> None:
+    made.out.write_text("in the way")
+    with pytest.raises(UserError, match=f"{made.out} cannot be written .*name another folder with -o"):
+        figures(made, "--which", "boxes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ from figure_folders import SPACING, TRAINERS, MadeUp, everything, make_folders, 
 from matplotlib.colors import to_rgb
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.figures import cases as module
 from nnunet_ssl.figures.cases import (
     Plane,
     cases_figure,
@@ -170,13 +170,10 @@ def test_ct_is_shown_in_the_plans_window(made: MadeUp, monkeypatch: pytest.Monke
     assert grey.flat[5] == 0
     assert grey.flat[500] == pytest.approx(0.5)
 
-    class Plans:
-        def __init__(self, file: str) -> None:
-            assert file == str(runs[0].folder / "plans.json")
-
-        foreground_intensity_properties_per_channel = {"0": {"percentile_00_5": 100.0, "percentile_99_5": 300.0}}
-
-    monkeypatch.setattr(module, "PlansManager", Plans)
+    file = runs[0].folder / "plans.json"
+    window = {"0": {"percentile_00_5": 100.0, "percentile_99_5": 300.0}}
+    plans = json.loads(file.read_text()) | {"foreground_intensity_properties_per_channel": window}
+    file.write_text(json.dumps(plans))
     monkeypatch.setitem(options.dataset_json, "channel_names", {"0": "CT"})
     assert in_grey(image, runs[0], options).flat[[99, 100, 200, 301]].tolist() == [0, 0, 0.5, 1]
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
-from damage import RunsCode
+from damage import JSON_DAMAGE, RunsCode
 from figure_folders import TRAINERS, MadeUp, make_folders, set_environment, write
 
 from nnunet_ssl.errors import UserError
@@ -103,7 +104,7 @@ def test_validation_cases_where_there_is_no_test_set(made: MadeUp) -> None:
     cases = test_cases(990, "0")
     assert [case.name for case in cases] == ["a", "b", "c"]
     assert all(case.kind == "validation" and case.label.is_file() and case.images[0].is_file() for case in cases)
-    with pytest.raises(UserError, match=r"splits_final.json does not name validation cases of fold 3"):
+    with pytest.raises(UserError, match=r"has 1 fold\(s\), but not -f 3. It must name the validation cases"):
         test_cases(990, "3")
     cases = test_cases(990, "all")
     assert len(cases) == 3
@@ -215,6 +216,8 @@ def model(tiny: object, make_trainer: object) -> tuple[TrainedRun, list[Case], o
     (folder / "dataset.json").write_text(json.dumps(dataset.dataset_json))
 
     def save() -> None:
+        with torch.no_grad():
+            next(trainer.network.parameters()).add_(0.01)
         trainer.save_checkpoint(str(folder / "fold_0/checkpoint_final.pth"))
 
     save()
@@ -226,7 +229,9 @@ def states(folder: Path) -> dict[str, int]:
     return {file.name: file.stat().st_mtime_ns for file in folder.iterdir() if file.name != module.RECORD}
 
 
-def test_predictions_are_nnunets_and_are_kept_while_they_are_current(model: tuple, tmp_path: Path) -> None:
+def test_predictions_are_nnunets_and_are_kept_while_they_are_current(
+    model: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, cases, save = model
     folder = tmp_path / "predicted"
     predict(run, cases, folder, False, "cpu", False)
@@ -257,14 +262,53 @@ def test_predictions_are_nnunets_and_are_kept_while_they_are_current(model: tupl
 
     before = states(folder)
     image = cases[0].images[0]
-    status = image.stat()
-    try:
-        os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))  # another image
-        predict(run, cases, folder, False, "cpu", True)
-    finally:
-        os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns))
+    other = tmp_path / image.name
+    voxels = sitk.ReadImage(str(image))
+    sitk.WriteImage(voxels + 1, str(other))
+    with_other = [replace(cases[0], images=(other,)), *cases[1:]]
+    predict(run, with_other, folder, False, "cpu", True)
     changed = [name for name in before if states(folder)[name] != before[name]]
     assert changed == [f"{cases[0].name}.nii.gz"]
+
+    # copies are the same, and each is read once
+    before = states(folder)
+    for file in (run.checkpoint_file, other):
+        os.utime(file, ns=(1, 1))
+    moved = run.folder.with_name("moved")
+    run.folder.rename(moved)
+    copied = replace(run, folder=moved)
+    predict(copied, with_other, folder, False, "cpu", True)
+    assert states(folder) == before
+    record = (folder / module.RECORD).stat().st_mtime_ns
+    monkeypatch.setattr("nnunet_ssl.files.open", lambda *_: pytest.fail("read again"), raising=False)
+    predict(copied, with_other, folder, False, "cpu", True)
+    assert (folder / module.RECORD).stat().st_mtime_ns == record
+
+
+def test_a_foreign_record_removes_nothing_elsewhere(model: tuple, tmp_path: Path) -> None:
+    """Its cases are names of files that are removed when the model is another."""
+    run, cases, save = model
+    folder = tmp_path / "predicted"
+    predict(run, cases[:1], folder, False, "cpu", False)
+    (tmp_path / "mine.nii.gz").write_text("mine")
+    content = json.loads((folder / module.RECORD).read_text())
+    content["images"]["../mine"] = next(iter(content["images"].values()))
+    (folder / module.RECORD).write_text(json.dumps(content))
+    save()
+    predict(run, cases[:1], folder, False, "cpu", False)
+    assert (tmp_path / "mine.nii.gz").is_file()
+
+
+@pytest.mark.parametrize("damage", [name for name in JSON_DAMAGE if name != "unreadable"])
+def test_a_damaged_record_means_that_predictions_are_made_again(model: tuple, tmp_path: Path, damage: str) -> None:
+    run, cases, _ = model
+    folder = tmp_path / "predicted"
+    predict(run, cases[:1], folder, False, "cpu", False)
+    before = states(folder)
+    JSON_DAMAGE[damage](folder / module.RECORD)
+    predict(run, cases[:1], folder, False, "cpu", False)
+    assert list(states(folder)) == list(before)
+    assert states(folder) != before
 
 
 def test_probabilities_are_added_where_they_are_missing(model: tuple, tmp_path: Path) -> None:
