@@ -30,7 +30,7 @@ def _unreadable(file: Path) -> None:
 
 def _other_values(file: Path) -> None:
     """The keys stay, and each holds something of another type."""
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = json.loads(file.read_text(encoding="utf-8-sig"))
     file.write_text(json.dumps(dict.fromkeys(content, "nothing of the kind") if isinstance(content, dict) else [[3]]))
 
 

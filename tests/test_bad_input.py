@@ -209,6 +209,17 @@ def cascade(dataset: TinyDataset) -> list[Any]:
     return ["3d_cascade_fullres"]
 
 
+def three_cases(dataset: TinyDataset) -> None:
+    (dataset.preprocessed / "splits_final.json").unlink(missing_ok=True)
+    for case in dataset.cases("imagesTr")[3:]:
+        for file in (dataset.preprocessed / f"{dataset.plans_name}_{dataset.configuration}").glob(f"{case}*"):
+            file.unlink()
+
+
+def fold(dataset: TinyDataset, train: list[str], val: list[str]) -> None:
+    (dataset.preprocessed / "splits_final.json").write_text(json.dumps([{"train": train, "val": val}]))
+
+
 def large_image(dataset: TinyDataset) -> list[Any]:
     """More than the limit that the child of this row sets itself."""
     rng = np.random.default_rng(0)
@@ -227,6 +238,9 @@ TRAIN = {
     "a training of no epochs": Row(lambda d: [], trainer="nnUNetTrainerCPS_0epochs"),
     "cascade configuration": Row(cascade),
     "region-based labels with GA-CPS, MagicNet, SASNet or SHTA": Row(lambda d: [], "regions", "nnUNetTrainerSHTA_CPS"),
+    "three labelled cases, and fold 0": Row(three_cases),
+    "a fold that names a missing case": Row(lambda d: fold(d, ["tr_00", "nobody"], ["tr_01"])),
+    "a fold without validation cases": Row(lambda d: fold(d, ["tr_00"], [])),
     "disk full while preparing": Row(large_image),
 }
 

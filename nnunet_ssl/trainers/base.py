@@ -36,6 +36,7 @@ from nnunet_ssl.networks.feature_tap import FeatureTap
 from nnunet_ssl.randomness import derived_seed, seeded
 from nnunet_ssl.trainers.log import SSLLog
 from nnunet_ssl.trainers.settings import ENVIRONMENT_VARIABLE, SSLSettings, load_settings, settings_from_dict
+from nnunet_ssl.unlabeled.folds import refuse_fold
 from nnunet_ssl.unlabeled.loader import TwoStreamLoader, UnlabeledDataset, UnlabeledLoader, start_workers
 from nnunet_ssl.unlabeled.prepare import PreparedFolder, prepare_unlabeled, wait_until_prepared
 
@@ -299,6 +300,9 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             self.initialize()
         if self._resumed_from is not None:
             self._load_training_state(training_state_file(self._resumed_from))
+        if type(self).do_split is nnUNetTrainer.do_split:
+            cases = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)
+            refuse_fold(self.fold, cases, self.preprocessed_dataset_folder_base)
         if self.uses_unlabeled:
             self.unlabeled = self._prepared_unlabeled()
         super().on_train_start()
