@@ -15,7 +15,6 @@ from copy import deepcopy
 from typing import Literal, NamedTuple
 
 import torch
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.file_path_utilities import convert_trainer_plans_config_to_identifier, get_output_folder
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
@@ -27,10 +26,13 @@ from torch import nn
 from nnunet_ssl import trainers
 from nnunet_ssl.checkpoints import read_checkpoint
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import writing
+from nnunet_ssl.names import path_component
 from nnunet_ssl.trainers.base import find_training_state, training_state_file
-from nnunet_ssl.unlabeled.find import required_folder, resolve_dataset
+from nnunet_ssl.unlabeled.find import read_dataset_json, read_plans, required_folder, resolve_dataset
 
 PLAIN_TRAINER = nnUNetTrainer.__name__
+RESTORE = "Restore it from the folder of the preprocessed dataset."
 MODEL_FILES = ("plans.json", "dataset.json", "dataset_fingerprint.json")
 
 
@@ -89,17 +91,18 @@ def export_model(
     target = os.path.join(partial, name)
     exported: list[ExportedFold] = []
     try:
-        os.makedirs(target)
-        for file in MODEL_FILES:
-            shutil.copyfile(os.path.join(model, file), os.path.join(target, file))
-        for i, (fold, source) in enumerate(sources):
-            for j, network in enumerate(("first", "second") if both else (branch or "first",)):
-                new = ExportedFold(2 * i + j if both else fold, fold, network)
-                _export_fold(source, trainer, configuration, new, target)
-                exported.append(new)
-        if os.path.isdir(output):
-            os.rmdir(output)  # empty, as seen above
-        os.rename(partial, output)
+        with writing("Make room, or name another folder with -o."):
+            os.makedirs(target)
+            for file in MODEL_FILES:
+                shutil.copyfile(os.path.join(model, file), os.path.join(target, file))
+            for i, (fold, source) in enumerate(sources):
+                for j, network in enumerate(("first", "second") if both else (branch or "first",)):
+                    new = ExportedFold(2 * i + j if both else fold, fold, network)
+                    _export_fold(source, trainer, configuration, new, target)
+                    exported.append(new)
+            if os.path.isdir(output):
+                os.rmdir(output)  # empty, as seen above
+            os.rename(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return os.path.join(output, name), exported
@@ -112,10 +115,14 @@ def find_model_folder(dataset: int | str, trainer: str, plans: str, configuratio
         UserError: ``nnUNet_results`` is not set, or holds no such model.
     """
     required_folder("nnUNet_results")
+    for option, name in (("-tr", trainer), ("-p", plans), ("-c", configuration)):
+        path_component(name, "name", option)
     model = get_output_folder(resolve_dataset(dataset), trainer, plans, configuration)
     for file in MODEL_FILES:
         if not os.path.isfile(os.path.join(model, file)):
             raise UserError(f"no trained model in {model} ({file} is missing). Check -d, -c, -tr and -p.")
+    read_plans(os.path.join(model, "plans.json"), RESTORE, configuration)
+    read_dataset_json(model)
     return model
 
 
@@ -163,28 +170,29 @@ def second_network_weights(checkpoint_file: str, first: nn.Module, trainer: str)
     return weights
 
 
-def verify(exported_file: str, trained: nn.Module, model: str) -> None:
+def verify(exported_file: str, trained: nn.Module, model: str, predicts: str) -> None:
     """Load an exported file as plain nnU-Net would and compare its logits with the trained network's.
 
     Args:
         exported_file: the file to check.
         trained: the trained network, in eval mode, on the CPU.
         model: folder with the ``plans.json`` and ``dataset.json`` that go with the file.
+        predicts: the trainer whose network nnU-Net predicts with, by the checkpoint that was exported.
 
     Raises:
         UserError: the weights do not fit the plans' network, or the logits on a random patch differ.
     """
     # weights_only refuses anything but tensors and builtins
     checkpoint = torch.load(exported_file, map_location="cpu", weights_only=True)
-    plain = build_network(nnUNetTrainer, model, checkpoint["init_args"]["configuration"])
+    plain = _network_of(nnUNetTrainer, model, checkpoint["init_args"]["configuration"])
     try:
         plain.load_state_dict(checkpoint["network_weights"])
     except RuntimeError as error:
-        raise _not_the_plans_network(model) from error
+        raise _not_the_plans_network(model, predicts) from error
     patch = torch.rand(1, *_patch_shape(model, checkpoint["init_args"]["configuration"]))
     with torch.no_grad():
         if not torch.equal(trained.eval()(patch), plain.eval()(patch)):
-            raise _not_the_plans_network(model)
+            raise _not_the_plans_network(model, predicts)
 
 
 def build_network(trainer_class: type[nnUNetTrainer], model: str, configuration: str) -> nn.Module:
@@ -198,6 +206,16 @@ def build_network(trainer_class: type[nnUNetTrainer], model: str, configuration:
         plans_manager.get_label_manager(dataset_json).num_segmentation_heads,
         enable_deep_supervision=False,
     )
+
+
+def _network_of(trainer_class: type[nnUNetTrainer], model: str, configuration: str) -> nn.Module:
+    """As :func:`build_network`; what nnU-Net cannot build from plans that somebody has edited is told."""
+    try:
+        return build_network(trainer_class, model, configuration)
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        file = os.path.join(model, "plans.json")
+        raise UserError(f"{trainer_class.__name__} cannot build its network from {file} ({what}). {RESTORE}") from error
 
 
 def find_trainer(name: str) -> type[nnUNetTrainer]:
@@ -221,7 +239,7 @@ def _export_fold(source: str, trainer: str, configuration: str, new: ExportedFol
     checkpoint = read_checkpoint(source, remedy, {"network_weights": dict, "init_args": dict, "current_epoch": int})
     if (other := checkpoint["init_args"].get("configuration")) != configuration:
         raise UserError(f"{source} is of the configuration {other!r}, not of {configuration}. {remedy}")
-    trained = build_network(find_trainer(trainer), target, configuration)
+    trained = _network_of(find_trainer(trainer), target, configuration)
     weights = checkpoint["network_weights"]
     try:
         trained.load_state_dict(weights)
@@ -249,8 +267,12 @@ def _export_fold(source: str, trainer: str, configuration: str, new: ExportedFol
     }
     file = os.path.join(target, f"fold_{new.fold}", "checkpoint_final.pth")
     os.makedirs(os.path.dirname(file))
-    torch.save(plain, file)
-    verify(file, trained, target)
+    try:
+        torch.save(plain, file)
+    except RuntimeError as error:  # what torch makes of a full disk
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{file} cannot be written ({reason}). Make room, or name another folder with -o.") from error
+    verify(file, trained, target, str(checkpoint.get("trainer_name")))
 
 
 def _existing_checkpoint(model: str, fold: int | str, checkpoint: str) -> str:
@@ -261,7 +283,7 @@ def _existing_checkpoint(model: str, fold: int | str, checkpoint: str) -> str:
 
 
 def _plans_and_dataset(model: str) -> tuple[PlansManager, dict]:
-    return PlansManager(os.path.join(model, "plans.json")), load_json(os.path.join(model, "dataset.json"))
+    return read_plans(os.path.join(model, "plans.json"), RESTORE), read_dataset_json(model)
 
 
 def _patch_shape(model: str, configuration: str) -> tuple[int, ...]:
@@ -271,8 +293,12 @@ def _patch_shape(model: str, configuration: str) -> tuple[int, ...]:
     return channels, *configuration_manager.patch_size
 
 
-def _not_the_plans_network(model: str) -> UserError:
+def _not_the_plans_network(model: str, predicts: str) -> UserError:
+    file = os.path.join(model, "plans.json")
+    what = f"the trained network is not the one that {file} describes, so plain nnU-Net cannot stand in for it."
+    if predicts != PLAIN_TRAINER:
+        return UserError(f"{what} Predict where {predicts} is installed: nnUNetv2_predict builds its network.")
     return UserError(
-        f"the trained network is not the one that {os.path.join(model, 'plans.json')} describes, so plain nnU-Net "
-        "cannot stand in for it. Predict with this package installed instead."
+        f"{what} Its checkpoint names {PLAIN_TRAINER}, so nnUNetv2_predict would give other results than the network "
+        "that was trained. Train it again: with this version the checkpoint names the trainer itself."
     )

@@ -19,13 +19,18 @@ from typing import Any, NamedTuple
 
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 from nnunetv2.utilities.file_path_utilities import get_output_folder
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.export import find_model_folder
+from nnunet_ssl.export import RESTORE, find_model_folder
 from nnunet_ssl.files import read_json, stamp, writing
 from nnunet_ssl.stock_commands import of_this_python
-from nnunet_ssl.unlabeled.find import UNLABELED_FOLDER, read_dataset_json, required_folder, resolve_dataset
+from nnunet_ssl.unlabeled.find import (
+    UNLABELED_FOLDER,
+    read_dataset_json,
+    read_plans,
+    required_folder,
+    resolve_dataset,
+)
 from nnunet_ssl.unlabeled.folds import SPLITS
 from nnunet_ssl.unlabeled.pseudolabel import (
     RECORD,
@@ -130,7 +135,7 @@ class SelfTraining:
         checkpoint = self._checkpoint(Teacher(dataset, self.fold))
         if not os.path.isfile(checkpoint):
             raise UserError(f"no checkpoint {checkpoint}. Train this fold to its end, or name another with -f or -chk.")
-        plans_manager = PlansManager(os.path.join(model, "plans.json"))
+        plans_manager = read_plans(os.path.join(model, "plans.json"), RESTORE, self.configuration)
         if plans_manager.get_configuration(self.configuration).previous_stage_name is not None:
             raise UserError(
                 f"-c {self.configuration} needs the predictions of a previous stage, which unlabelled images do not "
@@ -188,7 +193,7 @@ class SelfTraining:
     def _predict(self, source: Source, teacher: Teacher, folder: str) -> Predictions:
         """Predict with nnU-Net's own command what is not predicted yet, part by part."""
         model = self._model(teacher.dataset)
-        plans_manager = PlansManager(os.path.join(model, "plans.json"))
+        plans_manager = read_plans(os.path.join(model, "plans.json"), RESTORE, self.configuration)
         dataset_json = read_dataset_json(model)
         ending = dataset_json["file_ending"]
         predictions = Predictions(folder, self._identity(teacher), source.unlabeled, ending)

@@ -7,6 +7,7 @@ import shutil
 
 from nnunet_ssl.commands.arguments import Parser, fold
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import writing
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Wrote {model}")
     print(f"  nnUNetv2_predict_from_modelfolder -m {model} -f {' '.join(str(f.fold) for f in exported)} -i IN -o OUT")
     if args.zip:
-        archive = shutil.make_archive(zip_base, "zip", root_dir=args.o)
+        with writing("Make room for it: the folder is complete."):
+            archive = shutil.make_archive(zip_base, "zip", root_dir=args.o)
         print(f"Wrote {archive}\n  nnUNetv2_install_pretrained_model_from_zip {archive}")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import resource
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from damage import RunsCode
+from damage import JSON_DAMAGE, RunsCode, with_byte_order_mark
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -202,6 +204,41 @@ def test_refuses_damaged_checkpoints(trained, tmp_path):
         refused(arguments, tmp_path / "out", str(checkpoint), word, "Restore it")
 
 
+def test_refuses_damaged_files_of_the_model(trained, tmp_path):
+    [trainer], arguments = trained(LABELED_ONLY)
+    model = Path(trainer.output_folder).parent
+    for name in ("plans.json", "dataset.json"):
+        whole = (model / name).read_bytes()
+        for damage in JSON_DAMAGE.values():
+            damage(model / name)
+            refused(arguments, tmp_path / "out", name)
+            if (model / name).is_dir():
+                (model / name).rmdir()
+            (model / name).write_bytes(whole)
+        with_byte_order_mark(model / name)
+    main([*arguments, "-o", str(tmp_path / "out")])
+
+    plans = json.loads((model / "plans.json").read_text(encoding="utf-8-sig"))
+    configuration = plans["configurations"]["3d_fullres"]
+    configuration["architecture"]["network_class_name"] = "nowhere.Network"
+    (model / "plans.json").write_text(json.dumps(plans))
+    refused(arguments, tmp_path / "other", "cannot build its network", "Restore it")
+    configuration["inherits_from"] = "nobody"
+    (model / "plans.json").write_text(json.dumps(plans))
+    refused(arguments, tmp_path / "other", str(model / "plans.json"), "nnU-Net does not accept it")
+
+
+def test_full_disk(trained, tmp_path):
+    """The limit of a file's size stands for it."""
+    _, arguments = trained(LABELED_ONLY)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        refused(arguments, tmp_path / "out", "checkpoint_final.pth cannot be written", "Make room")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_refuses_networks_that_are_not_the_plans_own(trained, tmp_path, monkeypatch):
     _, arguments = trained(LABELED_ONLY)
 
@@ -215,7 +252,12 @@ def test_refuses_networks_that_are_not_the_plans_own(trained, tmp_path, monkeypa
             return network
 
     monkeypatch.setattr(export_module, "find_trainer", lambda name: WithSigmoid)
-    refused(arguments, tmp_path / "out", "plans.json", "plain nnU-Net")
+    checkpoint = next(Path(tmp_path).rglob("checkpoint_final.pth"))
+    content = torch.load(checkpoint, weights_only=False)
+    # nnUNetv2_predict goes by the name in the checkpoint: never advised where that gives another result
+    for named, advice in (("nnUNetTrainer", "Train it again"), ("WithSigmoid", "Predict where WithSigmoid is")):
+        torch.save(content | {"trainer_name": named}, checkpoint)
+        refused(arguments, tmp_path / "out", "plans.json", "plain nnU-Net", advice)
 
     class Wider(nnUNetTrainer):
         """Weights that the plans' network does not have."""
@@ -227,8 +269,6 @@ def test_refuses_networks_that_are_not_the_plans_own(trained, tmp_path, monkeypa
             return network
 
     monkeypatch.setattr(export_module, "find_trainer", lambda name: Wider)
-    checkpoint = next(Path(tmp_path).rglob("checkpoint_final.pth"))
-    content = torch.load(checkpoint, weights_only=False)
     content["network_weights"] |= nn.Linear(1, 1).state_dict(prefix="further.")
     torch.save(content, checkpoint)
     refused(arguments, tmp_path / "out", "plans.json", "plain nnU-Net")
