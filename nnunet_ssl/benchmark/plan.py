@@ -6,7 +6,6 @@ each run, predict and evaluate the test cases at each point of the curve; compar
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from typing import Any
 from nnunet_ssl.benchmark.protocol import Budget, Labeled, Protocol, Row, row_key
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.metrics import METRICS
-from nnunet_ssl.files import write_json
+from nnunet_ssl.files import read_json, write_json
 
 # of a CPU: one thread a run, so that runs side by side do not slow each other down; batches are made in it too
 ONE_THREAD = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_NUM_THREADS": "1"}
@@ -334,7 +333,8 @@ class Plan:
         if budget.steps is not None:
             return self._steps_of_an_epoch(row, budget.steps)
         if (folder / "settings.json").is_file():  # a run that was started keeps its length, whatever is measured later
-            return json.loads((folder / "settings.json").read_text())["num_iterations_per_epoch"]
+            file, name = folder / "settings.json", "num_iterations_per_epoch"
+            return read_json(file, "Restore it: a run that was begun keeps its length.", keys={name: int})[name]
         seconds = self.seconds_a_step()
         of = row if budget.time_of is None else p.row(budget.time_of)
         if row.key not in seconds or of.key not in seconds:
@@ -456,8 +456,19 @@ class Plan:
 
 def kept_seconds(home: Path) -> dict[str, float]:
     """Seconds a step by row's key that a benchmark has kept."""
-    file = home / SECONDS
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_numbers(home / SECONDS, "Restore it, or remove it to have seconds a step measured again.")
+
+
+def read_numbers(file: Path, remedy: str) -> dict[str, Any]:
+    """An object of numbers that a benchmark has kept; empty where there is none.
+
+    Raises:
+        UserError: the file is something else; ``remedy`` says what to do.
+    """
+    kept = read_json(file, remedy) if file.exists() else {}
+    if wrong := [name for name, value in kept.items() if type(value) not in (int, float)]:
+        raise UserError(f"{file} has {kept[wrong[0]]!r} under '{wrong[0]}', not a number. {remedy}")
+    return kept
 
 
 def trainings(folder: Path) -> list[Path]:
@@ -475,7 +486,7 @@ def epoch_seconds(fold: Path) -> dict[int, float]:
     epoch = None
     logs = fold.glob("training_log_*.txt")
     for log in sorted(logs, key=lambda file: file.stat().st_mtime):  # their names do not sort by time
-        for line in log.read_text(errors="replace").splitlines():
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
             if match := re.search(r": Epoch (\d+)\s*$", line):
                 epoch = int(match[1])
             elif (match := re.search(r": Epoch time: ([\d.]+) s", line)) and epoch is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.compare import bootstrap_interval, interval, p_value, signed, signed_rank_p
 from nnunet_ssl.evaluation.metrics import METRICS, Metric, Options
 from nnunet_ssl.evaluation.summary import heading, nanmean, shown, table
-from nnunet_ssl.files import replacing, write_json, write_text
+from nnunet_ssl.files import read_json, read_text, replacing, write_json, write_text
 
 MAX_WITH_SEEDS = 6  # methods; of more the lines of every seed are a tangle
 EXPLANATION = (
@@ -77,7 +76,7 @@ def fill(page: Path, name: str, lines: Sequence[str], writer: str = "nnUNetv2_ss
         UserError: there is no page, or the marks are not in it.
     """
     begin, end = f"<!-- {name}: written by {writer} -->", f"<!-- {name}: end -->"
-    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    text = read_text(page, "Name a page of Markdown with --page.") if page.is_file() else ""
     if begin not in text or end not in text:
         raise UserError(f"{page} has no lines '{begin}' and '{end}' for the report to stand between; write them.")
     return "\n".join([text.split(begin)[0] + begin, "", *lines, "", end + text.split(end)[1]])
@@ -97,7 +96,8 @@ def figure_pictures(plan: Plan) -> Iterator[Picture]:
     files = sorted((plan.home / "figures" / first.key.removeprefix("figures_")).glob("*.png")) if first else []
     for file in files:
         caption = file.with_suffix(".md")
-        bold = re.match(r"\*\*(.+?)\.?\*\*", caption.read_text(encoding="utf-8")) if caption.is_file() else None
+        text = read_text(caption, "Remove it, or have the figures drawn again.") if caption.is_file() else ""
+        bold = re.match(r"\*\*(.+?)\.?\*\*", text)
         title = bold[1] if bold else file.stem.replace("_", " ").capitalize()
         # beside the learning curves of the report
         yield Picture("training_curves" if file.stem == "curves" else file.stem, title, file)
@@ -128,35 +128,65 @@ def collect(plan: Plan) -> dict[str, Any]:
         }
         for budget, labeled, own in plan.tables()
     ]
-    records = [json.loads(file.read_text()) for file in (plan.home / "done").rglob("train.json")]
-    attempts = [attempt for record in records for attempt in record["attempts"]]  # it may have gone on elsewhere
-    attempts.sort(key=lambda attempt: attempt["started"])
+    records = (plan.home / "done").rglob("train.json")
+    attempts = sorted(attempt for file in records for attempt in _attempts(file))  # it may have gone on elsewhere
     return {
         "protocol": p.name,
         "unfinished": [run.title for run in plan.queue() if run.folder not in runs],
         "seconds_a_step": plan.seconds_a_step(),
-        "surroundings": [dict(place) for place in dict.fromkeys(map(_place, attempts))],
+        "surroundings": [dict(place) for place in dict.fromkeys(place for _, place in attempts)],
         "tables": tables,
     }
 
 
 def is_finished(plan: Plan, run: Run) -> bool:
     """Whether every point of its curve is evaluated."""
-    return all(plan.summary(run, epoch).is_file() for epoch in plan.protocol.curve_epochs)
+    return all(plan.summary(run, epoch).exists() for epoch in plan.protocol.curve_epochs)
 
 
-def _place(attempt: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Versions and machine of an attempt, to tell attempts apart by."""
-    return (("device", attempt["device"]), ("machine", attempt["machine"]), *attempt["versions"].items())
+def _attempts(file: Path) -> list[tuple[str, tuple[tuple[str, str], ...]]]:
+    """When the attempts of a training began; and their versions and machine, to tell attempts apart by."""
+    remedy = "Restore it, or remove it and start the benchmark again: it goes on with the training's last checkpoint."
+    try:
+        return [
+            (str(a["started"]), (("device", a["device"]), ("machine", a["machine"]), *a["versions"].items()))
+            for a in read_json(file, remedy, keys={"attempts": list})["attempts"]
+        ]
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is no record of a training ({error!r}). {remedy}") from error
+
+
+def read_summary(file: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """What ``nnUNetv2_ssl_evaluate`` wrote of a run's predictions.
+
+    Args:
+        file: ``summary.json``.
+        keys: of the metrics that it must have.
+
+    Raises:
+        UserError: it is damaged, or lacks a metric.
+    """
+    remedy = "Evaluate these predictions again, with the command that is recorded in the folder done."
+    kinds = {"mean": dict, "metric_per_case": list, "class_names": dict, "options": dict}
+    summary = read_json(file, remedy, keys=kinds)
+    try:
+        for values in [*summary["mean"].values(), *summary.get("group_mean", {}).values()]:
+            _ = [float(values[key]) for key in keys]
+        for case in summary["metric_per_case"]:
+            _ = os.fspath(case["reference_file"]), [float(v[key]) for v in case["metrics"].values() for key in keys]
+        _ = [os.fspath(summary["class_names"][label]) for label in summary["mean"]]
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} is not as nnUNetv2_ssl_evaluate writes it ({error!r}). {remedy}") from error
+    return summary
 
 
 def _result(plan: Plan, run: Run) -> dict[str, Any]:
     """One run: its numbers at the end and on the way."""
     p = plan.protocol
     leading = METRICS[p.metrics[0]].key
-    last = json.loads(plan.summary(run, p.epochs).read_text())
     keys = [METRICS[name].key for name in p.metrics]
-    points = [(epoch, json.loads(plan.summary(run, epoch).read_text())) for epoch in p.curve_epochs]
+    last = read_summary(plan.summary(run, p.epochs), keys)
+    points = [(epoch, read_summary(plan.summary(run, epoch), keys[:1])) for epoch in p.curve_epochs]
     return {
         "row": run.row.name,
         "trainer": run.row.trainer,
@@ -188,6 +218,7 @@ def case_values(summary: dict[str, Any], key: str) -> np.ndarray:
 def _differences(plan: Plan, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
     """Each row but the first against the one it is compared with, in every metric."""
     p = plan.protocol
+    keys = [METRICS[name].key for name in p.metrics]
     done = {(run.row.name, run.seed): run for run in runs if is_finished(plan, run)}
     for row in p.rows:
         other = p.against(row)
@@ -195,7 +226,7 @@ def _differences(plan: Plan, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
         if row is other or not seeds:
             continue
         pairs = [
-            tuple(json.loads(plan.summary(done[name, seed], p.epochs).read_text()) for name in (row.name, other.name))
+            tuple(read_summary(plan.summary(done[name, seed], p.epochs), keys) for name in (row.name, other.name))
             for seed in seeds
         ]
         for metric in (METRICS[name] for name in p.metrics):

@@ -23,14 +23,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from nnunet_ssl import __version__
-from nnunet_ssl.benchmark.plan import Plan, Run, Step, kept_seconds
+from nnunet_ssl.benchmark.plan import Plan, Run, Step, kept_seconds, read_numbers
 from nnunet_ssl.benchmark.protocol import row_key
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import write_json
+from nnunet_ssl.files import read_json, write_json
 from nnunet_ssl.stock_commands import of_this_python
 
 ADDED_TO = ("seeds", "labeled", "rows", "budgets")  # what a protocol may get more of while its benchmark is under way
 FREE = ("about", "figures")
+KEEP = "It says what this folder was begun with: restore it, or take another -o."
 
 
 class StepError(Exception):
@@ -131,12 +132,13 @@ class Benchmark:
         file = self._record(step)
         if not file.is_file():
             return False
-        record = json.loads(file.read_text())
+        remedy = "Restore it, or remove it to have this step done again."
+        record = read_json(file, remedy, keys={"words": list})
         if record["words"] != list(step.words):
             return False
-        if step.settings is not None and record["settings"] != json.loads(json.dumps(step.settings[1])):
+        if step.settings is not None and record.get("settings") != json.loads(json.dumps(step.settings[1])):
             raise UserError(
-                f"{file} is of the same command with other settings ({json.dumps(record['settings'])}); undo that, "
+                f"{file} is of the same command with other settings ({json.dumps(record.get('settings'))}); undo that, "
                 "give the row another name, or take another -o."
             )
         return True
@@ -163,7 +165,7 @@ class Benchmark:
             code = self._execute(words_to_run(step, self.plan.machine.device), step, stream)
         if code != 0:
             raise StepError(f"{step.title}: exit code {code}, its output is at the end of {log}.")
-        seconds = sum(attempt["seconds"] or 0 for attempt in attempts)
+        seconds = sum(attempt.get("seconds") or 0 for attempt in attempts)
         record = {
             "words": [word for word in step.words if word != "--c"],
             "command": step.shell(),
@@ -183,7 +185,11 @@ class Benchmark:
         """
         file = self.home / "attempts" / f"{step.key}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        attempts = json.loads(file.read_text()) if goes_on and file.is_file() else []
+        remedy = "Restore it, or remove it if the times of earlier attempts do not matter."
+        attempts = read_json(file, remedy, list) if goes_on and file.exists() else []
+        for attempt in attempts:
+            if not (isinstance(attempt, dict) and isinstance(attempt.get("seconds") or 0, int | float)):
+                raise UserError(f"{file} lists {attempt!r}, which is no attempt. {remedy}")
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         attempts.append({"started": started, "seconds": None, **surroundings(self.plan.machine.device)})
         write_json(str(file), attempts)
@@ -274,7 +280,7 @@ def surroundings(device: str) -> dict[str, Any]:
 def processor() -> str:
     """The CPU's name, as far as the system says it."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
@@ -323,7 +329,14 @@ def refuse_other(home: Path, given: dict[str, Any], device: str) -> list[dict[st
     note = home / "protocol.json"
     if not note.is_file():
         return []
-    before = json.loads(note.read_text())
+    before = read_json(note, KEEP, keys={"device": str, "protocol": dict})
+    try:
+        return _left_out(home, before, given, device)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{note} holds no protocol that a benchmark wrote ({error!r}). {KEEP}") from error
+
+
+def _left_out(home: Path, before: dict[str, Any], given: dict[str, Any], device: str) -> list[dict[str, Any]]:
     old, seconds = dict(before["protocol"]), given.get("measure", {}).get("seconds", {})
     given = dict(given)
     for protocol in (old, given):  # seconds may come and go with their rows
@@ -363,13 +376,17 @@ def refuse_other(home: Path, given: dict[str, Any], device: str) -> list[dict[st
 def begun_with(home: Path) -> str | None:
     """The device of a benchmark that was begun."""
     file = home / "protocol.json"
-    return json.loads(file.read_text()).get("device") if file.is_file() else None
+    if not file.is_file():
+        return None
+    device = read_json(file, KEEP, keys={"device": str})["device"]
+    if device not in ("cpu", "cuda", "mps"):
+        raise UserError(f"{file} names the device {device!r}, which is none of cpu, cuda and mps. {KEEP}")
+    return device
 
 
 def known_ids(home: Path) -> dict[str, int]:
     """The dataset ids that this benchmark has chosen so far."""
-    file = home / "datasets.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_numbers(home / "datasets.json", "It says which dataset is which: restore it, or take another -o.")
 
 
 def script_of(benchmark: Benchmark) -> Iterator[str]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import read_json, write_json
+
+PLAN_AGAIN = "Plan again with nnUNetv2_plan_experiment."
 
 
 def shrink_plans(
@@ -36,17 +39,34 @@ def shrink_plans(
         UserError: the plans have no such configuration, or fewer stages than ``features`` asks for.
     """
     plans_file = Path(plans_file)
-    plans = json.loads(plans_file.read_text())
+    plans = read_json(plans_file, PLAN_AGAIN, keys={"configurations": dict})
     if configuration not in plans["configurations"]:
         known = ", ".join(plans["configurations"])
         raise UserError(f"{plans_file} has no configuration {configuration!r}; name one of {known}.")
-    config = plans["configurations"][configuration]
+    try:
+        _shrink(plans["configurations"][configuration], features, patch_size, batch_size, convs_per_stage)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{plans_file}: {configuration} is not as nnU-Net plans it ({error!r}). {PLAN_AGAIN}"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{plans_file}: {configuration} {error}") from None
+    write_json(plans_file, plans)
+
+
+def _shrink(
+    config: dict[str, Any],
+    features: Sequence[int],
+    patch_size: Sequence[int] | None,
+    batch_size: int,
+    convs_per_stage: int,
+) -> None:
     network = config["architecture"]["arch_kwargs"]
     stages = len(features)
     if network["n_stages"] < stages:
-        raise UserError(
-            f"{plans_file}: {configuration} has {network['n_stages']} stages, fewer than the {stages} asked for; "
-            "ask for fewer, or plan with larger images."
+        raise ValueError(
+            f"has {network['n_stages']} stages, fewer than the {stages} asked for; ask for fewer, or plan with larger "
+            "images."
         )
 
     network["n_stages"] = stages
@@ -61,5 +81,3 @@ def shrink_plans(
     if patch_size is not None:
         config["patch_size"] = list(patch_size)
     config["batch_size"] = batch_size
-    # sort_keys would change the order of the configurations, and the rest of the file is nnU-Net's
-    plans_file.write_text(json.dumps(plans, indent=4))

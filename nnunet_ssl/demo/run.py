@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -17,6 +16,7 @@ import SimpleITK as sitk
 from nnunet_ssl.demo.dataset import DATASET, ORGANS, write_dataset
 from nnunet_ssl.demo.plans import shrink_plans
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import read_json, write_json, writing
 from nnunet_ssl.stock_commands import executable
 
 TRAINERS = ("nnUNetTrainerLabeledOnly", "nnUNetTrainerSHTA_CPS")
@@ -51,6 +51,10 @@ class Demo:
         Raises:
             UserError: the folder holds something else, or a command failed.
         """
+        with writing("Make room, or take another --dir."):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         start = time.time()
         self._claim_folder()
         raw = self.folder / "nnUNet_raw" / DATASET
@@ -65,7 +69,7 @@ class Demo:
         figure = self.folder / f"demo_{self.epochs}epochs.png"
         draw_figure(raw, {trainer: self._predictions(trainer) for trainer in TRAINERS}, figure)
         results_file = self.folder / f"results_{self.epochs}epochs.json"
-        results_file.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(results_file, results)
         self._say("")
         print(dice_table(results), flush=True)
         print(f"\nDice on {len(list((raw / 'labelsTs').iterdir()))} test cases, seed {self.seed}.")
@@ -82,7 +86,7 @@ class Demo:
         """
         note = self.folder / "demo.json"
         if note.is_file():
-            seed = json.loads(note.read_text())["seed"]
+            seed = read_json(note, "It says which demo this is: take another --dir.", keys={"seed": int})["seed"]
             if seed != self.seed:
                 raise UserError(f"{self.folder} holds the demo of seed {seed}; take another --dir, or --seed {seed}.")
         elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
@@ -90,7 +94,7 @@ class Demo:
         try:
             for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
                 (self.folder / name).mkdir(parents=True, exist_ok=True)
-            note.write_text(json.dumps({"seed": self.seed}) + "\n")
+            write_json(note, {"seed": self.seed})
         except OSError as error:
             raise UserError(f"{self.folder} cannot be written ({error.strerror}); take another --dir.") from None
 
@@ -127,10 +131,14 @@ class Demo:
             self._command("nnUNetv2_predict", *which, *places, "--disable_tta", "-device", self.device)
             files = ["-djfile", raw / "dataset.json", "-pfile", self._model(trainer) / "plans.json", "-np", 1]
             self._command("nnUNetv2_evaluate_folder", raw / "labelsTs", predictions, *files)
-        metrics = json.loads(summary.read_text())
+        remedy = "Remove it, and the test cases are predicted and evaluated again."
+        metrics = read_json(summary, remedy, keys={"mean": dict, "foreground_mean": dict})
         organs = {name: label for name, label in ORGANS.items() if label}
-        dice = {name: metrics["mean"][str(label)]["Dice"] for name, label in organs.items()}
-        return {**dice, "mean": metrics["foreground_mean"]["Dice"]}
+        try:
+            dice = {name: float(metrics["mean"][str(label)]["Dice"]) for name, label in organs.items()}
+            return {**dice, "mean": float(metrics["foreground_mean"]["Dice"])}
+        except (LookupError, TypeError, ValueError) as error:
+            raise UserError(f"{summary} is not as nnUNetv2_evaluate_folder writes it ({error!r}). {remedy}") from error
 
     def _model(self, trainer: str) -> Path:
         name = f"{trainer}_{self.epochs}epochs__{PLANS}__{CONFIGURATION}"
@@ -148,17 +156,8 @@ class Demo:
             UserError: it failed.
         """
         settings = self.folder / "settings.json"
-        settings.write_text(
-            json.dumps(
-                {
-                    "seed": self.seed,
-                    "num_iterations_per_epoch": STEPS_AN_EPOCH,
-                    "num_val_iterations_per_epoch": 2,
-                    "save_every": 5,
-                },
-                indent=1,
-            )
-        )
+        given = {"num_iterations_per_epoch": STEPS_AN_EPOCH, "num_val_iterations_per_epoch": 2, "save_every": 5}
+        write_json(settings, {"seed": self.seed, **given})
         variables = {
             "nnUNet_def_n_proc": "2",
             # on the CPU the cores are for the network, and threads that wait must not spin: the worker needs a core too

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.summary import table
 from nnunet_ssl.figures.page import class_colors, column_width, legend_columns, new_figure, paper_style, save_figure
 from nnunet_ssl.figures.runs import FINAL, Case, FigureOptions, TrainedRun, settings_of
+from nnunet_ssl.trainers.log import read_rows
 
 LINES = ("-", "--", "-.", ":")
 SUPERVISED = ("loss_sup", "loss_seg_high")  # the first that a run has: SASNet has no loss_sup
@@ -111,14 +111,7 @@ def nnunet_log(run: TrainedRun) -> dict[str, list]:
 def ssl_log(run: TrainedRun) -> list[dict[str, float]]:
     """The rows of ``ssl_log.csv``; none for a trainer that is not of this package."""
     file = run.fold_folder / "ssl_log.csv"
-    if not file.exists():
-        return []
-    try:
-        with open(file, newline="", encoding="utf-8-sig") as stream:
-            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(stream)]
-            return [{"epoch": row["epoch"], **row} for row in rows]
-    except (OSError, ValueError, TypeError, LookupError, csv.Error) as error:
-        raise UserError(f"{file} cannot be read ({error!r}). Mend or remove it: nnU-Net's log is left.") from error
+    return read_rows(str(file), "Mend or remove it: nnU-Net's log is left.") if file.exists() else []
 
 
 def _of_list(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

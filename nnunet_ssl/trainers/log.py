@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 
 from matplotlib import style
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import replacing
+
+
+def read_rows(file: str, remedy: str) -> list[dict[str, float]]:
+    """The rows of a ``ssl_log.csv``, each with its epoch; what a row does not say is not in it.
+
+    Raises:
+        UserError: it is unreadable or no such table; ``remedy`` says what to do.
+    """
+    try:
+        with open(file, newline="", encoding="utf-8-sig") as stream:
+            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(stream)]
+        if not all(math.isfinite(row["epoch"]) for row in rows):
+            raise ValueError("an epoch is no number")
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror or error}). {remedy}") from None
+    except (ValueError, TypeError, LookupError, csv.Error) as error:
+        raise UserError(f"{file} is no log of a training ({error!r}). {remedy}") from error
+    return rows
 
 
 class SSLLog:
@@ -24,16 +44,15 @@ class SSLLog:
         self.csv_file = os.path.join(folder, "ssl_log.csv")
         self.png_file = os.path.join(folder, "progress_ssl.png")
         self.rows: list[dict[str, float]] = []
-        if first_epoch and os.path.isfile(self.csv_file):
-            with open(self.csv_file, newline="") as file:
-                rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        if first_epoch and os.path.exists(self.csv_file):
+            rows = read_rows(self.csv_file, "Mend it, or remove it: then the log begins with the next epoch.")
             self.rows = [row | {"epoch": int(row["epoch"])} for row in rows if row["epoch"] < first_epoch]
 
     def add(self, epoch: int, values: dict[str, float]) -> None:
         """Add the row of ``epoch`` and write both files."""
         self.rows.append({"epoch": epoch} | {name: float(f"{value:.6g}") for name, value in values.items()})
         names = list(dict.fromkeys(name for row in self.rows for name in row))
-        with replacing(self.csv_file) as temporary, open(temporary, "w", newline="") as file:
+        with replacing(self.csv_file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, names)
             writer.writeheader()
             writer.writerows(self.rows)

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from damage import JSON_DAMAGE, with_byte_order_mark
 from matplotlib.image import imread
 
 from nnunet_ssl.commands.demo import main
@@ -64,6 +65,32 @@ def test_another_seed_needs_another_folder(tmp_path):
     (tmp_path / "demo.json").write_text('{"seed": 0}')
     with pytest.raises(UserError, match="seed 0"):
         Demo(tmp_path, 1, "cpu", 1).run()
+
+
+def test_damaged_files_are_named(tmp_path):
+    demo, note = Demo(tmp_path, 1, "cpu", 0), tmp_path / "demo.json"
+    summary = tmp_path / "predictions" / "nnUNetTrainerCPS_1epochs" / "summary.json"
+    summary.parent.mkdir(parents=True)
+    dice = {"Dice": 0.5}
+    contents = {
+        note: ({"seed": 0}, demo._claim_folder),
+        summary: (
+            {"mean": {str(label): dice for label in range(1, 6)}, "foreground_mean": dice},
+            lambda: demo._test("nnUNetTrainerCPS"),
+        ),
+    }
+    for file, (content, read) in contents.items():
+        for name, damage in JSON_DAMAGE.items():
+            file.write_text(json.dumps(content))
+            with_byte_order_mark(file)
+            read()
+            damage(file)
+            if name == "unreadable":  # as if it were not there
+                file.rmdir()
+                continue
+            with pytest.raises(UserError, match=str(file)):
+                read()
+        file.write_text(json.dumps(content))
 
 
 @pytest.mark.slow

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from damage import JSON_DAMAGE, with_byte_order_mark
 
 from nnunet_ssl.demo.plans import shrink_plans
 from nnunet_ssl.errors import UserError
@@ -34,3 +37,21 @@ def test_what_the_plans_do_not_have_is_refused(tiny_copy, configuration, feature
     with pytest.raises(UserError, match=message):
         shrink_plans(dataset.plans_file, configuration, features)
     assert dataset.plans_file.read_text() == before
+
+
+@pytest.mark.parametrize("damage", JSON_DAMAGE)
+def test_damaged_plans_are_named(tmp_path, damage):
+    file = tmp_path / "nnUNetPlans.json"
+    stages = {"n_stages": 3, "kernel_sizes": [3] * 3, "strides": [1] * 3}
+    plans = {"configurations": {"3d_fullres": {"architecture": {"arch_kwargs": stages}}}}
+    file.write_text(json.dumps(plans))
+    with_byte_order_mark(file)
+    shrink_plans(file, "3d_fullres", (4, 4))
+    JSON_DAMAGE[damage](file)
+    with pytest.raises(UserError, match=str(file)):
+        shrink_plans(file, "3d_fullres", (4, 4))
+    if file.is_file():
+        for wrong in (3, {"architecture": 3}, {"architecture": {"arch_kwargs": {"n_stages": 3}}}, None):
+            file.write_text(json.dumps({"configurations": {"3d_fullres": wrong}}))
+            with pytest.raises(UserError, match=f"{file}: 3d_fullres is not as nnU-Net plans it"):
+                shrink_plans(file, "3d_fullres", (4, 4))

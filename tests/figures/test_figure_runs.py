@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from damage import JSON_DAMAGE, RunsCode
+from damage import JSON_DAMAGE, RunsCode, with_byte_order_mark
 from figure_folders import TRAINERS, MadeUp, make_folders, set_environment, write
 
 from nnunet_ssl.errors import UserError
@@ -27,6 +27,8 @@ from nnunet_ssl.figures.runs import (
     find_runs,
     models_in_words,
     predict,
+    refuse_other_labels,
+    settings_of,
     short_names,
     test_cases,
     with_given_predictions,
@@ -45,6 +47,33 @@ def find(trainers: tuple[str, ...] = TRAINERS, **options: object) -> list[Traine
 
 
 # ------------------------------------------------------------------------------------------------------------ runs
+
+
+@pytest.mark.parametrize("damage", JSON_DAMAGE)
+def test_damaged_files_are_named(made: MadeUp, damage: str) -> None:
+    """Files of the model, of the raw dataset, and of the run."""
+    run = find()[0]
+    raw = json.loads((made.raw / "dataset.json").read_text())
+    splits = made.raw.parent.parent / "preprocessed" / made.raw.name / "splits_final.json"
+    settings = run.fold_folder / "ssl_settings.json"
+    settings.write_text('{"settings": {"cps_weight": 0.5}}')
+    reads = {
+        run.folder / "plans.json": lambda: run.reader,
+        run.folder / "dataset.json": lambda: refuse_other_labels([run], raw),
+        made.raw / "dataset.json": lambda: test_cases(990, "0"),
+        splits: lambda: test_cases(990, "0"),
+        settings: lambda: settings_of(run),
+    }
+    for file, read in reads.items():
+        whole = file.read_text()
+        with_byte_order_mark(file)
+        read()
+        JSON_DAMAGE[damage](file)
+        with pytest.raises(UserError, match=str(file)):
+            read()
+        if file.is_dir():
+            file.rmdir()
+        file.write_text(whole)
 
 
 def test_runs_are_found_with_short_names(made: MadeUp) -> None:
