@@ -89,7 +89,7 @@ def test_a_host_of_other_epochs_is_still_the_host(tmp_path: Path) -> None:
 def test_settings_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     run = made_up_run(tmp_path, "nnUNetTrainerSHTA_CPS", {})
     (run.fold_folder / "ssl_settings.json").write_text("{")
-    with pytest.raises(UserError, match=r"ssl_settings.json cannot be read"):
+    with pytest.raises(UserError, match=r"ssl_settings.json is not JSON"):
         has_branch(run)
 
 
