@@ -88,7 +88,7 @@ setup(
         "tqdm",
         "matplotlib",
         "nibabel",  # reads NIfTI headers and data to the end: SimpleITK passes over truncated files in silence
-        "filelock",
+        "filelock>=3.13",  # locks that a process shares
         "pydantic>=2.7",  # settings and protocols: types with ranges
         "edt>=3.0",  # exact distance transforms on the CPU, several times as fast as scipy's
         "psutil",

@@ -28,13 +28,17 @@ _said: set[str] = set()  # folders of which it has been said that they have no l
 _shared: dict[tuple[int, int], int] = {}  # device and inode -> descriptor, of what this process shares
 
 
-def take(file: str | Path, busy: str, *, wait: bool = False) -> BaseFileLock | None:
+def take(
+    file: str | Path, busy: str, *, wait: bool = False, patience: float = 0, of_process: bool = False
+) -> BaseFileLock | None:
     """Take a lock, and keep it until ``release`` or the end of the process.
 
     Args:
         file: the lock's file; it stays. Its folder is made where it is missing.
         busy: what to say where another process holds it.
         wait: print ``busy`` and wait, rather than refuse.
+        patience: seconds to wait before either, for a holder that is about to end.
+        of_process: whoever takes it again in this process shares it. It is free when all have released it or are gone.
 
     Returns:
         The lock; None on a file system without locks.
@@ -54,9 +58,9 @@ def take(file: str | Path, busy: str, *, wait: bool = False) -> BaseFileLock | N
                 flush=True,
             )
         return None
-    lock = FileLock(file, thread_local=False)
+    lock = FileLock(file, thread_local=False, is_singleton=of_process)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=patience)
     except Timeout:
         if not wait:
             raise UserError(busy) from None

@@ -36,6 +36,21 @@ def test_a_released_lock_is_free(tmp_path: Path) -> None:
     take(tmp_path / "lock", "busy").release()
 
 
+def test_a_lock_of_the_process_is_taken_again_and_free_when_nobody_has_it(tmp_path: Path) -> None:
+    first, second = (take(tmp_path / "lock", "busy", of_process=True) for _ in range(2))
+    assert first is second
+    del first, second
+    take(tmp_path / "lock", "busy").release()
+
+
+def test_patience_outlasts_a_holder_that_is_about_to_end(tmp_path: Path) -> None:
+    code = f"from nnunet_ssl.locks import take; lock = take({str(tmp_path / 'lock')!r}, 'x')"
+    code += "; print(flush=True); import time; time.sleep(0.5)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        take(tmp_path / "lock", "busy", patience=60).release()
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
 @pytest.mark.parametrize("wait", [True, False])
 def test_no_locks_are_said_once_and_passed_over(tmp_path, monkeypatch, capsys, number, wait) -> None:
