@@ -79,7 +79,7 @@ def _outcomes_of_pool(
     function: Callable[..., Outcome], jobs: Sequence[tuple[Any, ...]], num_processes: int
 ) -> Iterator[Outcome]:
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(num_processes, len(jobs)), context, _die_with_parent)
+    pool = ProcessPoolExecutor(min(num_processes, len(jobs)), context, die_with_parent)
     try:
         for future in as_completed([pool.submit(function, *job) for job in jobs]):
             yield future.result()
@@ -87,11 +87,17 @@ def _outcomes_of_pool(
         pool.shutdown(cancel_futures=True)
 
 
-def _die_with_parent() -> None:
-    """End this worker when its parent is gone; a pool's workers would otherwise wait for work for ever."""
+def die_with_parent() -> None:
+    """End this worker when its parent is gone: by itself it would wait for work, or for room for its results, for ever.
+
+    In a process that is nobody's worker this does nothing.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
 
     def watch() -> None:
-        wait([multiprocessing.parent_process().sentinel])
+        wait([parent.sentinel])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

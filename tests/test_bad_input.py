@@ -20,6 +20,7 @@ import SimpleITK as sitk
 from datasets import Folders, TinyDataset, environment, write_images
 
 from nnunet_ssl.commands import preprocess, split
+from nnunet_ssl.locks import take
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs" / "bad-input.md"
@@ -228,6 +229,15 @@ def large_image(dataset: TinyDataset) -> list[Any]:
     return []
 
 
+HELD = []  # locks that another process than the training's has
+
+
+def work_in_its_folder(dataset: TinyDataset) -> list[Any]:
+    fold = dataset.folders.results / dataset.name / f"nnUNetTrainerCPS__nnUNetPlans__{dataset.configuration}" / "fold_0"
+    HELD.append(take(fold / ".lock", "busy"))
+    return []
+
+
 TRAIN = {
     "no `imagesUn` at training": Row(lambda d: shutil.rmtree(d.raw / "imagesUn")),
     "unknown setting": Row(lambda d: settings(d, cps_wieght=0.5)),
@@ -242,6 +252,7 @@ TRAIN = {
     "a fold that names a missing case": Row(lambda d: fold(d, ["tr_00", "nobody"], ["tr_01"])),
     "a fold without validation cases": Row(lambda d: fold(d, ["tr_00"], [])),
     "disk full while preparing": Row(large_image),
+    "another training of the same fold": Row(work_in_its_folder),
 }
 
 # ------------------------------------------------------------------ not refused
@@ -294,7 +305,7 @@ def trainings(tiny, tmp_path_factory) -> dict[str, tuple[Outcome, dict, dict]]:
         dataset = a_copy(tiny(row.kind), folders[name])
         configuration = [*(row.spoil(dataset) or []), dataset.configuration][0]
         earlier = dataset.folders.results / dataset.name / f"{row.trainer}__nnUNetPlans__{configuration}" / "fold_0"
-        earlier.mkdir(parents=True)
+        earlier.mkdir(parents=True, exist_ok=True)
         (earlier / "checkpoint_final.pth").write_text("an earlier model")
         config = dataset.folders.raw.parent / "settings.json"
         rows.append(
@@ -328,6 +339,8 @@ import json, os, resource, sys
 from nnunetv2.run.run_training import run_training_entry
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 recursive_find_trainer_class_by_name("nnUNetTrainerSHTA_CPS")  # imports whatever there is to import
+from nnunet_ssl.trainers import base
+base.PATIENCE = 0.1
 print(flush=True)
 for row in json.loads(sys.argv[1]):
     if (child := os.fork()) == 0:
@@ -396,7 +409,7 @@ def test_bad_input(name, tiny_copy, capsys, request):
     if name in TRAIN:
         outcome, before, after = request.getfixturevalue("trainings")[name]
         may_be_new += (
-            r"|results/.*/(training_log_.*\.txt|plans\.json|dataset\.json|dataset_fingerprint\.json)|out.txt|err.txt"
+            r"|results/.*/(\.lock|training_log_.*\.txt|(plans|dataset|dataset_fingerprint)\.json)|out.txt|err.txt"
         )
     else:
         row = {**PREPROCESS, **SPLIT, **REDONE}[name]

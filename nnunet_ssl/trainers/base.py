@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from nnunet_ssl import __version__
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_json, replacing, write_json
+from nnunet_ssl.locks import take
 from nnunet_ssl.networks.feature_tap import FeatureTap
 from nnunet_ssl.randomness import derived_seed, seeded
 from nnunet_ssl.trainers.log import SSLLog
@@ -41,6 +42,8 @@ from nnunet_ssl.unlabeled.loader import TwoStreamLoader, UnlabeledDataset, Unlab
 from nnunet_ssl.unlabeled.prepare import PreparedFolder, prepare_unlabeled, wait_until_prepared
 
 CLIP_NORM = 12  # nnU-Net's
+LOCK = ".lock"  # in the fold's folder, held by who trains or validates there
+PATIENCE = 10.0  # seconds for a run that was killed to be gone: it may still have to give its memory back
 
 
 class Stream(NamedTuple):
@@ -71,7 +74,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
     chooses algorithms by speed, as nnU-Net wants it, and the last bits differ from run to run.
 
     Raises:
-        UserError: at the start, if the settings, the plans, the unlabelled images or the training state cannot work.
+        UserError: at the start, if the settings, the plans, the unlabelled images or the training state cannot work, or
+            another process works in the fold's folder.
     """
 
     paper: ClassVar[str] = ""
@@ -93,6 +97,14 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         continue_training = plans["continue_training"]  # nnU-Net removes it
         override = load_settings(self.Settings, os.environ.get(ENVIRONMENT_VARIABLE))
         super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.local_rank == 0:  # before anything is read here that another run may be about to replace
+            self._fold_lock = take(
+                os.path.join(self.output_folder, LOCK),
+                f"another nnUNetv2_train works in {self.output_folder}; two would overwrite each other's files. Wait "
+                "until it has ended, or stop it and go on from its last checkpoint with --c.",
+                patience=PATIENCE,
+                of_process=True,
+            )
         self.settings = self._settings_in_force(override, continue_training)
         self.num_iterations_per_epoch = self.settings.num_iterations_per_epoch
         self.num_val_iterations_per_epoch = self.settings.num_val_iterations_per_epoch

@@ -14,6 +14,7 @@ from batchgenerators.dataloading.single_threaded_augmenter import SingleThreaded
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
+from nnunet_ssl.pools import die_with_parent
 from nnunet_ssl.randomness import seeded
 
 
@@ -85,6 +86,7 @@ class TwoStreamLoader(SlimDataLoaderBase):
 
     def set_thread_id(self, thread_id: int) -> None:
         """Called once in each worker: worker i of n makes the batches i, i + n, i + 2n, ..."""
+        die_with_parent()
         self.next_batch += thread_id
         super().set_thread_id(thread_id)
 
