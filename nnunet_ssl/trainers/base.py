@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 import glob
 import hashlib
+import inspect
 import math
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -26,6 +29,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
@@ -82,7 +86,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
     Settings: ClassVar[type[SSLSettings]] = SSLSettings
     uses_unlabeled: ClassVar[bool] = True
     supports_regions: ClassVar[bool] = True
-    inference_trainer: ClassVar[str] = "nnUNetTrainer"  # what a checkpoint says it is: the plans' own network
+    inference_trainer: ClassVar[str | None] = None  # what a checkpoint says it is: see trainer_of_checkpoints
     epochs: ClassVar[int | None] = None  # set by the <trainer>_<N>epochs classes
 
     def __init__(
@@ -260,6 +264,67 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
                 "exclude each other; write dataset.json with plain labels, or use nnUNetTrainerCPS."
             )
 
+    # ------------------------------------------------------------------ the trainer that predicts
+
+    @classmethod
+    def trainer_of_checkpoints(cls) -> str:
+        """The trainer that a checkpoint names, whose network nnU-Net then builds to predict.
+
+        It is the ``inference_trainer`` of a class, unless one derived from it builds another network; nnU-Net's own
+        trainer, where that is whose network it is; and else the class itself, which nnU-Net has found before.
+        """
+
+        def place(name: str) -> int:
+            return next(place for place, base in enumerate(cls.__mro__) if name in vars(base))
+
+        builder = place("build_network_architecture")
+        if cls.inference_trainer is not None and place("inference_trainer") <= builder:
+            return cls.inference_trainer
+        owner = cls.__mro__[builder]
+        return (owner if owner.__module__.startswith("nnunetv2.") else cls).__name__
+
+    def _refuse_another_network(self) -> None:
+        """Build the network as nnU-Net will to predict, and see that it is the one that trains.
+
+        Raises:
+            UserError: it is not.
+        """
+        name = self.trainer_of_checkpoints()
+        if why := self._why_not_the_network_of(name):
+            raise UserError(
+                f"{type(self).__name__} trains another network than {name}.build_network_architecture builds, which is "
+                f"what nnUNetv2_predict would use ({why}). Build the network there: in a static method, from its "
+                "arguments alone."
+            )
+
+    def _why_not_the_network_of(self, name: str) -> str | None:
+        if _unwrapped(self.network) is not self.plans_network:
+            return "self.network was replaced after nnUNetTrainerSSL.initialize"
+        named = [base for base in type(self).__mro__ if base.__name__ == name]
+        try:
+            with self.seeded("prediction"):
+                built = self._built_by(named[0] if named else recursive_find_trainer_class_by_name(name))
+        except Exception as error:  # whatever it is, it would be raised in prediction too
+            return f"building it fails: {error}"
+        try:
+            built.load_state_dict(self.plans_network.state_dict())
+        except RuntimeError:
+            return "the weights do not fit"
+        return None if _layers(built) == _layers(self.plans_network) else "their layers differ"
+
+    def _built_by(self, trainer: type[nnUNetTrainer]) -> nn.Module:
+        """As ``nnUNetPredictor.initialize_from_trained_model_folder`` builds it."""
+        build = trainer.build_network_architecture
+        plans_manager = PlansManager(deepcopy(self.plans_manager.plans))
+        configuration = plans_manager.get_configuration(self.configuration_name)
+        described = (plans_manager, configuration)
+        if "plans_manager" not in inspect.signature(build).parameters:  # as before nnU-Net 2.7
+            names = ("network_arch_class_name", "network_arch_init_kwargs", "network_arch_init_kwargs_req_import")
+            described = tuple(getattr(configuration, name) for name in names)
+        heads = self.label_manager.num_segmentation_heads
+        network = build(*described, self.num_input_channels, heads, enable_deep_supervision=False)
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network) if self.is_ddp else network
+
     # ------------------------------------------------------------------ networks and optimisers
 
     def initialize(self) -> None:
@@ -267,7 +332,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         with self.seeded("first"):
             super().initialize()
         compiled = self.network.module if self.is_ddp else self.network
-        self.plans_network = getattr(compiled, "_orig_mod", compiled)
+        self.plans_network = _unwrapped(self.network)
 
         self.training_modules = nn.ModuleDict(self.build_training_modules()).to(self.device)
         if self.is_ddp:  # as nnU-Net does with its network
@@ -310,6 +375,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         self._refuse_epochs_that_will_not_be()
         if not self.was_initialized:
             self.initialize()
+        self._refuse_another_network()
         if self._resumed_from is not None:
             self._load_training_state(training_state_file(self._resumed_from))
         if type(self).do_split is nnUNetTrainer.do_split:
@@ -651,7 +717,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             "_best_ema": self._best_ema,
             "current_epoch": self.current_epoch + 1,
             "init_args": self.my_init_kwargs,
-            "trainer_name": self.inference_trainer,
+            "trainer_name": self.trainer_of_checkpoints(),
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
         }
         state = {
@@ -724,6 +790,21 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
 def full_resolution(target: list[Tensor] | Tensor) -> Tensor:
     """The full-resolution entry of nnU-Net's outputs or target."""
     return target[0] if isinstance(target, (list, tuple)) else target
+
+
+def _unwrapped(network: nn.Module) -> nn.Module:
+    """Without what DistributedDataParallel and ``torch.compile`` put around it."""
+    network = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+    return getattr(network, "_orig_mod", network)
+
+
+def _layers(network: nn.Module) -> list[tuple[str, str, str]]:
+    """Name, type and parameters of all modules, less what tells nothing of prediction: rates of dropout, addresses."""
+    return [
+        (name, kind, "" if "Drop" in kind else re.sub(r" at 0x[0-9a-f]+", "", module.extra_repr()))
+        for name, module in network.named_modules()
+        for kind in [type(module).__name__]
+    ]
 
 
 def training_state_file(checkpoint_file: str) -> str:
