@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import subprocess
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.export import RESTORE, find_model_folder
 from nnunet_ssl.files import read_json, stamp, writing
-from nnunet_ssl.stock_commands import of_this_python
+from nnunet_ssl.stock_commands import of_this_python, running
 from nnunet_ssl.unlabeled.find import (
     UNLABELED_FOLDER,
     read_dataset_json,
@@ -313,10 +312,11 @@ class SelfTraining:
         print(f"  $ {shlex.join(words)}", flush=True)
         if self.dry_run:
             return
-        done = subprocess.run(of_this_python(words, self.device))
-        if done.returncode != 0:
+        with running(of_this_python(words, self.device)) as process:
+            code = process.wait()
+        if code != 0:
             raise UserError(
-                f"{words[0]} ended with exit code {done.returncode}; what it printed above says why. Started again "
+                f"{words[0]} ended with exit code {code}; what it printed above says why. Started again "
                 "with the same options, this command goes on from here."
             )
 

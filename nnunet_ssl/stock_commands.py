@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from nnunet_ssl import supervise
 from nnunet_ssl.errors import UserError
 
 # those that ask torch for as many threads as there are cores, where they are told -device cpu
@@ -15,6 +19,32 @@ ENTRY_POINTS = {
     "nnUNetv2_train": "nnunetv2.run.run_training:run_training_entry",
     "nnUNetv2_predict": "nnunetv2.inference.predict_from_raw_data:predict_entry_point",
 }
+
+
+@contextmanager
+def running(words: Sequence[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """A command that runs; with the ``with`` block it ends, and so does every process that it has started.
+
+    It ends with this process too, even where that is killed and can do nothing any more. (Not so on Windows.)
+
+    Args:
+        words: what to run, as :func:`of_this_python` gives it.
+        options: of ``subprocess.Popen``, less ``stdin``: the command reads nothing.
+    """
+    if os.name != "nt":
+        words = [sys.executable, "-I", "-S", supervise.__file__, *words]  # -I -S: it starts quicker
+    with subprocess.Popen(words, stdin=subprocess.PIPE, **options) as process:
+        try:
+            yield process
+        finally:
+            end(process)
+
+
+def end(process: subprocess.Popen) -> None:
+    """End a command of :func:`running`; from another thread, too."""
+    if os.name == "nt":
+        process.terminate()
+    process.stdin.close()
 
 
 def of_this_python(words: Sequence[str], device: str) -> list[str]:

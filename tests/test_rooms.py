@@ -23,6 +23,7 @@ OPEN_TO_ALL = {
     "pools",
     "randomness",
     "stock_commands",
+    "supervise",
     "volumes",
 }
 # room -> the rooms that it may import besides itself

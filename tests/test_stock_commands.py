@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nnunet_ssl import stock_commands
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.stock_commands import of_this_python
+from nnunet_ssl.stock_commands import end, of_this_python, running
 
 
 def test_every_command_is_this_environments():
@@ -44,3 +47,75 @@ def test_the_entry_points_are_nnunets():
 
     known = {point.name: point.value for point in entry_points(group="console_scripts")}
     assert {name: known[name] for name in stock_commands.ENTRY_POINTS} == stock_commands.ENTRY_POINTS
+
+
+# ------------------------------------------------------------------ commands that run
+
+# A command that starts a worker, as nnU-Net does, and writes down who they are.
+FAMILY = """
+import os, subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+with open(sys.argv[1] + ".new", "w") as file:
+    file.write(f"{os.getpid()} {worker.pid}")
+os.rename(sys.argv[1] + ".new", sys.argv[1])
+time.sleep(600)
+"""
+PARENT = f"""
+import sys
+from nnunet_ssl.stock_commands import running
+with running([sys.executable, "-c", {FAMILY!r}, sys.argv[1]]) as process:
+    process.wait()
+"""
+
+
+def family(file: Path) -> list[psutil.Process]:
+    """The command and its worker, once both are there."""
+    until = time.time() + 60
+    while not file.exists():
+        assert time.time() < until
+        time.sleep(0.02)
+    return [psutil.Process(int(number)) for number in file.read_text().split()]
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    alive = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    for process in alive:
+        process.kill()
+    assert alive == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_a_command_and_its_workers_end_with_who_started_it(tmp_path, number):
+    with subprocess.Popen([sys.executable, "-c", PARENT, tmp_path / "pids"], stderr=subprocess.DEVNULL) as parent:
+        processes = family(tmp_path / "pids")
+        parent.send_signal(number)
+    assert_gone(processes)
+
+
+def test_a_command_ends_with_its_block_and_from_another_thread(tmp_path):
+    words = [sys.executable, "-c", FAMILY]
+    with running([*words, str(tmp_path / "first")]):
+        processes = family(tmp_path / "first")
+    with running([*words, str(tmp_path / "second")]) as process:
+        processes += family(tmp_path / "second")
+        end(process)
+        assert process.wait(20) != 0
+    assert_gone(processes)
+
+
+def test_a_command_that_is_told_to_end_takes_its_workers_along(tmp_path):
+    """By its own number, as in a list of processes, it is the supervisor's that is shown first."""
+    with running([sys.executable, "-c", FAMILY, str(tmp_path / "pids")]) as process:
+        processes = family(tmp_path / "pids")
+        process.terminate()
+        assert process.wait(20) != 0
+    assert_gone(processes)
+
+
+@pytest.mark.parametrize(("code", "expected"), [("raise SystemExit(3)", 3), ("pass", 0), ("os.abort()", 128 + 6)])
+def test_a_command_keeps_its_output_and_exit_code(code, expected):
+    script = f"import os, sys; print(sys.stdin.read(), 'said', flush=True); {code}"
+    with running([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.read().split() == ["said"]
+        assert process.wait(20) == expected

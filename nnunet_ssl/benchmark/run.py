@@ -7,27 +7,25 @@ import math
 import os
 import platform
 import shlex
-import signal
 import subprocess
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from nnunet_ssl import __version__
 from nnunet_ssl.benchmark.plan import Plan, Run, Step, kept_seconds, read_numbers
 from nnunet_ssl.benchmark.protocol import row_key
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_json, write_json
-from nnunet_ssl.stock_commands import of_this_python
+from nnunet_ssl.locks import holding
+from nnunet_ssl.stock_commands import end, of_this_python, running
 
 ADDED_TO = ("seeds", "labeled", "rows", "budgets")  # what a protocol may get more of while its benchmark is under way
 FREE = ("about", "figures")
@@ -205,30 +203,23 @@ class Benchmark:
 
     def _execute(self, words: list[str], step: Step, stream: Any) -> int:
         environment = {"MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1", **os.environ, **step.variables}
-        with self._lock:
-            if self._stopped:
-                return 1
-            process = subprocess.Popen(
-                words, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
-            )
-            self._running.add(process)
-        try:
-            return process.wait()
-        except BaseException:
-            self._stop()
-            raise
-        finally:
-            self._running.discard(process)
+        with ExitStack() as block:
+            with self._lock:
+                if self._stopped:
+                    return 1
+                process = block.enter_context(running(words, env=environment, stdout=stream, stderr=subprocess.STDOUT))
+                self._running.add(process)
+            try:
+                return process.wait()
+            finally:
+                self._running.discard(process)
 
     def _stop(self) -> None:
-        """End every command that runs, with the workers that it has started."""
+        """End every command that runs, and begin no other."""
         with self._lock:
             self._stopped = True
             for process in list(self._running):
-                try:
-                    os.killpg(process.pid, signal.SIGTERM)
-                except ProcessLookupError:
-                    pass
+                end(process)
 
 
 def resumed(step: Step) -> Step:
@@ -304,15 +295,17 @@ def claimed(home: Path, given: dict[str, Any], device: str) -> Iterator[None]:
     note = home / "protocol.json"
     if home.exists() and not note.is_file() and (not home.is_dir() or set(os.listdir(home)) - {".lock"}):
         raise UserError(f"{home} exists and holds no benchmark; take another -o.")
-    lock = FileLock(home / ".lock", timeout=0)
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"another nnUNetv2_ssl_benchmark works in {home}; wait for it, or take another -o.") from None
-    except OSError as error:
-        raise UserError(f"{error.filename or home} cannot be written ({error.strerror}); take another -o.") from None
-    with lock:
+    with ExitStack() as held:
+        try:
+            held.enter_context(
+                holding(
+                    home / ".lock", f"another nnUNetv2_ssl_benchmark works in {home}; wait for it, or take another -o."
+                )
+            )
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or home} cannot be written ({error.strerror}); take another -o."
+            ) from None
         left_out = refuse_other(home, given, device)
         write_json(str(note), {"device": device, "protocol": {**given, "rows": [*given["rows"], *left_out]}})
         yield

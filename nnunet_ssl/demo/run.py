@@ -17,7 +17,7 @@ from nnunet_ssl.demo.dataset import DATASET, ORGANS, write_dataset
 from nnunet_ssl.demo.plans import shrink_plans
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_json, write_json, writing
-from nnunet_ssl.stock_commands import executable
+from nnunet_ssl.stock_commands import executable, running
 
 TRAINERS = ("nnUNetTrainerLabeledOnly", "nnUNetTrainerSHTA_CPS")
 CONFIGURATION, PLANS, FOLD = "3d_fullres", "nnUNetPlans", "all"
@@ -173,13 +173,14 @@ class Demo:
         log = self.folder / "log.txt"
         with log.open("a") as stream:
             stream.write(f"\n$ {' '.join(words)}\n")
-            with subprocess.Popen(
+            with running(
                 words, env=variables, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
             ) as process:
                 for line in process.stdout:
                     stream.write(line)
                     stream.flush()
                     self._show_epoch(line)
+                process.wait()
         if process.returncode != 0:
             raise UserError(f"{name} ended with exit code {process.returncode}; its output is at the end of {log}.")
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
+import os
 import threading
 import time
 from dataclasses import replace
 
+import psutil
 import pytest
 
 from nnunet_ssl.benchmark.plan import Step
@@ -115,6 +119,23 @@ def test_stopping_ends_the_command_and_nothing_else_begins(benchmark):
     assert time.time() - start < 60
     assert len(errors) == 2
     assert not benchmark.is_done(step)
+
+
+def test_killed_it_leaves_no_command_running(benchmark, tmp_path):
+    file = tmp_path / "pid"
+    code = "import os, sys, time; open(sys.argv[1], 'w').write(f'{os.getpid()} '); time.sleep(600)"
+    killed = multiprocessing.get_context("fork").Process(target=benchmark.do, args=(python("long", code, str(file)),))
+    killed.start()
+    while not file.exists() or not file.read_text().endswith(" "):
+        time.sleep(0.02)
+    command = psutil.Process(int(file.read_text()))
+    killed.kill()
+    killed.join()
+    _, alive = psutil.wait_procs([command], timeout=20)
+    alive = [process for process in alive if process.status() != psutil.STATUS_ZOMBIE]
+    for process in alive:
+        process.kill()
+    assert alive == []
 
 
 def test_a_failed_run_does_not_stop_the_others_and_is_named(benchmark, monkeypatch):
@@ -252,6 +273,25 @@ def test_the_steps_that_equal_time_goes_by_stay(given, tmp_path):
     refuse_other(home, given | {"budgets": [*given["budgets"], {"steps": 160}]}, "cpu")
     with pytest.raises(UserError, match=r"begun with 80 as the first budget in steps, .* now says 160"):
         refuse_other(home, given | {"budgets": [{"steps": 160}, *given["budgets"]]}, "cpu")
+
+
+def test_a_file_system_without_locks_is_said_and_worked_on(given, tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl", reason="locks of POSIX")
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with claimed(tmp_path / "home", given, "cpu"):
+        pass
+    assert "without locks" in capsys.readouterr().out
+    monkeypatch.undo()
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match=r"cannot be written .*; take another -o"),
+        claimed(tmp_path / "file" / "home", given, "cpu"),
+    ):
+        pass
 
 
 def test_two_at_a_time_or_a_folder_of_something_else(given, tmp_path):

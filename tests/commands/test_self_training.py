@@ -7,9 +7,9 @@ import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from multiprocessing.context import ForkContext
 from multiprocessing.pool import ThreadPool
@@ -75,17 +75,18 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(multiprocessing, "cpu_count", lambda: 1)  # what nnUNetv2_train takes for threads
     commands = {entry.name: entry for entry in metadata.entry_points(group="console_scripts")}
 
-    def run(words: list[str]) -> subprocess.CompletedProcess:
+    @contextmanager
+    def running(words: list[str]) -> Iterator[SimpleNamespace]:
         monkeypatch.setattr(sys, "argv", words)
         commands[words[0]].load()()
-        return subprocess.CompletedProcess(words, 0)
+        yield SimpleNamespace(wait=lambda: 0)
 
     def as_typed(words: list[str], device: str) -> list[str]:
         assert device == "cpu"  # by which the threads go
         return words
 
     monkeypatch.setattr(self_training, "of_this_python", as_typed)
-    monkeypatch.setattr(self_training, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(self_training, "running", running)
 
 
 def commands_in(output: str) -> list[str]:
