@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import replacing
 
 TRUST = "nnUNet_ssl_trust_checkpoints"  # environment variable: read what could run code, too
 
@@ -64,6 +65,23 @@ def read_checkpoint(file: str | Path, remedy: str, keys: Mapping[str, type] | No
         if not isinstance(content, dict) or not isinstance(content.get(key), kind):
             raise UserError(f"{file} is no checkpoint of a training: it has no '{key}'. {remedy}")
     return content
+
+
+def save_whole(content: object, file: str | Path) -> None:
+    """``torch.save`` that replaces a file only when the new one is on the disk.
+
+    Raises:
+        OSError: it cannot be written, for instance for lack of room; torch would not say why. The old file stays.
+    """
+    with replacing(file) as temporary, open(temporary, "wb") as stream:
+        try:
+            torch.save(content, stream)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+        stream.flush()
+        os.fsync(stream.fileno())  # a network file system may say only now that there is no room
 
 
 def _numbers_allowed() -> AbstractContextManager:

@@ -253,6 +253,7 @@ TRAIN = {
     "a fold without validation cases": Row(lambda d: fold(d, ["tr_00"], [])),
     "disk full while preparing": Row(large_image),
     "another training of the same fold": Row(work_in_its_folder),
+    "damaged checkpoint at `--c`": Row(lambda d: [d.configuration, "--c"]),  # see ``trainings``
 }
 
 # ------------------------------------------------------------------ not refused
@@ -303,14 +304,14 @@ def trainings(tiny, tmp_path_factory) -> dict[str, tuple[Outcome, dict, dict]]:
     folders = {name: Folders.below(tmp_path_factory.mktemp("row")) for name in TRAIN}
     for name, row in TRAIN.items():
         dataset = a_copy(tiny(row.kind), folders[name])
-        configuration = [*(row.spoil(dataset) or []), dataset.configuration][0]
+        configuration, *more = row.spoil(dataset) or [dataset.configuration]
         earlier = dataset.folders.results / dataset.name / f"{row.trainer}__nnUNetPlans__{configuration}" / "fold_0"
         earlier.mkdir(parents=True, exist_ok=True)
         (earlier / "checkpoint_final.pth").write_text("an earlier model")
         config = dataset.folders.raw.parent / "settings.json"
         rows.append(
             {
-                "arguments": [str(dataset.id), configuration, "0", "-tr", row.trainer, "-device", "cpu"],
+                "arguments": [str(dataset.id), configuration, "0", "-tr", row.trainer, "-device", "cpu", *more],
                 "environment": {
                     **dataset.folders.environment(),
                     **({"nnUNet_ssl_config": str(config)} if config.exists() else {}),

@@ -15,7 +15,7 @@ import os
 import re
 import secrets
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any, ClassVar, NamedTuple
 
@@ -34,8 +34,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
 from nnunet_ssl import __version__
+from nnunet_ssl.checkpoints import read_checkpoint, save_whole
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import read_json, replacing, write_json
+from nnunet_ssl.files import read_json, write_json, writing
 from nnunet_ssl.locks import take
 from nnunet_ssl.networks.feature_tap import FeatureTap
 from nnunet_ssl.randomness import derived_seed, seeded
@@ -48,6 +49,15 @@ from nnunet_ssl.unlabeled.prepare import PreparedFolder, prepare_unlabeled, wait
 CLIP_NORM = 12  # nnU-Net's
 LOCK = ".lock"  # in the fold's folder, held by who trains or validates there
 PATIENCE = 10.0  # seconds for a run that was killed to be gone: it may still have to give its memory back
+
+# what nnU-Net reads of a checkpoint to go on with it
+CHECKPOINT = {
+    "network_weights": dict,
+    "optimizer_state": dict,
+    "logging": dict,
+    "init_args": dict,
+    "current_epoch": int,
+}
 
 
 class Stream(NamedTuple):
@@ -385,15 +395,14 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             self.unlabeled = self._prepared_unlabeled()
         super().on_train_start()
         if self.local_rank == 0:
-            write_json(
-                self.settings_file,
-                {
-                    "trainer": type(self).__name__,
-                    "version": __version__,
-                    "settings": dataclasses.asdict(self.settings),
-                    "unlabeled_cases": {} if self.unlabeled is None else self.unlabeled.contents,
-                },
-            )
+            record = {
+                "trainer": type(self).__name__,
+                "version": __version__,
+                "settings": dataclasses.asdict(self.settings),
+                "unlabeled_cases": {} if self.unlabeled is None else self.unlabeled.contents,
+            }
+            with self._writing():
+                write_json(self.settings_file, record)
             self.ssl_log = SSLLog(self.output_folder, self.current_epoch)
         self.print_to_log_file(f"nnunet_ssl {__version__}: {self.settings}")
 
@@ -677,14 +686,16 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         """Log the terms; let nnU-Net log, save and draw; keep the checkpoints that the settings name."""
         epoch, values = self.current_epoch, self._mean_values()
         if self.local_rank == 0:
-            self.ssl_log.add(epoch, values)
+            with self._writing():
+                self.ssl_log.add(epoch, values)
             for logger in self.logger.loggers:
                 for name, value in values.items():
                     logger.log(name, value, epoch)
             self.print_to_log_file(", ".join(f"{name} {value:.4g}" for name, value in values.items()))
         if epoch + 1 in self.settings.keep_epochs:  # before the latest one, or a kill in between would skip it
             self.save_checkpoint(os.path.join(self.output_folder, f"checkpoint_epoch{epoch + 1}.pth"))
-        super().on_epoch_end()
+        with self._writing():  # nnU-Net's own curves
+            super().on_epoch_end()
 
     def _mean_values(self) -> dict[str, float]:
         """The means of what ``log_value`` was given in this epoch, over the ranks as well."""
@@ -703,6 +714,9 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
 
         Either file is replaced whole. A kill between the two leaves the new checkpoint and, under a temporary name, the
         new state; resuming finds it.
+
+        Raises:
+            UserError: there is no room, or no right to write. The last checkpoint of this name and its state are kept.
         """
         if self.local_rank != 0:
             return
@@ -731,15 +745,44 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             "method": self.training_state(),
         }
         state_file = training_state_file(filename)
-        with replacing(state_file + ".new") as temporary:
-            torch.save(state, temporary)
-        with replacing(filename) as temporary:
-            torch.save(checkpoint, temporary)
-        os.replace(state_file + ".new", state_file)
+        with self._writing():
+            save_whole(state, state_file + ".new")
+            try:
+                save_whole(checkpoint, filename)
+            except OSError:
+                os.remove(state_file + ".new")  # the old checkpoint stays, with its state
+                raise
+            os.replace(state_file + ".new", state_file)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Around what writes into the fold's folder."""
+        with writing("The last checkpoint is kept: make room or make it writable, and go on with --c."):
+            try:
+                yield
+            except OSError as error:
+                error.filename = error.filename or self.output_folder
+                raise
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """As nnU-Net. The training state is read when training goes on, so ``--val`` needs the checkpoint alone."""
-        super().load_checkpoint(filename_or_checkpoint)
+        """As nnU-Net. The training state is read when training goes on, so ``--val`` needs the checkpoint alone.
+
+        Raises:
+            UserError: it is damaged, could run code, or is of another network.
+        """
+        remedy = "Restore it, or move it away: --c goes on from the first that there is of checkpoint_final.pth, "
+        remedy += "checkpoint_latest.pth and checkpoint_best.pth."
+        # before nnU-Net reads it, which runs what a stranger may have put into it
+        read_checkpoint(filename_or_checkpoint, remedy, CHECKPOINT)
+        try:
+            super().load_checkpoint(filename_or_checkpoint)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{filename_or_checkpoint} does not fit the network that {type(self).__name__} trains with "
+                f"{self.plans_manager.plans_name} ({_first_line(error)}). {remedy}"
+            ) from error
         self._resumed_from = filename_or_checkpoint
 
     def _load_training_state(self, filename: str) -> None:
@@ -774,10 +817,17 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             dist.barrier()  # all have read
         if candidate != filename and self.local_rank == 0:
             os.replace(candidate, filename)  # finish what a kill cut off
-        self.training_modules.load_state_dict(state["modules"])
-        if self.training_optimizer is not None:
-            self.training_optimizer.load_state_dict(state["optimizer"])
-        self.load_training_state(state["method"])
+        try:
+            self.training_modules.load_state_dict(state["modules"])
+            if self.training_optimizer is not None:
+                self.training_optimizer.load_state_dict(state["optimizer"])
+            self.load_training_state(state["method"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(
+                f"the training state {filename} is not one of {type(self).__name__} in nnunet_ssl {__version__} "
+                f"({_first_line(error)}). Go on with the version that wrote it, or start anew without "
+                f"--c (-pretrained_weights {self._resumed_from} keeps what was learned)."
+            ) from error
 
     def on_train_end(self) -> None:
         """As nnU-Net, which removes checkpoint_latest.pth; its training state goes with it."""
@@ -790,6 +840,11 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
 def full_resolution(target: list[Tensor] | Tensor) -> Tensor:
     """The full-resolution entry of nnU-Net's outputs or target."""
     return target[0] if isinstance(target, (list, tuple)) else target
+
+
+def _first_line(error: Exception) -> str:
+    """Of what torch says in many, without the stop that a sentence around it has."""
+    return next(iter(str(error).splitlines()), type(error).__name__).strip().rstrip(".:")
 
 
 def _unwrapped(network: nn.Module) -> nn.Module:
