@@ -73,19 +73,20 @@ def fits(count: int, length: int, stride: int, padded: bool = False) -> bool:
     return rest == 0 and (cube > stride if padded else cube % stride == 0 and cube >= 2 * stride)
 
 
-def legal_counts(patch_size: Sequence[int], stride: Sequence[int], padded: bool = False) -> list[int]:
-    """The number of cubes along each axis: three if they fit, else two, else one.
+def legal_counts(patch_size: Sequence[int], stride: Sequence[int]) -> list[int]:
+    """The number of cubes along each axis: three if they fit, else two, else as many of reflected cubes, else one.
+
+    Each axis is decided by itself: one that only reflected cubes suit takes nothing from the others.
 
     Args:
         patch_size: voxels along each axis.
         stride: total stride of the network that sees a cube by itself; ones where it sees whole images.
-        padded: see :func:`fits`.
 
     Returns:
         Counts, each at most 3 as in the paper's default. One is always legal: it is the patch itself.
     """
     return [
-        next(n for n in (3, 2, 1) if n == 1 or fits(n, length, s, padded))
+        next((n for padded in (False, True) for n in (3, 2) if fits(n, length, s, padded)), 1)
         for length, s in zip(patch_size, stride, strict=True)
     ]
 

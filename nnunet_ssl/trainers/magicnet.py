@@ -133,8 +133,6 @@ class nnUNetTrainerMagicNet(nnUNetTrainerSSL):  # noqa: N801
         if not wanted:
             self.cross_counts = legal_counts(patch_size, [1] * len(patch_size))
             self.within_counts = legal_counts(patch_size, stride)
-            if math.prod(self.within_counts) == 1:
-                self.within_counts = legal_counts(patch_size, stride, padded=True)
         elif len(wanted) == len(patch_size) and all(
             n == 1 or fits(n, length, s, padded=True) for n, length, s in zip(wanted, patch_size, stride, strict=True)
         ):

@@ -116,30 +116,36 @@ def test_gradients_of_exchanged_cubes_reach_their_owner():
 
 
 @pytest.mark.parametrize(
-    ("patch", "stride", "alone", "whole"),
+    ("patch", "stride", "alone", "reflected", "whole"),
     [
-        ((96, 96, 96), (16, 16, 16), [3, 3, 3], [3, 3, 3]),
-        ((96, 96, 96), (32, 32, 32), [1, 1, 1], [3, 3, 3]),  # 32 would leave one voxel, 48 is no multiple
-        ((128, 128, 128), (32, 32, 32), [2, 2, 2], [2, 2, 2]),
-        ((192, 160, 112), (32, 32, 16), [3, 1, 1], [3, 2, 2]),
-        ((20, 320, 256), (4, 64, 64), [1, 1, 2], [2, 2, 2]),
-        ((16, 16, 16), (4, 4, 4), [2, 2, 2], [2, 2, 2]),
-        ((8, 16, 16), (2, 4, 4), [2, 2, 2], [2, 2, 2]),
-        ((40, 56, 40), (8, 8, 8), [1, 1, 1], [2, 2, 2]),
-        ((512, 384), (128, 64), [2, 3], [2, 3]),
+        ((96, 96, 96), (16, 16, 16), [3, 3, 3], (), [3, 3, 3]),
+        ((96, 96, 96), (32, 32, 32), [2, 2, 2], (0, 1, 2), [3, 3, 3]),  # 32 would leave one voxel, 48 is no multiple
+        ((128, 128, 128), (32, 32, 32), [2, 2, 2], (), [2, 2, 2]),
+        ((64, 160, 160), (16, 32, 32), [2, 2, 2], (1, 2), [2, 2, 2]),  # the first axis needs no reflection
+        ((192, 160, 112), (32, 32, 16), [3, 2, 2], (1, 2), [3, 2, 2]),
+        ((20, 320, 256), (4, 64, 64), [2, 2, 2], (0, 1), [2, 2, 2]),
+        ((16, 16, 16), (4, 4, 4), [2, 2, 2], (), [2, 2, 2]),
+        ((8, 16, 16), (2, 4, 4), [2, 2, 2], (), [2, 2, 2]),
+        ((40, 56, 40), (8, 8, 8), [2, 2, 2], (0, 1, 2), [2, 2, 2]),
+        ((512, 384), (128, 64), [2, 3], (), [2, 3]),
+        ((3, 2, 7), (1, 1, 1), [1, 1, 1], (), [1, 1, 1]),  # a cube has two voxels along each axis
+        ((48, 32, 32), (16, 32, 32), [2, 1, 1], (0,), [3, 2, 2]),
     ],
 )
-def test_legal_counts(patch, stride, alone, whole):
+def test_legal_counts_of_each_axis(patch, stride, alone, reflected, whole):
     assert legal_counts(patch, stride) == alone
     assert legal_counts(patch, [1] * len(patch)) == whole
-    for n, length, s in zip(alone, patch, stride, strict=True):
-        assert n == 1 or (length // n // s >= 2 and length % (n * s) == 0)
+    for axis, (n, length, s) in enumerate(zip(alone, patch, stride, strict=True)):
+        if axis in reflected:
+            assert length % n == 0
+            assert s < length // n
+            assert (length // n) % s
+        else:
+            assert n == 1 or (length // n // s >= 2 and length % (n * s) == 0)
 
 
-def test_padded_cubes_where_none_fits():
-    assert legal_counts((40, 56, 40), (8, 8, 8), padded=True) == [2, 2, 2]
-    assert legal_counts((96, 96, 96), (32, 32, 32), padded=True) == [2, 2, 2]  # 32 would be one voxel
-    assert not fits(3, 96, 32, padded=True)
+def test_reflected_cubes_leave_two_voxels_as_well():
+    assert not fits(3, 96, 32, padded=True)  # 32 would be one voxel
     assert fits(2, 96, 32, padded=True)
 
 

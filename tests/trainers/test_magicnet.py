@@ -336,17 +336,26 @@ def with_patch(tiny_dataset, patch):
     return Changed()
 
 
-def test_where_no_cube_fits_the_stride_cubes_are_reflected(tiny, make_trainer):
-    trainer = make_trainer(NAME, with_patch(tiny(), [20, 28, 20]), settings=NOW)
+@pytest.mark.parametrize(
+    ("patch", "said"),
+    [
+        ([20, 28, 20], "cubes of 10 x 14 x 10 voxels, reflected to 12 x 16 x 12"),
+        ([16, 28, 20], "cubes of 8 x 14 x 10 voxels, reflected to 8 x 16 x 12"),  # along the first axis cubes fit
+    ],
+)
+def test_where_no_cube_fits_the_stride_cubes_are_reflected(tiny, make_trainer, patch, said):
+    trainer = make_trainer(NAME, with_patch(tiny(), patch), settings=NOW)
     assert trainer.total_stride == [4, 4, 4]
     assert trainer.within_counts == [2, 2, 2]
-    assert "cubes of 10 x 14 x 10 voxels, reflected to 12 x 16 x 12" in log_of(trainer)
+    assert said in log_of(trainer)
     images = a_batch(trainer)["data"]
 
     def on_reflected(cube):
-        """One voxel more at both ends of each axis, as 10 -> 12 and 14 -> 16 ask; its logits are cut off again."""
-        padded = torch.from_numpy(np.pad(cube.numpy(), [(0, 0)] * 2 + [(1, 1)] * 3, mode="reflect"))
-        return [trainer.plans_network(padded)[0][:, :, 1:-1, 1:-1, 1:-1]]
+        """Voxels more at both ends of an axis, as 10 -> 12 and 14 -> 16 ask; its logits are cut off again."""
+        more = [-n % 4 // 2 for n in cube.shape[2:]]
+        padded = torch.from_numpy(np.pad(cube.numpy(), [(0, 0)] * 2 + [(m, m) for m in more], mode="reflect"))
+        inner = tuple(slice(m, m + n) for m, n in zip(more, cube.shape[2:], strict=True))
+        return [trainer.plans_network(padded)[0][(slice(None), slice(None), *inner)]]
 
     with torch.no_grad():
         logits, _ = trainer._cube_by_cube(images)
