@@ -46,6 +46,7 @@ class Body(NamedTuple):
 BODIES = [
     Body(f"{TRAINER}.__init__", f"{BASE}: __init__, _settings_in_force", ("0ae31d90095f54c1",)),
     Body(f"{TRAINER}.initialize", f"{BASE}: initialize", ("5732dd44ffbbbf74",)),
+    Body(f"{TRAINER}._build_loss", f"{BASE}: _build_loss", ("ba86dfb893faddc1",)),
     Body(f"{TRAINER}.configure_optimizers", f"{BASE}: _configure_training_optimizer", ("48c2f8330a832a21",)),
     Body(f"{TRAINER}.get_dataloaders", f"{BASE}: get_dataloaders, _start", ("5f59e2b907cfa2d1",)),
     Body(

@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
@@ -358,6 +359,14 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
                 self._runnable[name] = compiled
                 continue
             self._runnable[name] = torch.compile(network) if self._do_i_compile() else network
+
+    def _build_loss(self) -> nn.Module:
+        """nnU-Net's. Where the network has one output, of two stages, its weight is 1 and not nnU-Net's 0 / 0."""
+        with np.errstate(invalid="ignore"):
+            loss = super()._build_loss()
+        if self.enable_deep_supervision and len(loss.weight_factors) == 1:
+            loss.weight_factors = (1.0,)
+        return loss
 
     def _configure_training_optimizer(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         """nnU-Net's optimiser and schedule, for the modules that only training needs.

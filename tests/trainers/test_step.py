@@ -30,6 +30,22 @@ def a_batch(trainer, seed=0):
     }
 
 
+def two_stages(dataset):
+    """The dataset, with plans of a network of two stages, which has one output."""
+    plans = dataset.plans
+    arguments = plans["configurations"][dataset.configuration]["architecture"]["arch_kwargs"]
+    for name, value in arguments.items():
+        if isinstance(value, list):
+            arguments[name] = value[: 1 if name == "n_conv_per_stage_decoder" else 2]
+    arguments["n_stages"] = 2
+
+    class Changed:
+        def __getattr__(self, name):
+            return plans if name == "plans" else getattr(dataset, name)
+
+    return Changed()
+
+
 def parameters(trainer):
     named = dict(trainer.plans_network.named_parameters())
     return named | {f"training.{n}": p for n, p in trainer.training_modules.named_parameters()}
@@ -44,6 +60,18 @@ def test_a_step_moves_every_parameter(tiny, make_trainer, name, kind):
     assert loss.isfinite()
     still = [n for n, p in parameters(trainer).items() if torch.equal(p, before[n])]
     assert all("seg_layers.0." in n for n in still), still  # nnU-Net gives the lowest resolution no weight
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+@pytest.mark.parametrize("name", [*TRAINERS, "nnUNetTrainerGACPS", "nnUNetTrainerMagicNet"])
+def test_a_network_of_two_stages_learns(tiny, make_trainer, name):
+    """Its only output is also the lowest, whose weight nnU-Net sets to 0 before it makes the weights sum to 1."""
+    trainer = make_trainer(name, two_stages(tiny()))
+    before = {n: p.detach().clone() for n, p in trainer.plans_network.named_parameters()}
+    assert trainer.train_step(a_batch(trainer))["loss"].isfinite()
+    for n, p in trainer.plans_network.named_parameters():
+        assert p.isfinite().all(), n
+        assert not torch.equal(p, before[n]), n
 
 
 def gradients(trainer, batch):
