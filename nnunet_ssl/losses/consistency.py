@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnunet_ssl.losses.branches import Branches
 from nnunet_ssl.losses.masked import masked_mean
 
 
@@ -33,30 +34,27 @@ def sharpen(prob: Tensor, temperature: float) -> Tensor:
     return F.softmax(prob.clamp(min=torch.finfo(prob.dtype).tiny).log() / temperature, dim=1)
 
 
-def pseudo_label_consistency(
-    prob_low: Tensor, prob_high: Tensor, temperature: float | None, detach_target: bool = False
-) -> Tensor:
+def pseudo_label_consistency(prob: Branches, temperature: float | None, detach_target: bool = False) -> Tensor:
     """L_plc of Eq. 15: the segmentations of the two branches agree.
 
     The equation is the plain mean of ``(p_l - p_h)^2``. The authors' code has each branch approach the sharpened
     prediction of the other, through which gradients flow too, and sums the two directions.
 
     Args:
-        prob_low: ``[B, K, *spatial]`` probabilities of the low-level branch, any float type.
-        prob_high: those of the high-level branch.
+        prob: probabilities of both branches, ``[B, K, *spatial]``, any float type.
         temperature: T of :func:`sharpen` for the code's form; None for the equation's.
         detach_target: whether the sharpened target is a constant. Nothing to the equation's form, which has no target.
 
     Returns:
         The loss, 0-dim float32: a mean over batch, classes and voxels.
     """
-    low, high = prob_low.float(), prob_high.float()
+    high, low = (p.float() for p in prob)
     if temperature is None:
         return F.mse_loss(low, high)
-    target_for_low, target_for_high = sharpen(high, temperature), sharpen(low, temperature)
+    target_for_high, target_for_low = sharpen(low, temperature), sharpen(high, temperature)
     if detach_target:
-        target_for_low, target_for_high = target_for_low.detach(), target_for_high.detach()
-    return F.mse_loss(low, target_for_low) + F.mse_loss(high, target_for_high)
+        target_for_high, target_for_low = target_for_high.detach(), target_for_low.detach()
+    return F.mse_loss(high, target_for_high) + F.mse_loss(low, target_for_low)
 
 
 def segmentation_regression_consistency(regression: Tensor, sdm: Tensor, present: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from nnunet_ssl.losses.branches import Branches
+
 NEUTRAL = 0.5  # the confidence where nothing is known
 NEVER = -1.0  # in the memory: not visited
 BYTES_PER_VALUE = 2  # float16
@@ -44,7 +46,7 @@ def true_class_confidence(prob: Tensor, labels: Tensor) -> Tensor:
     return torch.where(known, confidence, NEUTRAL)
 
 
-def reweight(prob_low: Tensor, prob_high: Tensor, conf_low: Tensor, conf_high: Tensor, alpha: float) -> Tensor:
+def reweight(prob: Branches, confidence: Branches, alpha: float) -> Tensor:
     """P'_l + P'_h of Eq. 4 to 6, before any softmax.
 
     The fused prediction is the argmax over the classes of what is returned. Eq. 6 puts a softmax on top; being
@@ -52,18 +54,15 @@ def reweight(prob_low: Tensor, prob_high: Tensor, conf_low: Tensor, conf_high: T
     probability passes the threshold of 0.5 that the released code applies (with 22 classes or more none can).
 
     Args:
-        prob_low: ``[B, K, *spatial]``, probabilities of the low-level branch.
-        prob_high: of the high-level branch.
-        conf_low: ``[B, *spatial]`` in [0, 1], the low-level branch's confidence of the previous visits, averaged.
-        conf_high: of the high-level branch.
+        prob: of both branches, ``[B, K, *spatial]``.
+        confidence: of both branches, ``[B, *spatial]`` in [0, 1], that of the previous visits, averaged.
         alpha: the residual coefficient, 0.5 in the paper.
 
     Returns:
         ``[B, K, *spatial]`` float32.
     """
-    weighted_low = (1 + alpha * conf_low.float()[:, None]) * prob_low.float()  # Eq. 4
-    weighted_high = (1 + alpha * conf_high.float()[:, None]) * prob_high.float()  # Eq. 5
-    return weighted_low + weighted_high
+    high, low = ((1 + alpha * c.float()[:, None]) * p.float() for p, c in zip(prob, confidence, strict=True))
+    return high + low
 
 
 class ConfidenceMemory:
@@ -79,7 +78,7 @@ class ConfidenceMemory:
         shapes: voxels along each axis of each case.
         rule: ``"last_two"`` averages the confidences of the last two visits (Eq. 4 and 5, where each epoch visits each
             voxel once). ``"running"`` is the released code's blend, half of the old value and half of the new one.
-        branches: of the network.
+        branches: of the network; where values are stacked by branch, in the order of :class:`Branches`.
         device: where the values are kept.
         folder: keep them in files there instead, mapped into memory; made if it is missing. On POSIX the files have
             no name, and so vanish with the process, even with one that is killed.

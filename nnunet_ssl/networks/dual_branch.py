@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.losses.branches import Branches
 from nnunet_ssl.networks.feature_tap import FeatureTap
 
 Branch = Literal["high", "low", "both", "each"]
@@ -34,7 +35,7 @@ class DualBranchUNet(nn.Module):
 
     In training mode ``forward`` gives each branch's outputs. In evaluation it gives logits of the mean of the two
     branches' probabilities, which any softmax after it turns back into that mean; ``branch`` picks one of them instead,
-    or with ``"each"`` a tuple of both.
+    or with ``"each"`` both by name.
 
     The depth of the low-level decoder follows from the weights: ``load_state_dict`` rebuilds it as they need it. So
     nnU-Net's predictor, which knows the plans alone, loads every trained model.
@@ -82,53 +83,55 @@ class DualBranchUNet(nn.Module):
                 low.apply(self._initialize)
             self.low_decoder = low
         # Not registered: a tap has no weights, and would name those of its decoder a second time.
-        self._taps = tuple(FeatureTap(d) for d in (self.decoder, self.low_decoder) if d is not None)
+        self._taps = tuple(map(FeatureTap, self.decoders.named().values()))
+
+    @property
+    def decoders(self) -> Branches:
+        """The decoder of each branch."""
+        return Branches(self.decoder, self.low_decoder)
 
     def set_deep_supervision(self, enabled: bool) -> None:
         """Let all outputs of the decoders leave, or the full-resolution one alone."""
-        for decoder in (self.decoder, self.low_decoder):
-            if decoder is not None:
-                decoder.deep_supervision = enabled
+        for decoder in self.decoders.named().values():
+            decoder.deep_supervision = enabled
 
-    def forward(self, x: Tensor) -> tuple[BranchOutputs, ...] | tuple | list[Tensor] | Tensor:
+    def forward(self, x: Tensor) -> Branches | list[Tensor] | Tensor:
         """Run the network.
 
         Args:
             x: ``[B, C_in, *patch]``.
 
         Returns:
-            In training ``(high, low)``, or ``(high,)`` where there is no low-level branch. In evaluation what a plain
-            network gives: logits ``[B, K, *patch]``, with deep supervision a list, full resolution first; with branch
-            ``"each"`` those of high and of low.
+            In training the :class:`BranchOutputs` of each branch. In evaluation what a plain network gives: logits
+            ``[B, K, *patch]``, with deep supervision a list, full resolution first; with branch ``"each"`` those of
+            each branch.
         """
         skips = self.encoder(x)
         if self.training:
-            return tuple(
-                BranchOutputs(*tap(skips if i == 0 else skips[: -self.low_level_start]))
-                for i, tap in enumerate(self._taps)
-            )
+            inputs = (skips, skips[: -self.low_level_start])
+            return Branches(*(BranchOutputs(*tap(i)) for tap, i in zip(self._taps, inputs, strict=False)))
         high = self.decoder(skips) if self.branch != "low" or self.low_decoder is None else None
         if self.low_decoder is None or self.branch == "high":
             return high
         low = self.low_decoder(skips[: -self.low_level_start])
         if self.branch == "low":
             return low
-        if self.branch == "each":
-            return high, low
-        return mean_of_branches(high, low)
+        branches = Branches(high, low)
+        return branches if self.branch == "each" else mean_of_branches(branches)
 
 
-def mean_of_branches(high: list[Tensor] | Tensor, low: list[Tensor] | Tensor) -> list[Tensor] | Tensor:
+def mean_of_branches(logits: Branches) -> list[Tensor] | Tensor:
     """Logits whose softmax is the mean of the branches' softmax, in fp32.
 
     Args:
-        high, low: logits ``[B, K, *spatial]``, or lists of them with full resolution first. Coarse outputs that only
-            the high-level branch has stay its own.
+        logits: ``[B, K, *spatial]`` of both branches, or lists of them with full resolution first. Coarse outputs that
+            only the high-level branch has stay its own.
     """
-    if isinstance(high, Tensor):
-        log_probabilities = torch.stack([F.log_softmax(high.float(), 1), F.log_softmax(low.float(), 1)])
+    if isinstance(logits.high, Tensor):
+        log_probabilities = torch.stack([F.log_softmax(branch.float(), 1) for branch in logits])
         return torch.logsumexp(log_probabilities, 0) - math.log(2)
-    return [mean_of_branches(h, s) for h, s in zip(high, low, strict=False)] + list(high[len(low) :])
+    means = [mean_of_branches(Branches(*pair)) for pair in zip(*logits, strict=False)]
+    return means + list(logits.high[len(means) :])
 
 
 def low_level_start_of(weights: Mapping[str, Tensor], prefix: str = "") -> int:

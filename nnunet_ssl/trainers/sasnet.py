@@ -24,17 +24,16 @@ from torch import Tensor, nn
 from nnunet_ssl.checkpoints import read_checkpoint
 from nnunet_ssl.declared import Angle, Positive, Share, Weight, Whole, declared
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.losses.branches import Branches
 from nnunet_ssl.losses.consistency import pseudo_label_consistency, segmentation_regression_consistency
 from nnunet_ssl.losses.ramps import sigmoid_rampup
 from nnunet_ssl.losses.sar import ConfidenceMemory, reweight, true_class_confidence
 from nnunet_ssl.losses.sdm import has_boundary, signed_distance_map
-from nnunet_ssl.networks.dual_branch import BranchOutputs, DualBranchUNet, low_level_start_of, mean_of_branches
+from nnunet_ssl.networks.dual_branch import DualBranchUNet, low_level_start_of, mean_of_branches
 from nnunet_ssl.trainers.base import Batch, Stream, full_resolution, nnUNetTrainerSSL
 from nnunet_ssl.trainers.settings import SSLSettings
 from nnunet_ssl.unlabeled.coordinates import CoordinateLoader
 from nnunet_ssl.unlabeled.views import view_transform
-
-BRANCHES = ("high", "low")
 
 
 @declared
@@ -114,14 +113,12 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
         """
         modules = super().build_training_modules()
         if self.settings.sasnet_sdm:
-            decoders = (self.plans_network.decoder, self.plans_network.low_decoder)
-            for name, decoder in zip(BRANCHES, decoders, strict=True):
-                if decoder is not None:
-                    head = decoder.seg_layers[-1]
-                    conv = type(head)(head.in_channels, self.label_manager.num_segmentation_heads - 1, 1)
-                    nn.init.zeros_(conv.weight)
-                    nn.init.zeros_(conv.bias)
-                    modules[f"regression_{name}"] = nn.Sequential(conv, nn.Tanh())
+            for name, decoder in self.plans_network.decoders.named().items():
+                head = decoder.seg_layers[-1]
+                conv = type(head)(head.in_channels, self.label_manager.num_segmentation_heads - 1, 1)
+                nn.init.zeros_(conv.weight)
+                nn.init.zeros_(conv.bias)
+                modules[f"regression_{name}"] = nn.Sequential(conv, nn.Tanh())
         return modules
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
@@ -173,28 +170,28 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
                 'room there, raise sasnet_memory_share to keep it in RAM, or set sasnet_sar to "off".'
             ) from None
 
-    def _fused_labels(self, stream: Stream, high: Tensor, low: Tensor | None) -> Tensor:
-        """The class with the largest fused probability, ``[B, *patch]``.
+    def _fused_labels(self, stream: Stream, prob: Branches) -> Tensor:
+        """The class with the largest fused probability, ``[B, *patch]``, of probabilities ``[B, K, *patch]``.
 
         Labelled: the weighted sum of Eq. 4-6; the softmax of Eq. 6 does not change which is the largest. Unlabelled:
         the mean of both branches.
         """
-        if low is None:
-            return high.argmax(1)
-        fused = (high + low).argmax(1)
+        if prob.low is None:
+            return prob.high.argmax(1)
+        plain = (prob.high + prob.low).argmax(1)
         if self.memory is None or stream.target is None:
-            return fused
+            return plain
         before = torch.stack([self.memory.read(c, x) for c, x in zip(stream.cases, stream.coordinates, strict=True)])
         labels = full_resolution(stream.target)[:, 0]
-        plain, fused = fused, reweight(low, high, before[:, 1], before[:, 0], self.settings.sasnet_alpha).argmax(1)
+        fused = reweight(prob, Branches(*before.unbind(1)), self.settings.sasnet_alpha).argmax(1)
         self.log_value("sar_changed", (fused != plain).float().mean())
 
-        now = torch.stack([true_class_confidence(p, labels) for p in (high, low)], 1)  # Eq. 7-8
-        ignored = (labels < 0) | (labels >= high.shape[1])
+        now = Branches(*(true_class_confidence(p, labels) for p in prob))  # Eq. 7-8
+        ignored = (labels < 0) | (labels >= prob.high.shape[1])
         coordinates = stream.coordinates.masked_fill(ignored[:, None], float("nan"))
-        for case, x, confidence in zip(stream.cases, coordinates, now, strict=True):
+        for case, x, confidence in zip(stream.cases, coordinates, torch.stack(now, 1), strict=True):
             self.memory.write(case, x, confidence)
-        for name, confidence in zip(BRANCHES, now.unbind(1), strict=True):
+        for name, confidence in now.named().items():
             self.log_value(f"confidence_{name}", confidence.mean())
         return fused
 
@@ -236,7 +233,7 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
         """beta L_seg + gamma (L_plc + L_src), gamma along a sigmoid."""
         length = self.settings.sasnet_rampup * self.total_steps
         gamma = self.settings.sasnet_gamma * sigmoid_rampup(self.global_step, length)
-        weights = {f"seg_{name}": self.settings.sasnet_beta for name in BRANCHES}
+        weights = {f"seg_{name}": self.settings.sasnet_beta for name in Branches._fields}
         return {**super().term_weights(), **weights, "plc": gamma, "src": gamma}
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
@@ -248,33 +245,32 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
             yield self._terms(stream, branches)
             del branches  # before the next forward
 
-    def _terms(self, stream: Stream, branches: tuple[BranchOutputs, ...]) -> dict[str, Tensor]:
-        terms = {}
+    def _terms(self, stream: Stream, branches: Branches) -> dict[str, Tensor]:
+        terms, outputs = {}, branches.named()
         if stream.target is not None:  # L_seg, Eq. 12-14: nnU-Net's own Dice and cross-entropy
-            for name, branch in zip(BRANCHES, branches, strict=False):
+            for name, branch in outputs.items():
                 terms[f"seg_{name}"] = self.loss(branch.logits, stream.target)
 
-        probabilities = [torch.softmax(full_resolution(branch.logits).float(), 1) for branch in branches]
-        if self.settings.sasnet_plc != "off" and len(branches) == 2:  # L_plc, Eq. 15
-            high, low = probabilities
+        prob = Branches(**{n: torch.softmax(full_resolution(b.logits).float(), 1) for n, b in outputs.items()})
+        if self.settings.sasnet_plc != "off" and prob.low is not None:  # L_plc, Eq. 15
             temperature = self.settings.sasnet_temperature if self.settings.sasnet_plc == "sharpened" else None
-            terms["plc"] = 0.5 * pseudo_label_consistency(low, high, temperature, self.settings.sasnet_detach_target)
+            terms["plc"] = 0.5 * pseudo_label_consistency(prob, temperature, self.settings.sasnet_detach_target)
 
         if self.settings.sasnet_sdm:  # L_src, Eq. 16
-            sdm, present = self._distance_maps(stream, *(p.detach() for p in probabilities))
+            sdm, present = self._distance_maps(stream, prob)
             terms["src"] = 0.5 * sum(
                 segmentation_regression_consistency(
                     self.training_modules[f"regression_{name}"](branch.feature), sdm, present
                 )
-                for name, branch in zip(BRANCHES, branches, strict=False)
+                for name, branch in outputs.items()
             )
         return terms
 
     @torch.no_grad()
-    def _distance_maps(self, stream: Stream, high: Tensor, low: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def _distance_maps(self, stream: Stream, prob: Branches) -> tuple[Tensor, Tensor]:
         """P_sdm of each foreground class, ``[B, K - 1, *patch]``, and which of them have a boundary, ``[B, K - 1]``."""
-        fused = self._fused_labels(stream, high, low)
-        classes = torch.arange(1, high.shape[1], device=high.device)
+        fused = self._fused_labels(stream, prob)
+        classes = torch.arange(1, prob.high.shape[1], device=fused.device)
         masks = fused[:, None] == classes.view(-1, *[1] * (fused.ndim - 1))
         flat = masks.flatten(0, 1)
         sdm = signed_distance_map(flat, self.configuration_manager.spacing)
@@ -288,16 +284,20 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
             return super().validation_step(batch)
         network, images = self.network, batch["data"].to(self.device, non_blocking=True)
         with self._branch("each"), self.autocast():
-            high, low = network(images)
+            logits = network(images)
         results = {}
         try:
-            for name, outputs in (("high", high), ("low", low), ("both", mean_of_branches(high, low))):
+            for name, outputs in {**logits.named(), "both": mean_of_branches(logits)}.items():
                 self.network = functools.partial(_already, outputs)
                 target = deepcopy(batch["target"])  # nnU-Net overwrites ignored voxels of it
                 results[name] = super().validation_step({**batch, "data": images, "target": target})
         finally:
             self.network = network
-        alone = {f"{key}_{name}": results[name][key] for name in BRANCHES for key in ("tp_hard", "fp_hard", "fn_hard")}
+        alone = {
+            f"{key}_{name}": results[name][key]
+            for name in Branches._fields
+            for key in ("tp_hard", "fp_hard", "fn_hard")
+        }
         return {**results["both"], **alone}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
@@ -305,7 +305,7 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
         super().on_validation_epoch_end(val_outputs)
         self.log_value("dice_both", float(self.logger.get_value("mean_fg_dice", step=-1)))
         if self.plans_network.low_decoder is not None:
-            for name in BRANCHES:
+            for name in Branches._fields:
                 counts = [sum(out[f"{key}_hard_{name}"] for out in val_outputs) for key in ("tp", "fp", "fn")]
                 counts = torch.as_tensor(np.stack(counts), device=self.device)
                 if self.is_ddp:
@@ -318,7 +318,7 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
         if self.plans_network.low_decoder is None:
             return super().perform_actual_validation(save_probabilities)
         folder, dice = self.output_folder, {}
-        for name in BRANCHES:
+        for name in Branches._fields:
             self.output_folder = os.path.join(folder, f"validating_{name}")  # not to touch what ``validation`` holds
             try:
                 with self._branch(name):

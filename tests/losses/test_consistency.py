@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nnunet_ssl.losses.branches import Branches
 from nnunet_ssl.losses.consistency import pseudo_label_consistency, segmentation_regression_consistency, sharpen
 
 SHAPES = [(2, 4, 5, 6), (3, 2, 7, 4), (2, 3, 4, 3, 5)]  # [B, K, *spatial], 2D and 3D
@@ -82,34 +83,34 @@ def test_plc_is_the_sum_over_ordered_pairs(shape):
         for j in range(2):
             if i != j:
                 expected += ((branches[i] - sharpened(branches[j], 0.1)) ** 2).mean()
-    result = pseudo_label_consistency(low, high, 0.1)
+    result = pseudo_label_consistency(Branches(high, low), 0.1)
     assert result.dtype == torch.float32
     assert result.ndim == 0
     torch.testing.assert_close(result, expected.float())
-    torch.testing.assert_close(pseudo_label_consistency(high, low, 0.1), result)
+    torch.testing.assert_close(pseudo_label_consistency(Branches(low, high), 0.1), result)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_plain_plc_is_the_equation(shape):
     low, high = some_probabilities(shape, 0), some_probabilities(shape, 1)
     expected = sum((a - b) ** 2 for a, b in zip(low.flatten().tolist(), high.flatten().tolist(), strict=True))
-    assert pseudo_label_consistency(low, high, None).item() == pytest.approx(expected / low.numel(), rel=1e-5)
-    assert pseudo_label_consistency(low, low, None) == 0
+    assert pseudo_label_consistency(Branches(high, low), None).item() == pytest.approx(expected / low.numel(), rel=1e-5)
+    assert pseudo_label_consistency(Branches(low, low), None) == 0
 
 
 def test_sharpened_plc_asks_equal_branches_to_be_certain():
     unsure, sure = torch.full((1, 2, 3, 3), 0.5), torch.eye(2).view(1, 2, 2, 1)
     unsure[:, 0] = 0.6
     unsure[:, 1] = 0.4
-    assert pseudo_label_consistency(unsure, unsure, 0.1) > 0.1
-    assert pseudo_label_consistency(sure, sure, 0.1) == 0
+    assert pseudo_label_consistency(Branches(unsure, unsure), 0.1) > 0.1
+    assert pseudo_label_consistency(Branches(sure, sure), 0.1) == 0
 
 
 def test_plc_moves_both_branches_and_through_the_target_unless_it_is_detached():
     def gradients(**options):
         low = some_probabilities((2, 3, 4, 4), 0).requires_grad_()
         high = some_probabilities((2, 3, 4, 4), 1).requires_grad_()
-        pseudo_label_consistency(low, high, 0.1, **options).backward()
+        pseudo_label_consistency(Branches(high, low), 0.1, **options).backward()
         return low, high
 
     low, high = gradients(detach_target=True)
@@ -170,8 +171,8 @@ def test_losses_are_in_full_precision_under_autocast():
     def values(low, high, regression):
         return (
             sharpen(low, 0.1),
-            pseudo_label_consistency(low, high, 0.1),
-            pseudo_label_consistency(low, high, None),
+            pseudo_label_consistency(Branches(high, low), 0.1),
+            pseudo_label_consistency(Branches(high, low), None),
             segmentation_regression_consistency(regression, sdm, present),
         )
 
@@ -185,5 +186,5 @@ def test_losses_are_in_full_precision_under_autocast():
 def test_no_value_is_read():
     """Meta tensors have none: reading one raises."""
     prob = torch.rand(2, 3, 4, 4, device="meta")
-    assert pseudo_label_consistency(prob, prob, 0.1).shape == ()
+    assert pseudo_label_consistency(Branches(prob, prob), 0.1).shape == ()
     assert segmentation_regression_consistency(prob, prob, torch.ones(2, 3, device="meta").bool()).shape == ()

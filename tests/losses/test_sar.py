@@ -12,6 +12,7 @@ from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from torch import Tensor
 
 from nnunet_ssl.losses import sar
+from nnunet_ssl.losses.branches import Branches
 from nnunet_ssl.losses.sar import ConfidenceMemory, reweight, true_class_confidence
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
@@ -47,19 +48,18 @@ def test_figure_4_of_the_paper():
     high = torch.tensor([[0.7, 0.4], [0.3, 0.6]])[None, :, :, None]
     conf_low = torch.tensor([0.2, 0.3])[None, :, None]
     conf_high = torch.tensor([0.3, 0.4])[None, :, None]
-    fused = reweight(low, high, conf_low, conf_high, alpha=0.5)
+    prob, confidence = Branches(high=high, low=low), Branches(high=conf_high, low=conf_low)
+    fused = reweight(prob, confidence, alpha=0.5)
     torch.testing.assert_close(fused[0, :, :, 0], torch.tensor([[1.685, 0.825], [0.565, 1.525]]))
-    plain = reweight(low, high, conf_low, conf_high, alpha=0.0)
+    plain = reweight(prob, confidence, alpha=0.0)
     torch.testing.assert_close(plain[0, :, :, 0], torch.tensor([[1.5, 0.7], [0.5, 1.3]]))
 
 
 def test_the_surer_branch_decides():
-    low, high = torch.tensor([0.6, 0.4]), torch.tensor([0.4, 0.6])
+    prob = Branches(high=torch.tensor([[[0.4], [0.6]]]), low=torch.tensor([[[0.6], [0.4]]]))
     for conf_low, conf_high, winner in ((0.9, 0.1, 0), (0.1, 0.9, 1)):
-        fused = reweight(
-            low[None, :, None], high[None, :, None], torch.tensor([[conf_low]]), torch.tensor([[conf_high]]), 0.5
-        )
-        assert fused.argmax(1).item() == winner
+        confidence = Branches(high=torch.tensor([[conf_high]]), low=torch.tensor([[conf_low]]))
+        assert reweight(prob, confidence, 0.5).argmax(1).item() == winner
 
 
 @pytest.mark.parametrize("num_classes", [3, 22])
@@ -67,7 +67,7 @@ def test_the_surer_branch_decides():
 def test_many_classes_against_a_loop_over_voxels(num_classes, shape):
     low, high = torch.rand(2, 2, num_classes, *shape).softmax(2)
     conf_low, conf_high = torch.rand(2, 2, *shape)
-    fused = reweight(low, high, conf_low, conf_high, 0.3)
+    fused = reweight(Branches(high, low), Branches(conf_high, conf_low), 0.3)
     for b, k, *x in torch.cartesian_prod(*(torch.arange(n) for n in fused.shape)).tolist():
         at = (b, *x)
         wanted = (1 + 0.3 * conf_low[at]) * low[(b, k, *x)] + (1 + 0.3 * conf_high[at]) * high[(b, k, *x)]
@@ -103,7 +103,7 @@ def test_half_precision_comes_out_as_float32():
     prob = torch.tensor([[[0.75], [0.25]]], dtype=torch.bfloat16)
     confidence = torch.full((1, 1), 0.3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        fused = reweight(prob, prob, confidence, confidence, 0.5)
+        fused = reweight(Branches(prob, prob), Branches(confidence, confidence), 0.5)
         true = true_class_confidence(prob, torch.zeros(1, 1, dtype=torch.int16))
     assert fused.dtype == true.dtype == torch.float32
     assert fused[0, 0, 0].item() == pytest.approx(2 * 1.15 * 0.75, abs=1e-6)

@@ -6,6 +6,7 @@ from test_feature_tap import a_network
 from torch import nn
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.losses.branches import Branches
 from nnunet_ssl.networks.dual_branch import DualBranchUNet, mean_of_branches
 
 
@@ -64,7 +65,7 @@ def test_without_a_low_branch_it_is_the_plans_network():
     plain = a_network()
     dual = DualBranchUNet(plain, low_level_start=0)
     assert dual.state_dict().keys() == plain.state_dict().keys()
-    assert len(dual(images())) == 1
+    assert list(dual(images()).named()) == list(dual.decoders.named()) == ["high"]
     assert all(torch.equal(a, b) for a, b in zip(dual.eval()(images()), plain.eval()(images()), strict=True))
 
 
@@ -73,6 +74,8 @@ def test_in_evaluation_softmax_gives_the_mean_of_both_branches(deep_supervision)
     dual = a_dual(deep_supervision=deep_supervision)
     high, low = (b.logits for b in dual(images()))
     both = dual.eval()(images())
+    dual.branch = "each"
+    each = dual(images())._asdict()
     if not deep_supervision:
         high, low, both = [high], [low], [both]
     for i, logits in enumerate(both):
@@ -81,15 +84,16 @@ def test_in_evaluation_softmax_gives_the_mean_of_both_branches(deep_supervision)
     assert len(both) == len(high)
     for name, expected in (("high", high), ("low", low)):
         dual.branch = name
-        found = dual(images()) if deep_supervision else [dual(images())]
-        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        for found in (dual(images()), each[name]):
+            found = found if deep_supervision else [found]
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_the_mean_is_right_for_extreme_logits_and_in_half_precision():
     high, low = torch.tensor([[[300.0], [0.0]]]), torch.tensor([[[0.0], [300.0]]])
-    torch.testing.assert_close(mean_of_branches(high, low).softmax(1), torch.full((1, 2, 1), 0.5))
+    torch.testing.assert_close(mean_of_branches(Branches(high, low)).softmax(1), torch.full((1, 2, 1), 0.5))
     with torch.autocast("cpu", torch.bfloat16):
-        assert mean_of_branches(high.bfloat16(), low.bfloat16()).dtype == torch.float32
+        assert mean_of_branches(Branches(high.bfloat16(), low.bfloat16())).dtype == torch.float32
 
 
 @pytest.mark.parametrize("saved", [0, 1])

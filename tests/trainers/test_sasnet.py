@@ -13,6 +13,8 @@ from test_ddp import _step, on_two_ranks
 from test_resume import assert_resumed_equals_uninterrupted, train
 from test_step import a_batch
 
+from nnunet_ssl.losses.branches import Branches
+
 NAME = "nnUNetTrainerSASNet"
 FULL = {"sasnet_rampup": 0.0}
 
@@ -154,7 +156,7 @@ def test_two_classes_give_the_papers_formulas(tiny, make_trainer):
     stream = batch.labeled._replace(target=[target])
     for _ in range(2):  # the first visit of every voxel, and the second
         before = torch.stack([trainer.memory.read(c, x) for c, x in zip(stream.cases, stream.coordinates, strict=True)])
-        fused = trainer._fused_labels(stream, *two)
+        fused = trainer._fused_labels(stream, Branches(*two))
         weighted = (1 + 0.5 * before[:, :1]) * high + (1 + 0.5 * before[:, 1:]) * low
         background = (1 + 0.5 * before[:, :1]) * (1 - high) + (1 + 0.5 * before[:, 1:]) * (1 - low)
         expected = torch.softmax(torch.cat([background, weighted], 1), 1)[:, 1] > 0.5  # Eq. 6
