@@ -30,14 +30,15 @@ def a_batch(trainer, seed=0):
     }
 
 
-def two_stages(dataset):
-    """The dataset, with plans of a network of two stages, which has one output."""
+def with_stages(dataset, stages):
+    """The dataset, with plans of a network of so many stages."""
     plans = dataset.plans
     arguments = plans["configurations"][dataset.configuration]["architecture"]["arch_kwargs"]
     for name, value in arguments.items():
         if isinstance(value, list):
-            arguments[name] = value[: 1 if name == "n_conv_per_stage_decoder" else 2]
-    arguments["n_stages"] = 2
+            wanted = stages - (name == "n_conv_per_stage_decoder")
+            arguments[name] = (value + value[-1:] * wanted)[:wanted]
+    arguments["n_stages"] = stages
 
     class Changed:
         def __getattr__(self, name):
@@ -66,7 +67,7 @@ def test_a_step_moves_every_parameter(tiny, make_trainer, name, kind):
 @pytest.mark.parametrize("name", [*TRAINERS, "nnUNetTrainerGACPS", "nnUNetTrainerMagicNet"])
 def test_a_network_of_two_stages_learns(tiny, make_trainer, name):
     """Its only output is also the lowest, whose weight nnU-Net sets to 0 before it makes the weights sum to 1."""
-    trainer = make_trainer(name, two_stages(tiny()))
+    trainer = make_trainer(name, with_stages(tiny(), 2))
     before = {n: p.detach().clone() for n, p in trainer.plans_network.named_parameters()}
     assert trainer.train_step(a_batch(trainer))["loss"].isfinite()
     for n, p in trainer.plans_network.named_parameters():
