@@ -88,11 +88,25 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
         )
 
     def initialize(self) -> None:
-        """As the base, with the depth of the low-level decoder that the settings name."""
+        """As the base, with the depth of the low-level decoder that the settings name.
+
+        The default, one stage above the bottleneck, is none in a network of two stages, which has no such stage.
+        """
         known = self._start_of_checkpoint
         start = self.settings.sasnet_low_level_start if known is None else known
-        self.build_network_architecture = functools.partial(dual_branch_network, low_level_start=start)
+        build = functools.partial(dual_branch_network, low_level_start=None if start == 1 else start)
+        self.build_network_architecture = build
         super().initialize()
+        if start and self.plans_network.low_decoder is None:
+            self.print_to_log_file(
+                f"WARNING: the network of '{self.configuration_name}' in {self.plans_manager.plans_name} has two "
+                "stages, too few for a low-level branch: SASNet trains its one branch with SEG and SRC."
+            )
+
+    @property
+    def has_low_branch(self) -> bool:
+        """Whether there are two branches; the settings or two stages may leave one."""
+        return self.plans_network.low_decoder is not None
 
     _start_of_checkpoint: int | None = None
 
@@ -131,7 +145,7 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
     def uses_sar(self) -> bool:
         """SAR weighs two branches against each other, for the distance map alone: without either it is not needed."""
         settings = self.settings
-        return settings.sasnet_sar != "off" and settings.sasnet_sdm and settings.sasnet_low_level_start > 0
+        return settings.sasnet_sar != "off" and settings.sasnet_sdm and self.has_low_branch
 
     def labeled_loader(self) -> type[nnUNetDataLoader]:
         """For SAR each voxel of a patch says where in its case it comes from."""
@@ -238,8 +252,7 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         """A pass for each stream. What is taken on the whole batch is the mean over the two streams."""
-        two_branches = self.settings.sasnet_low_level_start > 0
-        uses_unlabeled = self.settings.sasnet_sdm or (two_branches and self.settings.sasnet_plc != "off")
+        uses_unlabeled = self.settings.sasnet_sdm or (self.has_low_branch and self.settings.sasnet_plc != "off")
         for stream in batch if uses_unlabeled else (batch.labeled,):
             branches = self.forward("first", stream)
             yield self._terms(stream, branches)
@@ -249,7 +262,7 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
         terms, outputs = {}, branches.named()
         if stream.target is not None:  # L_seg, Eq. 12-14: nnU-Net's own Dice and cross-entropy
             for name, branch in outputs.items():
-                terms[f"seg_{name}"] = self.loss(branch.logits, stream.target)
+                terms[f"seg_{name}"] = self._segmentation_loss(branch.logits, stream.target)
 
         prob = Branches(**{n: torch.softmax(full_resolution(b.logits).float(), 1) for n, b in outputs.items()})
         if self.settings.sasnet_plc != "off" and prob.low is not None:  # L_plc, Eq. 15
@@ -266,6 +279,11 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
             )
         return terms
 
+    def _segmentation_loss(self, logits: list[Tensor] | Tensor, target: list[Tensor] | Tensor) -> Tensor:
+        """nnU-Net's. The weights of a branch's outputs sum to 1, also where it lacks the coarse ones."""
+        loss = self.loss(logits, target)
+        return loss / sum(self.loss.weight_factors[: len(logits)]) if self.enable_deep_supervision else loss
+
     @torch.no_grad()
     def _distance_maps(self, stream: Stream, prob: Branches) -> tuple[Tensor, Tensor]:
         """P_sdm of each foreground class, ``[B, K - 1, *patch]``, and which of them have a boundary, ``[B, K - 1]``."""
@@ -280,7 +298,7 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
 
     def validation_step(self, batch: dict) -> dict:
         """nnU-Net's, for both branches together, and for each alone, to be logged; the network runs once."""
-        if self.plans_network.low_decoder is None:
+        if not self.has_low_branch:
             return super().validation_step(batch)
         network, images = self.network, batch["data"].to(self.device, non_blocking=True)
         with self._branch("each"), self.autocast():
@@ -304,7 +322,7 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
         """As nnU-Net; and log the Dice of high, low and both."""
         super().on_validation_epoch_end(val_outputs)
         self.log_value("dice_both", float(self.logger.get_value("mean_fg_dice", step=-1)))
-        if self.plans_network.low_decoder is not None:
+        if self.has_low_branch:
             for name in Branches._fields:
                 counts = [sum(out[f"{key}_hard_{name}"] for out in val_outputs) for key in ("tp", "fp", "fn")]
                 counts = torch.as_tensor(np.stack(counts), device=self.device)
@@ -315,7 +333,7 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """nnU-Net's validation of each branch, kept in ``validation_high`` and ``validation_low``, then of both."""
-        if self.plans_network.low_decoder is None:
+        if not self.has_low_branch:
             return super().perform_actual_validation(save_probabilities)
         folder, dice = self.output_folder, {}
         for name in Branches._fields:

@@ -11,7 +11,7 @@ import torch
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from test_ddp import _step, on_two_ranks
 from test_resume import assert_resumed_equals_uninterrupted, train
-from test_step import a_batch
+from test_step import a_batch, with_stages
 
 from nnunet_ssl.losses.branches import Branches
 
@@ -112,6 +112,32 @@ def test_with_one_branch_and_labels_alone_it_steps_like_labeled_only(tiny, make_
             trainer.train_step(next(trainer.dataloader_train))
     assert parameters(ours).keys() == parameters(plain).keys()
     assert all(torch.equal(p, parameters(plain)[n]) for n, p in parameters(ours).items())
+
+
+def test_a_network_of_two_stages_has_one_branch(tiny, make_trainer):
+    trainer = started(make_trainer(NAME, with_stages(tiny(), 2), settings=FULL))
+    assert terms_of(trainer) == {"seg_high", "src"}
+    assert trainer.memory is None
+    assert trainer.train_step(next(trainer.dataloader_train))["loss"].isfinite()
+    assert "too few for a low-level branch" in Path(trainer.log_file).read_text()
+    with pytest.raises(SystemExit, match="sasnet_low_level_start is 2"):
+        make_trainer(NAME, with_stages(tiny(), 2), settings={"sasnet_low_level_start": 2})
+
+
+@pytest.mark.parametrize("start", [1, 2])
+def test_the_weights_of_each_branchs_outputs_sum_to_one(tiny, make_trainer, start):
+    trainer = make_trainer(
+        NAME, with_stages(tiny(), 4), settings={"sasnet_low_level_start": start, "sasnet_sdm": False}
+    )
+    trainer.memory = None
+    trainer.loss.loss.forward = lambda *_: torch.ones(())  # each output's loss, so that the sum is that of the weights
+    labeled = trainer._to_device(a_batch(trainer)).labeled
+    outputs = trainer.forward("first", labeled)
+    assert [len(branch.logits) for branch in outputs] == [3, 3 - start]
+    terms = trainer._terms(labeled, outputs)
+    assert [terms[f"seg_{name}"].item() for name in ("high", "low")] == pytest.approx([1, 1])
+    trainer.enable_deep_supervision, trainer.loss = False, trainer.loss.loss
+    assert trainer._segmentation_loss(torch.zeros(1), torch.zeros(1)) == 1
 
 
 def test_without_views_it_sees_the_labelled_batches_of_every_trainer(tiny, make_trainer):
