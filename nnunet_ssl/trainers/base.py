@@ -184,8 +184,12 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         """A spatial transform to end nnU-Net's own augmentation with, of labelled and unlabelled patches alike."""
         return None
 
-    def training_state(self) -> dict[str, Any]:
-        """What a method wants to find again after ``--c``, beside modules and optimisers: tensors and plain types."""
+    def training_state(self, filename: str) -> dict[str, Any]:
+        """What a method wants to find again after ``--c``, beside modules and optimisers: tensors and plain types.
+
+        Args:
+            filename: of the checkpoint that it is kept beside.
+        """
         return {}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
@@ -751,7 +755,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             "unlabeled": None if self.unlabeled is None else self.unlabeled.contents,
             "modules": self.training_modules.state_dict(),
             "optimizer": None if self.training_optimizer is None else self.training_optimizer.state_dict(),
-            "method": self.training_state(),
+            "method": self.training_state(filename),
         }
         state_file = training_state_file(filename)
         with self._writing():
@@ -829,7 +833,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         try:
             self.training_modules.load_state_dict(state["modules"])
             if self.training_optimizer is not None:
-                self.training_optimizer.load_state_dict(state["optimizer"])
+                # copied: what it keeps as it is must not be a view of the file, which the next save replaces
+                self.training_optimizer.load_state_dict(deepcopy(state["optimizer"]))
             self.load_training_state(state["method"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
@@ -881,6 +886,8 @@ def find_training_state(
 ) -> tuple[str | None, dict[str, Any] | None]:
     """The training state that was written with a checkpoint, and the file that holds it.
 
+    Tensors on the CPU are views of the file: what is large is read when it is used, and never whole into RAM.
+
     Args:
         filename: of ``training_state_file``; after a kill in ``save_checkpoint`` the state may still end in ``.new``.
         network: the plans' network with the checkpoint's weights.
@@ -892,7 +899,7 @@ def find_training_state(
     expected = fingerprint(network)
     for candidate in (filename, filename + ".new"):
         try:
-            state = torch.load(candidate, map_location=device, weights_only=True)
+            state = torch.load(candidate, map_location=device, weights_only=True, mmap=True)
             if state["network"] == expected:
                 return candidate, state
         except MemoryError:

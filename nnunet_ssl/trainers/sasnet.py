@@ -209,10 +209,10 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
             self.log_value(f"confidence_{name}", confidence.mean())
         return fused
 
-    def training_state(self) -> dict[str, Any]:
+    def training_state(self, filename: str) -> dict[str, Any]:
         """The memory of confidence."""
         memory = {} if self.memory is None else {"memory": self.memory.state()}
-        return {**super().training_state(), **memory}
+        return {**super().training_state(filename), **memory}
 
     def load_training_state(self, state: dict[str, Any]) -> None:
         """Take the memory back."""

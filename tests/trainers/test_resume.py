@@ -10,12 +10,13 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import SimpleITK as sitk
 import torch
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.trainers.base import training_state_file
+from nnunet_ssl.trainers.base import find_training_state, fingerprint, training_state_file
 
 NAME = "nnUNetTrainerSHTA_CPS_3epochs"
 
@@ -159,6 +160,29 @@ def test_a_foreign_or_damaged_state_is_refused(tiny, make_trainer, stopped, dama
         file.write_text("{}")
     with pytest.raises(UserError, match="is of another checkpoint"):
         resumed(make_trainer, tiny, stopped).on_train_start()
+
+
+def test_a_training_state_is_mapped_and_not_read_into_memory(tmp_path):
+    network, process = torch.nn.Linear(2, 2), psutil.Process()
+    state = {"network": fingerprint(network), "large": torch.ones(2**24)}  # 64 MiB
+    torch.save(state, tmp_path / "state.pth")
+    del state
+    before = process.memory_info().rss
+    _, state = find_training_state(str(tmp_path / "state.pth"), network, "cpu")
+    assert process.memory_info().rss - before < 2**24
+    assert state["large"][-1] == 1
+
+
+def test_a_resumed_run_is_not_tied_to_the_file_that_it_came_from(tiny, make_trainer, stopped):
+    trainer = resumed(make_trainer, tiny, stopped)
+    trainer.on_train_start()
+    momentum = trainer.training_optimizer.state_dict()["state"].values()
+    held = [*trainer.training_modules.state_dict().values(), *(s["momentum_buffer"] for s in momentum)]
+    before = [t.clone() for t in held]
+    file = stopped / "checkpoint_latest_ssl.pth"
+    with file.open("r+b") as opened:  # as it never is: a save replaces it whole
+        opened.write(bytes(file.stat().st_size))
+    assert all(torch.equal(a, b) for a, b in zip(before, held, strict=True))
 
 
 def test_settings_in_force_are_written_and_hold_for_the_rest_of_the_run(stopped, tiny, make_trainer, monkeypatch):

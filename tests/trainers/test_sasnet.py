@@ -264,7 +264,7 @@ def test_resumed_it_ends_with_the_same_weights_and_memory(tiny, make_trainer, ki
 
 def test_a_memory_of_other_cases_is_a_sentence(tiny, make_trainer):
     trainer = started(make_trainer(NAME, tiny()))
-    state = trainer.training_state()
+    state = trainer.training_state("checkpoint_latest.pth")
     state["memory"]["another"] = state["memory"].pop(next(iter(state["memory"])))
     with pytest.raises(SystemExit, match="start anew without --c"):
         trainer.load_training_state(state)
