@@ -35,6 +35,8 @@ from nnunet_ssl.trainers.settings import SSLSettings
 from nnunet_ssl.unlabeled.coordinates import CoordinateLoader
 from nnunet_ssl.unlabeled.views import view_transform
 
+LATEST = "checkpoint_latest.pth"  # nnU-Net's name of the checkpoint that --c goes on from
+
 
 @declared
 class SASNetSettings(SSLSettings):
@@ -210,21 +212,34 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
         return fused
 
     def training_state(self, filename: str) -> dict[str, Any]:
-        """The memory of confidence."""
-        memory = {} if self.memory is None else {"memory": self.memory.state()}
-        return {**super().training_state(filename), **memory}
+        """The memory of confidence, in the latest checkpoint alone.
+
+        Nothing is trained after the final one. The best one is written up to once an epoch, and --c takes it only
+        where there is no latest.
+        """
+        state = super().training_state(filename)
+        if self.memory is not None and os.path.basename(filename) == LATEST:
+            state["memory"] = self.memory.state()
+        return state
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Take the memory back."""
+        """Take the memory back, or begin it anew where the checkpoint has none."""
         super().load_training_state(state)
-        if self.memory is not None:
-            try:
-                self.memory.load_state(state["memory"])
-            except ValueError as error:
-                raise UserError(
-                    f"{self.output_folder} cannot be continued: {error}. Restore the split and the prepared images "
-                    "that the run was started with, or start anew without --c."
-                ) from None
+        if self.memory is None or self.current_epoch >= self.num_epochs:
+            return
+        if "memory" not in state:
+            self.print_to_log_file(
+                f"WARNING: the memory of confidence is kept with {LATEST} alone, so it begins anew: until a voxel has "
+                "been seen again, SAR weighs both branches alike."
+            )
+            return
+        try:
+            self.memory.load_state(state["memory"])
+        except ValueError as error:
+            raise UserError(
+                f"{self.output_folder} cannot be continued: {error}. Restore the split and the prepared images "
+                "that the run was started with, or start anew without --c."
+            ) from None
 
     # ------------------------------------------------------------------ Section 3.3: view variance
 

@@ -262,6 +262,29 @@ def test_resumed_it_ends_with_the_same_weights_and_memory(tiny, make_trainer, ki
     assert all(torch.equal(t, whole[n]) for n, t in resumed.items())
 
 
+def test_only_the_latest_checkpoint_carries_the_memory(tiny, make_trainer, capsys):
+    trainer = make_trainer(f"{NAME}_3epochs", tiny(), settings={"save_every": 1, "keep_epochs": [1]})
+    train(trainer, until=1)
+    folder = Path(trainer.output_folder)
+    trainer.save_checkpoint(str(folder / "checkpoint_final.pth"))
+    carries = {
+        file.name: "memory" in torch.load(file, weights_only=True)["method"] for file in folder.glob("*_ssl.pth")
+    }
+    assert carries == {
+        "checkpoint_best_ssl.pth": False,
+        "checkpoint_epoch1_ssl.pth": False,
+        "checkpoint_final_ssl.pth": False,
+        "checkpoint_latest_ssl.pth": True,
+    }
+
+    for name, begins_anew in (("best", True), ("latest", False)):
+        resumed = make_trainer(f"{NAME}_3epochs", tiny(), settings={"save_every": 1, "keep_epochs": [1]})
+        resumed.load_checkpoint(str(folder / f"checkpoint_{name}.pth"))
+        resumed.on_train_start()
+        assert all((values == -1).all() for values in resumed.memory.state().values()) == begins_anew
+        assert ("so it begins anew" in capsys.readouterr().out) == begins_anew
+
+
 def test_a_memory_of_other_cases_is_a_sentence(tiny, make_trainer):
     trainer = started(make_trainer(NAME, tiny()))
     state = trainer.training_state("checkpoint_latest.pth")
