@@ -21,6 +21,7 @@ OPEN_TO_ALL = {
     "locks",
     "names",
     "pools",
+    "ram",
     "randomness",
     "stock_commands",
     "supervise",

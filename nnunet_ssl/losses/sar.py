@@ -127,6 +127,11 @@ class ConfidenceMemory:
         """Bytes that the values take, in RAM, on the GPU or on disk."""
         return sum(values.nbytes for values in self._values.values())
 
+    def to(self, device: torch.device | str) -> None:
+        """Keep the values on ``device`` from now on, wherever they have been."""
+        self._values = {case: values.to(device) for case, values in self._values.items()}
+        self.device = torch.device(device)
+
     @torch.no_grad()
     def read(self, case: str, coords: Tensor) -> Tensor:
         """The mean of brackets in Eq. 4 and 5, for a patch, by multilinear interpolation between voxel centres.

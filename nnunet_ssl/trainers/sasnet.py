@@ -12,7 +12,6 @@ from copy import deepcopy
 from typing import Any, ClassVar, Literal
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
@@ -30,6 +29,7 @@ from nnunet_ssl.losses.ramps import sigmoid_rampup
 from nnunet_ssl.losses.sar import ConfidenceMemory, reweight, true_class_confidence
 from nnunet_ssl.losses.sdm import has_boundary, signed_distance_map
 from nnunet_ssl.networks.dual_branch import DualBranchUNet, low_level_start_of, mean_of_branches
+from nnunet_ssl.ram import ram_limit
 from nnunet_ssl.trainers.base import Batch, Stream, full_resolution, nnUNetTrainerSSL
 from nnunet_ssl.trainers.settings import SSLSettings
 from nnunet_ssl.unlabeled.coordinates import CoordinateLoader
@@ -50,7 +50,7 @@ class SASNetSettings(SSLSettings):
     sasnet_low_level_start: Whole = 1  # stages above the bottleneck where the low-level decoder starts; 0: no such one
     sasnet_sar: Literal["last_two", "running", "off"] = "last_two"  # memory of confidence: Eq. 4-5, or the code's blend
     sasnet_alpha: Share = 0.5  # alpha, Eq. 4-5
-    sasnet_memory_share: Share = 0.25  # of the GPU's memory, else of RAM, that the memory may take; else it is on disk
+    sasnet_memory_share: Share = 0.25  # of what is free on the GPU, else of RAM, that the memory may take
     sasnet_sdm: bool = True  # regression heads and L_src
     sasnet_plc: Literal["sharpened", "plain", "off"] = "sharpened"  # L_plc: as implemented, or as Eq. 15
     sasnet_temperature: Positive = 0.1  # T of the sharpening
@@ -153,38 +153,52 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
         """For SAR each voxel of a patch says where in its case it comes from."""
         return CoordinateLoader if self.uses_sar else super().labeled_loader()
 
+    memory: ConfidenceMemory | None = None
+    _memory_may_move: bool = False
+
     def on_train_start(self) -> None:
         """Make room for the confidence of every labelled voxel."""
         if not self.was_initialized:
             self.initialize()
         self.memory = self._confidence_memory() if self.uses_sar else None
+        self._memory_may_move = self.memory is not None and self.device.type == "cuda"
         super().on_train_start()
 
     def _confidence_memory(self) -> ConfidenceMemory:
-        """On the device that trains, in RAM, or on disk: the first that has room within the settings' share."""
+        """In RAM, or on disk where it takes more than the settings' share of the RAM."""
         dataset, _ = self.get_tr_and_val_datasets()
         # str: where nnU-Net has just made the split, its names are numpy's, which no training state may hold
         shapes = {str(case): tuple(dataset.load_case(case)[0].shape[1:]) for case in dataset.identifiers}
-        rule, share = self.settings.sasnet_sar, self.settings.sasnet_memory_share
+        rule, folder = self.settings.sasnet_sar, None
         needed = ConfidenceMemory.bytes_needed(shapes, rule)
-        device, folder = "cpu", None
-        if self.device.type == "cuda" and needed <= share * torch.cuda.mem_get_info(self.device)[0]:
-            device = self.device
-        elif needed > share * psutil.virtual_memory().total / (dist.get_world_size() if self.is_ddp else 1):
+        if needed > self.settings.sasnet_memory_share * ram_limit() / (dist.get_world_size() if self.is_ddp else 1):
             folder = os.path.join(self.output_folder, f"confidence_memory_{self.local_rank}")
         self.print_to_log_file(
             f"SASNet remembers the confidence of {len(shapes)} labelled cases: {needed / 2**20:.0f} MiB "
-            + (f"on disk in {folder}" if folder else f"on {device}")
+            + (f"on disk in {folder}" if folder else "in RAM")
         )
-        if self.device.type == "cuda" and device == "cpu":
-            self.print_to_log_file("Each step waits for it; a larger sasnet_memory_share keeps it on the GPU.")
         try:
-            return ConfidenceMemory(shapes, rule, device=device, folder=folder)
+            return ConfidenceMemory(shapes, rule, folder=folder)
         except OSError as error:
             raise UserError(
                 f"SASNet's memory of confidence, {needed / 2**20:.0f} MiB, cannot be kept in {folder} ({error}); make "
                 'room there, raise sasnet_memory_share to keep it in RAM, or set sasnet_sar to "off".'
             ) from None
+
+    def after_step(self) -> None:
+        """After the first step, the GPU holds all that a step needs: the memory moves there if the rest has room."""
+        super().after_step()
+        if self._memory_may_move:
+            self._memory_may_move = False
+            free, _ = torch.cuda.mem_get_info(self.device)
+            if self.memory.nbytes <= self.settings.sasnet_memory_share * free:
+                self.memory.to(self.device)
+                self.print_to_log_file(f"SASNet's memory of confidence is on {self.device} from now on.")
+            else:
+                self.print_to_log_file(
+                    f"The GPU has {free / 2**20:.0f} MiB left, so SASNet's memory of confidence stays where it is, and "
+                    "each step waits for it; a larger sasnet_memory_share moves it to the GPU."
+                )
 
     def _fused_labels(self, stream: Stream, prob: Branches) -> Tensor:
         """The class with the largest fused probability, ``[B, *patch]``, of probabilities ``[B, K, *patch]``.

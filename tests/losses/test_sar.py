@@ -436,6 +436,18 @@ def test_files_take_disk_and_are_gone_afterwards(tmp_path: Path, monkeypatch: py
     assert not any(tmp_path.iterdir())
 
 
+def test_a_memory_moves_to_another_device_with_what_it_remembers(tmp_path: Path):
+    memory = ConfidenceMemory({"a": (4, 5)}, folder=str(tmp_path))
+    values = fp16(2, 4, 5)
+    memory.write("a", grid(4, 5), values)
+    memory.to("cuda" if torch.cuda.is_available() else "cpu")
+    assert torch.equal(voxels(memory), values)
+    memory.to("meta")
+    assert memory.device.type == memory.state()["a"].device.type == "meta"
+    gc.collect()
+    assert not any(tmp_path.iterdir())
+
+
 def test_a_full_disk_is_an_error_at_the_start_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")

@@ -14,6 +14,8 @@ from test_resume import assert_resumed_equals_uninterrupted, train
 from test_step import a_batch, with_stages
 
 from nnunet_ssl.losses.branches import Branches
+from nnunet_ssl.losses.sar import ConfidenceMemory
+from nnunet_ssl.trainers import sasnet
 
 NAME = "nnUNetTrainerSASNet"
 FULL = {"sasnet_rampup": 0.0}
@@ -246,6 +248,41 @@ def test_a_memory_on_disk_trains_the_same(tiny, make_trainer):
         assert (Path(trainer.output_folder) / "confidence_memory_0").exists() == (share == 0)
         found.append({**parameters(trainer), **trainer.memory.state()})
     assert all(torch.equal(t, found[1][n]) for n, t in found[0].items())
+
+
+@pytest.mark.parametrize(("bytes_free", "moves"), [(10**9, True), (1000, False)])
+def test_the_memory_moves_to_the_gpu_when_a_step_has_taken_what_it_needs(
+    tiny, make_trainer, monkeypatch, capsys, bytes_free, moves
+):
+    """Before the first step a GPU is empty, and says nothing of the room that there will be."""
+    moved, asked = [], []
+    monkeypatch.setattr(ConfidenceMemory, "to", lambda self, device: moved.append(device))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: asked.append(None) or (bytes_free, 10**12))
+    trainer = make_trainer(NAME, tiny(), settings=FULL)
+    cpu, trainer.device = trainer.device, torch.device("cuda")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(trainer).__base__, "on_train_start", lambda self: None)  # which would start to use the GPU
+        trainer.on_train_start()
+    assert trainer.memory.device == cpu
+    trainer.device = cpu
+    super(type(trainer), trainer).on_train_start()
+    trainer.on_train_epoch_start()
+    batch = next(trainer.dataloader_train)
+    assert not asked
+    for _ in range(2):
+        trainer.train_step(batch)
+    assert len(asked) == 1
+    assert moved == [cpu] * moves
+    assert ("stays where it is" in capsys.readouterr().out) != moves
+
+
+def test_the_memory_is_on_disk_where_the_container_has_little_ram(tiny, make_trainer, monkeypatch):
+    trainer = make_trainer(NAME, tiny())
+    needed = started(trainer).memory.nbytes
+    for limit, on_disk in ((4 * needed, False), (4 * needed - 1, True)):
+        monkeypatch.setattr(sasnet, "ram_limit", lambda limit=limit: limit)
+        trainer._confidence_memory()
+        assert (Path(trainer.output_folder) / "confidence_memory_0").exists() == on_disk
 
 
 @pytest.mark.parametrize("kind", ["3d", "2d"])
