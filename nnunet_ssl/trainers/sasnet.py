@@ -33,7 +33,7 @@ from nnunet_ssl.ram import ram_limit
 from nnunet_ssl.trainers.base import Batch, Stream, full_resolution, nnUNetTrainerSSL
 from nnunet_ssl.trainers.settings import SSLSettings
 from nnunet_ssl.unlabeled.coordinates import CoordinateLoader
-from nnunet_ssl.unlabeled.views import view_transform
+from nnunet_ssl.unlabeled.views import FrequencyRotation, view_transform
 
 LATEST = "checkpoint_latest.pth"  # nnU-Net's name of the checkpoint that --c goes on from
 
@@ -258,15 +258,17 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
     # ------------------------------------------------------------------ Section 3.3: view variance
 
     def view_transform(self) -> BasicTransform | None:
-        """Axes exchanged, or the image turned in the frequency domain."""
-        plan = self.configuration_manager
-        transform = view_transform(
-            self.settings.sasnet_views, plan.patch_size, plan.spacing, self.settings.sasnet_view_angle
-        )
-        if transform is None and self.settings.sasnet_views != "off":
+        """Axes exchanged, or the image turned in the frequency domain, which is also what is done if none can be."""
+        plan, wanted = self.configuration_manager, self.settings.sasnet_views
+        transform = view_transform(wanted, plan.patch_size, plan.spacing, self.settings.sasnet_view_angle)
+        patch = f"'{self.configuration_name}' (patch {list(plan.patch_size)}, spacing {list(plan.spacing)})"
+        if wanted == "permute" and isinstance(transform, FrequencyRotation):
             self.print_to_log_file(
-                f"SASNet: no two axes of '{self.configuration_name}' can be exchanged (patch {list(plan.patch_size)}, "
-                f"spacing {list(plan.spacing)}), so there is no view variance."
+                f"SASNet: no two axes of {patch} can be exchanged, so views are rotated, as with sasnet_views: rotate."
+            )
+        elif wanted != "off" and transform is None:
+            self.print_to_log_file(
+                f"WARNING: no two axes of {patch} have the same spacing, so SASNet trains without view variance."
             )
         return transform
 

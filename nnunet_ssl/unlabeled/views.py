@@ -170,13 +170,13 @@ def view_transform(
     ``"permute"`` draws, for each sample, any permutation of the :func:`interchangeable_axes`, all equally likely: two
     for two axes, six for three. The released code draws the identity or one swap, with probability 1/2 each, on LA, and
     the identity or one of two swaps, with 1/3 each, elsewhere; the third swap and the two cyclic permutations are
-    never seen there.
+    never seen there. If no two axes can be exchanged, as in anisotropic patches that are not square, it rotates.
 
     Args:
         kind: what to do to a sample.
         patch_size: voxels along each axis, as the transform will see it.
         spacing: mm a voxel along each axis.
-        max_angle: degrees, for ``"rotate"``.
+        max_angle: degrees, for rotations.
 
     Returns:
         The transform; None if ``kind`` is ``"off"``, or if the axes do not allow any view but the patch's own.
@@ -187,10 +187,9 @@ def view_transform(
     """
     if kind == "off":
         return None
-    if kind == "permute":
-        axes = interchangeable_axes(patch_size, spacing)
-        return TransposeAxesTransform(axes) if axes else None
-    if kind == "rotate":
+    if kind == "permute" and (axes := interchangeable_axes(patch_size, spacing)):
+        return TransposeAxesTransform(axes)
+    if kind in ("permute", "rotate"):
         planes = rotation_planes(spacing)
         if max_angle > 45 and any((patch_size[a] - patch_size[b]) % 2 for a, b in planes):
             raise UserError(

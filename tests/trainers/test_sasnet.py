@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.spatial.transpose import TransposeAxesTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from test_ddp import _step, on_two_ranks
 from test_resume import assert_resumed_equals_uninterrupted, train
@@ -16,6 +17,7 @@ from test_step import a_batch, with_stages
 from nnunet_ssl.losses.branches import Branches
 from nnunet_ssl.losses.sar import ConfidenceMemory
 from nnunet_ssl.trainers import sasnet
+from nnunet_ssl.unlabeled.views import FrequencyRotation
 
 NAME = "nnUNetTrainerSASNet"
 FULL = {"sasnet_rampup": 0.0}
@@ -161,6 +163,24 @@ def test_views_turn_both_streams(tiny, make_trainer, views):
         for key in differ:
             differ[key] += not torch.equal(a[key], b[key])
     assert min(differ.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("patch", "spacing", "kind", "said"),
+    [
+        ([8, 16, 16], [5, 1, 1], TransposeAxesTransform, ""),
+        ([8, 24, 16], [5, 1, 1], FrequencyRotation, "SASNet: no two axes of '3d_fullres' (patch [8, 24, 16], spacing"),
+        ([8, 16, 16], [5, 1, 2], type(None), "WARNING: no two axes of '3d_fullres' (patch [8, 16, 16], spacing"),
+    ],
+)
+def test_where_axes_cannot_be_exchanged_views_are_rotated(tiny, make_trainer, capsys, patch, spacing, kind, said):
+    trainer = make_trainer(NAME, tiny())
+    trainer.configuration_manager.configuration.update(patch_size=patch, spacing=spacing)
+    capsys.readouterr()
+    assert isinstance(trainer.view_transform(), kind)
+    out = capsys.readouterr().out
+    assert said in out
+    assert bool(out) == bool(said)
 
 
 def test_lean_and_joint_passes_give_the_same_gradients(tiny, make_trainer):

@@ -358,11 +358,13 @@ def test_a_sample_without_labels():
 def test_what_the_trainer_gets():
     cube, equal = (32, 32, 32), (1.0, 1.0, 1.0)
     assert view_transform("off", cube, equal, 30) is None
-    assert view_transform("permute", (32, 24, 16), equal, 30) is None
-    assert view_transform("rotate", cube, (1, 2, 3), 30) is None
+    for kind in ("permute", "rotate"):
+        assert view_transform(kind, cube, (1, 2, 3), 30) is None
     assert view_transform("permute", (16, 32, 32), (3, 1, 1), 30).allowed_axes == (1, 2)
     rotation = view_transform("rotate", (16, 32, 40), (3, 1, 1), 30)
     assert (rotation.planes, rotation.max_angle) == (((1, 2),), 30)
+    instead = view_transform("permute", (16, 32, 40), (3, 1, 1), 30)  # no two axes that can be exchanged
+    assert (type(instead), instead.planes, instead.max_angle) == (FrequencyRotation, ((1, 2),), 30)
     assert view_transform("rotate", (32, 25), (1, 1), 45).planes == ((0, 1),)
     with pytest.raises(UserError, match="Set the angle to 45 or less"):
         view_transform("rotate", (32, 25), (1, 1), 46)
