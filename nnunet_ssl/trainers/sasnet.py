@@ -57,6 +57,7 @@ class SASNetSettings(SSLSettings):
     sasnet_detach_target: bool = False  # whether the sharpened target stands still; the authors' code lets it move
     sasnet_views: Literal["permute", "rotate", "off"] = "permute"  # view variance: as the authors' code, or Eq. 9-11
     sasnet_view_angle: Angle = 30.0  # largest theta, Eq. 10, in degrees; nnU-Net's own rotations go as far
+    sasnet_validate_branches: bool = False  # whether the final validation is done for each branch alone as well
 
 
 class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
@@ -363,17 +364,19 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
                 self.log_value(f"dice_{name}", (2 * tp / (2 * tp + fp + fn)).nanmean())
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """nnU-Net's validation of each branch, kept in ``validation_high`` and ``validation_low``, then of both."""
-        if not self.has_low_branch:
+        """nnU-Net's, of both branches together; if asked for, of each alone before, in ``validation_<branch>``."""
+        if not (self.has_low_branch and self.settings.sasnet_validate_branches):
             return super().perform_actual_validation(save_probabilities)
-        folder, dice = self.output_folder, {}
+        folder, plan, dice = self.output_folder, self.configuration_manager, {}
         for name in Branches._fields:
             self.output_folder = os.path.join(folder, f"validating_{name}")  # not to touch what ``validation`` holds
+            # the next stage of a cascade learns from both together
+            self.configuration_manager = ConfigurationManager({**plan.configuration, "next_stage": None})
             try:
                 with self._branch(name):
                     super().perform_actual_validation(False)
             finally:
-                self.output_folder, done = folder, self.output_folder
+                self.output_folder, done, self.configuration_manager = folder, self.output_folder, plan
             if self.is_ddp:
                 dist.barrier()
             if self.local_rank == 0:

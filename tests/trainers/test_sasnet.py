@@ -10,6 +10,7 @@ import pytest
 import torch
 from batchgeneratorsv2.transforms.spatial.transpose import TransposeAxesTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from test_ddp import _step, on_two_ranks
 from test_resume import assert_resumed_equals_uninterrupted, train
 from test_step import a_batch, with_stages
@@ -371,7 +372,7 @@ def test_a_branch_alone_scores_what_it_predicts(tiny, make_trainer):
 
 
 def test_validation_logs_both_branches_alone_and_together(tiny, make_trainer):
-    trainer = make_trainer(f"{NAME}_1epochs", tiny("ignore"))
+    trainer = make_trainer(f"{NAME}_1epochs", tiny("ignore"), settings={"sasnet_validate_branches": True})
     train(trainer)
     trainer.perform_actual_validation()
     columns = (Path(trainer.output_folder) / "ssl_log.csv").read_text().splitlines()[0].split(",")
@@ -380,6 +381,24 @@ def test_validation_logs_both_branches_alone_and_together(tiny, make_trainer):
         assert (Path(trainer.output_folder) / folder / "summary.json").is_file()
     [log] = Path(trainer.output_folder).glob("training_log*")
     assert "Validation Dice: high" in log.read_text()
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_final_validation_exports_to_the_next_stage_once(tiny, make_trainer, monkeypatch, branches):
+    trainer = make_trainer(NAME, tiny(), settings={"sasnet_validate_branches": branches})
+    trainer.configuration_manager.configuration["next_stage"] = "3d_cascade_fullres"
+    done = []
+
+    def validation(self, save_probabilities):
+        branch, folder = self.plans_network.branch, Path(self.output_folder) / "validation"
+        done.append((branch, self.configuration_manager.next_stage_names, save_probabilities))
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text('{"foreground_mean": {"Dice": 0.5}}')
+
+    monkeypatch.setattr(nnUNetTrainer, "perform_actual_validation", validation)
+    trainer.perform_actual_validation(True)
+    alone = [("high", None, False), ("low", None, False)] if branches else []
+    assert done == [*alone, ("both", ["3d_cascade_fullres"], True)]
 
 
 def test_compiled_networks_give_the_same_gradients(tiny, make_trainer, monkeypatch):
