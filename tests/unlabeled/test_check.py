@@ -52,17 +52,17 @@ def test_what_nnunet_takes_is_prepared_as_nnunet_does(tiny_copy, kind):
     if kind == "2d":
         images["flat"] = write(folder / "flat_0000.nii.gz", IMAGE[0], 0.9, 1.3)
     manager = PlansManager(dataset.plans)
-    prepared, cases = prepare_unlabeled(
+    prepared = prepare_unlabeled(
         dataset.name, manager, dataset.configuration, dataset.dataset_json, dataset.cases("imagesTr"), 1
     )
-    assert set(images) < set(cases)
+    assert set(images) < set(prepared.cases)
 
     configuration = manager.get_configuration(dataset.configuration)
     for case, file in images.items():
         expected, *_ = configuration.preprocessor_class(verbose=False).run_case(
             [file], None, manager, configuration, dataset.dataset_json
         )
-        data, *_ = nnUNetDatasetBlosc2(prepared, [case]).load_case(case)
+        data, *_ = nnUNetDatasetBlosc2(prepared.places[case], [case]).load_case(case)
         np.testing.assert_array_equal(data[:], expected)
 
 
