@@ -4,11 +4,13 @@
 #
 # Each of them first makes a virtual environment in .venv and installs the package there, if that is still to be done.
 # PYTHON=python3.12 picks the interpreter, VENV=folder the place, TESTS=tests/losses a part of the tests,
-# DEMO="--epochs 5" and BENCH="..." add options.
+# PARALLEL= runs them in one process, DEMO="--epochs 5" and BENCH="..." add options.
 
 PYTHON ?= python3
 VENV ?= .venv
 TESTS ?= tests
+# a file is run by one process: the datasets that its tests share are made once
+PARALLEL ?= -n auto --dist loadfile
 DEMO ?=
 BENCH ?=
 BIN := $(VENV)/bin
@@ -23,10 +25,10 @@ demo: $(INSTALLED)
 	$(BIN)/nnUNetv2_ssl_demo --dir demo $(DEMO)
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest --durations=10 $(TESTS)
+	$(BIN)/python -m pytest $(PARALLEL) --durations=10 $(TESTS)
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest --durations=10 -m "slow or not slow" $(TESTS)
+	$(BIN)/python -m pytest $(PARALLEL) --durations=10 -m "slow or not slow" $(TESTS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
