@@ -93,7 +93,9 @@ setup(
         "edt>=3.0",  # exact distance transforms on the CPU, several times as fast as scipy's
         "psutil",
     ],
-    extras_require={"dev": ["h5py", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "pre-commit", "setuptools>=77"]},
+    extras_require={
+        "dev": ["h5py", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "pre-commit", "setuptools>=77"],
+    },
     entry_points={
         "console_scripts": [f"nnUNetv2_ssl_{verb} = nnunet_ssl.commands.{verb}:main" for verb in COMMANDS],
     },

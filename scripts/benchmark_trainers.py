@@ -87,7 +87,7 @@ def build(setup: Setup, trainer_name: str, passes: str | None, **more: Any) -> A
     os.environ["nnUNet_ssl_config"] = str(config)
     os.environ["nnUNet_results"] = str(Path(setup.folder) / f"results_{passes}")
     os.environ["nnUNet_n_proc_DA"] = "0"
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
         trainer = get_trainer_from_args(
             setup.dataset, setup.configuration, 0, trainer_name, setup.plans, device=torch.device(setup.device)
         )
@@ -120,7 +120,7 @@ def measure_memory(setup: Setup, trainer_name: str, passes: str | None, steps: i
     import torch
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
         for name, _ in setup.trainers:  # the search imports all of nnU-Net's trainers before ours: that is not counted
             recursive_find_trainer_class_by_name(name)
     before = resident_peak()
@@ -258,9 +258,9 @@ def main(argv: list[str] | None = None) -> None:
     }
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.with_name(args.output.name + ".json").write_text(json.dumps(results, indent=1) + "\n")
-    args.output.with_name(args.output.name + ".md").write_text(table(results) + "\n")
+    args.output.with_name(args.output.name + ".md").write_text(table(results) + "\n", encoding="utf-8")
     if args.page:
-        args.page.write_text(fill(args.page, MARKS, [table(results)], WRITER))
+        args.page.write_text(fill(args.page, MARKS, [table(results)], WRITER), encoding="utf-8")
     print(table(results))
 
 

@@ -177,7 +177,7 @@ def execute(words: list[str], env: dict[str, str], log: Path) -> None:
         RuntimeError: it failed.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as stream:
+    with log.open("a", encoding="utf-8") as stream:
         stream.write(f"\n$ {shlex.join(words)}\n")
         stream.flush()
         code = subprocess.run(words, env=env, stdout=stream, stderr=subprocess.STDOUT).returncode
@@ -341,7 +341,7 @@ def report(results: dict[str, Any], docs: Path, name: str) -> None:
     page = docs / "results.md"
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     lines = [*table(results, TABLES[name]), "", f"{results['steps']:,} steps. Versions: {versions}."]
-    page.write_text(fill(page, name, lines, WRITER))
+    page.write_text(fill(page, name, lines, WRITER), encoding="utf-8")
     (docs / "results").mkdir(parents=True, exist_ok=True)
     (docs / "results" / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     print("\n".join(lines))

@@ -121,7 +121,7 @@ def report(home: Path, page: Path) -> None:
         cells = [f"{mean[metric]:.3f}" for metric in ("Dice", "IoU")] + [f"{mean[m]:.2f}" for m in ("HD95", "ASD")]
         lines.append(f"| `{trainer}` | {steps:,} | " + " | ".join(cells) + " |")
     lines += ["", f"Each had {budget['minutes']:g} minutes of one CPU thread."]
-    page.write_text(fill(page, "la", lines, "scripts/la_evidence.py report"))
+    page.write_text(fill(page, "la", lines, "scripts/la_evidence.py report"), encoding="utf-8")
     print("\n".join(lines))
 
 

@@ -697,7 +697,7 @@ def make_cases(
 def _read_protocol(file: Path, seed: int) -> tuple[list[str], list[str], bool]:
     """The training cases in the seed's order, the test cases, and whether there are several orders."""
     try:
-        protocol = json.loads(file.read_text())
+        protocol = json.loads(file.read_text(encoding="utf-8"))
         train, test, orders = (protocol[key] for key in ("train", "test", "labelled_order"))
     except (ValueError, KeyError, TypeError) as error:
         wanted = '{"train": [...], "test": [...], "labelled_order": [[...], ...]}'

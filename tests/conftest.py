@@ -14,6 +14,7 @@ nnU-Net reads its three folders from the environment at each use, so setting the
 from __future__ import annotations
 
 import json
+import locale
 import os
 import shutil
 import subprocess
@@ -42,6 +43,14 @@ import datasets  # noqa: E402
 from datasets import Folders, TinyDataset  # noqa: E402
 
 SHORT = {"num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1, "seed": 0}
+
+
+@pytest.fixture(autouse=True)
+def own_locale() -> Any:
+    """GDCM, which reads DICOM, leaves the process with an ASCII locale: that is not to reach another test."""
+    before = locale.setlocale(locale.LC_ALL)
+    yield
+    locale.setlocale(locale.LC_ALL, before)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -61,7 +61,8 @@ os.rename(sys.argv[1] + ".new", sys.argv[1])
 time.sleep(600)
 """
 PARENT = f"""
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that were started in the background ignore it
 from nnunet_ssl.stock_commands import running
 with running([sys.executable, "-c", {FAMILY!r}, sys.argv[1]]) as process:
     process.wait()

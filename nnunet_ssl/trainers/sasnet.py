@@ -421,5 +421,5 @@ def _already(outputs: list[Tensor], _images: Tensor) -> list[Tensor]:
 
 def _foreground_dice(folder: str) -> float:
     """The mean that nnU-Net's validation wrote."""
-    with open(os.path.join(folder, "summary.json")) as file:
+    with open(os.path.join(folder, "summary.json"), encoding="utf-8") as file:
         return json.load(file)["foreground_mean"]["Dice"]

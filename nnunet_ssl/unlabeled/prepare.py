@@ -548,7 +548,7 @@ def _complete(
     saved = time.monotonic()
     part = f"part_{secrets.token_hex(4)}"
     os.mkdir(os.path.join(folder, part))
-    with open(os.path.join(folder, part, READERS), "x"):
+    with open(os.path.join(folder, part, READERS), "x", encoding="utf-8"):
         pass
     jobs = [(task, case, wanted.images[case], os.path.join(folder, part, case)) for case in todo]
     problems: list[str] = []

@@ -91,7 +91,7 @@ def test_full_disk(tmp_path):
         (["-pred", "a", "b", "-o", "out", "--names", "x"], r"--names gives 1 name\(s\) for 2"),
         (["-pred", "a", "b", "-o", "out", "--names", "x", "x"], "two methods are named x"),
         (["-pred", "a", "--names", "x/y"], "--names: method 'x/y' has a path separator in it"),
-        (["-pred", "a", "--names", "x\udc80"], "--names: method '.*' has characters in it that cannot be printed"),
+        (["-pred", "a", "--names", "x\udc80"], "--names: method '.*' is not UTF-8"),
     ],
 )
 def test_arguments_that_are_refused(arguments, message):

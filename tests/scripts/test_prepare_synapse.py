@@ -251,7 +251,7 @@ def test_a_killed_run_leaves_no_dataset(data, fresh_folders, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             run(data)
     assert nothing_written(fresh_folders)
-    leftover = fresh_folders.raw / ".Dataset701_SynapseGALabeled4" / "imagesTr" / "leftover"  # of one killed by force
+    leftover = fresh_folders.raw / ".Dataset701_SynapseGALabeled4.0123" / "imagesTr" / "leftover"  # of a killed one
     leftover.parent.mkdir(parents=True)
     leftover.touch()
     run(data)
