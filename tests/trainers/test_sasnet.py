@@ -449,7 +449,7 @@ def test_regions_are_refused(tiny, make_trainer):
         make_trainer(NAME, tiny("regions"))
 
 
-@pytest.mark.parametrize("kind", ["3d", "2d"])
+@pytest.mark.parametrize("kind", ["3d", pytest.param("2d", marks=pytest.mark.slow)])
 def test_real_commands_train_continue_validate_predict_and_export(tiny, own_results, run_nnunet, tmp_path, kind):
     dataset = tiny(kind)
     trainer = f"{NAME}_2epochs"
