@@ -76,7 +76,7 @@ setup(
     python_requires=">=3.10",
     install_requires=[
         "nnunetv2>=2.8.0,<2.9",
-        "torch",
+        "torch>=2.6",  # names what a checkpoint may call when it is read
         "batchgenerators",
         "batchgeneratorsv2",
         "dynamic-network-architectures",

@@ -10,7 +10,7 @@ import os
 import pickle
 import re
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,4 @@ def save_whole(content: object, file: str | Path) -> None:
 
 def _numbers_allowed() -> AbstractContextManager:
     """numpy's numbers, beside what torch allows by itself."""
-    # before torch 2.6 names cannot be given: there a log with such numbers has to be trusted
-    has_names = torch.torch_version.TorchVersion(torch.__version__) >= (2, 6)
-    return torch.serialization.safe_globals(NUMBERS) if has_names else nullcontext()
+    return torch.serialization.safe_globals(NUMBERS)

@@ -24,7 +24,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from nnunet_ssl import trainers
-from nnunet_ssl.checkpoints import read_checkpoint
+from nnunet_ssl.checkpoints import read_checkpoint, save_whole
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import writing
 from nnunet_ssl.names import path_component
@@ -267,11 +267,7 @@ def _export_fold(source: str, trainer: str, configuration: str, new: ExportedFol
     }
     file = os.path.join(target, f"fold_{new.fold}", "checkpoint_final.pth")
     os.makedirs(os.path.dirname(file))
-    try:
-        torch.save(plain, file)
-    except RuntimeError as error:  # what torch makes of a full disk
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{file} cannot be written ({reason}). Make room, or name another folder with -o.") from error
+    save_whole(plain, file)
     verify(file, trained, target, str(checkpoint.get("trainer_name")))
 
 

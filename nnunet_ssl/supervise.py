@@ -21,6 +21,8 @@ def main(words: list[str]) -> int:
     signal.signal(signal.SIGTERM, _end)
     threading.Thread(target=_watch, daemon=True).start()
     code = subprocess.Popen(words, stdin=subprocess.DEVNULL).wait()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.killpg(0, signal.SIGTERM)  # workers of a command that was killed do not notice that they are alone
     return code if code >= 0 else 128 - code
 
 

@@ -114,6 +114,14 @@ def test_a_command_that_is_told_to_end_takes_its_workers_along(tmp_path):
     assert_gone(processes)
 
 
+def test_workers_of_a_command_that_was_killed_end_too(tmp_path):
+    with running([sys.executable, "-c", FAMILY, str(tmp_path / "pids")]) as process:
+        command, worker = family(tmp_path / "pids")
+        command.kill()
+        assert process.wait(20) == 128 + signal.SIGKILL
+        assert_gone([worker])
+
+
 @pytest.mark.parametrize(("code", "expected"), [("raise SystemExit(3)", 3), ("pass", 0), ("os.abort()", 128 + 6)])
 def test_a_command_keeps_its_output_and_exit_code(code, expected):
     script = f"import os, sys; print(sys.stdin.read(), 'said', flush=True); {code}"

@@ -25,11 +25,13 @@ import torch.distributed as dist
 from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from filelock import BaseFileLock
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
@@ -111,15 +113,9 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         self._refuse_what_cannot_work(PlansManager(plans), configuration, dataset_json)
         continue_training = plans["continue_training"]  # nnU-Net removes it
         override = load_settings(self.Settings, os.environ.get(ENVIRONMENT_VARIABLE))
+        # before nnU-Net's loggers, which replace files of a run that is going on, and before any of them is read
+        self._fold_lock = self._lock_fold(PlansManager(plans), configuration, fold)
         super().__init__(plans, configuration, fold, dataset_json, device)
-        if self.local_rank == 0:  # before anything is read here that another run may be about to replace
-            self._fold_lock = take(
-                os.path.join(self.output_folder, LOCK),
-                f"another nnUNetv2_train works in {self.output_folder}; two would overwrite each other's files. Wait "
-                "until it has ended, or stop it and go on from its last checkpoint with --c.",
-                patience=PATIENCE,
-                of_process=True,
-            )
         self.settings = self._settings_in_force(override, continue_training)
         self.num_iterations_per_epoch = self.settings.num_iterations_per_epoch
         self.num_val_iterations_per_epoch = self.settings.num_val_iterations_per_epoch
@@ -172,6 +168,9 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             target: ``[B, 1, *patch]``, nnU-Net's full-resolution target.
         """
         return {}
+
+    def before_training_state(self) -> None:
+        """What a method makes at the start of a training, before ``load_training_state`` may fill it."""
 
     def after_step(self) -> None:
         """What follows each step, when all optimisers have stepped: a teacher's update, for instance."""
@@ -261,6 +260,20 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         if self.is_ddp:
             dist.broadcast_object_list(seed, src=0)
         return dataclasses.replace(override, seed=seed[0])
+
+    def _lock_fold(self, plans_manager: PlansManager, configuration: str, fold: int | str) -> BaseFileLock | None:
+        """Rank 0 keeps others out of the fold's folder until the process ends."""
+        if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+            return None
+        names = plans_manager.dataset_name, type(self).__name__, plans_manager.plans_name, configuration
+        folder = get_output_folder(*names, fold)
+        return take(
+            os.path.join(folder, LOCK),
+            f"another nnUNetv2_train works in {folder}; two would overwrite each other's files. Wait until it has "
+            "ended, or stop it and go on from its last checkpoint with --c.",
+            patience=PATIENCE,
+            of_process=True,
+        )
 
     @classmethod
     def _refuse_what_cannot_work(cls, plans_manager: PlansManager, configuration: str, dataset_json: dict) -> None:
@@ -399,11 +412,12 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         if not self.was_initialized:
             self.initialize()
         self._refuse_another_network()
-        if self._resumed_from is not None:
-            self._load_training_state(training_state_file(self._resumed_from))
         if type(self).do_split is nnUNetTrainer.do_split:
             cases = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)
             refuse_fold(self.fold, cases, self.preprocessed_dataset_folder_base)
+        self.before_training_state()
+        if self._resumed_from is not None:
+            self._load_training_state(training_state_file(self._resumed_from))
         if self.uses_unlabeled:
             self.unlabeled = self._prepared_unlabeled()
         super().on_train_start()
@@ -445,7 +459,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             prepared = prepare_unlabeled(*what, default_num_processes, reading=True)
         else:
             prepared = wait_until_prepared(*what)
-        if self._resumed_unlabeled is not None:
+        if self._resumed_unlabeled is not None and self.current_epoch < self.num_epochs:  # or only validation is left
             self._refuse_other_images(prepared.contents, self._resumed_unlabeled)
         self.print_to_log_file(f"Learning from {len(prepared.cases)} unlabelled images in {prepared.folder}")
         return prepared
@@ -787,6 +801,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         remedy += "checkpoint_latest.pth and checkpoint_best.pth."
         # before nnU-Net reads it, which runs what a stranger may have put into it
         read_checkpoint(filename_or_checkpoint, remedy, CHECKPOINT)
+        if not self.was_initialized:  # what may fail there is not the checkpoint's fault
+            self.initialize()
         try:
             super().load_checkpoint(filename_or_checkpoint)
         except torch.cuda.OutOfMemoryError:
@@ -899,7 +915,7 @@ def find_training_state(
     expected = fingerprint(network)
     for candidate in (filename, filename + ".new"):
         try:
-            state = torch.load(candidate, map_location=device, weights_only=True, mmap=True)
+            state = torch.load(candidate, map_location=device, weights_only=True, mmap=os.name != "nt")
             if state["network"] == expected:
                 return candidate, state
         except MemoryError:

@@ -97,8 +97,9 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
         """
         known = self._start_of_checkpoint
         start = self.settings.sasnet_low_level_start if known is None else known
-        build = functools.partial(dual_branch_network, low_level_start=None if start == 1 else start)
-        self.build_network_architecture = build
+        if type(self).build_network_architecture is nnUNetTrainerSASNet.build_network_architecture:
+            build = functools.partial(dual_branch_network, low_level_start=None if start == 1 else start)
+            self.build_network_architecture = build  # a class derived from this one may build another
         super().initialize()
         if start and self.plans_network.low_decoder is None:
             self.print_to_log_file(
@@ -157,13 +158,11 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
     memory: ConfidenceMemory | None = None
     _memory_may_move: bool = False
 
-    def on_train_start(self) -> None:
+    def before_training_state(self) -> None:
         """Make room for the confidence of every labelled voxel."""
-        if not self.was_initialized:
-            self.initialize()
+        super().before_training_state()
         self.memory = self._confidence_memory() if self.uses_sar else None
         self._memory_may_move = self.memory is not None and self.device.type == "cuda"
-        super().on_train_start()
 
     def _confidence_memory(self) -> ConfidenceMemory:
         """In RAM, or on disk where it takes more than the settings' share of the RAM."""

@@ -15,6 +15,7 @@ from test_ddp import _step, on_two_ranks
 from test_resume import assert_resumed_equals_uninterrupted, train
 from test_step import a_batch, with_stages
 
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.branches import Branches
 from nnunet_ssl.losses.sar import ConfidenceMemory
 from nnunet_ssl.trainers import sasnet
@@ -281,12 +282,11 @@ def test_the_memory_moves_to_the_gpu_when_a_step_has_taken_what_it_needs(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: asked.append(None) or (bytes_free, 10**12))
     trainer = make_trainer(NAME, tiny(), settings=FULL)
     cpu, trainer.device = trainer.device, torch.device("cuda")
-    with monkeypatch.context() as patch:
-        patch.setattr(type(trainer).__base__, "on_train_start", lambda self: None)  # which would start to use the GPU
-        trainer.on_train_start()
+    trainer.before_training_state()
     assert trainer.memory.device == cpu
     trainer.device = cpu
-    super(type(trainer), trainer).on_train_start()
+    trainer.before_training_state = lambda: None  # done, as for a GPU
+    trainer.on_train_start()
     trainer.on_train_epoch_start()
     batch = next(trainer.dataloader_train)
     assert not asked
@@ -491,3 +491,12 @@ def test_the_low_branch_alone_cannot_be_exported(tiny, make_trainer, tmp_path):
     [file] = (tmp_path / "out").rglob("checkpoint_final.pth")
     weights = torch.load(file, weights_only=True)["network_weights"]
     assert not any(name.startswith("low_decoder") for name in weights)
+
+
+def test_a_fold_that_cannot_train_is_refused_before_there_is_a_memory(tiny_copy, make_trainer):
+    dataset = tiny_copy("3d")
+    (dataset.preprocessed / "splits_final.json").write_text('[{"train": ["tr_00", "nobody"], "val": ["tr_01"]}]')
+    trainer = make_trainer(NAME, dataset)
+    with pytest.raises(UserError, match="fold 0 names nobody"):
+        trainer.on_train_start()
+    assert trainer.memory is None
