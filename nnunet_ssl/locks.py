@@ -29,7 +29,7 @@ _shared: dict[tuple[int, int], int] = {}  # device and inode -> descriptor, of w
 
 
 def take(
-    file: str | Path, busy: str, *, wait: bool = False, patience: float = 0.5, of_process: bool = False
+    file: str | Path, busy: str, *, wait: bool = False, patience: float = 0, of_process: bool = False
 ) -> BaseFileLock | None:
     """Take a lock, and keep it until ``release`` or the end of the process.
 
@@ -37,7 +37,7 @@ def take(
         file: the lock's file; it stays. Its folder is made where it is missing.
         busy: what to say where another process holds it.
         wait: print ``busy`` and wait, rather than refuse.
-        patience: seconds to wait before either, for a holder that is about to end or only looks whether it is free.
+        patience: seconds to wait before either, for a holder that is about to end.
         of_process: whoever takes it again in this process shares it. It is free when all have released it or are gone.
 
     Returns:
