@@ -10,7 +10,6 @@ import os
 import pickle
 import re
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ def read_checkpoint(file: str | Path, remedy: str, keys: Mapping[str, type] | No
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror or error}). {remedy}") from None
     try:
-        with _numbers_allowed():
+        with torch.serialization.safe_globals(NUMBERS):
             content = torch.load(file, map_location="cpu", weights_only=not trusted, mmap=True)
     except MemoryError:
         raise
@@ -82,8 +81,3 @@ def save_whole(content: object, file: str | Path) -> None:
             raise
         stream.flush()
         os.fsync(stream.fileno())  # a network file system may say only now that there is no room
-
-
-def _numbers_allowed() -> AbstractContextManager:
-    """numpy's numbers, beside what torch allows by itself."""
-    return torch.serialization.safe_globals(NUMBERS)

@@ -295,7 +295,7 @@ class SHTALoss(nn.Module):
             "token_accuracy": masked_mean(correct, omega_l),
             "proxy_cosine": masked_mean(assignment.proxy_cosine, assignment.present),
             "center_gap": masked_mean(gap, centers.size > 0),
-            "candidates_of_class": class_counts(tokens.y, self.num_classes, tokens.candidates).float(),
+            "candidates_of_class": class_counts(tokens.y, self.num_classes, tokens.candidates),
             "hard_of_class": centers.size.float(),
         }
 
