@@ -149,20 +149,6 @@ def same_content(one: Stamp, other: Stamp) -> bool:
     return [one[0], *one[2:]] == [other[0], *other[2:]]
 
 
-def is_as_stamped(path: str | Path, kept: Stamp) -> bool:
-    """Whether a file has the content that it had when ``kept`` was its :func:`stamp`.
-
-    Its content is read only where the size is the same and the time is not: ``cp -r`` and ``tar`` change times.
-    """
-    try:
-        status = os.stat(path)
-        if status.st_size != kept[0]:
-            return False
-        return status.st_mtime_ns == kept[1] or stamp(path)[2] == kept[2]
-    except (OSError, IndexError, TypeError):  # not there, or no stamp of ours
-        return False
-
-
 def _digest(file: Any) -> Any:
     """``hashlib.file_digest`` of Python 3.11."""
     digest = hashlib.sha256()

@@ -1,6 +1,6 @@
 """Parameters of SHTA's branch beside those of nnU-Net's U-Nets with 32 first-stage features.
 
-    python scripts/count_parameters.py
+python scripts/count_parameters.py
 """
 
 from __future__ import annotations

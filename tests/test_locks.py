@@ -88,12 +88,13 @@ def test_what_is_shared_is_so_until_the_last_process_has_gone_but_not_its_forked
     file = tmp_path / "shared"
     assert is_shared(file) is False
     code = f"""
-import os, signal, time
+import os, time
 from nnunet_ssl.locks import is_shared, share
 share({str(file)!r})
 share({str(file)!r})
-child = os.fork() or time.sleep(60)
-print(child, flush=True)
+if os.fork() == 0:
+    print(os.getpid(), flush=True)  # it has let go: a fork does so before it goes on
+    time.sleep(60)
 input()
 """
     command, pipe = [sys.executable, "-c", code], subprocess.PIPE
