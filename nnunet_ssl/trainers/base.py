@@ -47,7 +47,8 @@ from nnunet_ssl.trainers.log import SSLLog
 from nnunet_ssl.trainers.settings import ENVIRONMENT_VARIABLE, SSLSettings, load_settings, settings_from_dict
 from nnunet_ssl.unlabeled.folds import refuse_fold
 from nnunet_ssl.unlabeled.loader import TwoStreamLoader, UnlabeledDataset, UnlabeledLoader, start_workers
-from nnunet_ssl.unlabeled.prepare import PreparedFolder, prepare_unlabeled, wait_until_prepared
+from nnunet_ssl.unlabeled.prepare import prepare_unlabeled, wait_until_prepared
+from nnunet_ssl.unlabeled.store import PreparedFolder
 
 CLIP_NORM = 12  # nnU-Net's
 LOCK = ".lock"  # in the fold's folder, held by who trains or validates there

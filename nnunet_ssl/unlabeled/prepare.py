@@ -1,15 +1,8 @@
 """Unlabelled images through nnU-Net's own preprocessing, each once, and again only when it has to be.
 
-The prepared folder is ``<nnUNet_preprocessed>/<dataset>/<data_identifier>_unlabeled``:
-
-* ``part_<number>/<case>/`` holds a case, files as nnU-Net's own. Each run that prepares makes a part of its own, and
-  what is finished is never written again, so a training reads what it began with whatever other processes do.
-* ``manifest.json`` lists the cases that are finished, each with where it lies, the raw files it was made from, and what
-  in the plans it was made with. A case is current if its entry says what is true now; everything else is made again,
-  and replaced in the manifest alone.
-* ``part_<number>/.readers`` is a lock that every training shares that reads from the part. What the manifest does not
-  list, or no longer lists, is removed by the next start that finds that nobody shares it.
-* ``.lock`` is held by the process that prepares or removes.
+The prepared folder is ``<nnUNet_preprocessed>/<dataset>/<data_identifier>_unlabeled``, as ``store.py`` keeps it. A case
+is current if its manifest's entry says what is true now: the raw files that it was made from, and what in the plans it
+was made with.
 
 Where nnU-Net writes ``<case>_seg``, an image without a label gets nnU-Net's nonzero mask: 0 inside, -1 outside. It is
 kept, since nnU-Net's augmentation masks with it where the plans normalise within the mask.
@@ -22,14 +15,10 @@ import hashlib
 import itertools
 import json
 import os
-import re
-import secrets
-import shutil
 import time
 from collections.abc import Collection
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar
 
 import numpy as np
 from nnunetv2.paths import nnUNet_raw
@@ -38,10 +27,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import read_json, same_content, stamp, write_json
-from nnunet_ssl.locks import holding, is_shared, share
+from nnunet_ssl.files import same_content, stamp
 from nnunet_ssl.names import file_ending, path_component
-from nnunet_ssl.pools import outcomes
+from nnunet_ssl.unlabeled import store
 from nnunet_ssl.unlabeled.check import BadImageError, CheckingPlans
 from nnunet_ssl.unlabeled.find import (
     UNLABELED_FOLDER,
@@ -53,34 +41,9 @@ from nnunet_ssl.unlabeled.find import (
     refuse_labeled_names,
     required_folder,
 )
-
-FORMAT = 2
-MANIFEST, LOCK, READERS = "manifest.json", ".lock", ".readers"
-PART = re.compile("part_[0-9a-f]{8}")
-SAVE_EVERY = 2.0  # seconds between two writes of the manifest
-POLL_EVERY = 2.0  # seconds between two looks of a waiting rank
+from nnunet_ssl.unlabeled.store import Manifest, Outcome, PreparedFolder, cannot_write, why_writing_fails
 
 Stamps = dict[str, list[list]]  # case -> [file name, size in bytes, mtime in ns, SHA-256] of each raw file
-
-
-class PreparedFolder(NamedTuple):
-    """Where the prepared unlabelled cases are, and what they were made from.
-
-    Attributes:
-        folder: of all of them.
-        places: case -> the folder of its files ``<case>.b2nd``, ``<case>_seg.b2nd``, ``<case>.pkl`` (or what else the
-            plans' preprocessor writes), sorted by case.
-        contents: case -> a digest of what its raw files hold.
-    """
-
-    folder: str
-    places: dict[str, str]
-    contents: dict[str, str]
-
-    @property
-    def cases(self) -> list[str]:
-        """The cases, sorted."""
-        return list(self.places)
 
 
 def prepare_unlabeled(
@@ -122,29 +85,27 @@ def prepare_unlabeled(
         return prepared
     looked_after = False
     while True:
-        manifest = _Manifest.read(folder)
+        manifest = UnlabeledManifest.read(folder)
         difference = wanted.difference(manifest)
-        if difference or (not looked_after and (wanted.has_news_for(manifest) or _unlisted(manifest))):
+        if difference or (not looked_after and (wanted.has_news_for(manifest) or manifest.unlisted())):
             try:
-                os.makedirs(folder, exist_ok=True)
-                busy = f"another process is preparing {folder}; waiting for it."
-                with holding(os.path.join(folder, LOCK), busy, wait=bool(difference)):
-                    manifest = _Manifest.read(folder)  # again: another process may have done it meanwhile
+                with manifest.locked(wait=bool(difference)):
+                    manifest = UnlabeledManifest.read(folder)  # again: another process may have done it meanwhile
                     difference = wanted.difference(manifest)
                     if difference:
                         _announce(difference, folder, len(wanted.images))
-                        _remove_unread(manifest)  # what a killed run has left may be in the way on a full disk
+                        manifest.remove_unread()  # what a killed run has left may be in the way on a full disk
                         manifest = _complete(manifest, difference, wanted, task, num_processes)
                     elif wanted.has_news_for(manifest):
                         wanted.tell(manifest)
                         manifest.write()
-                    _remove_unread(manifest, say=True)
+                    manifest.remove_unread("prepared images")
                     if reading:
                         manifest.keep()
                     return manifest.prepared()
             except OSError as error:
                 if difference:
-                    raise UserError(_cannot_write(folder, error.strerror or str(error))) from error
+                    raise UserError(cannot_write(folder, error.strerror or str(error))) from error
             except UserError:
                 if difference:
                     raise
@@ -186,12 +147,12 @@ def wait_until_prepared(
         if wanted is None:
             return _take_as_it_is(folder, task, dataset_name, labeled_cases, reading=True)
         while True:
-            manifest = _Manifest.read(folder)
+            manifest = UnlabeledManifest.read(folder)
             if not wanted.difference(manifest) and manifest.keep():
                 return manifest.prepared()
             if time.monotonic() > end:
                 break
-            time.sleep(POLL_EVERY)
+            time.sleep(store.POLL_EVERY)
     except UserError:
         raise SystemExit(1) from None
     raise UserError(
@@ -321,81 +282,30 @@ class _Task:
         return PlansManager(self.plans).get_configuration(self.configuration)
 
 
-@dataclass
-class _Manifest:
-    """The finished cases of a prepared folder.
+class UnlabeledManifest(Manifest):
+    """The finished unlabelled images; an entry has "raw", stamps of a case's raw files.
 
-    Attributes:
-        folder: the prepared folder.
-        preprocessing: what determined them, see ``preprocessing_of``.
-        cases: case -> {"part": where it lies, "raw": stamps of its raw files, "files": size of each prepared file}.
-        labeled: stamps of the labelled images that an unlabelled one could be a copy of.
+    Of all cases it says "preprocessing", what determined them (see ``preprocessing_of``), and "labeled", stamps of the
+    labelled images that an unlabelled one could be a copy of.
     """
 
-    folder: str
-    preprocessing: dict
-    cases: dict[str, dict]
-    labeled: Stamps
+    FORMAT: ClassVar[int] = 2
+    ABOUT: ClassVar[dict[str, type]] = {"preprocessing": dict, "labeled": dict}
 
-    @classmethod
-    def read(cls, folder: str) -> _Manifest:
-        """Read the manifest; an unreadable or foreign one counts as none."""
-        keys = {"format": int, "preprocessing": dict, "cases": dict, "labeled": dict}
-        with contextlib.suppress(UserError, LookupError, TypeError, AttributeError, ValueError):
-            content = read_json(os.path.join(folder, MANIFEST), "", keys=keys)
-            stamps = [*content["labeled"].values(), *(entry["raw"] for entry in content["cases"].values())]
-            for name, size, time_, digest in itertools.chain(*stamps):
-                _ = os.fspath(name), int(size), int(time_), os.fspath(digest)
-            for case, entry in content["cases"].items():
-                for name in (case, entry["part"], *entry["files"].keys()):
-                    path_component(name, "file", folder)
-            if content["format"] == FORMAT:
-                return cls(folder, content["preprocessing"], content["cases"], content["labeled"])
-        return cls(folder, {}, {}, {})
+    def check(self) -> None:
+        """All stamps have their four parts."""
+        stamps = [*self.about["labeled"].values(), *(entry["raw"] for entry in self.cases.values())]
+        for name, size, time_, digest in itertools.chain(*stamps):
+            _ = os.fspath(name), int(size), int(time_), os.fspath(digest)
 
-    def write(self) -> None:
-        """Write the manifest in one step: whoever reads it sees the old one or the new one."""
-        content = {
-            "format": FORMAT,
-            "preprocessing": self.preprocessing,
-            "cases": self.cases,
-            "labeled": self.labeled,
-        }
-        write_json(os.path.join(self.folder, MANIFEST), content)
-
-    def place(self, case: str) -> str:
-        """The folder of a case's files."""
-        return os.path.join(self.folder, self.cases[case]["part"], case)
-
-    def prepared(self) -> PreparedFolder:
-        """What the manifest lists, for those who read it."""
-        contents = {
-            case: hashlib.sha256("".join(entry[3] for entry in self.cases[case]["raw"]).encode()).hexdigest()
-            for case in sorted(self.cases)
-        }
-        return PreparedFolder(self.folder, {case: self.place(case) for case in contents}, contents)
-
-    def keep(self) -> bool:
-        """Have what is listed stay as it is until this process ends.
-
-        Returns:
-            False if another process has changed the manifest meanwhile: then look again.
-        """
-        for part in {entry["part"] for entry in self.cases.values()}:
-            with contextlib.suppress(OSError):  # of a copy that is read-only: who could remove anything there?
-                share(os.path.join(self.folder, part, READERS))
-        return _Manifest.read(self.folder).prepared() == self.prepared()
-
-    def files_are_there(self, case: str) -> bool:
-        """Whether a case's prepared files have the size that they had when they were made."""
-        with contextlib.suppress(OSError):
-            files = self.cases[case]["files"].items()
-            return all(os.path.getsize(os.path.join(self.place(case), name)) == size for name, size in files)
-        return False
+    def content_of(self, case: str) -> str:
+        """Of what the raw files hold."""
+        return hashlib.sha256("".join(entry[3] for entry in self.cases[case]["raw"]).encode()).hexdigest()
 
     def is_complete(self, preprocessing: dict) -> bool:
         """Whether all that is listed is there and was made with this preprocessing."""
-        return bool(self.cases) and self.preprocessing == preprocessing and all(map(self.files_are_there, self.cases))
+        same = self.about["preprocessing"] == preprocessing
+        return bool(self.cases) and same and all(map(self.files_are_there, self.cases))
 
 
 @dataclass
@@ -415,7 +325,7 @@ class _Wanted:
     stamps: Stamps = field(default_factory=dict)
     labeled_stamps: Stamps = field(default_factory=dict)
 
-    def difference(self, manifest: _Manifest) -> dict[str, list[str]]:
+    def difference(self, manifest: UnlabeledManifest) -> dict[str, list[str]]:
         """What has to be done, by reason: reason -> cases; empty if the folder is current.
 
         Raises:
@@ -423,7 +333,7 @@ class _Wanted:
         """
         sizes = set(map(_sizes, self.images.values())) - {None}
         could_be_copies = {case: files for case, files in self.labeled.items() if _sizes(files) in sizes}
-        self.labeled_stamps = image_stamps(could_be_copies, {**manifest.labeled, **self.labeled_stamps})
+        self.labeled_stamps = image_stamps(could_be_copies, {**manifest.about["labeled"], **self.labeled_stamps})
         known = {case: files for case, files in self.images.items() if case in manifest.cases}
         self.stamps = image_stamps(known, {case: self.stamps.get(case, manifest.cases[case]["raw"]) for case in known})
         for case, raw in self.stamps.items():
@@ -431,7 +341,9 @@ class _Wanted:
                 raise UserError(copied)
 
         reasons: dict[str, list[str]] = {}
-        changed = [key for key, value in self.preprocessing.items() if manifest.preprocessing.get(key) != value]
+        changed = [
+            key for key, value in self.preprocessing.items() if manifest.about["preprocessing"].get(key) != value
+        ]
         for case in self.images:
             if case not in known:
                 reason = "not yet prepared"
@@ -456,29 +368,20 @@ class _Wanted:
                 return is_labeled(self.images[case][0], twin)
         return None
 
-    def has_news_for(self, manifest: _Manifest) -> bool:
+    def has_news_for(self, manifest: UnlabeledManifest) -> bool:
         """Whether files have other times than the manifest says, as copies have."""
-        return self.labeled_stamps != manifest.labeled or any(
+        return self.labeled_stamps != manifest.about["labeled"] or any(
             manifest.cases[case]["raw"] != raw for case, raw in self.stamps.items()
         )
 
-    def tell(self, manifest: _Manifest) -> None:
+    def tell(self, manifest: UnlabeledManifest) -> None:
         """Bring the manifest of a folder that is current up to date, so that nothing is read at the next start."""
-        manifest.labeled = self.labeled_stamps
+        manifest.about["labeled"] = self.labeled_stamps
         for case, raw in self.stamps.items():
             manifest.cases[case]["raw"] = raw
 
 
 GONE = f"no longer in {UNLABELED_FOLDER}"
-
-
-class _Outcome(NamedTuple):
-    """What became of a case: stamps of its raw files, or a problem. ``fatal``: the next ones would fare no better."""
-
-    case: str
-    raw: list[list]
-    problem: str | None = None
-    fatal: bool = False
 
 
 def _wanted(
@@ -488,7 +391,7 @@ def _wanted(
     raw = os.path.join(nnUNet_raw.get() or os.devnull, dataset_name)
     if not os.path.isdir(raw):
         return None
-    if not os.path.isdir(os.path.join(raw, UNLABELED_FOLDER)) and _Manifest.read(folder).is_complete(
+    if not os.path.isdir(os.path.join(raw, UNLABELED_FOLDER)) and UnlabeledManifest.read(folder).is_complete(
         task.preprocessing
     ):
         return None
@@ -502,7 +405,7 @@ def _take_as_it_is(
     folder: str, task: _Task, dataset_name: str, labeled_cases: Collection[str], reading: bool
 ) -> PreparedFolder:
     while True:
-        manifest = _Manifest.read(folder)
+        manifest = UnlabeledManifest.read(folder)
         if not manifest.is_complete(task.preprocessing):
             raise UserError(
                 f"the raw dataset {dataset_name} is not in nnUNet_raw={nnUNet_raw.get()}, and {folder} does "
@@ -527,69 +430,43 @@ def _sizes(files: list[str]) -> tuple[int, ...] | None:
 
 def _announce(difference: dict[str, list[str]], folder: str, num_images: int) -> None:
     todo = sum(map(len, difference.values())) - len(difference.get(GONE, []))
-    parts = [
-        f"{len(cases)} {reason} ({', '.join(cases[:3])}{', ...' if len(cases) > 3 else ''})"
-        for reason, cases in difference.items()
-    ]
-    print(f"nnunet_ssl: preparing {todo} of {num_images} unlabelled images in {folder}: {'; '.join(parts)}", flush=True)
+    what = f"nnunet_ssl: preparing {todo} of {num_images} unlabelled images in {folder}"
+    print(f"{what}: {store.tell_reasons(difference)}", flush=True)
 
 
 def _complete(
-    manifest: _Manifest, difference: dict[str, list[str]], wanted: _Wanted, task: _Task, num_processes: int
-) -> _Manifest:
-    """Strike off what is not current, and make what is missing, into a part of its own; returns the new manifest."""
-    folder = manifest.folder
-    todo = sorted(set(itertools.chain(*difference.values())) & set(wanted.images))
+    manifest: UnlabeledManifest, difference: dict[str, list[str]], wanted: _Wanted, task: _Task, num_processes: int
+) -> UnlabeledManifest:
+    """Strike off what is not current, and make what is missing; returns the new manifest."""
+    todo = sorted(store.all_cases(difference) & set(wanted.images))
     current = {case: {**manifest.cases[case], "raw": wanted.stamps[case]} for case in wanted.images if case not in todo}
-    manifest = _Manifest(folder, task.preprocessing, current, wanted.labeled_stamps)
+    about = {"preprocessing": task.preprocessing, "labeled": wanted.labeled_stamps}
+    manifest = UnlabeledManifest(manifest.folder, about, current)
     manifest.write()  # first: a raw file may be put back as it was before we are done
     if not todo:
         return manifest
-    saved = time.monotonic()
-    part = f"part_{secrets.token_hex(4)}"
-    os.mkdir(os.path.join(folder, part))
-    with open(os.path.join(folder, part, READERS), "x", encoding="utf-8"):
-        pass
-    jobs = [(task, case, wanted.images[case], os.path.join(folder, part, case)) for case in todo]
-    problems: list[str] = []
-    try:
-        with contextlib.closing(outcomes(_prepare_case, jobs, num_processes)) as finished:
-            for outcome in tqdm(finished, "Preparing unlabelled images", len(jobs)):
-                if outcome.fatal:
-                    raise UserError(outcome.problem)
-                if problem := outcome.problem or wanted.copied_from(outcome.case, outcome.raw):
-                    problems.append(problem)
-                    continue
-                made = os.scandir(os.path.join(folder, part, outcome.case))
-                files = {file.name: file.stat().st_size for file in made}
-                manifest.cases[outcome.case] = {"part": part, "raw": outcome.raw, "files": files}
-                if time.monotonic() - saved > SAVE_EVERY:
-                    manifest.write()
-                    saved = time.monotonic()
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"{folder}: a process that prepared images was killed, most likely for lack of memory. Prepare with fewer "
-            "at a time (nnUNetv2_ssl_preprocess -np 1); what is finished is kept."
-        ) from error
-    finally:
-        unfinished = _unlisted(manifest).get(part, [])
-        for case in unfinished:
-            _free(os.path.join(folder, part, case))
-        _clear(os.path.join(folder, part), unfinished)
-        manifest.write()  # last: on a full disk it needs the room
+    problems = manifest.make(
+        _prepare_case,
+        [(task, case, wanted.images[case]) for case in todo],
+        todo,
+        num_processes,
+        "Preparing unlabelled images",
+        "Prepare with fewer at a time (nnUNetv2_ssl_preprocess -np 1); what is finished is kept.",
+        lambda outcome: outcome.problem or wanted.copied_from(outcome.case, outcome.entry["raw"]),
+    )
     if problems:
         more = f" {len(problems) - 1} other image(s) cannot be used either." if len(problems) > 1 else ""
         raise UserError(sorted(problems)[0] + more)
     return manifest
 
 
-def _prepare_case(task: _Task, case: str, files: list[str], folder: str) -> _Outcome:
+def _prepare_case(task: _Task, case: str, files: list[str], folder: str) -> Outcome:
     """Prepare one image into a folder of its own. Errors come back as values: raising would break the pool."""
     plans_manager = CheckingPlans(task.plans, len(channel_names(task.dataset_json)), task.configuration)
     configuration_manager = plans_manager.get_configuration(task.configuration)
-    raw = []
+    entry: dict = {"raw": []}
     try:
-        raw = image_stamps({case: files})[case]
+        entry["raw"] = image_stamps({case: files})[case]
         os.makedirs(folder)
         preprocessor = configuration_manager.preprocessor_class(verbose=False)
         preprocessor.run_case_save(
@@ -601,21 +478,20 @@ def _prepare_case(task: _Task, case: str, files: list[str], folder: str) -> _Out
             written = ", ".join(sorted(os.listdir(folder))) or "nothing"
             name = configuration_manager.preprocessor_name
             problem = f"{name}, the preprocessor of the plans, writes what no dataset of nnU-Net reads ({written})."
-            return _Outcome(case, raw, f"{problem} Plan with another one.", fatal=True)
+            return Outcome(case, entry, f"{problem} Plan with another one.", fatal=True)
         _read_back(dataset_class, folder, case, files)
-        if image_stamps({case: files}, {case: raw})[case] != raw:
-            return _Outcome(case, raw, f"{files[0]} changed while it was being prepared. Run the same command again.")
+        if image_stamps({case: files}, {case: entry["raw"]})[case] != entry["raw"]:
+            return Outcome(case, entry, f"{files[0]} changed while it was being prepared. Run the same command again.")
     except UserError as error:
-        return _Outcome(case, raw, error.args[0])
+        return Outcome(case, entry, error.args[0])
     except BadImageError as error:
-        return _Outcome(case, raw, str(error))
+        return Outcome(case, entry, str(error))
     except Exception as error:
-        # blosc2 does not say why it could not write, so we try for ourselves
-        if reason := (error.strerror if isinstance(error, OSError) else _why_writing_fails(folder)):
-            return _Outcome(case, raw, _cannot_write(os.path.dirname(os.path.dirname(folder)), reason), fatal=True)
+        if reason := (error.strerror if isinstance(error, OSError) else why_writing_fails(folder)):
+            return Outcome(case, entry, cannot_write(os.path.dirname(os.path.dirname(folder)), reason), fatal=True)
         problem = f"{files[0]} cannot be preprocessed ({type(error).__name__}: {error}). Replace or remove it."
-        return _Outcome(case, raw, problem)
-    return _Outcome(case, raw)
+        return Outcome(case, entry, problem)
+    return Outcome(case, entry)
 
 
 def _read_back(dataset_class: type, folder: str, case: str, files: list[str]) -> None:
@@ -627,83 +503,3 @@ def _read_back(dataset_class: type, folder: str, case: str, files: list[str]) ->
             f"{files[0]}: after normalisation and resampling the image has voxels that are NaN or infinite. "
             "Look at its intensities, or remove it."
         )
-
-
-def _why_writing_fails(folder: str) -> str | None:
-    """Write a file of 16 MiB and see; None if that works."""
-    file = os.path.join(folder, "probe")
-    try:
-        with open(file, "wb") as stream:
-            stream.write(bytes(1 << 24))
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        return error.strerror
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(file)
-    return None
-
-
-def _unlisted(manifest: _Manifest) -> dict[str, list[str]]:
-    """Part -> cases in it that the manifest does not list: half-made, or no longer current; also for an empty part."""
-    listed = {(entry["part"], case) for case, entry in manifest.cases.items()}
-    found: dict[str, list[str]] = {}
-    with contextlib.suppress(OSError):
-        for part in os.scandir(manifest.folder):
-            if PART.fullmatch(part.name) and part.is_dir(follow_symlinks=False):
-                cases = [case.name for case in os.scandir(part) if case.is_dir(follow_symlinks=False)]
-                unlisted = [case for case in cases if (part.name, case) not in listed]
-                if unlisted or not cases:
-                    found[part.name] = unlisted
-    return found
-
-
-def _remove_unread(manifest: _Manifest, say: bool = False) -> None:
-    """Remove what the manifest does not list and no training reads. The folder's lock is held."""
-    folder = manifest.folder
-    removed = read = untold = 0
-    for part, cases in _unlisted(manifest).items():
-        shared = is_shared(os.path.join(folder, part, READERS))
-        if shared is False:
-            _clear(os.path.join(folder, part), cases)
-            removed += len(cases)
-        elif shared:
-            read += len(cases)
-        else:
-            untold += len(cases)
-    if not say:
-        return
-    what = f"prepared images in {folder} that are no longer current"
-    if removed:
-        print(f"nnunet_ssl: removed {removed} {what}.", flush=True)
-    if read:
-        print(f"nnunet_ssl: {read} {what} stay until no training reads them.", flush=True)
-    if untold:
-        print(
-            f"nnunet_ssl: {untold} {what} stay, since without locks nobody can tell whether a training reads them. "
-            "To have the room, delete the folder when no training reads it: all is prepared again then.",
-            flush=True,
-        )
-
-
-def _clear(part: str, cases: list[str]) -> None:
-    """Remove cases that nobody reads from a part, and the part if nothing is left."""
-    for case in cases:
-        shutil.rmtree(os.path.join(part, case), ignore_errors=True)
-    if os.listdir(part) in ([], [READERS]):
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _free(place: str) -> None:
-    """Empty the files of a case that was not finished: blosc2 leaves one open that it could not write to its end."""
-    for file in os.scandir(place):
-        if file.is_file(follow_symlinks=False):
-            os.truncate(file, 0)
-
-
-def _cannot_write(folder: str, reason: str) -> str:
-    return (
-        f"{folder} cannot be written ({reason}). Make room or make it writable and run the same command again: what "
-        "is finished is kept."
-    )

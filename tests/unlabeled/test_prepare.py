@@ -22,7 +22,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.locks import holding
 from nnunet_ssl.unlabeled.loader import UnlabeledDataset
-from nnunet_ssl.unlabeled.prepare import PreparedFolder, prepare_unlabeled, wait_until_prepared
+from nnunet_ssl.unlabeled.prepare import prepare_unlabeled, wait_until_prepared
+from nnunet_ssl.unlabeled.store import PreparedFolder
 
 COMMAND = "from nnunet_ssl.commands.preprocess import main; main()"
 
@@ -298,8 +299,8 @@ def test_kill_midway_and_run_again(tiny_copy, num_processes):
     dataset = tiny_copy("3d")
     add_images(dataset, 40)
     folder = prepared_in(dataset)
-    hasty = "from nnunet_ssl import pools; from nnunet_ssl.unlabeled import prepare; "
-    hasty += "prepare.SAVE_EVERY = pools.PAYS_AFTER = 0; "
+    hasty = "from nnunet_ssl import pools; from nnunet_ssl.unlabeled import store; "
+    hasty += "store.SAVE_EVERY = pools.PAYS_AFTER = 0; "
     process = child(dataset, num_processes, hasty, start_new_session=True)
     end = time.monotonic() + 120
     while len(recorded(folder)) < 8 and process.poll() is None and time.monotonic() < end:
@@ -369,7 +370,7 @@ def test_one_process_at_a_time(tiny_copy, capsys):
 
 
 def test_other_ranks_wait(tiny_copy, monkeypatch):
-    monkeypatch.setattr("nnunet_ssl.unlabeled.prepare.POLL_EVERY", 0.05)
+    monkeypatch.setattr("nnunet_ssl.unlabeled.store.POLL_EVERY", 0.05)
     dataset = tiny_copy("3d")
     plans = PlansManager(dataset.plans)
     arguments = (dataset.name, plans, "3d_fullres", dataset.dataset_json, dataset.cases("imagesTr"))

@@ -128,12 +128,12 @@ def test_a_training_that_comes_between_sees_the_new_images(tiny_copy, monkeypatc
     case = old.cases[0]
 
     def share_late(file: str) -> None:
-        monkeypatch.setattr("nnunet_ssl.unlabeled.prepare.share", share)
+        monkeypatch.setattr("nnunet_ssl.unlabeled.store.share", share)
         sitk.WriteImage(sitk.ReadImage(str(image(dataset, case))) * 2, str(image(dataset, case)))
         prepare(dataset)
         share(file)
 
-    monkeypatch.setattr("nnunet_ssl.unlabeled.prepare.share", share_late)
+    monkeypatch.setattr("nnunet_ssl.unlabeled.store.share", share_late)
     new = prepare(dataset, reading=True)
     assert not Path(old.places[case]).exists()
     assert new.contents[case] != old.contents[case]
