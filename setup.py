@@ -9,7 +9,18 @@ from setuptools import Command, find_packages, setup
 from setuptools.command.build import build
 
 ROOT = Path(__file__).parent
-COMMANDS = ("preprocess", "split", "trainers", "export", "demo", "evaluate", "pseudolabel", "benchmark", "figures")
+COMMANDS = (
+    "preprocess",
+    "warp",
+    "split",
+    "trainers",
+    "export",
+    "demo",
+    "evaluate",
+    "pseudolabel",
+    "benchmark",
+    "figures",
+)
 
 
 class build_startup(Command):  # noqa: N801 - as setuptools names its commands

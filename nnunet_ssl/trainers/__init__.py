@@ -12,6 +12,7 @@ from nnunet_ssl.errors import UserError
 
 TRAINERS = {
     "nnUNetTrainerLabeledOnly": "labeled_only",
+    "nnUNetTrainerWarps": "warps",
     "nnUNetTrainerCPS": "cps",
     "nnUNetTrainerGACPS": "ga_cps",
     "nnUNetTrainerURPC": "urpc",

@@ -43,6 +43,8 @@ from nnunet_ssl.files import read_json, write_json, writing
 from nnunet_ssl.locks import take
 from nnunet_ssl.networks.feature_tap import FeatureTap
 from nnunet_ssl.randomness import derived_seed, seeded
+from nnunet_ssl.shapes.loader import JoinedDataset, WarpedShare
+from nnunet_ssl.shapes.warped import WarpedFolder, Wish, prepare_warps, wait_until_warped
 from nnunet_ssl.trainers.log import SSLLog
 from nnunet_ssl.trainers.settings import ENVIRONMENT_VARIABLE, SSLSettings, load_settings, settings_from_dict
 from nnunet_ssl.unlabeled.folds import refuse_fold
@@ -125,8 +127,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             self.num_epochs = self.epochs
         self.global_step = 0
         self.unlabeled: PreparedFolder | None = None
+        self.warps: WarpedFolder | None = None
         self._resumed_from: str | None = None
-        self._resumed_unlabeled: dict[str, str] | None = None
         self._sums: dict[str, list] = {}
         self._terms_of_features: dict[str, Tensor] = {}
 
@@ -224,6 +226,11 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
     def seeded(self, *purpose: str | int) -> AbstractContextManager[None]:
         """A context whose random draws follow from the run's seed and ``purpose``, on every rank alike."""
         return seeded(self.settings.seed, *purpose)
+
+    @property
+    def uses_warps(self) -> bool:
+        """Whether some labelled patches are of warps."""
+        return max(self.settings.warped_share, self.settings.warped_share_last or 0.0) > 0
 
     @property
     def total_steps(self) -> int:
@@ -416,11 +423,13 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         if type(self).do_split is nnUNetTrainer.do_split:
             cases = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)
             refuse_fold(self.fold, cases, self.preprocessed_dataset_folder_base)
+        if self.uses_unlabeled or self.uses_warps:
+            self.unlabeled = self._prepared_unlabeled()
+        if self.uses_warps:
+            self.warps = self._prepared_warps()
         self.before_training_state()
         if self._resumed_from is not None:
             self._load_training_state(training_state_file(self._resumed_from))
-        if self.uses_unlabeled:
-            self.unlabeled = self._prepared_unlabeled()
         super().on_train_start()
         if self.local_rank == 0:
             record = {
@@ -428,6 +437,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
                 "version": __version__,
                 "settings": dataclasses.asdict(self.settings),
                 "unlabeled_cases": {} if self.unlabeled is None else self.unlabeled.contents,
+                "warped_cases": {} if self.warps is None else self.warps.contents,
             }
             with self._writing():
                 write_json(self.settings_file, record)
@@ -460,26 +470,52 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             prepared = prepare_unlabeled(*what, default_num_processes, reading=True)
         else:
             prepared = wait_until_prepared(*what)
-        if self._resumed_unlabeled is not None and self.current_epoch < self.num_epochs:  # or only validation is left
-            self._refuse_other_images(prepared.contents, self._resumed_unlabeled)
         self.print_to_log_file(f"Learning from {len(prepared.cases)} unlabelled images in {prepared.folder}")
         return prepared
 
-    def _refuse_other_images(self, now: dict[str, str], then: dict[str, str]) -> None:
-        """Refuse to go on with ``--c`` where the unlabelled images, case -> digest, are others than the run's."""
+    def _prepared_warps(self) -> WarpedFolder:
+        """The warps of the fold's training cases; rank 0 makes what is missing.
+
+        Raises:
+            UserError: too few pairs of images register well.
+        """
+        train, validation = self.do_split()
+        wish = Wish(
+            self.plans_manager.dataset_name,
+            self.plans_manager.plans,
+            self.configuration_name,
+            self.dataset_json,
+            tuple(map(str, train)),
+            tuple(str(case) for case in validation if case not in train),
+            self.unlabeled,
+        )
+        if self.local_rank == 0:
+            warps = prepare_warps(wish, default_num_processes, reading=True)
+        else:
+            warps = wait_until_warped(wish)
+        self.print_to_log_file(f"Learning from {len(warps.cases)} warps in {warps.folder}")
+        return warps
+
+    def labeled_dataset(self) -> Any:
+        """The fold's training cases as nnU-Net's dataset, and their warps where the settings ask for them."""
+        dataset, _ = self.get_tr_and_val_datasets()
+        return dataset if self.warps is None else JoinedDataset(dataset, self.warps.places)
+
+    def _refuse_other_images(self, what: str, now: dict[str, str], then: dict[str, str]) -> None:
+        """Refuse to go on with ``--c`` where images, case -> digest, are others than those of the run."""
         differences = {
             "added": sorted(now.keys() - then.keys()),
             "removed": sorted(then.keys() - now.keys()),
             "changed": sorted(case for case in now.keys() & then.keys() if now[case] != then[case]),
         }
         told = [
-            f"{len(cases)} {what} ({', '.join(cases[:3])}{', ...' if len(cases) > 3 else ''})"
-            for what, cases in differences.items()
+            f"{len(cases)} {how} ({', '.join(cases[:3])}{', ...' if len(cases) > 3 else ''})"
+            for how, cases in differences.items()
             if cases
         ]
         if told:
             raise UserError(
-                f"{self._resumed_from} was trained with other unlabelled images than there are now: {', '.join(told)}. "
+                f"{self._resumed_from} was trained with other {what} than there are now: {', '.join(told)}. "
                 "Put them back as they were to continue it, or start anew without --c (-pretrained_weights "
                 f"{self._resumed_from} keeps what was learned)."
             )
@@ -513,13 +549,13 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
                 transforms.transforms.insert(len(transforms.transforms) - (scales is not None), view)
             return transforms
 
-        dataset_tr, dataset_val = self.get_tr_and_val_datasets()
+        _, dataset_val = self.get_tr_and_val_datasets()
         foreground = {
             "oversample_foreground_percent": self.oversample_foreground_percent,
             "probabilistic_oversampling": self.probabilistic_oversampling,
         }
         labeled = self.labeled_loader()(
-            dataset_tr,
+            self.labeled_dataset(),
             self.batch_size,
             initial_patch_size,
             patch_size,
@@ -562,8 +598,18 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             (purpose, self.local_rank),
             first_batch=self.current_epoch * per_epoch,
             num_workers=workers,
+            probabilities=self._probabilities() if purpose == "train" else None,
         )
         return start_workers(loader, workers, pin_memory=self.device.type == "cuda")
+
+    def _probabilities(self) -> WarpedShare | None:
+        """How often warps are drawn; None where there are none."""
+        if self.warps is None:
+            return None
+        first, last = self.settings.warped_share, self.settings.warped_share_last
+        last = first if last is None else last
+        train = self.get_tr_and_val_datasets()[0].identifiers
+        return WarpedShare(train, self.warps.moving, first, last, self.total_steps)
 
     def run_training(self) -> None:
         """As nnU-Net; and however it ends, the workers are stopped, whose threads would complain after our message."""
@@ -768,6 +814,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             "epoch": self.current_epoch + 1,
             "network": fingerprint(self.plans_network),
             "unlabeled": None if self.unlabeled is None else self.unlabeled.contents,
+            "warps": None if self.warps is None else self.warps.contents,
             "modules": self.training_modules.state_dict(),
             "optimizer": None if self.training_optimizer is None else self.training_optimizer.state_dict(),
             "method": self.training_state(filename),
@@ -842,7 +889,13 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
                 f"({', '.join(names)}): a run was started anew in this folder and left no checkpoint; start it again "
                 f"without --c, or delete {self.settings_file} and set {ENVIRONMENT_VARIABLE} to the old settings."
             )
-        self._resumed_unlabeled = state.get("unlabeled")
+        if self.current_epoch < self.num_epochs:  # else only validation is left
+            for what, key, prepared in (
+                ("unlabelled images", "unlabeled", self.unlabeled),
+                ("warps", "warps", self.warps),
+            ):
+                if state.get(key) is not None and prepared is not None:
+                    self._refuse_other_images(what, prepared.contents, state[key])
         if self.is_ddp:
             dist.barrier()  # all have read
         if candidate != filename and self.local_rank == 0:

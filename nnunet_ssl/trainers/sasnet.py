@@ -166,7 +166,7 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
 
     def _confidence_memory(self) -> ConfidenceMemory:
         """In RAM, or on disk where it takes more than the settings' share of the RAM."""
-        dataset, _ = self.get_tr_and_val_datasets()
+        dataset = self.labeled_dataset()
         # str: where nnU-Net has just made the split, its names are numpy's, which no training state may hold
         shapes = {str(case): tuple(dataset.load_case(case)[0].shape[1:]) for case in dataset.identifiers}
         rule, folder = self.settings.sasnet_sar, None

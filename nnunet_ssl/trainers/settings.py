@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
-from nnunet_ssl.declared import Count, Counts, build, declared, shown
+from nnunet_ssl.declared import Count, Counts, Share, build, declared, shown
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_json
 
@@ -34,6 +34,8 @@ class SSLSettings:
     num_val_iterations_per_epoch: Count = 50  # nnU-Net's own
     save_every: Count = 50  # epochs between two checkpoint_latest.pth; nnU-Net's own
     keep_epochs: Counts = ()  # epochs after which checkpoint_epoch<N>.pth is kept, for learning curves
+    warped_share: Share = 0.0  # probability that a labelled patch is of a warp: see docs/shapes.md
+    warped_share_last: Share | None = None  # that at the last step, changing linearly; None leaves it as it is
 
 
 def load_settings(cls: type[S], file: str | None) -> S:

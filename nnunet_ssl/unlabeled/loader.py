@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,11 @@ from nnunet_ssl.pools import die_with_parent
 from nnunet_ssl.randomness import seeded
 
 
-class UnlabeledDataset:
-    """Prepared images without labels, each read by nnU-Net's dataset for what the plans' preprocessor has written.
+class PreparedDataset:
+    """Prepared cases, each read by nnU-Net's dataset for what the plans' preprocessor has written.
 
     Args:
-        places: case -> the folder of its files, see ``prepare.PreparedFolder``.
+        places: case -> the folder of its files, see ``store.PreparedFolder``.
     """
 
     def __init__(self, places: Mapping[str, str]) -> None:
@@ -31,11 +31,16 @@ class UnlabeledDataset:
         self._datasets = {case: dataset_class(place, [case]) for case, place in places.items()}
 
     def load_case(self, identifier: str) -> tuple[Any, Any, None, dict]:
-        """As nnU-Net's; the segmentation is nnU-Net's 0 / -1 mask of the nonzero region, which transforms use.
+        """As nnU-Net's."""
+        return self._datasets[identifier].load_case(identifier)
 
-        An unlabelled image knows of no class locations, which nnU-Net's loader asks for.
-        """
-        data, seg, seg_prev, properties = self._datasets[identifier].load_case(identifier)
+
+class UnlabeledDataset(PreparedDataset):
+    """Images without labels: the segmentation is nnU-Net's 0 / -1 mask of the nonzero region, which transforms use."""
+
+    def load_case(self, identifier: str) -> tuple[Any, Any, None, dict]:
+        """As nnU-Net's; an unlabelled image knows of no class locations, which nnU-Net's loader asks for."""
+        data, seg, seg_prev, properties = super().load_case(identifier)
         return data, seg, seg_prev, {**properties, "class_locations": {}}
 
 
@@ -65,6 +70,7 @@ class TwoStreamLoader(SlimDataLoaderBase):
         purpose: keeps the draws of different loaders apart, for example ``("train", rank)``.
         first_batch: number of the first batch, above 0 when a run is resumed.
         num_workers: processes that share this loader, 0 for none.
+        probabilities: number of the batch -> how often each labelled case is drawn; None for all alike.
     """
 
     def __init__(
@@ -75,6 +81,7 @@ class TwoStreamLoader(SlimDataLoaderBase):
         purpose: tuple[str | int, ...],
         first_batch: int,
         num_workers: int,
+        probabilities: Callable[[int], np.ndarray] | None = None,
     ) -> None:
         super().__init__(labeled._data, labeled.batch_size, max(1, num_workers))
         self.labeled = labeled
@@ -82,6 +89,7 @@ class TwoStreamLoader(SlimDataLoaderBase):
         self.seed = seed
         self.purpose = purpose
         self.next_batch = first_batch
+        self.probabilities = probabilities
         self.transforms = labeled.transforms  # nnU-Net writes it to debug.json
 
     def set_thread_id(self, thread_id: int) -> None:
@@ -93,6 +101,8 @@ class TwoStreamLoader(SlimDataLoaderBase):
     def generate_train_batch(self) -> dict[str, Any]:
         """The next batch of this worker."""
         number, self.next_batch = self.next_batch, self.next_batch + self.number_of_threads_in_multithreaded
+        if self.probabilities is not None:
+            self.labeled.sampling_probabilities = self.probabilities(number)
         with seeded(self.seed, *self.purpose, "labeled", number):
             batch = self.labeled.generate_train_batch()
         if self.unlabeled is not None:

@@ -1,0 +1,84 @@
+"""``nnUNetv2_ssl_warp``: labelled images in the shapes of unlabelled ones, ahead of training."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from nnunet_ssl.commands.arguments import Parser, count, whole
+from nnunet_ssl.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point.
+
+    Args:
+        argv: arguments without the program's name; ``sys.argv`` when None.
+    """
+    parser = Parser(
+        prog="nnUNetv2_ssl_warp",
+        description="Register labelled images onto those of imagesUn, and keep them warped with their labels, for "
+        "nnUNetTrainerWarps and every trainer whose setting warped_share is above 0. Training does it itself; this "
+        "does it ahead, and draws what came of it. Only what is new or has changed is made.",
+    )
+    parser.add_argument("-d", required=True, help="Dataset name or id")
+    parser.add_argument("-c", required=True, help="Configuration, for instance 3d_fullres")
+    parser.add_argument("-p", default="nnUNetPlans", help="Plans identifier. Default: nnUNetPlans")
+    parser.add_argument(
+        "--pairs", type=count, metavar="N",
+        help="Warps of each labelled case. Default: 30, or as many as take ten minutes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--groups", type=Path, metavar="FILE",
+        help='JSON file {"case": "patient"}, where patients have several cases: nobody is warped onto who validates or '
+        "tests. Default: groups.json beside dataset.json, where there is one",
+    )  # fmt: skip
+    parser.add_argument(
+        "--channel", type=whole, metavar="K", help="Channel that registration compares, from 0. Default: all of them"
+    )
+    parser.add_argument(
+        "-np", type=count, help="Pairs registered at a time. Default: nnU-Net's own (nnUNet_def_n_proc)"
+    )
+    args = parser.parse_args(argv)
+
+    # heavy: only once the arguments are known to be good
+    from nnunetv2.configuration import default_num_processes
+
+    from nnunet_ssl.figures.warps import draw_warps
+    from nnunet_ssl.shapes.targets import read_groups
+    from nnunet_ssl.shapes.warped import Wish, prepare_warps
+    from nnunet_ssl.unlabeled.find import (
+        channel_names,
+        find_labeled,
+        read_dataset_json,
+        read_plans,
+        required_folder,
+        resolve_dataset,
+    )
+    from nnunet_ssl.unlabeled.folds import SPLITS, read_splits
+    from nnunet_ssl.unlabeled.prepare import prepare_unlabeled
+
+    dataset = resolve_dataset(args.d)
+    preprocessed = os.path.join(required_folder("nnUNet_preprocessed"), dataset)
+    file = os.path.join(preprocessed, f"{args.p}.json")
+    plans_manager = read_plans(file, "Run nnUNetv2_plan_and_preprocess, or name the plans with -p.", args.c)
+    dataset_json = read_dataset_json(preprocessed)
+    if args.channel is not None and args.channel >= len(channel_names(dataset_json)):
+        raise UserError(f"--channel {args.channel}: {dataset} has {len(channel_names(dataset_json))}, from 0.")
+    labeled = sorted(find_labeled(os.path.join(required_folder("nnUNet_raw"), dataset), dataset_json))
+    processes = args.np or default_num_processes
+    unlabeled = prepare_unlabeled(dataset, plans_manager, args.c, dataset_json, labeled, processes)
+    if os.path.lexists(splits := os.path.join(preprocessed, SPLITS)):  # cases that are only validated with: not needed
+        labeled = sorted({case for fold in read_splits(splits, "Mend it.") for case in fold.train})
+    groups = read_groups(args.groups) if args.groups else None
+    wish = Wish(
+        dataset, plans_manager.plans, args.c, dataset_json, tuple(labeled), (), unlabeled, args.pairs, groups,
+        args.channel,
+    )  # fmt: skip
+    warps = prepare_warps(wish, processes)
+    picture = draw_warps(wish)
+    print(f"{args.c}: {len(warps.cases)} warps are ready in {warps.folder}; look at {picture}")
+
+
+if __name__ == "__main__":
+    main()

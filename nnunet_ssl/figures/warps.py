@@ -1,0 +1,77 @@
+"""``warps.png``: the best, the median and the worst of the warps that are kept, by how alike they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from nnunet_ssl.figures.outlines import draw_outline
+from nnunet_ssl.figures.page import column_width, new_figure, paper_style, save_figure, wrapped
+from nnunet_ssl.figures.slices import slice_axis
+from nnunet_ssl.shapes.case import load, spacing_of
+from nnunet_ssl.shapes.warped import WarpManifest, Wish
+
+
+def draw_warps(wish: Wish) -> Path:
+    """Draw a labelled image, the unlabelled one, and the first warped onto the second, with outlines of the classes.
+
+    The slice is the one with the most foreground; images are prepared ones, the first channel.
+
+    Args:
+        wish: whose warps are there.
+
+    Returns:
+        ``warps.png`` in the folder of the warps.
+    """
+    manifest = WarpManifest.read(wish.folder)
+    kept = sorted(manifest.of(wish).cases, key=lambda case: -manifest.cases[case]["after"])
+    rows = {"best": kept[0], "median": kept[len(kept) // 2], "worst": kept[-1]}
+    lines = []
+    with paper_style():
+        width = column_width(2)
+        figure = new_figure(width, width)
+        all_axes = figure.subplots(3, 3)
+        for axes, (which, case) in zip(all_axes, rows.items(), strict=True):
+            entry = manifest.cases[case]
+            moving, fixed = entry["moving"], entry["fixed"]
+            image, labels, properties = load(wish.labeled_folder, moving)
+            _draw(axes[0], image[0], labels[0], labels[0], spacing_of(wish.plans, wish.configuration, properties))
+            image, _, properties = load(wish.unlabeled.places[fixed], fixed)
+            warped, labels, _ = load(manifest.place(case), case)
+            spacing = spacing_of(wish.plans, wish.configuration, properties)
+            _draw(axes[1], image[0], labels[0], None, spacing)
+            _draw(axes[2], warped[0], labels[0], labels[0], spacing)
+            for axis, title in zip(axes, (moving, fixed, "warped"), strict=True):
+                axis.set_title(wrapped(title, width / 3))
+            axes[0].set_ylabel(f"{which}: {entry['after']:.2f}")
+            lines.append(
+                f"{which}: {moving} onto {fixed}, correlation {entry['before']:.2f}, then {entry['after']:.2f}"
+            )
+        caption = (
+            "A labelled image, an unlabelled one, and the labelled one warped onto it, with outlines of its classes. "
+            f"Of the {len(kept)} warps that are kept, by correlation around the labelled structures: "
+            + "; ".join(lines)
+        )
+        save_figure(figure, Path(wish.folder), "warps", f"{caption}.")
+    return Path(wish.folder, "warps.png")
+
+
+def _draw(
+    axes: Axes, image: np.ndarray, where: np.ndarray, labels: np.ndarray | None, spacing: tuple[float, ...]
+) -> None:
+    """The slice in which ``where`` has the most foreground."""
+    along = slice_axis(spacing, image.shape)
+    index = int((where > 0).sum(axis=tuple(axis for axis in range(3) if axis != along)).argmax())
+    plane = image.take(index, along)
+    height, width = (s for axis, s in enumerate(spacing) if axis != along)
+    low, high = np.percentile(plane, (1, 99))
+    axes.imshow(plane, "gray", vmin=low, vmax=high, extent=(0, plane.shape[1] * width, plane.shape[0] * height, 0))
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    if labels is not None:
+        classes = labels.take(index, along)
+        for label in np.unique(classes[classes > 0]):
+            draw_outline(axes, classes == label, (height, width), 0.7)

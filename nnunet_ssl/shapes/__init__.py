@@ -1,0 +1,1 @@
+"""Labelled cases in the shapes of unlabelled images, by registration."""

@@ -1,0 +1,91 @@
+"""One warped case: registered, judged, and saved as nnU-Net saves a labelled one."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_ssl.shapes.quality import volumes, why_not
+from nnunet_ssl.shapes.registration import Volume, array, register, volume, warp, warp_labels
+from nnunet_ssl.unlabeled.store import Outcome, cannot_write, why_writing_fails
+
+
+def warp_case(
+    plans: dict,
+    configuration: str,
+    channel: list[int],
+    moving: str,
+    moving_folder: str,
+    fixed: str,
+    fixed_folder: str,
+    made_from: str,
+    place: str,
+) -> Outcome:
+    """Register one pair, and save the warped case into a folder of its own."""
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # processes, not threads
+    name = os.path.basename(place)
+    entry: dict[str, Any] = {"moving": moving, "fixed": fixed, "made_from": made_from}
+    try:
+        there = prepared_volume(plans, configuration, fixed_folder, fixed, False)
+        here = prepared_volume(plans, configuration, moving_folder, moving, True)
+        if there.channels[0].GetDimension() != here.channels[0].GetDimension():
+            return Outcome(name, entry, "are a slice and a volume")
+        found = register(there, here, channel or None)
+        grid = there.channels[0]
+        labels = warp_labels(here.labels, grid, found.transform)
+        data = np.stack([array(warp(image, grid, found.transform)) for image in here.channels])
+        entry |= {key: round(value, 4) for key, value in found._asdict().items() if key != "transform"}
+        before, after = (volumes(array(x), float(np.prod(x.GetSpacing()))) for x in (here.labels, labels))
+        if why := why_not(found, before, after):
+            return Outcome(name, entry, why)
+        os.makedirs(place)
+        _save(moving_folder, moving, os.path.join(place, name), data, array(labels)[None])
+    except Exception as error:
+        folder = os.path.dirname(place)
+        if reason := (error.strerror if isinstance(error, OSError) else why_writing_fails(folder)):
+            return Outcome(name, entry, cannot_write(os.path.dirname(folder), reason), fatal=True)
+        return Outcome(name, entry, f"cannot be registered ({type(error).__name__}: {error})")
+    return Outcome(name, entry)
+
+
+def load(folder: str, case: str) -> tuple[np.ndarray, np.ndarray, dict]:
+    """Images ``[C, z, y, x]``, segmentation ``[1, z, y, x]`` and properties of a prepared case."""
+    data, seg, _, properties = infer_dataset_class(folder)(folder, [case]).load_case(case)
+    return data[:], seg[:], properties
+
+
+def prepared_volume(plans: dict, configuration: str, folder: str, case: str, labels: bool) -> Volume:
+    """A prepared case for registration."""
+    data, seg, properties = load(folder, case)
+    return volume(data, spacing_of(plans, configuration, properties), seg[0] if labels else None)
+
+
+def spacing_of(plans: dict, configuration: str, properties: dict) -> tuple[float, ...]:
+    """Of a prepared case, z, y, x in mm: a 2D configuration leaves that between slices as it was."""
+    plans_manager = PlansManager(plans)
+    spacing = list(plans_manager.get_configuration(configuration).spacing)
+    if len(spacing) == 2:
+        spacing.insert(0, properties["spacing"][plans_manager.transpose_forward[0]])
+    return tuple(map(float, spacing))
+
+
+def _save(moving_folder: str, moving: str, file: str, data: np.ndarray, seg: np.ndarray) -> None:
+    """As nnU-Net's preprocessor saves the labelled case, with class locations of its own."""
+    dataset_class = infer_dataset_class(moving_folder)
+    old_data, old_seg, _, properties = dataset_class(moving_folder, [moving]).load_case(moving)
+    seg = seg.astype(np.int16)
+    classes = list(properties["class_locations"])
+    locations = DefaultPreprocessor._sample_foreground_locations(seg, classes)
+    properties = {**properties, "class_locations": locations}
+    chunks: dict[str, tuple[int, ...]] = {}
+    if issubclass(dataset_class, nnUNetDatasetBlosc2):
+        for suffix, old, new in (("", old_data, data), ("_seg", old_seg, seg)):
+            chunks[f"chunks{suffix}"] = tuple(map(min, old.chunks, new.shape))
+            chunks[f"blocks{suffix}"] = tuple(map(min, old.blocks, chunks[f"chunks{suffix}"]))
+    dataset_class.save_case(data.astype(np.float32), seg, properties, file, **chunks)

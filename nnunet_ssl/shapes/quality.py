@@ -1,0 +1,37 @@
+"""Whether a registration is good enough to train on, judged without the label of the image that it goes to."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nnunet_ssl.shapes.registration import Registration
+
+MOST_FOLDING = 0.01  # of the voxels
+LEAST_SIMILARITY = 0.4  # correlation around the labelled structures
+LEAST_COVERED = 0.5  # of the fixed image
+LEAST_LEFT = 0.2  # of the volume of a class
+TOO_FEW = 0.25  # of the pairs: then the images do not show the same
+
+
+def volumes(labels: np.ndarray, voxel: float) -> dict[int, float]:
+    """Class -> volume in mm^3, of the classes above 0."""
+    values, counts = np.unique(labels[labels > 0], return_counts=True)
+    return {int(value): float(count * voxel) for value, count in zip(values, counts, strict=True)}
+
+
+def why_not(registration: Registration, before: dict[int, float], after: dict[int, float]) -> str | None:
+    """What stands against a warp, in words that can be counted; None for a good one.
+
+    Args:
+        registration: of the pair.
+        before, after: ``volumes`` of the labels, and of the warped labels.
+    """
+    if registration.covered < LEAST_COVERED:
+        return "show another field of view"
+    if registration.folding > MOST_FOLDING:
+        return "fold"
+    if registration.after < max(LEAST_SIMILARITY, registration.before):
+        return "are not alike after registration"
+    if any(after.get(label, 0.0) < LEAST_LEFT * volume for label, volume in before.items()):
+        return "lose a class"
+    return None

@@ -1,0 +1,100 @@
+"""Unlabelled images that labelled ones may be warped onto: no test image, nobody who is judged by."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+
+import numpy as np
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from tqdm import tqdm
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import read_json, stamp
+from nnunet_ssl.shapes.case import load
+from nnunet_ssl.shapes.pairs import description, spread_out
+from nnunet_ssl.unlabeled.find import UNLABELED_FOLDER, find_images
+from nnunet_ssl.unlabeled.store import PreparedFolder
+
+GROUPS = "groups.json"  # beside dataset.json: case -> patient, where patients have several cases
+DESCRIBED = 200  # images among which those far apart are looked for
+
+
+def read_groups(file: str) -> dict[str, str]:
+    """Read which case is of which patient: a JSON object of case names and patients.
+
+    Raises:
+        UserError: it is something else.
+    """
+    remedy = 'Write one JSON object, {"case": "patient", ...}, of all cases of patients who have several.'
+    groups = read_json(file, remedy)
+    for case, patient in groups.items():
+        if not isinstance(patient, str):
+            raise UserError(f"{file} gives {case!r} the patient {patient!r}, not a text. {remedy}")
+    return groups
+
+
+def groups_of_dataset(dataset_name: str) -> dict[str, str]:
+    """What the dataset's ``groups.json`` says, raw or preprocessed; empty without one."""
+    for base in (nnUNet_raw.get(), nnUNet_preprocessed.get()):
+        file = os.path.join(base or os.devnull, dataset_name, GROUPS)
+        if os.path.isfile(file):
+            return read_groups(file)
+    return {}
+
+
+def judged_by(groups: Mapping[str, str], judging: Collection[str], labeled: Collection[str]) -> set[str]:
+    """Patients of validation and test cases who are not training patients too."""
+    return {groups[case] for case in judging if case in groups} - {groups[case] for case in labeled if case in groups}
+
+
+def find_targets(
+    dataset_name: str,
+    ending: str,
+    unlabeled: PreparedFolder,
+    labeled: Collection[str],
+    validation: Collection[str],
+    groups: Mapping[str, str],
+) -> list[str]:
+    """The images that may be warped onto, those far apart first.
+
+    Args:
+        dataset_name: for its ``imagesTs``, where the raw dataset is on this machine.
+        ending: of its image files.
+        unlabeled: the prepared unlabelled images.
+        labeled, validation: cases that are trained with, and others that are validated with.
+        groups: case -> patient.
+    """
+    raw = os.path.join(nnUNet_raw.get() or os.devnull, dataset_name)
+    folders = [os.path.join(raw, name) for name in ("imagesTs", UNLABELED_FOLDER)]
+    tests, images = (find_images(folder, ending)[0] if os.path.isdir(folder) else {} for folder in folders)
+    judged = judged_by(groups, [*tests, *validation], labeled)
+    left_out = {case for case in unlabeled.cases if groups.get(case) in judged} | _copies(images, tests)
+    if left_out := sorted(left_out & set(unlabeled.cases)):
+        print(
+            f"nnunet_ssl: {len(left_out)} unlabelled images are not warped onto, since they are test images or of "
+            f"test or validation patients ({', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''}).",
+            flush=True,
+        )
+    cases = [case for case in unlabeled.cases if case not in left_out]
+    if not cases:
+        return []
+    cases = [str(case) for case in np.random.default_rng(0).permutation(cases)]
+    looks = [
+        description(load(unlabeled.places[case], case)[0])
+        for case in tqdm(cases[:DESCRIBED], "Looking at unlabelled images", delay=3, leave=False)
+    ]
+    return [cases[i] for i in spread_out(np.stack(looks))] + cases[DESCRIBED:]
+
+
+def _copies(images: Mapping[str, list[str]], tests: Mapping[str, list[str]]) -> set[str]:
+    """Images that have the name of a test case, or whose first file holds what that of one holds."""
+    sizes: dict[int, list[str]] = {}
+    for files in tests.values():
+        sizes.setdefault(os.path.getsize(files[0]), []).append(files[0])
+    same = {
+        case
+        for case, files in images.items()
+        if (alike := sizes.get(os.path.getsize(files[0]))) and stamp(files[0])[2] in [stamp(file)[2] for file in alike]
+    }
+    return same | (set(images) & set(tests))

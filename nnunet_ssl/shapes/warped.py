@@ -1,0 +1,358 @@
+"""Warped cases in nnU-Net's own prepared format, each made once, and again only when it has to be.
+
+The folder is ``<nnUNet_preprocessed>/<dataset>/<data_identifier>_warped``, as ``unlabeled/store.py`` keeps it. A warp
+is current if it was made from what its labelled and its unlabelled image hold now. It belongs to its labelled case: a
+fold trains with the warps of its own training cases alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar, NamedTuple
+
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import Stamp, stamp
+from nnunet_ssl.shapes.case import prepared_volume, warp_case
+from nnunet_ssl.shapes.pairs import choose
+from nnunet_ssl.shapes.quality import TOO_FEW
+from nnunet_ssl.shapes.registration import register
+from nnunet_ssl.shapes.targets import find_targets, groups_of_dataset, judged_by
+from nnunet_ssl.unlabeled import store
+from nnunet_ssl.unlabeled.prepare import prepared_folder, preprocessing_of
+from nnunet_ssl.unlabeled.store import Manifest, Outcome, PreparedFolder, cannot_write
+
+BUDGET = 10.0  # minutes that may be spent where no number of pairs is given
+MOST_EACH = 30  # warps of a labelled case then
+SPARE = 4 / 3  # so many pairs are registered for one that is kept: the least similar are left out
+LESS_ALIKE = "are less alike than others"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What to warp, and onto what.
+
+    Attributes:
+        dataset_name, plans, configuration, dataset_json: as nnU-Net has them.
+        labeled: cases to warp: of a fold, its training cases.
+        validation: of a fold, the cases that it is validated with.
+        unlabeled: the prepared unlabelled images.
+        each: warps of each labelled case; None for what there is, or as many as ``BUDGET`` allows.
+        groups: case -> patient; None for what an earlier call was given, or the dataset's ``groups.json``.
+        channel: that registration compares; None for that of an earlier call, or all of them.
+    """
+
+    dataset_name: str
+    plans: dict
+    configuration: str
+    dataset_json: dict
+    labeled: tuple[str, ...]
+    validation: tuple[str, ...]
+    unlabeled: PreparedFolder
+    each: int | None = None
+    groups: dict[str, str] | None = None
+    channel: int | None = None
+
+    @cached_property
+    def preprocessing(self) -> dict:
+        """What in the plans determines a prepared case."""
+        return preprocessing_of(PlansManager(self.plans), self.configuration, self.dataset_json)
+
+    @cached_property
+    def labeled_folder(self) -> str:
+        """Of the prepared labelled cases."""
+        configuration = PlansManager(self.plans).get_configuration(self.configuration)
+        return prepared_folder(self.dataset_name, configuration).removesuffix("_unlabeled")
+
+    @property
+    def folder(self) -> str:
+        """Of the warps."""
+        return f"{self.labeled_folder}_warped"
+
+
+class WarpedFolder(NamedTuple):
+    """Where warps are, as ``PreparedFolder``, and the labelled case that each was made from."""
+
+    folder: str
+    places: dict[str, str]
+    contents: dict[str, str]
+    moving: dict[str, str]
+
+    @property
+    def cases(self) -> list[str]:
+        """The warps, sorted."""
+        return list(self.places)
+
+
+class WarpManifest(Manifest):
+    """The warps; an entry has "moving" and "fixed", the two cases, "made_from", a digest of both, and its quality.
+
+    Of all it says "preprocessing"; "labeled", stamps of the prepared labelled cases; "asked", how many warps of each;
+    "dropped", the pairs that were registered and not kept, and why; "groups"; "channel", a list of one or none.
+    """
+
+    FORMAT: ClassVar[int] = 1
+    ABOUT: ClassVar[dict[str, type]] = {
+        "preprocessing": dict,
+        "labeled": dict,
+        "asked": dict,
+        "dropped": dict,
+        "groups": dict,
+        "channel": list,
+    }
+
+    def check(self) -> None:
+        """All entries say what they are made from."""
+        for entry in [*self.cases.values(), *self.about["dropped"].values()]:
+            _ = os.fspath(entry["moving"]), os.fspath(entry["fixed"]), os.fspath(entry["made_from"])
+
+    def content_of(self, case: str) -> str:
+        """Of both images."""
+        return self.cases[case]["made_from"]
+
+    def of(self, wish: Wish) -> WarpedFolder:
+        """The warps that a fold may train with: of its own cases, onto images of nobody who validates."""
+        groups = self.about["groups"]
+        judged = judged_by(groups, wish.validation, wish.labeled)
+        prepared = self.prepared()
+        cases = [
+            case
+            for case in prepared.cases
+            if self.cases[case]["moving"] in wish.labeled and groups.get(self.cases[case]["fixed"]) not in judged
+        ]
+        places, contents = ({case: which[case] for case in cases} for which in prepared[1:])
+        return WarpedFolder(self.folder, places, contents, {case: self.cases[case]["moving"] for case in cases})
+
+
+def prepare_warps(wish: Wish, num_processes: int, reading: bool = False) -> WarpedFolder:
+    """Make or complete the folder of warped cases, and say what is made and what is left out.
+
+    Args:
+        wish: see there.
+        num_processes: pairs registered at a time; 1 registers in this process.
+        reading: this process will read what is returned: it stays as it is until the process ends.
+
+    Returns:
+        The warps of the wish's labelled cases.
+
+    Raises:
+        UserError: the images do not register, or the disk stands in the way. What was finished is kept.
+    """
+    while True:
+        manifest = WarpManifest.read(wish.folder)
+        state = _State(wish, manifest)
+        if not state.todo:
+            refuse_few(wish, manifest)
+            if not reading or manifest.keep():
+                return manifest.of(wish)
+            continue
+        try:
+            with manifest.locked(wait=True):
+                state = _State(wish, WarpManifest.read(wish.folder))  # another process may have done it meanwhile
+                if state.todo:
+                    state.manifest.remove_unread()
+                    _complete(state, num_processes)
+                state.manifest.remove_unread("warps")
+        except OSError as error:
+            raise UserError(cannot_write(wish.folder, error.strerror or str(error))) from error
+
+
+def wait_until_warped(wish: Wish, timeout: float = 24 * 3600) -> WarpedFolder:
+    """Wait until another process has warped, doing nothing else: for the ranks of a distributed run beside the first.
+
+    Raises:
+        UserError: not in time, or too few warps are good.
+    """
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        manifest = WarpManifest.read(wish.folder)
+        if not _State(wish, manifest).todo:
+            refuse_few(wish, manifest)
+            if manifest.keep():
+                return manifest.of(wish)
+        time.sleep(store.POLL_EVERY)
+    raise UserError(
+        f"{wish.folder} was not ready after {timeout:.0f} s. Warp ahead with nnUNetv2_ssl_warp -d {wish.dataset_name} "
+        f"-c {wish.configuration}."
+    )
+
+
+def refuse_few(wish: Wish, manifest: WarpManifest) -> None:
+    """Refuse to train with the few pairs that look good where most do not.
+
+    Raises:
+        UserError: the images do not show the same.
+    """
+    dropped = [entry["why"] for entry in manifest.about["dropped"].values() if entry["moving"] in wish.labeled]
+    bad = Counter(why for why in dropped if why != LESS_ALIKE)
+    good = len(manifest.of(wish).cases) + dropped.count(LESS_ALIKE)
+    registered = good + bad.total()
+    if good == 0 or good < TOO_FEW * registered:
+        told = ", ".join(f"{count} {why}" for why, count in bad.most_common()) or "there are no others"
+        raise UserError(
+            f"{wish.folder}: of {registered} pairs of labelled and unlabelled images only {good} register well "
+            f"({told}), so shapes of unlabelled images are not to be had here. Train without: "
+            "nnUNetTrainerLabeledOnly, or any trainer with 'warped_share' at 0."
+        )
+
+
+class _State:
+    """What a wish finds in a manifest.
+
+    Attributes:
+        stamps: case -> stamps of its prepared files, of the cases to warp and of those that have been warped.
+        current, dropped: entries of the manifest that say what is true now.
+        todo: labelled case -> warps to make sure of; 0 for as many as time allows.
+    """
+
+    def __init__(self, wish: Wish, manifest: WarpManifest) -> None:
+        self.wish, self.manifest = wish, manifest
+        about = manifest.about
+        known = {entry["moving"] for entry in manifest.cases.values()}
+        self.stamps = {case: self._stamps(case) for case in sorted(known | set(wish.labeled))}
+        other = (
+            about["preprocessing"] != wish.preprocessing
+            or (wish.groups is not None and about["groups"] != wish.groups)
+            or (wish.channel is not None and about["channel"] != [wish.channel])
+        )
+        self.current = {} if other else self._current(manifest.cases)
+        self.dropped = {} if other else self._current(about["dropped"])
+        self.current = {name: entry for name, entry in self.current.items() if manifest.files_are_there(name)}
+        asked = {} if other else about["asked"]
+        lost = Counter(entry["moving"] for name, entry in manifest.cases.items() if name not in self.current)
+        self.todo = {
+            case: wish.each or asked.get(case, 0)
+            for case in wish.labeled
+            if lost[case] or asked.get(case, 0) < (wish.each or 1)
+        }
+
+    def made_from(self, moving: str, fixed: str) -> str | None:
+        """A digest of what a pair holds now; None where one of the two is not there."""
+        if not self.stamps.get(moving) or fixed not in self.wish.unlabeled.contents:
+            return None
+        what = [[digest for *_, digest in self.stamps[moving]], self.wish.unlabeled.contents[fixed]]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+    def _current(self, entries: Mapping[str, dict]) -> dict[str, dict]:
+        return {
+            name: entry
+            for name, entry in entries.items()
+            if entry["made_from"] == self.made_from(entry["moving"], entry["fixed"])
+        }
+
+    def _stamps(self, case: str) -> list[list[str | Stamp]]:
+        """Of the files of a prepared labelled case; none where it is not there any more.
+
+        Raises:
+            UserError: it is to be warped, and is not there or cannot be read.
+        """
+        folder, kept = self.wish.labeled_folder, self.manifest.about["labeled"].get(case, ())
+        remedy = f"Run nnUNetv2_preprocess -d {self.wish.dataset_name} -c {self.wish.configuration}."
+        kept = {name: entry for name, *entry in kept}
+        files = [f"{case}{end}" for end in (".b2nd", "_seg.b2nd", ".npz", ".pkl")]
+        try:
+            there = [file for file in files if os.path.isfile(os.path.join(folder, file))]
+            if not there and case in self.wish.labeled:
+                raise UserError(f"{folder} has no case {case}. {remedy}")
+            return [[file, *stamp(os.path.join(folder, file), kept.get(file))] for file in there]
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read ({error.strerror or error}). {remedy}") from error
+
+
+def _complete(state: _State, num_processes: int) -> None:
+    """Strike off what is not current, and make what is missing; the state's manifest is a new one then."""
+    wish, todo, old = state.wish, state.todo, state.manifest.about
+    groups = wish.groups
+    if groups is None:
+        groups = old["groups"] or groups_of_dataset(wish.dataset_name)
+    about = {
+        "preprocessing": wish.preprocessing,
+        "labeled": state.stamps,
+        "asked": {case: count for case, count in old["asked"].items() if case not in todo and state.current},
+        "dropped": state.dropped,
+        "groups": groups,
+        "channel": old["channel"] if wish.channel is None else [wish.channel],
+    }
+    manifest = state.manifest = WarpManifest(wish.folder, about, state.current)
+    manifest.write()  # first: a file may be put back as it was before we are done
+
+    ending = wish.dataset_json["file_ending"]
+    targets = find_targets(wish.dataset_name, ending, wish.unlabeled, wish.labeled, wish.validation, groups)
+    each = max(todo.values()) or _affordable(wish, about["channel"], targets, num_processes)
+    there = [(entry["moving"], entry["fixed"]) for entry in [*manifest.cases.values(), *state.dropped.values()]]
+    pairs = choose(list(todo), targets, round(SPARE * each), groups, there)
+    if pairs:
+        print(
+            f"nnunet_ssl: registering {len(pairs)} pairs of {len(todo)} labelled and {len(targets)} unlabelled images; "
+            f"the {each} most alike of each labelled one are kept in {wish.folder}",
+            flush=True,
+        )
+
+        def keep(outcome: Outcome) -> str | None:
+            if outcome.problem:
+                about["dropped"][outcome.case] = {**outcome.entry, "why": outcome.problem}
+            return outcome.problem
+
+        how = (wish.plans, wish.configuration, about["channel"])
+        manifest.make(
+            warp_case,
+            [
+                (*how, moving, wish.labeled_folder, fixed, wish.unlabeled.places[fixed], state.made_from(moving, fixed))
+                for moving, fixed in pairs
+            ],
+            [_name(*pair) for pair in pairs],
+            num_processes,
+            "Warping labelled images",
+            "Warp with fewer at a time (nnUNetv2_ssl_warp -np 1); what is finished is kept.",
+            keep,
+        )
+    for case in todo:
+        _leave_out_the_least_alike(manifest, case, each)
+    about["asked"] |= dict.fromkeys(todo, each)
+    manifest.write()
+    dropped = Counter(entry["why"] for entry in about["dropped"].values())
+    told = "".join(f"; {count} {why}" for why, count in dropped.most_common())
+    print(f"nnunet_ssl: {len(manifest.cases)} pairs are kept{told}.", flush=True)
+
+
+def _affordable(wish: Wish, channel: list[int], targets: list[str], num_processes: int) -> int:
+    """How many warps of each labelled case fit into ``BUDGET``, by the time that one takes here."""
+    if not targets:
+        return 1
+    start = time.monotonic()
+    fixed = prepared_volume(wish.plans, wish.configuration, wish.unlabeled.places[targets[0]], targets[0], False)
+    moving = prepared_volume(wish.plans, wish.configuration, wish.labeled_folder, wish.labeled[0], True)
+    register(fixed, moving, channel or None)
+    seconds = time.monotonic() - start
+    of_one = SPARE * len(wish.labeled) * seconds / 60 / num_processes  # minutes, of a warp of each case
+    each = max(1, min(MOST_EACH, len(targets), int(BUDGET / of_one)))
+    print(
+        f"nnunet_ssl: a pair takes about {seconds:.1f} s; {each} warps of each of {len(wish.labeled)} labelled cases "
+        f"take about {each * of_one:.1f} min with {num_processes} processes (nnUNetv2_ssl_warp --pairs N for another "
+        "number).",
+        flush=True,
+    )
+    return each
+
+
+def _leave_out_the_least_alike(manifest: WarpManifest, moving: str, each: int) -> None:
+    mine = [name for name, entry in manifest.cases.items() if entry["moving"] == moving]
+    mine.sort(key=lambda name: manifest.cases[name]["after"])
+    for name in mine[: max(0, len(mine) - each)]:
+        entry = manifest.cases.pop(name)
+        told = {key: value for key, value in entry.items() if key not in ("part", "files")}
+        manifest.about["dropped"][name] = {**told, "why": LESS_ALIKE}
+
+
+def _name(moving: str, fixed: str) -> str:
+    """Of a warp's files; short enough for a file system."""
+    name = f"{moving}__{fixed}"
+    return name if len(name) <= 100 else hashlib.sha256(name.encode()).hexdigest()
