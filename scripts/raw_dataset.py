@@ -37,6 +37,7 @@ from nnunet_ssl.unlabeled.split import SPLITS, is_unfinished, new_dataset, read_
 
 Part = Literal["labeled", "validation", "unlabeled", "test"]
 ENDING = ".nii.gz"
+GROUPS = "groups.json"  # case -> patient, in the raw dataset
 VALIDATION_CASES = 5  # of the labelled ones, where a protocol has no validation list: nnU-Net wants some
 FOLDERS = {"labeled": "Tr", "validation": "Tr", "unlabeled": "Un", "test": "Ts"}
 UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, zlib.error, ImageFileError)  # what readers of images raise
@@ -495,7 +496,14 @@ def arguments(description: str | None, lists: bool = True) -> argparse.ArgumentP
     return parser
 
 
-def prepare(cases: list[Case], problems: list[str], recipe: Recipe, name: str, args: argparse.Namespace) -> None:
+def prepare(
+    cases: list[Case],
+    problems: list[str],
+    recipe: Recipe,
+    name: str,
+    args: argparse.Namespace,
+    groups: dict[str, str] | None = None,
+) -> None:
     """Check all cases, then write the dataset and its one fold.
 
     Args:
@@ -504,6 +512,7 @@ def prepare(cases: list[Case], problems: list[str], recipe: Recipe, name: str, a
         recipe: what the dataset is.
         name: the dataset's name without its number.
         args: what ``arguments`` has parsed.
+        groups: case -> patient, where patients have several cases; goes into ``groups.json``.
 
     Raises:
         UserError: anything is wrong; then nothing was written.
@@ -537,6 +546,8 @@ def prepare(cases: list[Case], problems: list[str], recipe: Recipe, name: str, a
         all_outcomes(_write, [(case, recipe, folder) for case in cases], args.processes, "Writing")
         write_json(str(folder / "dataset.json"), _dataset_json(by_part, recipe))
         write_json(str(folder / SPLITS), [fold])
+        if groups:
+            write_json(str(folder / GROUPS), groups)
     counts = [f"{len(names)} {part.replace('eled', 'elled')}" for part, names in by_part.items() if names]
     print(f"{raw / dataset}: {', '.join(counts)} cases; one fold, {SPLITS} here and in {prepared / dataset}")
 
@@ -605,13 +616,14 @@ def _dataset_json(by_part: dict[str, list[str]], recipe: Recipe) -> dict[str, An
 def from_protocol(argv: list[str] | None, description: str | None, title: str, labeled: str, recipe: Recipe) -> None:
     """Prepare a folder with ``images`` and ``labels``, or ``imagesTr`` and ``labelsTr``, which hold the same names.
 
-    The lists are in its ``protocol.json``; without one they are drawn by ``draw_lists``.
+    The lists are in its ``protocol.json``; without one they are drawn by ``draw_lists``. Where patients have several
+    cases, the lists name patients, and ``cases_of_patient`` says which cases are theirs.
 
     Args:
         argv: arguments without the program's name.
         description: the script's docstring.
         title: begins the dataset's name.
-        labeled: how many labelled cases by default.
+        labeled: how many labelled cases (or patients) by default.
         recipe: what the dataset is.
     """
     parser = arguments(description, lists=False)
@@ -623,8 +635,9 @@ def from_protocol(argv: list[str] | None, description: str | None, title: str, l
         raise UserError(f"{args.data} holds neither imagesTr nor images: --data takes the folder that does.")
     images, labels = (Files(args.data / f"{folder}{suffix}", "{}.nii.gz") for folder in ("images", "labels"))
     file = args.data / "protocol.json"
+    cases_of: dict[str, list[str]] = {}
     if file.is_file():
-        train, test, several = _read_protocol(file, args.seed)
+        train, test, several, cases_of = _read_protocol(file, args.seed)
     else:
         train, test = draw_lists(images.found, args.seed, images.root)
         several = True
@@ -634,11 +647,13 @@ def from_protocol(argv: list[str] | None, description: str | None, title: str, l
             "lists are in a protocol.json of its own."
         )
     parts = Lists(train, test, ordered=len(train) - 1).parts(args.labeled)
+    if cases_of:
+        parts = {case: part for patient, part in parts.items() for case in cases_of[patient]}
     problems: list[str] = []
     cases = make_cases(parts, images, labels, problems)
     seed = f"Seed{args.seed}" if several else ""
     name = f"{title}AllLabels" if args.labeled == "all" else f"{title}{seed}Labeled{args.labeled}"
-    prepare(cases, problems, recipe, name, args)
+    prepare(cases, problems, recipe, name, args, {case: patient for patient in cases_of for case in cases_of[patient]})
 
 
 def draw_lists(cases: Iterable[str], seed: int, folder: Path) -> tuple[list[str], list[str]]:
@@ -694,19 +709,31 @@ def make_cases(
     return cases
 
 
-def _read_protocol(file: Path, seed: int) -> tuple[list[str], list[str], bool]:
-    """The training cases in the seed's order, the test cases, and whether there are several orders."""
+def _read_protocol(file: Path, seed: int) -> tuple[list[str], list[str], bool, dict[str, list[str]]]:
+    """The training cases in the order of the seed, the test cases, whether there are several orders, and whose cases...
+
+    Where there is ``cases_of_patient``, training and test "cases" are patients; else the last one is empty.
+    """
     try:
         protocol = json.loads(file.read_text(encoding="utf-8"))
         train, test, orders = (protocol[key] for key in ("train", "test", "labelled_order"))
-    except (ValueError, KeyError, TypeError) as error:
+        cases_of = {patient: list(cases) for patient, cases in protocol.get("cases_of_patient", {}).items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         wanted = '{"train": [...], "test": [...], "labelled_order": [[...], ...]}'
         raise UserError(f"{file} cannot be read ({error!r}); expected {wanted}, the lists holding cases.") from error
+    what = "patient" if cases_of else "case"
     if len(set(train + test)) != len(train) + len(test):
-        raise UserError(f"{file} names a case twice among 'train' and 'test'.")
+        raise UserError(f"{file} names a {what} twice among 'train' and 'test'.")
     for number, order in enumerate(orders):
         if sorted(order) != sorted(train):
-            raise UserError(f"{file}: order {number} of 'labelled_order' does not hold exactly the cases of 'train'.")
+            raise UserError(f"{file}: order {number} of 'labelled_order' does not hold exactly the {what}s of 'train'.")
+    if cases_of:
+        cases_of = {patient: cases_of.get(patient, []) for patient in train + test}
+        if without := [patient for patient, cases in cases_of.items() if not cases]:
+            raise UserError(f"{file}: 'cases_of_patient' names no case of {', '.join(without)}.")
+        count = Counter(case for cases in cases_of.values() for case in cases)
+        if twice := sorted(case for case, times in count.items() if times > 1):
+            raise UserError(f"{file}: 'cases_of_patient' names a case twice: {', '.join(twice)}.")
     if not 0 <= seed < len(orders):
         raise UserError(f"--seed {seed}: {file} has orders 0 to {len(orders) - 1}.")
-    return orders[seed], test, len(orders) > 1
+    return orders[seed], test, len(orders) > 1, cases_of
