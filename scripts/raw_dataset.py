@@ -710,7 +710,7 @@ def make_cases(
 
 
 def _read_protocol(file: Path, seed: int) -> tuple[list[str], list[str], bool, dict[str, list[str]]]:
-    """The training cases in the order of the seed, the test cases, whether there are several orders, and whose cases...
+    """The training cases in the order of the seed, the test cases, whether there are several orders, and their cases.
 
     Where there is ``cases_of_patient``, training and test "cases" are patients; else the last one is empty.
     """

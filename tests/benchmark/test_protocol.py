@@ -144,12 +144,17 @@ def test_protocols_that_ship(name):
         name_in_code = option.replace("-list", "") if option.endswith("-list") else option
         assert not option.startswith("--") or name_in_code.removeprefix("--") in known
     assert protocol.rows[0].trainer == "nnUNetTrainerLabeledOnly"  # the baseline
-    assert {budget.steps is None for budget in protocol.budgets} == {True, False}  # equal steps and equal time
-    assert len(protocol.seeds) == 3
+    if name.endswith("_shapes"):  # equal time alone, in which offline work counts
+        assert all(budget.minutes for budget in protocol.budgets)
+        assert len(protocol.seeds) == 5
+    else:
+        assert {budget.steps is None for budget in protocol.budgets} == {True, False}  # equal steps and equal time
+        assert len(protocol.seeds) == 3
 
 
 def test_every_protocol_of_the_papers_ships():
-    assert {name: read_protocol(name).labeled for name in shipped()} == {
+    papers = [name for name in shipped() if not name.endswith("_shapes")]
+    assert {name: read_protocol(name).labeled for name in papers} == {
         "amos": (10,), "brats2019": (25, 50), "hippocampus": (5,), "la": (8, 16), "pancreas_ct": (6, 12),
         "synapse": (4,),
     }  # fmt: skip
