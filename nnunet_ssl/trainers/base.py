@@ -41,6 +41,7 @@ from nnunet_ssl.checkpoints import read_checkpoint, save_whole
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_json, write_json, writing
 from nnunet_ssl.locks import take
+from nnunet_ssl.networks.average import WeightAverage
 from nnunet_ssl.networks.feature_tap import FeatureTap
 from nnunet_ssl.randomness import derived_seed, seeded
 from nnunet_ssl.shapes.loader import JoinedDataset, WarpedShare
@@ -126,6 +127,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         if self.epochs is not None:
             self.num_epochs = self.epochs
         self.global_step = 0
+        self.average: WeightAverage | None = None
         self.unlabeled: PreparedFolder | None = None
         self.warps: WarpedFolder | None = None
         self._resumed_from: str | None = None
@@ -427,6 +429,9 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             self.unlabeled = self._prepared_unlabeled()
         if self.uses_warps:
             self.warps = self._prepared_warps()
+        if self.settings.predict_with == "ema":  # only here, where -pretrained_weights are in
+            self.average = WeightAverage(self.plans_network, self.settings.ema_share)
+            self.training_modules["average"] = self.average
         self.before_training_state()
         if self._resumed_from is not None:
             self._load_training_state(training_state_file(self._resumed_from))
@@ -626,6 +631,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         """As nnU-Net; and seed what the step itself may draw, such as dropout."""
         super().on_train_epoch_start()
         self.training_modules.train()
+        if self.average is not None:
+            self.average.exchange(self.plans_network, in_network=False)
         if self.training_lr_scheduler is not None:
             self.training_lr_scheduler.step(self.current_epoch)
         self.global_step = self.current_epoch * self.num_iterations_per_epoch
@@ -668,6 +675,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             self._backward(sum(held))
 
         self._update()
+        if self.average is not None:
+            self.average.update(self.plans_network, self.global_step)
         self.after_step()
         self.global_step += 1
         for name, term in terms_of_step.items():
@@ -756,6 +765,12 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         self.print_to_log_file(message)
         raise UserError(message)
 
+    def on_validation_epoch_start(self) -> None:
+        """As nnU-Net, with the weights that predict; they stay until training goes on."""
+        super().on_validation_epoch_start()
+        if self.average is not None:
+            self.average.exchange(self.plans_network, in_network=True)
+
     def on_epoch_end(self) -> None:
         """Log the terms; let nnU-Net log, save and draw; keep the checkpoints that the settings name."""
         epoch, values = self.current_epoch, self._mean_values()
@@ -797,6 +812,10 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
+        with nullcontext() if self.average is None else self.average.predicting(self.plans_network):
+            self._save_pair(filename)
+
+    def _save_pair(self, filename: str) -> None:
         checkpoint = {
             "network_weights": self.plans_network.state_dict(),
             "optimizer_state": self.optimizer.state_dict(),
@@ -902,6 +921,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             os.replace(candidate, filename)  # finish what a kill cut off
         try:
             self.training_modules.load_state_dict(state["modules"])
+            if self.average is not None:
+                self.average.in_network = True  # as the checkpoint was saved
             if self.training_optimizer is not None:
                 # copied: what it keeps as it is must not be a view of the file, which the next save replaces
                 self.training_optimizer.load_state_dict(deepcopy(state["optimizer"]))

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import Field
 
-from nnunet_ssl.declared import Count, Counts, Share, build, declared, shown
+from nnunet_ssl.declared import Count, Counts, Part, Share, build, declared, shown
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_json
 
@@ -33,6 +33,8 @@ class SSLSettings:
     num_iterations_per_epoch: Count = 250  # nnU-Net's own
     num_val_iterations_per_epoch: Count = 50  # nnU-Net's own
     save_every: Count = 50  # epochs between two checkpoint_latest.pth; nnU-Net's own
+    predict_with: Literal["last", "ema"] = "last"  # ema: the average of the weights, in checkpoints and validation
+    ema_share: Part = 0.1  # share of the steps so far that the average spans, which suits a training of any length
     keep_epochs: Counts = ()  # epochs after which checkpoint_epoch<N>.pth is kept, for learning curves
     warped_share: Share = 0.0  # probability that a labelled patch is of a warp: see docs/shapes.md
     warped_share_last: Share | None = None  # that at the last step, changing linearly; None leaves it as it is
