@@ -48,6 +48,7 @@ from nnunet_ssl.shapes.loader import JoinedDataset, WarpedShare
 from nnunet_ssl.shapes.warped import WarpedFolder, Wish, prepare_warps, wait_until_warped
 from nnunet_ssl.trainers.log import SSLLog
 from nnunet_ssl.trainers.settings import ENVIRONMENT_VARIABLE, SSLSettings, load_settings, settings_from_dict
+from nnunet_ssl.unlabeled.elastic import deform_elastically
 from nnunet_ssl.unlabeled.folds import refuse_fold
 from nnunet_ssl.unlabeled.loader import TwoStreamLoader, UnlabeledDataset, UnlabeledLoader, start_workers
 from nnunet_ssl.unlabeled.prepare import prepare_unlabeled, wait_until_prepared
@@ -550,6 +551,8 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
                 use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
                 **labels,
             )
+            if self.settings.elastic_deformation:
+                deform_elastically(transforms, self.settings.elastic_deformation, type(self).__name__)
             if view is not None:  # before the target is scaled down for deep supervision
                 transforms.transforms.insert(len(transforms.transforms) - (scales is not None), view)
             return transforms

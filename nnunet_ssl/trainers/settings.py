@@ -35,6 +35,7 @@ class SSLSettings:
     save_every: Count = 50  # epochs between two checkpoint_latest.pth; nnU-Net's own
     predict_with: Literal["last", "ema"] = "last"  # ema: the average of the weights, in checkpoints and validation
     ema_share: Part = 0.1  # share of the steps so far that the average spans, which suits a training of any length
+    elastic_deformation: Share = 0.0  # probability that a training patch is deformed elastically; nnU-Net does not
     keep_epochs: Counts = ()  # epochs after which checkpoint_epoch<N>.pth is kept, for learning curves
     warped_share: Share = 0.0  # probability that a labelled patch is of a warp: see docs/shapes.md
     warped_share_last: Share | None = None  # that at the last step, changing linearly; None leaves it as it is
