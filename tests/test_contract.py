@@ -27,6 +27,7 @@ LOADER = "nnunetv2.training.dataloading.data_loader:nnUNetDataLoader"
 PREDICTOR = "nnunetv2.inference.predict_from_raw_data:nnUNetPredictor"
 BASE = "nnunet_ssl/trainers/base.py"
 SASNET = "nnunet_ssl/trainers/sasnet.py"
+MAE = "nnunet_ssl/trainers/mae.py"
 
 
 class Body(NamedTuple):
@@ -48,7 +49,7 @@ BODIES = [
     Body(f"{TRAINER}.initialize", f"{BASE}: initialize", ("5732dd44ffbbbf74",)),
     Body(f"{TRAINER}._build_loss", f"{BASE}: _build_loss", ("ba86dfb893faddc1",)),
     Body(f"{TRAINER}.configure_optimizers", f"{BASE}: _configure_training_optimizer", ("48c2f8330a832a21",)),
-    Body(f"{TRAINER}.get_dataloaders", f"{BASE}: get_dataloaders, _start", ("5f59e2b907cfa2d1",)),
+    Body(f"{TRAINER}.get_dataloaders", f"{BASE}, {MAE}: get_dataloaders, _start", ("5f59e2b907cfa2d1",)),
     Body(
         f"{TRAINER}.configure_rotation_dummyDA_mirroring_and_inital_patch_size",
         "nnunet_ssl/trainers/magicnet.py: the same name",
@@ -64,10 +65,14 @@ BODIES = [
     Body(f"{TRAINER}.set_deep_supervision_enabled", f"{BASE}: forward, full_resolution", ("cbae38bd3fd9c240",)),
     Body(f"{TRAINER}.save_checkpoint", f"{BASE}: save_checkpoint", ("de4f196c42e6bcf5",)),
     Body(f"{TRAINER}.load_checkpoint", f"{BASE}: load_checkpoint", ("a386bed4eafaa4fa",)),
-    Body(f"{TRAINER}.build_network_architecture", f"{SASNET}: dual_branch_network", ("ed7987fbf88e2e51",)),
-    Body(f"{TRAINER}.validation_step", f"{SASNET}: validation_step", ("3d415b41f6f7cd90",)),
-    Body(f"{TRAINER}.on_validation_epoch_end", f"{SASNET}: on_validation_epoch_end", ("9a59ad7e54148668",)),
-    Body(f"{TRAINER}.perform_actual_validation", f"{SASNET}: perform_actual_validation", ("2bd52ada76cd3185",)),
+    Body(
+        f"{TRAINER}.build_network_architecture",
+        f"{SASNET}: dual_branch_network; {MAE}: the same name",
+        ("ed7987fbf88e2e51",),
+    ),
+    Body(f"{TRAINER}.validation_step", f"{SASNET}, {MAE}: validation_step", ("3d415b41f6f7cd90",)),
+    Body(f"{TRAINER}.on_validation_epoch_end", f"{SASNET}, {MAE}: on_validation_epoch_end", ("9a59ad7e54148668",)),
+    Body(f"{TRAINER}.perform_actual_validation", f"{SASNET}, {MAE}: perform_actual_validation", ("2bd52ada76cd3185",)),
     Body(
         f"{LOADER}.__init__", "nnunet_ssl/unlabeled/loader.py: UnlabeledLoader, TwoStreamLoader", ("301499eed493c9fd",)
     ),
@@ -95,6 +100,11 @@ BODIES = [
         "nnunetv2.run.run_training:maybe_load_checkpoint",
         f"{BASE}: load_checkpoint, _load_training_state (which file --c takes, and when)",
         ("401db73a3f14697d",),
+    ),
+    Body(
+        "nnunetv2.run.load_pretrained_weights:load_pretrained_weights",
+        f"{MAE}: the heads are what is left out; docs/pretraining.md",
+        ("1dc18e4eb8cc4de3",),
     ),
     Body(
         f"{PREDICTOR}.initialize_from_trained_model_folder",

@@ -23,6 +23,7 @@ TRAINERS = {
     "nnUNetTrainerSHTA_GACPS": "shta",
     "nnUNetTrainerSHTA_URPC": "shta",
     "nnUNetTrainerSHTA_MagicNet": "shta",
+    "nnUNetTrainerMAE": "mae",
 }
 BASES = {"nnUNetTrainerSSL": "base"}
 

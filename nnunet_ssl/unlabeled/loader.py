@@ -27,8 +27,8 @@ class PreparedDataset:
 
     def __init__(self, places: Mapping[str, str]) -> None:
         self.identifiers = sorted(places)
-        dataset_class = infer_dataset_class(places[self.identifiers[0]])
-        self._datasets = {case: dataset_class(place, [case]) for case, place in places.items()}
+        classes = {place: infer_dataset_class(place) for place in set(places.values())}
+        self._datasets = {case: classes[place](place, [case]) for case, place in places.items()}
 
     def load_case(self, identifier: str) -> tuple[Any, Any, None, dict]:
         """As nnU-Net's."""
@@ -36,7 +36,10 @@ class PreparedDataset:
 
 
 class UnlabeledDataset(PreparedDataset):
-    """Images without labels: the segmentation is nnU-Net's 0 / -1 mask of the nonzero region, which transforms use."""
+    """Images without labels: the segmentation is nnU-Net's 0 / -1 mask of the nonzero region, which transforms use.
+
+    That of an image whose labels are not to be used (MAE) has them too.
+    """
 
     def load_case(self, identifier: str) -> tuple[Any, Any, None, dict]:
         """As nnU-Net's; an unlabelled image knows of no class locations, which nnU-Net's loader asks for."""
