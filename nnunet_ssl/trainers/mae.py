@@ -16,7 +16,7 @@ from dynamic_network_architectures.building_blocks.helper import convert_dim_to_
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from nnunet_ssl.declared import Counts, declared
@@ -37,6 +37,14 @@ class MAESettings(SSLSettings):
 
     mae_mask_ratio: Ratio = 0.75  # share of the blocks that is hidden, as in both papers
     mae_block_size: Counts = ()  # voxels of a block along each axis; () is the total stride, at most 16
+
+    @model_validator(mode="after")
+    def _no_warps(self) -> MAESettings:
+        if self.warped_share or self.warped_share_last:
+            raise ValueError(
+                "sets 'warped_share' or 'warped_share_last', but nnUNetTrainerMAE sees images alone; leave it out"
+            )
+        return self
 
 
 class nnUNetTrainerMAE(nnUNetTrainerSSL):  # noqa: N801

@@ -73,6 +73,11 @@ def test_blocks_that_do_not_divide_the_patch_are_refused(tiny, make_trainer, blo
         make_trainer(NAME, tiny(), settings={"mae_block_size": block})
 
 
+def test_a_share_of_warps_is_refused(tiny, make_trainer):
+    with pytest.raises(UserError, match="sets 'warped_share' or 'warped_share_last', but nnUNetTrainerMAE sees images"):
+        make_trainer(NAME, tiny(), settings={"warped_share": 0.5})
+
+
 # ------------------------------------------------------------------ the step
 
 
@@ -197,7 +202,7 @@ def test_intensities_stay(tiny, make_trainer):
     trainer = make_trainer(NAME, tiny())
     trainer.on_train_start()
     kept = trainer.dataloader_train.data_loader.transforms.transforms
-    assert [type(t).__name__ for t in kept] == ["SpatialTransform", "MirrorTransform", "RemoveLabelTansform"]
+    assert [type(t).__name__ for t in kept] == ["SpatialTransform", "MirrorTransform", "RemoveLabelTransform"]
     assert not any(isinstance(t, ImageOnlyTransform) for t in kept)
 
 
