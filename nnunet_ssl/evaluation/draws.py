@@ -1,0 +1,106 @@
+"""Claims over draws: labelled sets drawn anew, all of them judged by the same cases.
+
+Draws and cases are crossed: a draw has a value for each case. Both are resampled, independently of each other, and a
+value counts as often as its draw times as often as its case (Owen, The pigeonhole bootstrap, Ann. Appl. Stat.
+1:386-411, 2007). Of D draws D - 1 are resampled, which makes the variance between few draws unbiased (Rao and Wu,
+Resampling inference with complex survey data, JASA 83:231-241, 1988). Cases of one patient are resampled together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from nnunet_ssl.evaluation.compare import RESAMPLES
+
+MIN_DRAWS = 3
+
+
+class Interval(NamedTuple):
+    """A value and its 95 % interval, NaN where there is none."""
+
+    value: float
+    low: float
+    high: float
+
+
+def mean_over_draws(values: np.ndarray, units: Sequence[str], seed: int = 0) -> Interval:
+    """Mean of ``[draws, cases]``, with the interval of the bootstrap over draws and units.
+
+    Args:
+        values: NaN where undefined; a draw has at least one.
+        units: of each case the patient, or whatever is resampled as one.
+        seed: of the bootstrap.
+    """
+    means = _resampled_means([values], units, seed)[0]
+    return Interval(_mean(values), *_percentiles(means))
+
+
+def share_of_gap(gain: np.ndarray, gap: np.ndarray, units: Sequence[str], seed: int = 0) -> Interval:
+    """What share of ``gap`` the ``gain`` is: (row - lower) / (upper - lower), 1 where the row reaches the upper one.
+
+    Both are resampled alike. There is no share where the gap's own interval holds 0.
+
+    Args:
+        gain: ``[draws, cases]`` of row - lower; NaN where undefined.
+        gap: ``[draws, cases]`` of upper - lower.
+        units: as for ``mean_over_draws``.
+        seed: of the bootstrap.
+    """
+    gains, gaps = _resampled_means([gain, gap], units, seed)
+    low, high = _percentiles(gaps)
+    if not low * high > 0:
+        return Interval(math.nan, math.nan, math.nan)
+    return Interval(_mean(gain) / _mean(gap), *_percentiles(gains / gaps))
+
+
+def t_over_draws(values: np.ndarray) -> tuple[float, float, float]:
+    """Student's 95 % interval of the mean over draws and its p, with n - 1 degrees of freedom: low, high, p.
+
+    Args:
+        values: ``[draws, cases]``; a draw is its mean over cases.
+    """
+    draws = np.nanmean(values, axis=1)
+    if np.ptp(draws) == 0:
+        return float(draws[0]), float(draws[0]), 0.0 if draws[0] else 1.0
+    test = stats.ttest_1samp(draws, 0)
+    low, high = test.confidence_interval(0.95)
+    return float(low), float(high), float(test.pvalue)
+
+
+def mean_of_units(values: np.ndarray, units: Sequence[str]) -> np.ndarray:
+    """``[units]``: the mean of the values ``[cases]`` of each, without NaN; units without a value are left out."""
+    values, names = np.asarray(values, float), np.asarray(units)
+    defined = ~np.isnan(values)
+    return np.array([values[defined & (names == name)].mean() for name in dict.fromkeys(names[defined].tolist())])
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(np.mean(np.nanmean(values, axis=1)))
+
+
+def _resampled_means(several: Sequence[np.ndarray], units: Sequence[str], seed: int) -> list[np.ndarray]:
+    """``[RESAMPLES]`` means of each array ``[draws, cases]``, all of the same resampled draws and units."""
+    rng = np.random.default_rng(seed)
+    draws = several[0].shape[0]
+    names, unit = np.unique(np.asarray(units), return_inverse=True)
+    of_draw = rng.multinomial(draws - 1, np.full(draws, 1 / draws), RESAMPLES)  # [RESAMPLES, draws]
+    of_case = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)[:, unit]
+    means = []
+    for values in several:
+        defined = ~np.isnan(values)
+        total = of_case @ np.where(defined, values, 0).T  # [RESAMPLES, draws]
+        with np.errstate(invalid="ignore"):  # a draw with no defined case among the resampled ones
+            by_draw = total / (of_case @ defined.T)
+        weight = of_draw * ~np.isnan(by_draw)
+        means.append((weight * np.nan_to_num(by_draw)).sum(1) / np.maximum(weight.sum(1), 1))
+    return means
+
+
+def _percentiles(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
