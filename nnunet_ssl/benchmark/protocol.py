@@ -139,6 +139,8 @@ class Measure:
     Attributes:
         seconds: of a step by row's name, where they are known from elsewhere: such a row is not measured, and a budget
             in time gives it the same steps on every machine.
+        offline: minutes by row's name of work that is done before its training, such as registering; they are known
+            from elsewhere and taken off its budget in time.
     """
 
     epochs: TwoOrMore = 3  # the first is warm-up
@@ -147,6 +149,17 @@ class Measure:
     seconds: Annotated[
         dict[str, Positive], Field(description="an object of rows and their seconds a step, numbers above 0")
     ] = Field(default_factory=dict)
+    offline: Annotated[
+        dict[str, Positive], Field(description="an object of rows and their minutes of other work, numbers above 0")
+    ] = Field(default_factory=dict)
+
+
+@declared
+class Gap:
+    """The two rows between which other rows are placed: what share of the way from one to the other they go."""
+
+    lower: Text
+    upper: Text
 
 
 @declared
@@ -190,6 +203,7 @@ class Protocol:
     ] = ("dice",)
     evaluate: Arguments = ()
     measure: Measure = Field(default_factory=Measure)
+    gap: Gap | None = None
     figures: Annotated[tuple[str, ...], Field(description="a list of names of rows")] = ()
 
     @property
@@ -299,9 +313,13 @@ def _check_rows(protocol: Protocol, file: Path) -> None:
     for name in protocol.figures:
         if name not in names:
             raise UserError(f"{file} sets 'figures' to {list(protocol.figures)}; the rows are {', '.join(names)}.")
-    for name in protocol.measure.seconds:
+    for field in ("seconds", "offline"):
+        for name in getattr(protocol.measure, field):
+            if name not in names:
+                raise UserError(f"{file}, measure, gives '{field}' of {name!r}; the rows are {', '.join(names)}.")
+    for name in (protocol.gap.lower, protocol.gap.upper) if protocol.gap else ():
         if name not in names:
-            raise UserError(f"{file}, measure, gives 'seconds' of {name!r}; the rows are {', '.join(names)}.")
+            raise UserError(f"{file}, gap, names the row {name!r}; the rows are {', '.join(names)}.")
     if protocol.data.dataset is not None and "all" in [*protocol.labeled, *(row.labeled for row in protocol.rows)]:
         raise UserError(f"{file} sets 'labeled' to \"all\"; for a dataset that is split, give the number of cases.")
 
@@ -313,6 +331,12 @@ def _check_budgets(protocol: Protocol, file: Path) -> None:
             raise UserError(f"{where} needs one of 'steps', 'minutes' and 'time_of'.")
         if budget.key in [other.key for other in protocol.budgets[:number]]:
             raise UserError(f"{where} is there twice; remove one.")
+        for name, minutes in protocol.measure.offline.items():
+            if budget.minutes is not None and budget.minutes <= minutes:
+                raise UserError(
+                    f"{where} sets 'minutes' to {budget.minutes:g}, of which the {minutes:g} 'offline' minutes of "
+                    f"{name} leave nothing to train in; take more."
+                )
         for row in protocol.rows:
             unit = protocol.epochs * row.trainings
             if budget.steps is not None and budget.steps % unit:
@@ -323,6 +347,8 @@ def _check_budgets(protocol: Protocol, file: Path) -> None:
             names = [row.name for row in protocol.rows]
             if budget.time_of not in names:
                 raise UserError(f"{where} sets 'time_of' to {budget.time_of!r}; the rows are {', '.join(names)}.")
+            if protocol.measure.offline.get(budget.time_of):
+                raise UserError(f"{where} sets 'time_of' to a row with 'offline' minutes; give 'minutes' instead.")
             if protocol.equal_steps is None:
                 raise UserError(f"{where} sets 'time_of', which needs a budget in 'steps' besides; add one.")
     epochs = protocol.curve_epochs

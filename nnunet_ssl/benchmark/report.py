@@ -16,7 +16,8 @@ import numpy as np
 from nnunet_ssl.benchmark.plan import Plan, Run, epoch_seconds, trainings
 from nnunet_ssl.benchmark.protocol import Row
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.compare import bootstrap_interval, interval, p_value, signed, signed_rank_p
+from nnunet_ssl.evaluation.compare import bootstrap_interval, holm, interval, p_value, signed, signed_rank_p
+from nnunet_ssl.evaluation.draws import MIN_DRAWS, mean_of_units, mean_over_draws, share_of_gap, t_over_draws
 from nnunet_ssl.evaluation.metrics import METRICS, Metric, Options
 from nnunet_ssl.evaluation.summary import heading, nanmean, shown, table
 from nnunet_ssl.files import read_json, read_text, replacing, write_json, write_text
@@ -27,7 +28,12 @@ EXPLANATION = (
     "difference of two rows is taken case by case, within a seed, over the classes that are defined for both. Interval "
     "(95 %, bootstrap) and p (Wilcoxon signed-rank, two-sided, not corrected) are over cases, of the differences "
     "averaged over seeds: they speak of other patients, not of other seeds or other labelled sets, which the columns "
-    "of the seeds show."
+    "of the seeds show. Cases of one patient count as one, where the dataset has a groups.json."
+)
+DRAWS_EXPLANATION = (
+    "They speak of other labelled sets as well as of other {units}. Interval: 95 %, bootstrap over labelled sets and "
+    "{units}, which are resampled independently. t-interval and p: Student's, over the labelled sets' means alone, "
+    "for these {units}; p is corrected for the number of rows (Holm). A claim needs both."
 )
 
 
@@ -125,6 +131,7 @@ def collect(plan: Plan) -> dict[str, Any]:
             "labeled": labeled,
             "runs": [runs[run.folder] for run in own if run.folder in runs],
             "differences": list(_differences(plan, own)),
+            "over_draws": over_draws(plan, own),
         }
         for budget, labeled, own in plan.tables()
     ]
@@ -193,7 +200,8 @@ def _result(plan: Plan, run: Run) -> dict[str, Any]:
         "labeled": run.labeled,
         "seed": run.seed,
         "steps": run.steps_before + run.iterations * p.epochs,
-        "minutes": sum(sum(epoch_seconds(fold).values()) for fold in trainings(run.folder)) / 60,
+        "minutes": sum(sum(epoch_seconds(fold).values()) for fold in trainings(run.folder)) / 60
+        + p.measure.offline.get(run.row.name, 0),
         "metrics": {key: _mean(last, key) for key in keys},
         "groups": {name: values[leading] for name, values in last.get("group_mean", {}).items()},
         "classes": {last["class_names"][label]: values[leading] for label, values in last["mean"].items()},
@@ -209,10 +217,31 @@ def _mean(summary: dict[str, Any], key: str) -> float:
     return nanmean(values[key] for values in summary["mean"].values())
 
 
+def _by_name(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    return sorted(summary["metric_per_case"], key=lambda case: os.path.basename(case["reference_file"]))
+
+
 def case_values(summary: dict[str, Any], key: str) -> np.ndarray:
     """``[cases, classes]`` of a metric, the cases by name; NaN where undefined."""
-    cases = sorted(summary["metric_per_case"], key=lambda case: os.path.basename(case["reference_file"]))
-    return np.array([[values[key] for values in case["metrics"].values()] for case in cases], float)
+    return np.array([[values[key] for values in case["metrics"].values()] for case in _by_name(summary)], float)
+
+
+def groups_of_cases(plan: Plan) -> dict[str, str]:
+    """Case -> patient, from the first raw dataset that has a ``groups.json``; empty where none has."""
+    for number in plan.ids.values():
+        for file in sorted(plan.machine.raw.glob(f"Dataset{number:03d}_*/groups.json")):
+            groups = read_json(file, "Make the dataset again.")
+            if wrong := [case for case, patient in groups.items() if not isinstance(patient, str)]:
+                raise UserError(f"{file} has {groups[wrong[0]]!r} as the patient of {wrong[0]}; write its name.")
+            return groups
+    return {}
+
+
+def units_of(plan: Plan, summary: dict[str, Any]) -> list[str]:
+    """What counts as one when cases are resampled, for each case by name: its patient, or the case itself."""
+    groups = groups_of_cases(plan)
+    files = [os.path.basename(case["reference_file"]) for case in _by_name(summary)]
+    return [groups.get(file.split(".")[0], file) for file in files]
 
 
 def _differences(plan: Plan, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
@@ -229,10 +258,11 @@ def _differences(plan: Plan, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
             tuple(read_summary(plan.summary(done[name, seed], p.epochs), keys) for name in (row.name, other.name))
             for seed in seeds
         ]
+        units = units_of(plan, pairs[0][0])
         for metric in (METRICS[name] for name in p.metrics):
             by_seed = [case_differences(*(case_values(summary, metric.key) for summary in pair)) for pair in pairs]
             by_case = np.array([nanmean(values) for values in np.stack(by_seed, axis=1)])
-            by_case = by_case[~np.isnan(by_case)]
+            by_case = mean_of_units(by_case, units)
             low, high = bootstrap_interval(by_case)
             yield {
                 "row": row.name,
@@ -245,6 +275,54 @@ def _differences(plan: Plan, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
                 "p": signed_rank_p(by_case),
                 "cases": len(by_case),
             }
+
+
+def over_draws(plan: Plan, runs: Sequence[Run]) -> dict[str, Any] | None:
+    """What the rows gain over labelled sets, in the leading metric; None where there are not enough of these.
+
+    Returns:
+        ``draws``, ``units`` (how many), ``of_patients`` and ``rows``: of each row the difference to the one that it is
+        compared with, and its share of the protocol's gap (NaN where it has none).
+    """
+    p = plan.protocol
+    key = METRICS[p.metrics[0]].key
+    done = {(run.row.name, run.seed): run for run in runs if is_finished(plan, run)}
+    # the same labelled sets for all rows that are there at all
+    names = [row.name for row in p.rows if any(name == row.name for name, _ in done)]
+    seeds = [seed for seed in p.seeds if all((name, seed) in done for name in names)]
+    if not p.data.order_by_seed or len(seeds) < MIN_DRAWS:
+        return None
+    summaries = {
+        (name, seed): read_summary(plan.summary(done[name, seed], p.epochs), [key]) for name in names for seed in seeds
+    }
+    units = units_of(plan, summaries[names[0], seeds[0]])
+
+    def gain(name: str, other: str) -> np.ndarray:
+        pairs = [[case_values(summaries[one, seed], key) for one in (name, other)] for seed in seeds]
+        return np.array([case_differences(*pair) for pair in pairs])
+
+    found = []
+    for row in p.rows:
+        other = p.against(row)
+        if row is other or not {row.name, other.name} <= set(names):
+            continue
+        values = gain(row.name, other.name)
+        share = (float("nan"),) * 3
+        if p.gap and {p.gap.lower, p.gap.upper} <= set(names) and row.name not in (p.gap.lower, p.gap.upper):
+            share = share_of_gap(gain(row.name, p.gap.lower), gain(p.gap.upper, p.gap.lower), units)
+        found.append(
+            {
+                "row": row.name,
+                "against": other.name,
+                **dict(zip(("mean", "low", "high"), mean_over_draws(values, units), strict=True)),
+                **dict(zip(("t_low", "t_high", "p"), t_over_draws(values), strict=True)),
+                **dict(zip(("share", "share_low", "share_high"), share, strict=True)),
+            }
+        )
+    for line, p_holm in zip(found, holm([line["p"] for line in found]), strict=True):
+        line["p_holm"] = p_holm
+    of_patients = any(unit in set(groups_of_cases(plan).values()) for unit in units)
+    return {"draws": len(seeds), "units": len(set(units)), "of_patients": of_patients, "rows": found} if found else None
 
 
 def case_differences(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -272,6 +350,8 @@ def markdown(plan: Plan, results: dict[str, Any]) -> Iterator[str]:
         others = [d for d in content["differences"] if d["metric"] != leading.key]
         if first:
             yield from ("", "Differences, row by row:", "", *differences_table(plan, first))
+        if content["over_draws"]:
+            yield from ("", *draws_text(plan, content["over_draws"]))
         if others:
             yield from ("", "<details><summary>Differences in the other metrics</summary>", "")
             yield from (*differences_table(plan, others), "", "</details>")
@@ -322,30 +402,40 @@ def methods_table(plan: Plan, runs: Sequence[dict[str, Any]], differences: Seque
     seeds = [seed for seed in p.seeds if any(run["seed"] == seed for run in runs)]
     parts = "groups" if runs[0]["groups"] else "classes"
     names = list(runs[0][parts]) if 1 < len(runs[0][parts]) <= 6 else []
-    head = ["Method", "Steps", "Minutes", *(heading(metric, options) for metric in metrics), *names]
+    offline = p.measure.offline
+    first_metric = 4 if offline else 3  # column
+    head = [
+        "Method",
+        "Steps",
+        "Minutes",
+        *(["Of these offline"] if offline else []),
+        *(heading(metric, options) for metric in metrics),
+        *names,
+    ]
     head += [f"{leading.title}, seed {seed}" for seed in seeds]
     lines: list[tuple[Row, list[str]]] = []
     for row, own in _rows(plan, runs):
         first = next(iter(own.values()))
         title = row.name if row.labeled is None else f"{row.name} ({row.labeled} labelled)"
         cells = [title, f"{first['steps']:,}", f"{statistics.mean(run['minutes'] for run in own.values()):.1f}"]
+        cells += [f"{offline.get(row.name, 0):.1f}"] if offline else []
         cells += [shown(m, nanmean(run["metrics"][m.key] for run in own.values())) for m in metrics]
         cells += [shown(leading, nanmean(run[parts][name] for run in own.values())) for name in names]
         cells += [shown(leading, own[seed]["metrics"][leading.key]) if seed in own else "" for seed in seeds]
         lines.append((row, cells))
-    _embolden([cells for row, cells in lines if row.labeled is None], metrics)
+    _embolden([cells for row, cells in lines if row.labeled is None], metrics, first_metric)
     gains = {(d["row"], d["metric"]): d["mean"] for d in differences}
     for row, cells in lines:
-        for column, metric in enumerate(metrics, start=3):
+        for column, metric in enumerate(metrics, start=first_metric):
             gain = gains.get((row.name, metric.key), float("nan"))
             if row.against is not None and not np.isnan(gain):
                 cells[column] += f" ({signed(metric, gain)})"
     return table([head, *(cells for _, cells in lines)])
 
 
-def _embolden(rows: list[list[str]], metrics: Sequence[Metric]) -> None:
-    """Put the best of each metric's column in bold, in place."""
-    for column, metric in enumerate(metrics, start=3):
+def _embolden(rows: list[list[str]], metrics: Sequence[Metric], start: int) -> None:
+    """Put the best of each metric's column, from ``start`` on, in bold, in place."""
+    for column, metric in enumerate(metrics, start=start):
         values = [float(row[column]) for row in rows if row[column] != "–"]
         if values:
             best = (max if metric.higher_is_better else min)(values)
@@ -375,6 +465,28 @@ def differences_table(plan: Plan, differences: Sequence[dict[str, Any]]) -> list
             ]
         )
     return table(rows)
+
+
+def draws_text(plan: Plan, content: dict[str, Any]) -> Iterator[str]:
+    """The lines on what rows gain over labelled sets: what they are, and a table."""
+    p = plan.protocol
+    leading = METRICS[p.metrics[0]]
+    units = "patients" if content["of_patients"] else "cases"
+    about = f"Over {content['draws']} labelled sets and {content['units']} {units}, {leading.title}:"
+    yield from (f"{about} {DRAWS_EXPLANATION.format(units=units)}", "")
+    rows = [["Method", "Against", "Mean", "95 % interval", "t-interval", "p (t, Holm)"]]
+    if p.gap:
+        rows[0] += [f"Share of the gap from {p.gap.lower} to {p.gap.upper}", "95 % interval of the share"]
+    for line in content["rows"]:
+        cells = [line["row"], line["against"], signed(leading, line["mean"])]
+        cells += [interval(leading, line["low"], line["high"]), interval(leading, line["t_low"], line["t_high"])]
+        cells.append(p_value(line["p_holm"]))
+        if p.gap:
+            known = not np.isnan(line["share"])
+            cells.append(f"{100 * line['share']:.0f} %" if known else "–")
+            cells.append(f"{100 * line['share_low']:.0f} to {100 * line['share_high']:.0f} %" if known else "–")
+        rows.append(cells)
+    yield from table(rows)
 
 
 def curve_table(plan: Plan, runs: Sequence[dict[str, Any]]) -> list[str]:
@@ -415,7 +527,8 @@ def draw_curves(plan: Plan, results: dict[str, Any], file: Path) -> None:
             rows = list(_rows(plan, content["runs"]))
             for row, own in rows:
                 colour, dashes = styles[row.name]
-                curves = [_points(run, leading, in_steps, seconds[row.name]) for run in own.values()]
+                offline = p.measure.offline.get(row.name, 0)
+                curves = [_points(run, leading, in_steps, seconds[row.name], offline) for run in own.values()]
                 for x, y in curves if len(rows) <= MAX_WITH_SEEDS else ():
                     panel.plot(x, y, color=colour, linestyle=dashes, alpha=0.35, linewidth=0.8)
                 x, y = (np.mean(values, axis=0) for values in zip(*curves, strict=True))
@@ -447,12 +560,12 @@ def line_styles(rows: Sequence[Row]) -> Iterator[tuple[Any, str]]:
 
 
 def _points(
-    run: dict[str, Any], metric: Metric, in_steps: bool, seconds: float | None
+    run: dict[str, Any], metric: Metric, in_steps: bool, seconds: float | None, offline: float = 0
 ) -> tuple[list[float], list[float]]:
-    """The metric at each point of a run's curve, over steps or minutes.
+    """The metric at each point of a run's curve, over steps or minutes, the ``offline`` ones included.
 
     Minutes are by the seconds a step, as the budget is, since a run may have shared the machine with others.
     """
-    seconds = 60 * run["minutes"] / run["steps"] if seconds is None else seconds
-    scale = 1.0 if in_steps else seconds / 60
-    return [point["steps"] * scale for point in run["curve"]], [point[metric.key] for point in run["curve"]]
+    seconds = 60 * (run["minutes"] - offline) / run["steps"] if seconds is None else seconds
+    scale, begin = (1.0, 0.0) if in_steps else (seconds / 60, offline)
+    return [begin + point["steps"] * scale for point in run["curve"]], [point[metric.key] for point in run["curve"]]

@@ -129,7 +129,9 @@ def test_files_that_are_no_protocol(write_protocol, text, message):
 
 
 def test_an_unknown_name_is_told_the_known_ones():
-    with pytest.raises(UserError, match="no_such does not exist; name a JSON file, or one of acdc_shapes, amos, brats2019"):
+    with pytest.raises(
+        UserError, match="no_such does not exist; name a JSON file, or one of acdc_shapes, amos, brats2019"
+    ):
         read_protocol("no_such")
 
 
