@@ -33,7 +33,7 @@ RECIPE = Recipe(
 
 def main(argv: list[str] | None = None) -> None:
     """Check the data, then write the dataset and its one fold."""
-    from_protocol(argv, __doc__, "ACDC", "3", RECIPE)
+    from_protocol(argv, __doc__, "ACDC", "3", RECIPE, patients=True)
 
 
 if __name__ == "__main__":

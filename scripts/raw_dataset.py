@@ -613,7 +613,9 @@ def _dataset_json(by_part: dict[str, list[str]], recipe: Recipe) -> dict[str, An
 # ---------------------------------------------------------------------------------------- a folder with protocol.json
 
 
-def from_protocol(argv: list[str] | None, description: str | None, title: str, labeled: str, recipe: Recipe) -> None:
+def from_protocol(
+    argv: list[str] | None, description: str | None, title: str, labeled: str, recipe: Recipe, patients: bool = False
+) -> None:
     """Prepare a folder with ``images`` and ``labels``, or ``imagesTr`` and ``labelsTr``, which hold the same names.
 
     The lists are in its ``protocol.json``; without one they are drawn by ``draw_lists``. Where patients have several
@@ -625,6 +627,7 @@ def from_protocol(argv: list[str] | None, description: str | None, title: str, l
         title: begins the dataset's name.
         labeled: how many labelled cases (or patients) by default.
         recipe: what the dataset is.
+        patients: whether ``cases_of_patient`` must be there, since lists of cases would split patients.
     """
     parser = arguments(description, lists=False)
     parser.add_argument("--seed", type=int, default=0, help="which order of the training cases, from 0; default 0")
@@ -638,7 +641,9 @@ def from_protocol(argv: list[str] | None, description: str | None, title: str, l
     cases_of: dict[str, list[str]] = {}
     if file.is_file():
         train, test, several, cases_of = _read_protocol(file, args.seed)
-    else:
+    if patients and not cases_of:
+        raise UserError(f"{file} with 'cases_of_patient' is needed: lists of cases would test on patients that train.")
+    if not file.is_file():
         train, test = draw_lists(images.found, args.seed, images.root)
         several = True
         print(

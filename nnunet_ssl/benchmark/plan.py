@@ -340,7 +340,7 @@ class Plan:
         if row.key not in seconds or of.key not in seconds:
             return None
         total = 60 * budget.minutes if budget.minutes is not None else p.equal_steps.steps * seconds[of.key]
-        total -= 60 * p.measure.offline.get(row.name, 0)
+        total -= 60 * (row.offline or 0)
         if total <= 0:
             raise UserError(
                 f"the offline work of {row.name} takes longer than the time of {budget.time_of} in {p.name}; take more "

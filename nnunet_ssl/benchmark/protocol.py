@@ -70,6 +70,8 @@ class Row:
         labeled: a number of its own for this row, for instance "all"; None takes the protocol's.
         against: name of the row that it is compared with; None takes the first.
         self_training: what follows the training, if anything.
+        offline: minutes of work before the training, such as registering, known from elsewhere; they are taken off a
+            budget in time.
     """
 
     name: Name
@@ -78,6 +80,7 @@ class Row:
     labeled: Labeled | None = None
     against: Text | None = None
     self_training: SelfTraining | None = None
+    offline: Positive | None = None
 
     @property
     def key(self) -> str:
@@ -139,8 +142,6 @@ class Measure:
     Attributes:
         seconds: of a step by row's name, where they are known from elsewhere: such a row is not measured, and a budget
             in time gives it the same steps on every machine.
-        offline: minutes by row's name of work that is done before its training, such as registering; they are known
-            from elsewhere and taken off its budget in time.
     """
 
     epochs: TwoOrMore = 3  # the first is warm-up
@@ -148,9 +149,6 @@ class Measure:
     rounds: Count = 2
     seconds: Annotated[
         dict[str, Positive], Field(description="an object of rows and their seconds a step, numbers above 0")
-    ] = Field(default_factory=dict)
-    offline: Annotated[
-        dict[str, Positive], Field(description="an object of rows and their minutes of other work, numbers above 0")
     ] = Field(default_factory=dict)
 
 
@@ -313,10 +311,9 @@ def _check_rows(protocol: Protocol, file: Path) -> None:
     for name in protocol.figures:
         if name not in names:
             raise UserError(f"{file} sets 'figures' to {list(protocol.figures)}; the rows are {', '.join(names)}.")
-    for field in ("seconds", "offline"):
-        for name in getattr(protocol.measure, field):
-            if name not in names:
-                raise UserError(f"{file}, measure, gives '{field}' of {name!r}; the rows are {', '.join(names)}.")
+    for name in protocol.measure.seconds:
+        if name not in names:
+            raise UserError(f"{file}, measure, gives 'seconds' of {name!r}; the rows are {', '.join(names)}.")
     for name in (protocol.gap.lower, protocol.gap.upper) if protocol.gap else ():
         if name not in names:
             raise UserError(f"{file}, gap, names the row {name!r}; the rows are {', '.join(names)}.")
@@ -331,13 +328,12 @@ def _check_budgets(protocol: Protocol, file: Path) -> None:
             raise UserError(f"{where} needs one of 'steps', 'minutes' and 'time_of'.")
         if budget.key in [other.key for other in protocol.budgets[:number]]:
             raise UserError(f"{where} is there twice; remove one.")
-        for name, minutes in protocol.measure.offline.items():
-            if budget.minutes is not None and budget.minutes <= minutes:
-                raise UserError(
-                    f"{where} sets 'minutes' to {budget.minutes:g}, of which the {minutes:g} 'offline' minutes of "
-                    f"{name} leave nothing to train in; take more."
-                )
         for row in protocol.rows:
+            if budget.minutes is not None and budget.minutes <= (row.offline or 0):
+                raise UserError(
+                    f"{where} sets 'minutes' to {budget.minutes:g}, of which the {row.offline:g} 'offline' minutes of "
+                    f"{row.name} leave nothing to train in; take more."
+                )
             unit = protocol.epochs * row.trainings
             if budget.steps is not None and budget.steps % unit:
                 why = f"epochs ({protocol.epochs})"
@@ -347,7 +343,7 @@ def _check_budgets(protocol: Protocol, file: Path) -> None:
             names = [row.name for row in protocol.rows]
             if budget.time_of not in names:
                 raise UserError(f"{where} sets 'time_of' to {budget.time_of!r}; the rows are {', '.join(names)}.")
-            if protocol.measure.offline.get(budget.time_of):
+            if protocol.row(budget.time_of).offline:
                 raise UserError(f"{where} sets 'time_of' to a row with 'offline' minutes; give 'minutes' instead.")
             if protocol.equal_steps is None:
                 raise UserError(f"{where} sets 'time_of', which needs a budget in 'steps' besides; add one.")

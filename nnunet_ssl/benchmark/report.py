@@ -201,7 +201,7 @@ def _result(plan: Plan, run: Run) -> dict[str, Any]:
         "seed": run.seed,
         "steps": run.steps_before + run.iterations * p.epochs,
         "minutes": sum(sum(epoch_seconds(fold).values()) for fold in trainings(run.folder)) / 60
-        + p.measure.offline.get(run.row.name, 0),
+        + (run.row.offline or 0),
         "metrics": {key: _mean(last, key) for key in keys},
         "groups": {name: values[leading] for name, values in last.get("group_mean", {}).items()},
         "classes": {last["class_names"][label]: values[leading] for label, values in last["mean"].items()},
@@ -240,8 +240,10 @@ def groups_of_cases(plan: Plan) -> dict[str, str]:
 def units_of(plan: Plan, summary: dict[str, Any]) -> list[str]:
     """What counts as one when cases are resampled, for each case by name: its patient, or the case itself."""
     groups = groups_of_cases(plan)
-    files = [os.path.basename(case["reference_file"]) for case in _by_name(summary)]
-    return [groups.get(file.split(".")[0], file) for file in files]
+    cases = [os.path.basename(case["reference_file"]).split(".")[0] for case in _by_name(summary)]
+    if groups and (without := [case for case in cases if case not in groups]):
+        raise UserError(f"groups.json of {plan.protocol.name}'s datasets names no patient of {without[0]}; add it.")
+    return [groups.get(case, case) for case in cases]
 
 
 def _differences(plan: Plan, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
@@ -402,7 +404,7 @@ def methods_table(plan: Plan, runs: Sequence[dict[str, Any]], differences: Seque
     seeds = [seed for seed in p.seeds if any(run["seed"] == seed for run in runs)]
     parts = "groups" if runs[0]["groups"] else "classes"
     names = list(runs[0][parts]) if 1 < len(runs[0][parts]) <= 6 else []
-    offline = p.measure.offline
+    offline = any(row.offline for row in p.rows)
     first_metric = 4 if offline else 3  # column
     head = [
         "Method",
@@ -418,7 +420,7 @@ def methods_table(plan: Plan, runs: Sequence[dict[str, Any]], differences: Seque
         first = next(iter(own.values()))
         title = row.name if row.labeled is None else f"{row.name} ({row.labeled} labelled)"
         cells = [title, f"{first['steps']:,}", f"{statistics.mean(run['minutes'] for run in own.values()):.1f}"]
-        cells += [f"{offline.get(row.name, 0):.1f}"] if offline else []
+        cells += [f"{row.offline or 0:.1f}"] if offline else []
         cells += [shown(m, nanmean(run["metrics"][m.key] for run in own.values())) for m in metrics]
         cells += [shown(leading, nanmean(run[parts][name] for run in own.values())) for name in names]
         cells += [shown(leading, own[seed]["metrics"][leading.key]) if seed in own else "" for seed in seeds]
@@ -527,8 +529,7 @@ def draw_curves(plan: Plan, results: dict[str, Any], file: Path) -> None:
             rows = list(_rows(plan, content["runs"]))
             for row, own in rows:
                 colour, dashes = styles[row.name]
-                offline = p.measure.offline.get(row.name, 0)
-                curves = [_points(run, leading, in_steps, seconds[row.name], offline) for run in own.values()]
+                curves = [_points(run, leading, in_steps, seconds[row.name], row.offline or 0) for run in own.values()]
                 for x, y in curves if len(rows) <= MAX_WITH_SEEDS else ():
                     panel.plot(x, y, color=colour, linestyle=dashes, alpha=0.35, linewidth=0.8)
                 x, y = (np.mean(values, axis=0) for values in zip(*curves, strict=True))

@@ -332,9 +332,8 @@ def refuse_other(home: Path, given: dict[str, Any], device: str) -> list[dict[st
 def _left_out(home: Path, before: dict[str, Any], given: dict[str, Any], device: str) -> list[dict[str, Any]]:
     old, seconds = dict(before["protocol"]), given.get("measure", {}).get("seconds", {})
     given = dict(given)
-    offline = [protocol.get("measure", {}).get("offline", {}) for protocol in (old, given)]
-    for protocol in (old, given):  # these may come and go with their rows
-        protocol["measure"] = {k: v for k, v in protocol.get("measure", {}).items() if k not in ("seconds", "offline")}
+    for protocol in (old, given):  # seconds may come and go with their rows
+        protocol["measure"] = {k: v for k, v in protocol.get("measure", {}).items() if k != "seconds"}
     if before["device"] != device:
         raise UserError(f"{home} was begun with --device {before['device']}; keep to it, or take another -o.")
     for name in sorted(set(old) | set(given)):
@@ -358,12 +357,6 @@ def _left_out(home: Path, before: dict[str, Any], given: dict[str, Any], device:
             )
     rows = {row_key(row["name"]): row for row in old["rows"]}
     for row in given["rows"]:
-        before_it, now_it = (minutes.get(row["name"], 0) for minutes in offline)
-        if row_key(row["name"]) in rows and before_it != now_it:
-            raise UserError(
-                f"{home} was begun with {before_it:g} offline minutes of {row['name']!r}, the protocol now gives "
-                f"{now_it:g}; undo that, give the row another name, or take another -o."
-            )
         was = rows.pop(row_key(row["name"]), row)
         if {k: v for k, v in was.items() if k != "against"} != {k: v for k, v in row.items() if k != "against"}:
             raise UserError(

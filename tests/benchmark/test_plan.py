@@ -161,6 +161,17 @@ def test_seconds_that_the_protocol_gives_are_not_measured(given, make_plan, writ
     assert lengths(plan, 1) == {"Labels only": 80, "CPS": 20, "CPS + SHTA": 16, "More labels": 80}
 
 
+def test_offline_work_comes_off_the_time_of_another_row(given, make_plan, write_times):
+    given["rows"][2]["offline"] = 0.1  # 6 of the 32 s of CPS
+    plan = make_plan(given)
+    write_measurements(plan, write_times)
+    assert lengths(plan, 1) == {"Labels only": 80, "CPS": 20, "CPS + SHTA": 13, "More labels": 80}
+    assert set(lengths(plan, 0).values()) == {20}  # equal steps are equal
+    given["rows"][2]["offline"] = 1
+    with pytest.raises(UserError, match=r"offline work of CPS \+ SHTA takes longer than the time of CPS in made_up"):
+        lengths(make_plan(given), 1)
+
+
 def test_a_measurement_that_is_not_complete_does_not_count(given, make_plan, write_times):
     plan = make_plan(given)
     write_times(plan.home / "measure" / "cps_2labeled_seed0_0", [2.0, 1.0, 1.0])

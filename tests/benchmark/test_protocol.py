@@ -109,6 +109,10 @@ def set_(*path):
         (set_("measure", {"seconds": {"CPS": 0}}), "numbers above 0"),
         (set_("measure", {"seconds": {"CPS": float("inf")}}), "numbers above 0"),
         (set_("measure", {"seconds": {"CP": 1}}), "gives 'seconds' of 'CP'; the rows are Labels only, CPS"),
+        (set_("rows", 1, "offline", -1), r"rows\[1\], sets 'offline' to -1; it must be a number above 0"),
+        (set_("rows", 1, "offline", 1), r"budgets\[1\], sets 'time_of' to a row with 'offline' minutes"),
+        (set_("gap", {"lower": "Labels only"}), "gap, lacks 'upper'"),
+        (set_("gap", {"lower": "Labels only", "upper": "CP"}), "gap, names the row 'CP'; the rows are Labels only"),
     ],
 )
 def test_what_is_refused(given, write_protocol, change, message):
@@ -117,6 +121,12 @@ def test_what_is_refused(given, write_protocol, change, message):
     with pytest.raises(UserError, match=message) as error:
         read_protocol(str(file))
     assert str(file) in str(error.value)
+
+
+def test_offline_work_that_leaves_no_time(given, write_protocol):
+    given["budgets"], given["rows"][1]["offline"] = [{"steps": 80}, {"minutes": 2}], 2
+    with pytest.raises(UserError, match=r"budgets\[1\], sets 'minutes' to 2, of which the 2 'offline' minutes of CPS"):
+        read_protocol(str(write_protocol(given)))
 
 
 @pytest.mark.parametrize(

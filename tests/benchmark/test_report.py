@@ -188,3 +188,86 @@ def test_differences_are_over_the_classes_that_both_have():
 def test_cases_are_matched_by_name():
     values = case_values(summary([[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]], 1.0), "Dice")
     assert values.tolist() == [[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]]
+
+
+@pytest.fixture
+def over_three(given, make_plan, write_times, tmp_path):
+    """``over_three(groups)``: all runs of three labelled sets, CPS half-way between labels only and more labels."""
+
+    def make(groups=None):
+        given["seeds"] = [0, 1, 2]
+        given["budgets"] = [{"minutes": 10}]
+        given["gap"] = {"lower": "Labels only", "upper": "More labels"}
+        given["rows"][1]["offline"] = 4.5
+        given["measure"] = {"seconds": {row["name"]: 0.1 for row in given["rows"]}}
+        plan = make_plan(given)
+        if groups is not None:
+            folder = tmp_path / "raw" / f"Dataset{min(plan.ids.values())}_X"
+            folder.mkdir()
+            (folder / "groups.json").write_text(json.dumps(groups))
+        rng = np.random.default_rng(0)
+        for seed in plan.protocol.seeds:
+            of_cases = rng.normal(0.4, 0.02, (2, 3, 2))
+            ends = of_cases[0], of_cases[1] + 0.2
+            dice = {"Labels only": ends[0], "CPS": sum(ends) / 2, "CPS + SHTA": ends[0], "More labels": ends[1]}
+            for run in plan.runs(plan.protocol.budgets[0], 2):
+                if run.seed == seed:
+                    write_times(run.folder, [30, 30])
+                    for epoch in (2, 4):
+                        file = plan.summary(run, epoch)
+                        file.parent.mkdir(parents=True)
+                        file.write_text(json.dumps(summary(dice[run.row.name].tolist(), 4.0)))
+        return plan
+
+    return make
+
+
+def test_claims_over_labelled_sets(over_three):
+    plan = over_three()
+    text = write_report(plan)
+    assert "Over 3 labelled sets and 3 cases, Dice: They speak of other labelled sets" in text
+    found = json.loads((plan.home / "results.json").read_text())["tables"][0]["over_draws"]
+    rows = {line["row"]: line for line in found["rows"]}
+    assert [rows["CPS"][key] for key in ("share", "share_low")] == pytest.approx([0.5, 0.5])  # whatever is resampled
+    assert rows["CPS"]["low"] < rows["CPS"]["mean"] < rows["CPS"]["high"]
+    assert rows["CPS + SHTA"]["against"] == "CPS"
+    assert rows["CPS + SHTA"]["share"] == 0  # its share is of the way from labels only
+    assert np.isnan(rows["More labels"]["share"])  # of the gap to itself there is none to tell
+    p_values = sorted((line["p"], line["p_holm"]) for line in rows.values())
+    assert p_values[0][1] == pytest.approx(3 * p_values[0][0])
+    line = next(line for line in text.splitlines() if line.startswith("| CPS | Labels only |") and "50 %" in line)
+    assert line.endswith("| 50 % | 50 to 50 % |")
+
+
+def test_cases_of_a_patient_count_as_one(over_three):
+    plan = over_three({"case_a": "p1", "case_b": "p1", "case_c": "p2"})
+    text = write_report(plan)
+    assert "Over 3 labelled sets and 2 patients" in text
+    results = json.loads((plan.home / "results.json").read_text())
+    assert {d["cases"] for d in results["tables"][0]["differences"]} == {2}
+
+
+def test_a_case_without_a_patient_is_refused(over_three):
+    with pytest.raises(UserError, match=r"groups.json of made_up's datasets names no patient of case_b"):
+        write_report(over_three({"case_a": "p1", "case_c": "p2"}))
+
+
+def test_two_labelled_sets_are_no_claim(plan):
+    assert "labelled sets and" not in write_report(plan)
+
+
+def test_offline_minutes_are_of_the_budget_and_shown(over_three):
+    plan = over_three()
+    steps = {run.row.name: 4 * run.iterations for run in plan.runs(plan.protocol.budgets[0], 2)}
+    assert (steps["Labels only"], steps["CPS"]) == (6000, 3300)  # 10 and 5.5 minutes of 0.1 s
+    lines = write_report(plan).splitlines()
+    assert any(line.startswith("| Method | Steps | Minutes | Of these offline | Dice") for line in lines)
+    assert any(line.startswith("| CPS | 3,300 | 5.5 | 4.5 |") for line in lines)
+    assert any(line.startswith("| Labels only | 6,000 | 1.0 | 0.0 |") for line in lines)
+
+
+def test_offline_minutes_come_before_the_curve():
+    run = {"minutes": 5.0, "steps": 100, "curve": [{"steps": 50, "Dice": 0.5}, {"steps": 100, "Dice": 0.6}]}
+    assert _points(run, METRICS["dice"], in_steps=False, seconds=1.2, offline=3) == ([4.0, 5.0], [0.5, 0.6])
+    assert _points(run, METRICS["dice"], in_steps=False, seconds=None, offline=3) == ([4.0, 5.0], [0.5, 0.6])
+    assert _points(run, METRICS["dice"], in_steps=True, seconds=1.2, offline=3) == ([50.0, 100.0], [0.5, 0.6])

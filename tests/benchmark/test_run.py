@@ -224,6 +224,7 @@ def test_a_folder_takes_more_rows_and_seeds_but_no_other_protocol(given, tmp_pat
     more["seeds"] += [2]
     more["rows"] += [{"name": "URPC", "trainer": "nnUNetTrainerURPC"}]
     more["about"] = "something else"
+    more["gap"] = {"lower": "Labels only", "upper": "More labels"}
     more["rows"][2]["against"] = "Labels only"
     refuse_other(home, more, "cpu")
     with pytest.raises(UserError, match="begun with --device cpu"):

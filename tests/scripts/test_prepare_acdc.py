@@ -67,6 +67,12 @@ def test_wrong_cases_of_patients(data, fresh_folders, change, message):
     assert nothing_written(fresh_folders)
 
 
+def test_lists_of_cases_would_split_patients(data, fresh_folders):
+    (data / "protocol.json").unlink()
+    with pytest.raises(UserError, match="protocol.json with 'cases_of_patient' is needed"):
+        main(["--data", str(data), "-d", "780"])
+
+
 @pytest.mark.skipif(not (REAL / "acdc").is_dir(), reason="the ACDC data are not beside the project")
 def test_real_protocol(fresh_folders):
     """Eight orders of 60 patients; the images are left alone, since reading them takes long."""
