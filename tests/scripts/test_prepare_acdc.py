@@ -69,7 +69,7 @@ def test_wrong_cases_of_patients(data, fresh_folders, change, message):
 
 def test_lists_of_cases_would_split_patients(data, fresh_folders):
     (data / "protocol.json").unlink()
-    with pytest.raises(UserError, match="protocol.json with 'cases_of_patient' is needed"):
+    with pytest.raises(UserError, match=r"protocol\.json with 'cases_of_patient' is needed"):
         main(["--data", str(data), "-d", "780"])
 
 
