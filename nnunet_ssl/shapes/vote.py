@@ -1,0 +1,110 @@
+"""What labelled cases say of an image without labels: each is registered onto it, and their labels are averaged.
+
+At each voxel an atlas counts as much as it is like the image around that voxel (local weighted voting: Artaechevarria
+et al., IEEE TMI 2009; that errors of atlases are correlated, as joint label fusion has it, Wang et al., IEEE TPAMI
+2013, is not considered).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import SimpleITK as sitk
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from scipy import ndimage
+
+from nnunet_ssl.shapes.registration import Volume, array, warp
+
+WINDOW = 5  # voxels along each axis, in which images are compared
+POWER = 4  # of the similarity, which makes the weight
+FLOOR = 0.05  # of the similarity: where no atlas is alike all count the same
+
+
+class Atlas(NamedTuple):
+    """A labelled case on the grid of the image.
+
+    Attributes:
+        image: ``[C, z, y, x]`` float32.
+        shares: ``[K, z, y, x]`` float32: of each label; their sum is below 1 where the case is ignored or ends.
+    """
+
+    image: np.ndarray
+    shares: np.ndarray
+
+
+def atlas(moving: Volume, grid: sitk.Image, transform: sitk.Transform, labels: Sequence[int]) -> Atlas:
+    """Take a registered case.
+
+    Args:
+        moving: the labelled case. Where nnU-Net has cut off the empty border (-1), it is background.
+        grid: the image that it was registered onto.
+        transform: from points of the grid to points of ``moving``.
+        labels: the K labels that vote, background first. Others, such as the ignore label, do not.
+    """
+    image = np.stack([array(warp(channel, grid, transform)) for channel in moving.channels])
+    shares = []
+    for label in labels:
+        here = moving.labels == label if label else (moving.labels == 0) | (moving.labels == -1)
+        shares.append(array(sitk.Resample(sitk.Cast(here, sitk.sitkFloat32), grid, transform, sitk.sitkLinear, 0.0)))
+    return Atlas(image, np.stack(shares))
+
+
+def vote(image: np.ndarray, atlases: Iterable[Atlas], num_labels: int) -> np.ndarray:
+    """The probability of each label: the weighted mean of what the atlases say.
+
+    Args:
+        image: ``[C, z, y, x]`` float32.
+        atlases: on its grid.
+        num_labels: K.
+
+    Returns:
+        ``[K, z, y, x]`` float32, of sum 1; background where no atlas says anything.
+    """
+    said = np.zeros((num_labels, *image.shape[1:]), np.float32)
+    for one in atlases:
+        said += one.shares * weight(similarity(image, one.image))
+    total = said.sum(0)
+    said[0][total == 0] = total[total == 0] = 1
+    return said / total
+
+
+def similarity(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The correlation of two images in a window around each voxel, the mean of the channels.
+
+    Args:
+        one, other: ``[C, z, y, x]`` float32.
+
+    Returns:
+        ``[z, y, x]`` float32 from -1 to 1; 0 where one of the two is flat.
+    """
+
+    def mean(values: np.ndarray) -> np.ndarray:
+        return ndimage.uniform_filter(values, WINDOW)
+
+    found = np.zeros(one.shape[1:])
+    for a, b in zip(one.astype(np.float64), other.astype(np.float64), strict=True):
+        mean_a, mean_b = mean(a), mean(b)
+        spread = (mean(a * a) - mean_a**2) * (mean(b * b) - mean_b**2)
+        flat = spread < 1e-12
+        found += np.where(flat, 0, (mean(a * b) - mean_a * mean_b) / np.sqrt(np.where(flat, 1, spread)))
+    return (found / len(one)).clip(-1, 1).astype(np.float32)
+
+
+def weight(similarity: np.ndarray) -> np.ndarray:
+    """How much an atlas counts, by its local similarity; positive."""
+    return similarity.clip(FLOOR) ** POWER
+
+
+def channels(votes: np.ndarray, label_manager: LabelManager) -> np.ndarray:
+    """The votes for labels as nnU-Net has probabilities: of its labels, or of its regions.
+
+    Args:
+        votes: ``[K, ...]`` float32, of ``label_manager.all_labels``.
+        label_manager: nnU-Net's, of the dataset.
+    """
+    if not label_manager.has_regions:
+        return votes
+    regions = [np.unique(region) for region in label_manager.foreground_regions]
+    return np.stack([votes[np.isin(label_manager.all_labels, region)].sum(0) for region in regions])

@@ -1,0 +1,311 @@
+"""The votes of a fold's labelled cases on every unlabelled image, each made once, and again only when it has to be.
+
+They lie in ``<nnUNet_preprocessed>/<dataset>/<data_identifier>_votes/fold_<fold>``, as ``unlabeled/store.py`` keeps
+it: of each image ``<case>.npz`` and ``<case>.pkl``, as ``nnUNetv2_predict --save_probabilities`` writes them, on the
+grid of the raw image. Those who vote are the fold's training cases alone: no label of a validation case has a part in
+it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import numpy as np
+import SimpleITK as sitk
+from batchgenerators.utilities.file_and_folder_operations import save_pickle
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from tqdm import tqdm
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import Stamp, stamp
+from nnunet_ssl.shapes.case import load, prepared_volume
+from nnunet_ssl.shapes.pairs import description
+from nnunet_ssl.shapes.quality import TOO_FEW, volumes, why_not
+from nnunet_ssl.shapes.registration import array, register, warp_labels
+from nnunet_ssl.shapes.vote import Atlas, atlas, channels, vote
+from nnunet_ssl.unlabeled.prepare import prepared_folder, preprocessing_of
+from nnunet_ssl.unlabeled.store import Manifest, Outcome, PreparedFolder, cannot_write, why_writing_fails
+
+ATLASES = 10  # that vote on an image: those most like it
+
+
+@dataclass(frozen=True)
+class Electorate:
+    """Who votes.
+
+    Attributes:
+        dataset_name, plans, configuration, dataset_json: as nnU-Net has them.
+        fold: for the folder's name.
+        labeled: the cases that vote.
+    """
+
+    dataset_name: str
+    plans: dict
+    configuration: str
+    dataset_json: dict
+    fold: str
+    labeled: tuple[str, ...]
+
+    @cached_property
+    def about(self) -> dict:
+        """What determines a vote, beside the images."""
+        preprocessing = preprocessing_of(PlansManager(self.plans), self.configuration, self.dataset_json)
+        labels = {key: self.dataset_json.get(key) for key in ("labels", "regions_class_order")}
+        return json.loads(json.dumps({"preprocessing": preprocessing, **labels}))
+
+    @cached_property
+    def labeled_folder(self) -> str:
+        """Of the prepared labelled cases."""
+        configuration = PlansManager(self.plans).get_configuration(self.configuration)
+        return prepared_folder(self.dataset_name, configuration).removesuffix("_unlabeled")
+
+    @property
+    def folder(self) -> str:
+        """Of the votes."""
+        return os.path.join(f"{self.labeled_folder}_votes", f"fold_{self.fold}")
+
+    @property
+    def identity(self) -> str:
+        """What tells other voters from these.
+
+        Raises:
+            UserError: a labelled case is not prepared.
+        """
+        stamps = _stamps(self, VoteManifest.read(self.folder).about["labeled"])
+        return f"{len(self.labeled)} cases ({_digest(self.about, stamps, '')[:12]})"
+
+
+class VoteManifest(Manifest):
+    """The votes; an entry has "made_from", a digest of all images, and "atlases".
+
+    "atlases" says of each labelled case that was registered how alike the two were ("after"), and "why" it does not
+    vote if it does not. Of all votes it says "labeled", stamps of the files of the labelled cases.
+    """
+
+    FORMAT: ClassVar[int] = 1
+    ABOUT: ClassVar[dict[str, type]] = {"labeled": dict}
+
+    def check(self) -> None:
+        """All entries say what they are made from, and by whom."""
+        for entry in self.cases.values():
+            _ = os.fspath(entry["made_from"]), [one.get("why") for one in entry["atlases"].values()]
+
+    def content_of(self, case: str) -> str:
+        """Of all images."""
+        return self.cases[case]["made_from"]
+
+
+def prepare_votes(electorate: Electorate, images: PreparedFolder, num_processes: int) -> VoteManifest:
+    """Make or complete the votes on all unlabelled images; they stay as they are until this process ends.
+
+    Args:
+        electorate: who votes.
+        images: the prepared images to vote on.
+        num_processes: images voted on at a time; 1 votes in this process.
+
+    Returns:
+        Their manifest.
+
+    Raises:
+        UserError: the images do not register, or the disk stands in the way. What was finished is kept.
+    """
+    folder = electorate.folder
+    while True:
+        manifest = VoteManifest.read(folder)
+        stamps = _stamps(electorate, manifest.about["labeled"])
+        made_from = {case: _digest(electorate.about, stamps, images.contents[case]) for case in images.cases}
+
+        def missing(manifest: VoteManifest, made_from: Mapping[str, str] = made_from) -> list[str]:
+            cases = manifest.cases
+            return [
+                case
+                for case, digest in made_from.items()
+                if case not in cases or cases[case]["made_from"] != digest or not manifest.files_are_there(case)
+            ]
+
+        if missing(manifest):
+            try:
+                with manifest.locked(wait=True):
+                    manifest = VoteManifest.read(folder)  # another process may have done it meanwhile
+                    if todo := missing(manifest):
+                        manifest.remove_unread()
+                        current = {c: e for c, e in manifest.cases.items() if c in made_from and c not in todo}
+                        manifest = VoteManifest(folder, {"labeled": stamps}, current)
+                        _complete(electorate, images, manifest, {case: made_from[case] for case in todo}, num_processes)
+                    manifest.remove_unread("votes")
+            except OSError as error:
+                raise UserError(cannot_write(folder, error.strerror or str(error))) from error
+        if manifest.keep():
+            _refuse_few(manifest)
+            return manifest
+
+
+def _complete(
+    electorate: Electorate, images: PreparedFolder, manifest: VoteManifest, made_from: dict[str, str], processes: int
+) -> None:
+    cases = list(made_from)
+    atlases = _most_alike(electorate, {case: images.places[case] for case in cases})
+    manifest.write()  # first: a file may be put back as it was before we are done
+    print(
+        f"nnunet_ssl: {sum(map(len, atlases.values()))} registrations of {len(electorate.labeled)} labelled images "
+        f"onto {len(cases)} unlabelled ones; the votes are kept in {manifest.folder}",
+        flush=True,
+    )
+    how = (electorate.plans, electorate.configuration, electorate.dataset_json, electorate.labeled_folder)
+    problems = manifest.make(
+        vote_case,
+        [(*how, atlases[case], case, images.places[case], made_from[case]) for case in cases],
+        cases,
+        processes,
+        "Voting on unlabelled images",
+        "Vote on fewer at a time (-np 1); what is finished is kept.",
+    )
+    if problems:
+        raise UserError(f"{manifest.folder}: {problems[0]}; {len(problems)} image(s) in all. Train without an atlas.")
+
+
+def vote_case(
+    plans: dict,
+    configuration: str,
+    dataset_json: dict,
+    labeled_folder: str,
+    atlases: Sequence[str],
+    case: str,
+    case_folder: str,
+    made_from: str,
+    place: str,
+) -> Outcome:
+    """Register the atlases onto one image, and save what they say of it into a folder of its own."""
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # processes, not threads
+    entry: dict[str, Any] = {"made_from": made_from, "atlases": {}}
+    try:
+        plans_manager = PlansManager(plans)
+        labels = plans_manager.get_label_manager(dataset_json).all_labels
+        there = prepared_volume(plans, configuration, case_folder, case, False)
+        image = np.stack([array(channel) for channel in there.channels])
+
+        def good() -> Iterator[Atlas]:
+            for name in atlases:
+                here = prepared_volume(plans, configuration, labeled_folder, name, True)
+                if there.channels[0].GetDimension() != here.channels[0].GetDimension():
+                    entry["atlases"][name] = {"why": "are a slice and a volume"}
+                    continue
+                grid = there.channels[0]
+                found = register(there, here)
+                entry["atlases"][name] = {"after": round(found.after, 4)}
+                warped = warp_labels(here.labels, grid, found.transform)
+                sizes = (volumes(array(x), float(np.prod(x.GetSpacing()))) for x in (here.labels, warped))
+                if why := why_not(found, *sizes):
+                    entry["atlases"][name]["why"] = why
+                    continue
+                yield atlas(here, grid, found.transform, labels)
+
+        votes = vote(image, good(), len(labels))
+        properties = load(case_folder, case)[2]
+        os.makedirs(place)
+        file = os.path.join(place, case)
+        probabilities = as_predicted(votes, properties, plans_manager, configuration, dataset_json)
+        np.savez_compressed(f"{file}.npz", probabilities=probabilities.astype(np.float16))
+        save_pickle(properties, f"{file}.pkl")
+    except Exception as error:
+        folder = os.path.dirname(os.path.dirname(place))
+        if reason := (error.strerror if isinstance(error, OSError) else why_writing_fails(os.path.dirname(place))):
+            return Outcome(case, entry, cannot_write(folder, reason), fatal=True)
+        return Outcome(case, entry, f"{case} cannot be voted on ({type(error).__name__}: {error})")
+    return Outcome(case, entry)
+
+
+def as_predicted(
+    votes: np.ndarray, properties: dict, plans_manager: PlansManager, configuration: str, dataset_json: dict
+) -> np.ndarray:
+    """Votes as ``nnUNetv2_predict --save_probabilities`` gives a network's probabilities, by nnU-Net's own function.
+
+    Args:
+        votes: ``[K, z, y, x]`` float32, of the labels, on the grid of the prepared image.
+        properties: of the prepared image.
+        plans_manager, configuration, dataset_json: that it was prepared with.
+
+    Returns:
+        ``[channels, *raw image]`` float32.
+    """
+    # they are probabilities already, and interpolated as such
+    label_manager = plans_manager.get_label_manager(dataset_json, inference_nonlin=lambda probabilities: probabilities)
+    return convert_predicted_logits_to_segmentation_with_correct_shape(
+        channels(votes, label_manager),
+        plans_manager,
+        plans_manager.get_configuration(configuration),
+        label_manager,
+        properties,
+        return_probabilities=True,
+        num_threads_torch=1,
+    )[1]
+
+
+def _most_alike(electorate: Electorate, images: Mapping[str, str]) -> dict[str, list[str]]:
+    """Image -> the labelled cases that are to vote on it; ``images`` gives the folder of each."""
+    labeled = list(electorate.labeled)
+    if len(labeled) <= ATLASES:
+        return dict.fromkeys(images, labeled)
+    places = {**dict.fromkeys(labeled, electorate.labeled_folder), **images}
+    bar = tqdm(places.items(), "Looking at images", delay=3, leave=False)
+    looks = {case: description(load(folder, case)[0]) for case, folder in bar}
+
+    def nearest(case: str) -> list[str]:
+        distance = np.linalg.norm([looks[name] - looks[case] for name in labeled], axis=1)
+        return [labeled[i] for i in np.argsort(distance, kind="stable")[:ATLASES]]
+
+    return {case: nearest(case) for case in images}
+
+
+def _refuse_few(manifest: VoteManifest) -> None:
+    """Refuse to learn from the few atlases that look good where most do not.
+
+    Raises:
+        UserError: the images do not show the same.
+    """
+    atlases = [one for entry in manifest.cases.values() for one in entry["atlases"].values()]
+    bad = Counter(one["why"] for one in atlases if "why" in one)
+    good = len(atlases) - bad.total()
+    if good == 0 or good < TOO_FEW * len(atlases):
+        told = ", ".join(f"{count} {why}" for why, count in bad.most_common())
+        raise UserError(
+            f"{manifest.folder}: of {len(atlases)} pairs of labelled and unlabelled images only {good} register well "
+            f"({told}), so an atlas teaches nothing here. Use --teachers network."
+        )
+
+
+def _stamps(electorate: Electorate, known: Mapping[str, list]) -> dict[str, list[list[str | Stamp]]]:
+    """Of the files of each labelled case that votes.
+
+    Raises:
+        UserError: one is not there, or cannot be read.
+    """
+    remedy = f"Run nnUNetv2_preprocess -d {electorate.dataset_name} -c {electorate.configuration}."
+    stamps = {}
+    try:
+        for case in electorate.labeled:
+            kept = {name: entry for name, *entry in known.get(case, ())}
+            files = [f"{case}{end}" for end in (".b2nd", "_seg.b2nd", ".npz", ".pkl")]
+            files = [file for file in files if os.path.isfile(os.path.join(electorate.labeled_folder, file))]
+            if not files:
+                raise UserError(f"{electorate.labeled_folder} has no case {case}. {remedy}")
+            stamps[case] = [
+                [file, *stamp(os.path.join(electorate.labeled_folder, file), kept.get(file))] for file in files
+            ]
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror or error}). {remedy}") from error
+    return stamps
+
+
+def _digest(about: dict, stamps: Mapping[str, list], content: str) -> str:
+    """Of all that a vote is made from."""
+    labeled = {case: [digest for *_, digest in files] for case, files in stamps.items()}
+    return hashlib.sha256(json.dumps([about, labeled, content], sort_keys=True).encode()).hexdigest()
