@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "_ext": {"trainers"},
     "export": {"losses", "networks", "unlabeled", "shapes", "trainers"},
     "demo": {"losses", "networks", "unlabeled", "shapes", "trainers", "evaluation"},
-    "self_training": {"unlabeled", "export"},
+    "self_training": {"unlabeled", "shapes", "export"},
     "figures": {"losses", "networks", "unlabeled", "shapes", "trainers", "evaluation"},
     "benchmark": {"trainers", "evaluation", "demo"},
     "commands": {

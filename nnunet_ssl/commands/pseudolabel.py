@@ -1,4 +1,4 @@
-"""``nnUNetv2_ssl_pseudolabel``: offline self-training, with a trained model's confident predictions as labels."""
+"""``nnUNetv2_ssl_pseudolabel``: offline self-training, with predictions of a model, an atlas, or both as labels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from nnunet_ssl.commands.arguments import Parser, count, dataset_id, fold, part,
 from nnunet_ssl.errors import UserError
 
 MIN_CONFIDENCE = 0.9
+MIN_AGREEMENT = 0.7
+TEACHERS = {"network": ("network",), "atlas": ("atlas",), "network,atlas": ("network", "atlas")}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -16,18 +18,28 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = Parser(
         prog="nnUNetv2_ssl_pseudolabel",
-        description="Predict the images of imagesUn with a trained model and make a second raw dataset in which the "
-        "confident predictions are labels. With --rounds also train on it, and repeat. Predicting, preprocessing and "
-        "training are nnU-Net's own commands; a stopped run goes on where it was.",
+        description="Predict the images of imagesUn and make a second raw dataset in which the best predictions are "
+        "labels. A trained model predicts, or the labelled images, registered onto the others, or both; then the mean "
+        "of their probabilities counts, and cases are chosen by how much the two agree. With --rounds also train on "
+        "it, and repeat. Predicting, preprocessing and training are nnU-Net's own commands; a stopped run goes on "
+        "where it was.",
     )
     parser.add_argument("-d", required=True, help="Name or id of the dataset with imagesUn")
     parser.add_argument("-c", required=True, help="Configuration, for instance 3d_fullres")
-    parser.add_argument("-f", type=fold, default="0", help="Fold of the trained model: a number, or all. Default: 0")
+    parser.add_argument(
+        "-f", type=fold, nargs="+", default=["0"],
+        help="Fold of the trained model: a number, or all; of several the mean predicts. Default: 0",
+    )  # fmt: skip
     parser.add_argument("-tr", default="nnUNetTrainer", help="Trainer, of every round. Default: nnUNetTrainer")
     parser.add_argument("-p", default="nnUNetPlans", help="Plans identifier. Default: nnUNetPlans")
     parser.add_argument(
         "-o", required=True, type=dataset_id, help="Id of the new dataset; further rounds take the next ids"
     )
+    parser.add_argument(
+        "--teachers", choices=TEACHERS, default="network",
+        help="Who labels the images: the trained model, an atlas (the labelled images, registered onto each one), or "
+        "both. Default: network",
+    )  # fmt: skip
     parser.add_argument(
         "--rounds", type=whole, default=0,
         help="Models to train, each on the predictions of the one before. Default: 0, which makes the dataset only",
@@ -35,9 +47,18 @@ def main(argv: list[str] | None = None) -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--min-confidence", type=part, metavar="P",
-        help=f"Keep the cases whose confidence reaches P. Default: {MIN_CONFIDENCE}",
+        help=f"Keep the cases whose confidence reaches P. Default with one teacher: {MIN_CONFIDENCE}",
+    )  # fmt: skip
+    which.add_argument(
+        "--min-agreement", type=part, metavar="P",
+        help=f"Keep the cases on which two teachers agree: mean Dice of P or more. Default with two: {MIN_AGREEMENT}",
     )  # fmt: skip
     which.add_argument("--keep", type=part, metavar="FRACTION", help="Keep this fraction of the cases, the best ones")
+    parser.add_argument("--warm", action="store_true", help="Train each student from its teacher's weights")
+    parser.add_argument(
+        "--finish", type=count, metavar="EPOCHS",
+        help="Train the last student so many epochs more, on the labels alone; it becomes fold 1 of its dataset",
+    )  # fmt: skip
     parser.add_argument("-chk", default="checkpoint_final.pth", help="Checkpoint. Default: checkpoint_final.pth")
     parser.add_argument("-device", choices=("cpu", "cuda", "mps"), help="Default: cuda where there is a GPU, else cpu")
     parser.add_argument("--disable_tta", action="store_true", help="Predict without mirroring: faster, less accurate")
@@ -52,6 +73,17 @@ def main(argv: list[str] | None = None) -> None:
 
     if args.o + args.rounds > 1000:
         raise UserError(f"-o {args.o} --rounds {args.rounds}: each round takes an id, and ids end at 999. Lower one.")
+    teachers = TEACHERS[args.teachers]
+    if args.min_agreement is not None and len(teachers) < 2:
+        raise UserError("--min-agreement: one teacher has nobody to agree with. Use --teachers network,atlas.")
+    if teachers == ("atlas",) and args.rounds > 1:
+        raise UserError(
+            f"--teachers atlas --rounds {args.rounds}: an atlas labels alike in all rounds. Use --rounds 1."
+        )
+    if teachers == ("atlas",) and args.warm:
+        raise UserError("--warm: an atlas has no weights. Use --teachers network or network,atlas.")
+    if args.finish and not args.rounds:
+        raise UserError("--finish goes on with a student. Give --rounds too.")
 
     # heavy: only once the arguments are known to be good
     import torch
@@ -60,18 +92,25 @@ def main(argv: list[str] | None = None) -> None:
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("-device cuda: torch sees no GPU here; leave -device out to use the CPU.")
-    min_confidence = MIN_CONFIDENCE if args.min_confidence is None and args.keep is None else args.min_confidence
+    by = "agreement" if len(teachers) > 1 and args.min_confidence is None else "confidence"
+    at_least = args.min_agreement if by == "agreement" else args.min_confidence
+    if at_least is None and args.keep is None:
+        at_least = MIN_AGREEMENT if by == "agreement" else MIN_CONFIDENCE
     SelfTraining(
         dataset=args.d,
         configuration=args.c,
-        fold=args.f,
+        folds=tuple(args.f),
         trainer=args.tr,
         plans=args.p,
         checkpoint=args.chk,
         target_id=args.o,
         rounds=args.rounds,
-        min_confidence=min_confidence,
+        by=by,
+        at_least=at_least,
         keep=args.keep,
+        teachers=teachers,
+        warm=args.warm,
+        finish=args.finish,
         device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         mirroring=not args.disable_tta,
         parts=args.parts,

@@ -1,13 +1,17 @@
 """Offline self-training, the part without a training: which predictions of unlabelled images become labels.
 
-A trained model, the teacher, has predicted every unlabelled image. The cases that it is confident of join the labelled
-ones in a new raw dataset, with its predictions as their labels; the validation cases stay as they are.
+A teacher has predicted every unlabelled image: a trained model, or labelled cases that voted, or both; then the mean of
+their probabilities is the prediction. The cases that they are confident of, or agree on, join the labelled ones in a
+new raw dataset, with the predictions as their labels; the validation cases stay as they are.
 
 How confident a teacher is of a case: for each foreground class, the mean of its probability over the voxels that are
 predicted as that class (with softmax this is the largest probability of each of them); of these the mean over the
 classes that are predicted at all, so that a small organ weighs as much as a large one. A case without any predicted
 foreground has confidence 0 and is never kept: an empty label map is what a teacher that has failed predicts, with
 certainty.
+
+How much two teachers agree on a case: the Dice of their label maps, the mean over the foreground classes that one of
+them sees. A class that the other does not see counts 0.
 """
 
 from __future__ import annotations
@@ -16,12 +20,15 @@ import csv
 import os
 import pickle
 import shutil
+import time
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
@@ -42,6 +49,8 @@ from nnunet_ssl.unlabeled.split import Split, new_dataset, write_dataset
 FORMAT = 2
 CONFIDENCES = "confidences.json"
 RECORD = "ssl_pseudolabel.json"
+SAVE_EVERY = 2.0  # seconds between two writes of what has been measured
+WHO_IS_BEST = {"confidence": "the most confident is", "agreement": "the teachers agree most on"}
 REPORT, PICTURE = "pseudolabels.csv", "pseudolabels.png"
 
 
@@ -54,16 +63,27 @@ class Measured(NamedTuple):
     Attributes:
         voxels: how many are predicted as the class.
         probability: the mean of the class's probability over these voxels; None where there are none.
+        dice: of the class, between two teachers; None where neither sees it. Empty with one teacher.
     """
 
     voxels: dict[str, int]
     probability: dict[str, float | None]
+    dice: dict[str, float | None] = {}
 
     @property
     def confidence(self) -> float:
         """The mean over the classes that are predicted; 0 if none is."""
-        present = [value for value in self.probability.values() if value is not None]
-        return float(np.mean(present)) if present else 0.0
+        return _mean_of_present(self.probability)
+
+    @property
+    def agreement(self) -> float:
+        """The mean over the classes that a teacher sees; 0 if none does, and where there is nobody to agree with."""
+        return _mean_of_present(self.dice)
+
+
+def _mean_of_present(values: Mapping[str, float | None]) -> float:
+    present = [value for value in values.values() if value is not None]
+    return float(np.mean(present)) if present else 0.0
 
 
 def foreground_channels(label_manager: LabelManager) -> dict[str, int]:
@@ -85,33 +105,53 @@ def measure(probabilities: np.ndarray, label_manager: LabelManager) -> Measured:
         probabilities: float ``[C, *image]``, as nnU-Net saves them: softmax over classes, or a sigmoid for each region.
         label_manager: nnU-Net's, of the model that predicted.
     """
-    if not label_manager.has_regions:
-        predicted = label_manager.convert_probabilities_to_segmentation(probabilities)
     voxels: dict[str, int] = {}
     probability: dict[str, float | None] = {}
-    for name, channel in foreground_channels(label_manager).items():
-        inside = probabilities[channel] > 0.5 if label_manager.has_regions else predicted == channel
+    for name, channel, inside in _foreground(probabilities, label_manager):
         voxels[name] = int(np.count_nonzero(inside))
         mean = probabilities[channel].mean(where=inside, dtype=np.float64) if voxels[name] else None
         probability[name] = None if mean is None else float(mean)
     return Measured(voxels, probability)
 
 
-def choose(confidences: dict[str, float], min_confidence: float | None, keep: float | None) -> list[str]:
+def dice_between(one: np.ndarray, other: np.ndarray, label_manager: LabelManager) -> dict[str, float | None]:
+    """Dice of each foreground class or region in what two teachers predict; None where neither sees it.
+
+    Args:
+        one, other: float ``[C, *image]``, as for ``measure``.
+        label_manager: nnU-Net's.
+    """
+    found: dict[str, float | None] = {}
+    pairs = zip(_foreground(one, label_manager), _foreground(other, label_manager), strict=True)
+    for (name, _, here), (_, _, there) in pairs:
+        total = np.count_nonzero(here) + np.count_nonzero(there)
+        found[name] = float(2 * np.count_nonzero(here & there) / total) if total else None
+    return found
+
+
+def _foreground(probabilities: np.ndarray, label_manager: LabelManager) -> Iterator[tuple[str, int, np.ndarray]]:
+    """Name, channel and predicted voxels of each foreground class or region."""
+    if not label_manager.has_regions:
+        predicted = label_manager.convert_probabilities_to_segmentation(probabilities)
+    for name, channel in foreground_channels(label_manager).items():
+        yield name, channel, probabilities[channel] > 0.5 if label_manager.has_regions else predicted == channel
+
+
+def choose(scores: dict[str, float], at_least: float | None, keep: float | None) -> list[str]:
     """Choose the cases whose predictions become labels.
 
     Args:
-        confidences: of every case; those with 0 are never chosen.
-        min_confidence: keep the cases that reach it, or
-        keep: keep this fraction of all cases, the most confident ones, at least one.
+        scores: confidence or agreement of every case; those with 0 are never chosen.
+        at_least: keep the cases that reach it, or
+        keep: keep this fraction of all cases, the best ones, at least one.
 
     Returns:
         The cases, sorted.
     """
-    order = sorted((case for case in confidences if confidences[case] > 0), key=lambda case: (-confidences[case], case))
+    order = sorted((case for case in scores if scores[case] > 0), key=lambda case: (-scores[case], case))
     if keep is not None:
-        return sorted(order[: max(1, round(keep * len(confidences)))])
-    return sorted(case for case in order if confidences[case] >= min_confidence)
+        return sorted(order[: max(1, round(keep * len(scores)))])
+    return sorted(case for case in order if scores[case] >= at_least)
 
 
 # ---------------------------------------------------------------------- the teacher's predictions
@@ -136,7 +176,10 @@ def stored_confidences(folder: str) -> Stored | None:
         cases = {
             case: Measured(
                 {name: int(number) for name, number in entry["voxels"].items()},
-                {name: None if mean is None else float(mean) for name, mean in entry["probability"].items()},
+                *(
+                    {name: None if value is None else float(value) for name, value in entry.get(which, {}).items()}
+                    for which in ("probability", "dice")
+                ),
             )
             for case, entry in content["cases"].items()
         }
@@ -150,7 +193,8 @@ def differences(then: Any, now: dict[str, Any], of: str = "") -> list[str]:
 
     Args:
         then: what the record says, of whatever shape.
-        now: the same of now. ``checkpoint`` is a file's name and its stamp, whose time tells nothing.
+        now: the same of now. ``checkpoint`` (with a fold, where there are several) is a file's name and its stamp,
+            whose time tells nothing.
         of: what comes before the names of its fields, for instance ``"teacher's "``.
     """
     if not isinstance(then, dict):
@@ -160,12 +204,12 @@ def differences(then: Any, now: dict[str, Any], of: str = "") -> list[str]:
         before, after = then.get(key), now.get(key)
         if isinstance(after, dict):
             found += differences(before, after, f"{key}'s ")
-        elif key == "checkpoint" and isinstance(after, list):
+        elif key.startswith("checkpoint") and isinstance(after, list):
             if not (isinstance(before, list) and len(before) == len(after) and before[0] == after[0]):
-                found.append(f"{of}checkpoint was {before[0] if isinstance(before, list) and before else before}, "
+                found.append(f"{of}{key} was {before[0] if isinstance(before, list) and before else before}, "
                              f"now {after[0]}")  # fmt: skip
             elif not same_content(before[1:], after[1:]):
-                found.append(f"{of}{after[0]} was another file")
+                found.append(f"{of}{after[0]}{key.removeprefix('checkpoint')} was another file")
         elif before != after:
             was, is_now = ("not given" if value is None else value for value in (before, after))
             found.append(f"{of}{key} was {was}, now {is_now}")
@@ -173,7 +217,7 @@ def differences(then: Any, now: dict[str, Any], of: str = "") -> list[str]:
 
 
 class Predictions:
-    """A teacher's label maps of the unlabelled images, and how confident it was of each.
+    """A teacher's label maps of the unlabelled images, and how confident it was of each; or those of two teachers.
 
     They lie in one folder as nnU-Net wrote them, with ``confidences.json``. Probabilities are removed as soon as they
     are measured. What was made by another teacher or from another image is made again.
@@ -222,32 +266,66 @@ class Predictions:
         self._stamps = image_stamps(self.images, self._stamps)
         self.save()
 
-    def collect(self, plans_manager: PlansManager, dataset_json: dict) -> None:
-        """Measure what nnU-Net has predicted, and remove the probabilities.
-
-        nnU-Net writes a label map after its probabilities. One that a kill cut off is not what the probabilities say;
-        it is removed, and stays missing.
+    def collect(
+        self,
+        plans_manager: PlansManager,
+        dataset_json: dict,
+        votes: Mapping[str, str] | None = None,
+        network: bool = True,
+    ) -> None:
+        """Measure what the teachers have predicted, and remove the network's probabilities.
 
         Args:
-            plans_manager: the teacher's plans.
-            dataset_json: the teacher's.
+            plans_manager, dataset_json: the teacher's.
+            votes: case -> what labelled cases say of it: files as ``--save_probabilities`` writes them, less ``.npz``
+                and ``.pkl``. With a network the label map becomes that of the mean of the two.
+            network: whether one has predicted.
         """
         label_manager = plans_manager.get_label_manager(dataset_json)
         reader = plans_manager.image_reader_writer_class()
-        found = [case for case in self.missing() if os.path.isfile(self._file(case, ".npz"))]
-        for case in tqdm(found, desc="Measuring confidence", disable=not found):
-            try:
-                with np.load(self._file(case, ".npz")) as archive:
-                    probabilities = archive["probabilities"]
-                written = reader.read_seg(self.label_file(case))[0][0]
-            except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error,
-                    pickle.UnpicklingError):  # fmt: skip
-                self._remove(case)
-                continue
-            if np.array_equal(written, label_manager.convert_probabilities_to_segmentation(probabilities)):
-                self.measured[case] = measure(probabilities, label_manager)
-            else:
-                self._remove(case)
+        found = [case for case in self.missing() if not network or os.path.isfile(self._file(case, ".npz"))]
+        title = "Measuring confidence" if votes is None else "Measuring the teachers"
+        saved = time.monotonic()
+        for case in tqdm(found, desc=title, disable=not found):
+            teachers = []
+            if network:
+                if (predicted := self._whole_prediction(case, reader, label_manager)) is None:
+                    self._remove(case)
+                    continue
+                teachers.append(predicted)
+            if votes is not None:
+                with np.load(f"{votes[case]}.npz") as archive:
+                    teachers.append(archive["probabilities"].astype(np.float32))
+            mean = sum(teachers) / len(teachers)
+            if votes is not None:
+                labels = label_manager.convert_probabilities_to_segmentation(mean)
+                kind = np.uint8 if len(label_manager.foreground_labels) < 255 else np.uint16  # as nnU-Net's
+                reader.write_seg(labels.astype(kind), self.label_file(case), load_pickle(f"{votes[case]}.pkl"))
+            self.measured[case] = measure(mean, label_manager)
+            if len(teachers) > 1:
+                self.measured[case] = self.measured[case]._replace(dice=dice_between(*teachers, label_manager))
+            if time.monotonic() - saved > SAVE_EVERY:
+                self._keep()
+                saved = time.monotonic()
+        self._keep()
+
+    def _whole_prediction(self, case: str, reader: BaseReaderWriter, label_manager: LabelManager) -> np.ndarray | None:
+        """The probabilities that nnU-Net has written of a case; None of what a kill has cut off.
+
+        nnU-Net writes a label map after its probabilities: then it is not there, or not what the probabilities say.
+        """
+        try:
+            with np.load(self._file(case, ".npz")) as archive:
+                probabilities = archive["probabilities"]
+            written = reader.read_seg(self.label_file(case))[0][0]
+        except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error,
+                pickle.UnpicklingError):  # fmt: skip
+            return None
+        said = label_manager.convert_probabilities_to_segmentation(probabilities)
+        return probabilities if np.array_equal(written, said) else None
+
+    def _keep(self) -> None:
+        """Save what is measured; its probabilities are not needed any more."""
         self.save()
         for case in self.measured:
             for ending in (".npz", ".pkl"):
@@ -281,7 +359,7 @@ class Predictions:
 
 
 class Source(NamedTuple):
-    """The dataset to start from, seen by one of its folds. No label of an unlabelled case has a place in it.
+    """The dataset to start from, seen by some of its folds. No label of an unlabelled case has a place in it.
 
     Attributes:
         name: for instance ``Dataset504_Hippocampus_5labeled``.
@@ -289,7 +367,8 @@ class Source(NamedTuple):
         dataset_json: its ``dataset.json``.
         images: case -> channel files, of the labelled cases.
         unlabeled: the same of ``imagesUn``.
-        labeled, validation: the cases that the fold trains and validates on.
+        labeled: the cases that one of the folds trains on.
+        validation: those that none of them does; where there are none, as in fold ``all``, the labelled ones.
     """
 
     name: str
@@ -301,12 +380,12 @@ class Source(NamedTuple):
     validation: list[str]
 
 
-def read_source(name: str, fold: str) -> Source:
+def read_source(name: str, *folds: str) -> Source:
     """Find out who is what in a raw dataset, by names alone.
 
     Args:
         name: of the dataset.
-        fold: a number, or ``all``: then all labelled cases train and validate, as nnU-Net has it.
+        folds: numbers, or ``all``: then all labelled cases train and validate, as nnU-Net has it.
 
     Raises:
         UserError: no such dataset or fold, no unlabelled image, or one that bears a labelled one's name.
@@ -316,13 +395,14 @@ def read_source(name: str, fold: str) -> Source:
     images = find_labeled(folder, dataset_json)
     unlabeled = find_unlabeled(folder, dataset_json)
     refuse_labeled_names(unlabeled, images)
-    if fold == "all":
+    if "all" in folds:
         return Source(name, folder, dataset_json, images, unlabeled, list(images), list(images))
     file = os.path.join(required_folder("nnUNet_preprocessed"), name, SPLITS)
-    splits = read_splits(file, f"It says which cases fold {fold} was trained on: restore it.")
-    if int(fold) >= len(splits):
-        raise UserError(f"{file} has {len(splits)} fold(s), but not -f {fold}. Name one that it has, or all.")
-    labeled, validation = map(sorted, splits[int(fold)])
+    splits = read_splits(file, f"It says which cases fold {folds[0]} was trained on: restore it.")
+    if missing := [fold for fold in folds if int(fold) >= len(splits)]:
+        raise UserError(f"{file} has {len(splits)} fold(s), but not -f {missing[0]}. Name one that it has, or all.")
+    labeled = sorted({case for fold in folds for case in splits[int(fold)].train})
+    validation = sorted({case for fold in folds for case in splits[int(fold)].val} - set(labeled)) or labeled
     if unknown := sorted({*labeled, *validation} - set(images)):
         raise UserError(f"{file} names {unknown[0]}, which {os.path.join(folder, 'imagesTr')} does not hold.")
     return Source(name, folder, dataset_json, images, unlabeled, labeled, validation)
@@ -332,12 +412,14 @@ def write_pseudolabeled(
     target: str,
     source: Source,
     predictions: Predictions,
-    min_confidence: float | None,
+    at_least: float | None,
     keep: float | None,
     made_with: dict[str, Any],
     copy: bool = False,
+    by: str = "confidence",
+    finish: bool = False,
 ) -> Split:
-    """Make the raw dataset in which the teacher's confident predictions are labels.
+    """Make the raw dataset in which the teacher's best predictions are labels.
 
     Images and true labels are links, as ``nnUNetv2_ssl_split`` makes them; the pseudo-labels are files of its own.
 
@@ -345,9 +427,11 @@ def write_pseudolabeled(
         target: the new dataset's name.
         source: where images and true labels come from.
         predictions: the teacher's, all of them measured.
-        min_confidence, keep: as for ``choose``.
+        at_least, keep: as for ``choose``.
         made_with: what the record says of how it was made.
         copy: copy the files instead of linking to them.
+        by: which are the best: those of most ``confidence``, or of most ``agreement`` between two teachers.
+        finish: whether there is a fold 1, which trains on the labelled cases alone.
 
     Returns:
         Who is what; ``labeled`` holds the pseudo-labelled cases too.
@@ -355,14 +439,14 @@ def write_pseudolabeled(
     Raises:
         UserError: no case is kept, or the dataset cannot be written. Nothing is written then.
     """
-    confidences = {case: measured.confidence for case, measured in predictions.measured.items()}
-    kept = choose(confidences, min_confidence, keep)
+    scores = {case: getattr(measured, by) for case, measured in predictions.measured.items()}
+    kept = choose(scores, at_least, keep)
     if not kept:
-        best = max(confidences, key=confidences.get)
+        best = max(scores, key=scores.get)
+        nothing = "The teacher sees no foreground." if by == "confidence" else "The teachers agree on no foreground."
         raise UserError(
-            f"no prediction in {predictions.folder} is kept: the most confident is that of {best}, with "
-            f"{confidences[best]:.3f}. "
-            + ("Lower --min-confidence, or use --keep." if confidences[best] else "The teacher sees no foreground.")
+            f"no prediction in {predictions.folder} is kept: {WHO_IS_BEST[by]} that of {best}, with "
+            f"{scores[best]:.3f}. " + (f"Lower --min-{by}, or use --keep." if scores[best] else nothing)
         )
     rest = [case for case in source.unlabeled if case not in kept]
     split = Split(sorted([*source.labeled, *kept]), source.validation, rest, [])
@@ -371,14 +455,18 @@ def write_pseudolabeled(
     with new_dataset(raw, target, copy) as building:
         images = {**source.images, **source.unlabeled}
         write_dataset(building, target, source.folder, source.dataset_json, images, split, copy, kept)
+        if finish:
+            fold_1 = {"train": source.labeled, "val": source.validation}
+            splits = os.path.join(building, SPLITS)
+            write_json(splits, [*read_json(splits, "", list), fold_1])
         for case in kept:
             label = predictions.label_file(case)
             shutil.copyfile(label, os.path.join(building, "labelsTr", os.path.basename(label)))
             spacing = os.path.join(predictions.folder, f"{case}.json")  # of nnU-Net's TIFF reader
             if os.path.isfile(spacing):
                 shutil.copyfile(spacing, os.path.join(building, "labelsTr", f"{case}.json"))
-        write_report(os.path.join(building, REPORT), predictions.measured, kept)
-        draw_confidences(os.path.join(building, PICTURE), confidences, kept, min_confidence)
+        write_report(os.path.join(building, REPORT), predictions.measured, kept, by)
+        draw_scores(os.path.join(building, PICTURE), scores, kept, at_least, by)
         record = {
             "name": target,
             "source": source.name,
@@ -395,49 +483,53 @@ def write_pseudolabeled(
 # ---------------------------------------------------------------------- the report
 
 
-def write_report(file: str, measured: dict[str, Measured], kept: Iterable[str]) -> None:
-    """Write a row for each unlabelled case, the most confident first."""
+def write_report(file: str, measured: dict[str, Measured], kept: Iterable[str], by: str = "confidence") -> None:
+    """Write a row for each unlabelled case, the most confident first, or the one that the teachers agree on most."""
     kept = set(kept)
-    names = list(next(iter(measured.values())).voxels)
+    some = next(iter(measured.values()))
+    whats = ["confidence", *(["agreement"] if some.dice else [])]
     with open(file, "w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream)
-        columns = [f"{what}_{name}" for name in names for what in ("voxels", "confidence")]
-        writer.writerow(["case", "confidence", "kept", *columns])
-        for case in sorted(measured, key=lambda case: (-measured[case].confidence, case)):
-            values = []
-            for name in names:
-                probability = measured[case].probability[name]
-                values += [measured[case].voxels[name], "" if probability is None else f"{probability:.4f}"]
-            writer.writerow([case, f"{measured[case].confidence:.4f}", "yes" if case in kept else "no", *values])
+        columns = [f"{what}_{name}" for name in some.voxels for what in ("voxels", *whats)]
+        writer.writerow(["case", *whats, "kept", *columns])
+        for case in sorted(measured, key=lambda case: (-getattr(measured[case], by), case)):
+            one = measured[case]
+            values: list[int | str] = []
+            for name in one.voxels:
+                shares = [one.probability[name], *([one.dice[name]] if some.dice else [])]
+                values += [one.voxels[name], *("" if share is None else f"{share:.4f}" for share in shares)]
+            scores = [f"{getattr(one, what):.4f}" for what in whats]
+            writer.writerow([case, *scores, "yes" if case in kept else "no", *values])
 
 
-def draw_confidences(
-    file: str, confidences: dict[str, float], kept: Iterable[str], min_confidence: float | None
+def draw_scores(
+    file: str, scores: dict[str, float], kept: Iterable[str], at_least: float | None, by: str = "confidence"
 ) -> None:
-    """Draw the histogram of confidences, kept and not kept, with the threshold that parts them.
+    """Draw the histogram of confidence or agreement, kept and not kept, with the threshold that parts them.
 
     Args:
         file: the picture to write.
-        confidences: of every case.
+        scores: of every case.
         kept: the cases that are kept.
-        min_confidence: the threshold; None where a fraction was kept, which the least confident of them bounds.
+        at_least: the threshold; None where a fraction was kept, which the last of them bounds.
+        by: what the scores are.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     kept = set(kept)
-    threshold = min(confidences[case] for case in kept) if min_confidence is None else min_confidence
+    threshold = min(scores[case] for case in kept) if at_least is None else at_least
     groups = {
-        f"kept ({len(kept)})": [confidences[case] for case in kept],
-        f"not kept ({len(confidences) - len(kept)})": [confidences[case] for case in confidences if case not in kept],
+        f"kept ({len(kept)})": [scores[case] for case in kept],
+        f"not kept ({len(scores) - len(kept)})": [scores[case] for case in scores if case not in kept],
     }
     figure = Figure(figsize=(6, 3.5))
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    bins = np.linspace(min([*confidences.values(), threshold, 0.99]), 1, 31)
+    bins = np.linspace(min([*scores.values(), threshold, 0.99]), 1, 31)
     axis.hist(list(groups.values()), bins, stacked=True, label=list(groups), color=["#30638e", "#d1495b"])
     axis.axvline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.3g}")
-    axis.set_xlabel("confidence of a case")
+    axis.set_xlabel(f"{by} of a case")
     axis.set_ylabel("cases")
     axis.legend()
     figure.tight_layout()

@@ -107,6 +107,11 @@ def tree(folder: Path) -> set[str]:
         (["--keep", "0"], "--keep: '0'"),
         (["--parts", "0"], "--parts: '0'"),
         (["-np", "0"], "-np: '0'"),
+        (["--teachers", "nobody"], "--teachers.*'nobody'"),
+        (["--min-agreement", "0.5"], "--min-agreement: one teacher"),
+        (["--teachers", "atlas", "--rounds", "2"], "labels alike in all rounds"),
+        (["--teachers", "atlas", "--warm"], "--warm: an atlas has no weights"),
+        (["--finish", "5"], "Give --rounds too"),
     ],
 )
 def test_impossible_arguments_are_refused(arguments, message):
@@ -229,6 +234,85 @@ def test_predictions_of_nnunet_become_labels_and_are_used_again(trained, in_proc
     assert (predictions / "un_01.nii.gz").stat().st_mtime_ns == before
     assert not (predictions / "to_predict").exists()
     assert "No image is left without a label" in output
+
+
+@pytest.mark.timeout(600)
+def test_a_network_and_an_atlas_teach_a_student_that_is_warm_and_finished(trained, in_process, capsys):
+    dataset, model, arguments = trained()
+    options = ["-o", "960", "--teachers", "network,atlas", "--keep", "0.5", "--rounds", "1", "--warm", "--finish", "1"]
+
+    def run(*more: str) -> str:
+        capsys.readouterr()
+        main([*arguments, *options, *more])
+        return capsys.readouterr().out
+
+    dry = run("--dry-run")
+    output = run()
+    steps = ["nnUNetv2_predict", "nnUNetv2_move_plans_between_datasets", "nnUNetv2_preprocess"]
+    assert commands_in(output) == commands_in(dry) == [*steps, "nnUNetv2_train", "nnUNetv2_train"]
+    assert "12 registrations of 3 labelled images onto 4 unlabelled ones" in output
+    assert "of the best 0.5 of all cases" in dry
+    name = "Dataset960_Tiny_pseudo1"
+    student = model.parent.parent / name / model.name
+    weights = [re.search(rf"nnUNetv2_train {name} 3d_fullres {f} .*-pretrained_weights (\S+)", output) for f in (0, 1)]
+    assert [found[1] for found in weights] == [
+        str(folder / "fold_0" / "checkpoint_final.pth") for folder in (model, student)
+    ]
+    summary = json.loads((student / "fold_1" / "validation" / "summary.json").read_text())
+    assert {Path(c["prediction_file"]).name for c in summary["metric_per_case"]} == {"tr_03.nii.gz", "tr_04.nii.gz"}
+
+    record = json.loads((dataset.folders.raw / name / "ssl_pseudolabel.json").read_text())
+    made_with = record["made_with"]
+    assert made_with["teacher"]["atlas"].startswith("3 cases (")
+    assert (made_with["warm"], made_with["finish"], made_with["keep"]) == (True, 1, 0.5)
+    assert len(record["pseudo_labeled"]) == 2
+    report = (dataset.folders.raw / name / "pseudolabels.csv").read_text().splitlines()
+    assert report[0].startswith("case,confidence,agreement,kept")
+    predictions = model / "unlabeled_fold_0_with_atlas"
+    assert not list(predictions.glob("*.np[yz]"))
+    for case in record["pseudo_labeled"]:
+        label = dataset.folders.raw / name / "labelsTr" / f"{case}.nii.gz"
+        assert label.read_bytes() == (predictions / label.name).read_bytes()
+
+    assert commands_in(run()) == []
+    folder = dataset.preprocessed / f"{dataset.plans_name}_3d_fullres"
+    shutil.copyfile(folder / "tr_00_seg.b2nd", folder / "tr_01_seg.b2nd")  # a label is mended
+    with pytest.raises(UserError, match=r"made with other options.*: teacher's atlas was 3 cases \("):
+        run()
+
+
+@pytest.mark.timeout(300)
+def test_an_atlas_needs_no_model(tiny_copy, in_process, capsys):
+    dataset = tiny_copy("3d")
+    splits = [{"train": ["tr_00", "tr_01"], "val": ["tr_03", "tr_04"]}]
+    (dataset.preprocessed / "splits_final.json").write_text(json.dumps(splits))
+    for case in dataset.cases("imagesUn"):
+        os.mkfifo(dataset.raw / "labelsTr" / f"{case}.nii.gz")
+    arguments = ["-d", str(dataset.id), "-c", "3d_fullres", "-tr", TRAINER, "-device", "cpu", "-np", "1", "-o", "960"]
+    arguments += ["-p", dataset.plans_name, "--teachers", "atlas", "--keep", "1"]
+    main(arguments)
+    output = capsys.readouterr().out
+    assert commands_in(output) == []
+    assert "by the labelled cases of Dataset901_Tiny, fold 0" in output
+    record = json.loads((dataset.folders.raw / "Dataset960_Tiny_pseudo1" / "ssl_pseudolabel.json").read_text())
+    assert record["pseudo_labeled"] == dataset.cases("imagesUn")
+    assert (dataset.folders.preprocessed / "Dataset960_Tiny_pseudo1" / "dataset_fingerprint.json").is_file()
+    main(arguments)
+    assert "Dataset960_Tiny_pseudo1 is there" in capsys.readouterr().out
+
+
+def test_the_mean_of_several_folds_predicts(trained, capsys):
+    dataset, model, arguments = trained()
+    splits = dataset.preprocessed / "splits_final.json"
+    folds = [*json.loads(splits.read_text()), {"train": ["tr_00", "tr_03"], "val": ["tr_04"]}]
+    splits.write_text(json.dumps(folds))
+    arguments = [*arguments, "-o", "960", "-f", "0", "1", "--dry-run"]
+    with pytest.raises(UserError, match=r"no checkpoint .*fold_1"):
+        main(arguments)
+    shutil.copytree(model / "fold_0", model / "fold_1")
+    capsys.readouterr()
+    main(arguments)
+    assert f"-o {model / 'unlabeled_fold_0_1'} -d {dataset.name} -c 3d_fullres -f 0 1 -tr" in capsys.readouterr().out
 
 
 @pytest.mark.timeout(600)

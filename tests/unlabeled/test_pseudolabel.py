@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from batchgenerators.utilities.file_and_folder_operations import save_pickle
 from damage import JSON_DAMAGE
 from datasets import TinyDataset
 from matplotlib.image import imread
@@ -22,8 +23,9 @@ from nnunet_ssl.unlabeled.pseudolabel import (
     Measured,
     Predictions,
     choose,
+    dice_between,
     differences,
-    draw_confidences,
+    draw_scores,
     foreground_channels,
     measure,
     read_source,
@@ -70,6 +72,26 @@ def test_channels_are_those_that_nnunet_predicts_into():
     assert foreground_channels(LabelManager(order, None)) == {"second": 2, "first": 1}
     regions = {"background": 0, "core": [2], "whole": [1, 2]}
     assert foreground_channels(LabelManager(regions, [2, 1])) == {"core": 0, "whole": 1}
+
+
+def test_agreement_is_the_mean_over_classes_that_a_teacher_sees_of_their_dice():
+    labels = LabelManager({"background": 0, "a": 1, "b": 2, "c": 3, "ignore": 4}, None)
+    rng = np.random.default_rng(0)
+    maps = rng.integers(0, 3, (2, 6, 7))  # c is seen by neither
+    maps[0][maps[0] == 2] = 0  # b by one alone
+    one, other = (np.stack([m == k for k in range(4)]).astype(np.float32) for m in maps)
+    dice = dice_between(one, other, labels)
+    both = sum(a == b == 1 for a, b in zip(maps[0].ravel(), maps[1].ravel(), strict=True))
+    by_hand = 2 * both / ((maps[0] == 1).sum() + (maps[1] == 1).sum())
+    assert dice == {"a": pytest.approx(by_hand), "b": 0.0, "c": None}
+    assert Measured({}, {}, dice).agreement == pytest.approx(by_hand / 2)
+    nothing = np.stack([np.ones((6, 7)), *np.zeros((3, 6, 7))])
+    assert Measured({}, {}, dice_between(nothing, nothing, labels)).agreement == 0
+    assert Measured({}, {}).agreement == 0  # nobody to agree with
+
+    regions = LabelManager({"background": 0, "whole": [1, 2], "core": 2}, [1, 2])
+    one, other = np.array([[[0.9, 0.7, 0.2]], [[0.6, 0.1, 0.5]]]), np.array([[[0.9, 0.2, 0.2]], [[0.1, 0.1, 0.9]]])
+    assert dice_between(one, other, regions) == {"whole": pytest.approx(2 / 3), "core": 0.0}
 
 
 def test_the_confident_are_chosen():
@@ -138,6 +160,89 @@ def test_predictions_are_measured_and_kept_without_their_probabilities(dataset, 
     again = predictions_of(dataset, tmp_path / "predicted")
     assert again.missing() == []
     assert again.measured == predicted.measured
+
+
+def votes_on(dataset: TinyDataset, folder: Path, certainty: float) -> dict[str, str]:
+    """What an atlas says: the label of ``predict``, one voxel on, with this certainty."""
+    folder.mkdir()
+    for case in CERTAINTY:
+        predict(dataset, folder, case, certainty)
+        with np.load(folder / f"{case}.npz") as archive:
+            moved = np.roll(archive["probabilities"], 1, -2).astype(np.float16)
+        np.savez_compressed(folder / f"{case}.npz", probabilities=moved)
+        _, properties = SimpleITKIO().read_images([str(dataset.raw / "imagesUn" / f"{case}_0000.nii.gz")])
+        save_pickle(properties, str(folder / f"{case}.pkl"))
+    return {case: str(folder / case) for case in CERTAINTY}
+
+
+@pytest.mark.parametrize("network", [True, False])
+def test_two_teachers_give_the_mean_of_their_probabilities(dataset, tmp_path, network):
+    votes = votes_on(dataset, tmp_path / "votes", 0.9)
+    folder = tmp_path / "predicted"
+    predictions = predictions_of(dataset, folder)
+    predictions.begin()
+    for case, certainty in CERTAINTY.items():
+        if network:
+            predict(dataset, folder, case, certainty)
+    said = {}
+    for case in CERTAINTY:
+        teachers = []
+        for place in [tmp_path / "votes", *([folder] if network else [])]:
+            with np.load(place / f"{case}.npz") as archive:
+                teachers.append(archive["probabilities"].astype(float))
+        said[case] = teachers
+    predictions.collect(PlansManager(dataset.plans), dataset.dataset_json, votes, network)
+
+    assert files_in(folder) == {"confidences.json", *(f"{case}.nii.gz" for case in CERTAINTY)}
+    for case, teachers in said.items():
+        mean = np.mean(teachers, 0)
+        label, _ = SimpleITKIO().read_seg(str(folder / f"{case}.nii.gz"))
+        np.testing.assert_array_equal(label[0], mean.argmax(0))
+        measured = predictions.measured[case]
+        shell = mean.argmax(0) == 1
+        assert measured.probability["shell"] == pytest.approx(mean[1][shell].mean(), abs=1e-3)
+        maps = [teacher.argmax(0) for teacher in teachers]
+        expected = [2 * ((maps[0] == k) & (maps[-1] == k)).sum() / sum((m == k).sum() for m in (maps[0], maps[-1]))
+                    for k in (1, 2)]  # fmt: skip
+        assert measured.dice == (
+            dict(zip(("shell", "core"), map(pytest.approx, expected), strict=True)) if network else {}
+        )
+    again = predictions_of(dataset, folder)
+    assert again.missing() == []
+    assert again.measured == predictions.measured
+
+
+def test_the_dataset_holds_what_two_teachers_agree_on(dataset, predicted, tmp_path):
+    for case, dice in (("un_00", 0.1), ("un_01", 0.9), ("un_02", 0.0), ("un_03", 0.6)):
+        predicted.measured[case] = predicted.measured[case]._replace(dice={"shell": dice, "core": dice})
+    source = read_source(dataset.name, "0")
+    write_pseudolabeled("Dataset960_X", source, predicted, 0.6, None, {}, by="agreement", finish=True)
+    folder = dataset.folders.raw / "Dataset960_X"
+    assert json.loads((folder / "ssl_pseudolabel.json").read_text())["pseudo_labeled"] == ["un_01", "un_03"]
+    folds = json.loads((folder / "splits_final.json").read_text())
+    assert folds[1] == {"train": source.labeled, "val": source.validation}  # to finish on
+    assert folds[0]["train"] == sorted([*source.labeled, "un_01", "un_03"])
+    with open(folder / "pseudolabels.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [(row["case"], row["agreement"], row["kept"]) for row in rows] == [
+        ("un_01", "0.9000", "yes"), ("un_03", "0.6000", "yes"), ("un_00", "0.1000", "no"), ("un_02", "0.0000", "no"),
+    ]  # fmt: skip
+    assert rows[0]["agreement_core"] == "0.9000"
+    assert rows[0]["confidence"] == "0.7000"
+    with pytest.raises(UserError, match=r"agree most on that of un_01, with 0\.900\. Lower --min-agreement, or use"):
+        write_pseudolabeled("Dataset961_X", source, predicted, 0.95, None, {}, by="agreement")
+
+
+def test_several_folds_are_one_teacher(dataset):
+    """Who has trained one of them validates nothing."""
+    splits = dataset.preprocessed / "splits_final.json"
+    folds = [(["tr_00", "tr_01"], ["tr_02", "tr_03"]), (["tr_01", "tr_02"], ["tr_00", "tr_03"]), (["tr_03"], ["tr_00"])]
+    splits.write_text(json.dumps([{"train": train, "val": val} for train, val in folds]))
+    source = read_source(dataset.name, "0", "1")
+    assert source.labeled == ["tr_00", "tr_01", "tr_02"]
+    assert source.validation == ["tr_03"]
+    source = read_source(dataset.name, "0", "1", "2")
+    assert source.labeled == source.validation == ["tr_00", "tr_01", "tr_02", "tr_03"]  # nobody is left
 
 
 def test_what_a_kill_has_cut_off_is_predicted_again(dataset, tmp_path):
@@ -298,7 +403,7 @@ def test_picture_shows_all_confidences(tmp_path, threshold):
     drawn = []
     for number, confidences in enumerate((CERTAINTY, {**CERTAINTY, "un_03": 0.0}, dict.fromkeys(CERTAINTY, 1.0))):
         file = tmp_path / f"{number}.png"
-        draw_confidences(str(file), confidences, ["un_00", "un_02"], threshold)
+        draw_scores(str(file), confidences, ["un_00", "un_02"], threshold)
         drawn.append(imread(file))
     assert drawn[0].shape[:2] == (420, 720)
     assert not np.array_equal(drawn[0], drawn[1])
