@@ -229,6 +229,16 @@ def large_image(dataset: TinyDataset) -> list[Any]:
     return []
 
 
+def shows_nothing(dataset: TinyDataset) -> None:
+    for case in dataset.cases("imagesUn"):
+        write_images(dataset.recipe, dataset.raw / "imagesUn", case, np.full((1, *dataset.recipe.shape), 7, np.float32))
+
+
+def copies_of_tests(dataset: TinyDataset) -> None:
+    shutil.rmtree(dataset.raw / "imagesUn")
+    shutil.copytree(dataset.raw / "imagesTs", dataset.raw / "imagesUn")
+
+
 HELD = []  # locks that another process than the training's has
 
 
@@ -253,6 +263,11 @@ TRAIN = {
     "a fold without validation cases": Row(lambda d: fold(d, ["tr_00"], [])),
     "disk full while preparing": Row(large_image),
     "another training of the same fold": Row(work_in_its_folder),
+    "images that do not show the same": Row(shows_nothing, trainer="nnUNetTrainerWarps"),
+    "test images alone to warp onto": Row(copies_of_tests, trainer="nnUNetTrainerWarps"),
+    "a patient that is no text": Row(
+        lambda d: (d.raw / "groups.json").write_text('{"tr_00": 3}') and None, trainer="nnUNetTrainerWarps"
+    ),
     "damaged checkpoint at `--c`": Row(lambda d: [d.configuration, "--c"]),  # see ``trainings``
 }
 
@@ -387,7 +402,7 @@ def train_each(rows: list[dict]) -> list[int]:
 
 def a_copy(original: TinyDataset, folders: Folders) -> TinyDataset:
     shutil.copytree(original.raw, folders.raw / original.name)
-    unprepared = shutil.ignore_patterns("*_unlabeled")  # another test's trainer may have prepared them
+    unprepared = shutil.ignore_patterns("*_unlabeled", "*_warped")  # another test's trainer may have prepared them
     shutil.copytree(original.preprocessed, folders.preprocessed / original.name, ignore=unprepared)
     return TinyDataset(original.recipe, folders, original.plans_name)
 
@@ -406,7 +421,7 @@ def run_here(main: Callable[[list[str]], None], arguments: list[Any], capsys: py
 
 @pytest.mark.parametrize("name", [*PREPROCESS, *SPLIT, *TRAIN, *REDONE])
 def test_bad_input(name, tiny_copy, capsys, request):
-    may_be_new = r"preprocessed/.*_unlabeled/"
+    may_be_new = r"preprocessed/.*_(unlabeled|warped)/"
     if name in TRAIN:
         outcome, before, after = request.getfixturevalue("trainings")[name]
         may_be_new += (

@@ -92,6 +92,16 @@ BODIES = [
         ("78e996392fbc232e",),
     ),
     Body(
+        "nnunetv2.training.dataloading.nnunet_dataset:nnUNetDatasetBlosc2.save_case",
+        "nnunet_ssl/shapes/case.py: _save",
+        ("faeb7ba3072f4a81",),
+    ),
+    Body(
+        "nnunetv2.preprocessing.preprocessors.default_preprocessor:DefaultPreprocessor._sample_foreground_locations",
+        "nnunet_ssl/shapes/case.py: _save",
+        ("bc76a582e804e814",),
+    ),
+    Body(
         "nnunetv2.preprocessing.preprocessors.default_preprocessor:DefaultPreprocessor.run_case_save",
         "nnunet_ssl/unlabeled/prepare.py: how a case is prepared",
         ("2021027938e7f10f",),

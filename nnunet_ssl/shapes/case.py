@@ -27,7 +27,8 @@ def warp_case(
     made_from: str,
     place: str,
 ) -> Outcome:
-    """Register one pair, and save the warped case into a folder of its own."""
+    """Register one pair, and save the warped case into a folder of its own. Errors come back as values."""
+    threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # processes, not threads
     name = os.path.basename(place)
     entry: dict[str, Any] = {"moving": moving, "fixed": fixed, "made_from": made_from}
@@ -51,6 +52,8 @@ def warp_case(
         if reason := (error.strerror if isinstance(error, OSError) else why_writing_fails(folder)):
             return Outcome(name, entry, cannot_write(os.path.dirname(folder), reason), fatal=True)
         return Outcome(name, entry, f"cannot be registered ({type(error).__name__}: {error})")
+    finally:
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)  # the first pairs are made in a training's process
     return Outcome(name, entry)
 
 

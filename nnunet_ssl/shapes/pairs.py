@@ -21,7 +21,7 @@ def description(data: np.ndarray) -> np.ndarray:
         ``[C * cells]`` float32, of mean 0 and length 1 in each channel.
     """
     factors = [1.0, *(SIDE / n for n in data.shape[1:])]
-    coarse = ndimage.zoom(np.asarray(data, np.float32), factors, order=1).reshape(len(data), -1)
+    coarse = ndimage.zoom(np.asarray(data, np.float32), factors, order=1, mode="nearest").reshape(len(data), -1)
     coarse = coarse - coarse.mean(1, keepdims=True)
     return (coarse / np.maximum(np.linalg.norm(coarse, axis=1, keepdims=True), 1e-6)).ravel()
 

@@ -138,13 +138,14 @@ def warp_labels(labels: sitk.Image, grid: sitk.Image, transform: sitk.Transform,
         grid, transform: as for ``warp``.
         outside: the value where there are none; nnU-Net pads with -1.
     """
-    values = np.unique(sitk.GetArrayViewFromImage(labels))
-    parts = [
-        sitk.Resample(sitk.Cast(labels == int(v), sitk.sitkFloat32), grid, transform, sitk.sitkLinear) for v in values
-    ]
-    parts = np.stack([sitk.GetArrayFromImage(part) for part in parts])
-    likeliest = values[parts.argmax(0)]
-    return _like(np.where(parts.max(0) > 0, likeliest, outside).astype(np.int16), grid)
+    highest = sitk.GetArrayFromImage(sitk.Image(grid.GetSize(), sitk.sitkFloat32))
+    warped = np.full_like(highest, outside, np.int16)
+    for value in np.unique(sitk.GetArrayViewFromImage(labels)):  # one after the other: there may be a hundred
+        this = sitk.Cast(labels == int(value), sitk.sitkFloat32)
+        likely = sitk.GetArrayFromImage(sitk.Resample(this, grid, transform, sitk.sitkLinear))
+        warped[likely > highest] = value
+        highest = np.maximum(highest, likely)
+    return _like(warped, grid)
 
 
 def region_around(labels: sitk.Image) -> sitk.Image:
@@ -207,7 +208,7 @@ def _demons(
         for fixed, moving in shrunk * turns:
             here = sitk.Resample(moving, fixed, start, sitk.sitkLinear, 0.0)
             demons = sitk.FastSymmetricForcesDemonsRegistrationFilter()
-            demons.SetNumberOfIterations(ITERATIONS // (turns * len(pairs)))
+            demons.SetNumberOfIterations(max(1, ITERATIONS // (turns * len(pairs))))
             demons.SetStandardDeviations(SIGMA)
             demons.SetSmoothDisplacementField(True)
             demons.SetNumberOfThreads(1)

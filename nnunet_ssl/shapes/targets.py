@@ -43,34 +43,39 @@ def groups_of_dataset(dataset_name: str) -> dict[str, str]:
     return {}
 
 
-def judged_by(groups: Mapping[str, str], judging: Collection[str], labeled: Collection[str]) -> set[str]:
-    """Patients of validation and test cases who are not training patients too."""
-    return {groups[case] for case in judging if case in groups} - {groups[case] for case in labeled if case in groups}
+def test_images(dataset_name: str, ending: str) -> dict[str, list[str]]:
+    """Test case -> its files, of the dataset's ``imagesTs``; none where that is not on this machine."""
+    folder = os.path.join(nnUNet_raw.get() or os.devnull, dataset_name, "imagesTs")
+    return find_images(folder, ending)[0] if os.path.isdir(folder) else {}
+
+
+def of_patients(cases: Collection[str], groups: Mapping[str, str], judging: Collection[str]) -> set[str]:
+    """Those among ``cases`` that are test or validation cases by name, or of a patient who has one."""
+    judged = {groups.get(case, case) for case in judging}
+    return {case for case in cases if groups.get(case, case) in judged}
 
 
 def find_targets(
     dataset_name: str,
     ending: str,
     unlabeled: PreparedFolder,
-    labeled: Collection[str],
     validation: Collection[str],
     groups: Mapping[str, str],
 ) -> list[str]:
     """The images that may be warped onto, those far apart first.
 
     Args:
-        dataset_name: for its ``imagesTs``, where the raw dataset is on this machine.
+        dataset_name: for its ``imagesTs`` and ``imagesUn``, where the raw dataset is on this machine.
         ending: of its image files.
         unlabeled: the prepared unlabelled images.
-        labeled, validation: cases that are trained with, and others that are validated with.
+        validation: cases that are validated with, and not trained with.
         groups: case -> patient.
     """
-    raw = os.path.join(nnUNet_raw.get() or os.devnull, dataset_name)
-    folders = [os.path.join(raw, name) for name in ("imagesTs", UNLABELED_FOLDER)]
-    tests, images = (find_images(folder, ending)[0] if os.path.isdir(folder) else {} for folder in folders)
-    judged = judged_by(groups, [*tests, *validation], labeled)
-    left_out = {case for case in unlabeled.cases if groups.get(case) in judged} | _copies(images, tests)
-    if left_out := sorted(left_out & set(unlabeled.cases)):
+    tests = test_images(dataset_name, ending)
+    folder = os.path.join(nnUNet_raw.get() or os.devnull, dataset_name, UNLABELED_FOLDER)
+    images = find_images(folder, ending)[0] if os.path.isdir(folder) else {}
+    copies = _copies(images, tests) & set(unlabeled.cases)
+    if left_out := sorted(of_patients(unlabeled.cases, groups, [*tests, *validation]) | copies):
         print(
             f"nnunet_ssl: {len(left_out)} unlabelled images are not warped onto, since they are test images or of "
             f"test or validation patients ({', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''}).",
@@ -88,13 +93,12 @@ def find_targets(
 
 
 def _copies(images: Mapping[str, list[str]], tests: Mapping[str, list[str]]) -> set[str]:
-    """Images that have the name of a test case, or whose first file holds what that of one holds."""
+    """Images whose first file holds what that of a test image holds."""
     sizes: dict[int, list[str]] = {}
     for files in tests.values():
         sizes.setdefault(os.path.getsize(files[0]), []).append(files[0])
-    same = {
+    return {
         case
         for case, files in images.items()
         if (alike := sizes.get(os.path.getsize(files[0]))) and stamp(files[0])[2] in [stamp(file)[2] for file in alike]
     }
-    return same | (set(images) & set(tests))

@@ -8,8 +8,10 @@ fold trains with the warps of its own training cases alone.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -21,11 +23,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import Stamp, stamp
-from nnunet_ssl.shapes.case import prepared_volume, warp_case
+from nnunet_ssl.shapes.case import warp_case
 from nnunet_ssl.shapes.pairs import choose
 from nnunet_ssl.shapes.quality import TOO_FEW
-from nnunet_ssl.shapes.registration import register
-from nnunet_ssl.shapes.targets import find_targets, groups_of_dataset, judged_by
+from nnunet_ssl.shapes.targets import find_targets, groups_of_dataset, of_patients, test_images
 from nnunet_ssl.unlabeled import store
 from nnunet_ssl.unlabeled.prepare import prepared_folder, preprocessing_of
 from nnunet_ssl.unlabeled.store import Manifest, Outcome, PreparedFolder, cannot_write
@@ -46,7 +47,7 @@ class Wish:
         validation: of a fold, the cases that it is validated with.
         unlabeled: the prepared unlabelled images.
         each: warps of each labelled case; None for what there is, or as many as ``BUDGET`` allows.
-        groups: case -> patient; None for what an earlier call was given, or the dataset's ``groups.json``.
+        groups: case -> patient; None for what an earlier call was given, with what the dataset's ``groups.json`` says.
         channel: that registration compares; None for that of an earlier call, or all of them.
     """
 
@@ -76,6 +77,16 @@ class Wish:
     def folder(self) -> str:
         """Of the warps."""
         return f"{self.labeled_folder}_warped"
+
+    @cached_property
+    def tests(self) -> list[str]:
+        """The test cases."""
+        return list(test_images(self.dataset_name, self.dataset_json["file_ending"]))
+
+    @cached_property
+    def groups_of_dataset(self) -> dict[str, str]:
+        """What the dataset's ``groups.json`` says now."""
+        return groups_of_dataset(self.dataset_name)
 
 
 class WarpedFolder(NamedTuple):
@@ -110,23 +121,36 @@ class WarpManifest(Manifest):
     }
 
     def check(self) -> None:
-        """All entries say what they are made from."""
-        for entry in [*self.cases.values(), *self.about["dropped"].values()]:
+        """All say what is read of them."""
+        dropped = self.about["dropped"].values()
+        for entry in [*self.cases.values(), *dropped]:
             _ = os.fspath(entry["moving"]), os.fspath(entry["fixed"]), os.fspath(entry["made_from"])
+        for entry in self.cases.values():
+            _ = float(entry["before"]), float(entry["after"])
+        for text in [*self.about["groups"].values(), *(entry["why"] for entry in dropped)]:
+            _ = os.fspath(text)
+        for number in [*self.about["asked"].values(), *self.about["channel"]]:
+            _ = int(number)
+        for name, size, time_, digest in itertools.chain(*self.about["labeled"].values()):
+            _ = os.fspath(name), int(size), int(time_), os.fspath(digest)
 
     def content_of(self, case: str) -> str:
         """Of both images."""
         return self.cases[case]["made_from"]
 
+    def groups_for(self, wish: Wish) -> dict[str, str]:
+        """Case -> patient."""
+        return {**self.about["groups"], **wish.groups_of_dataset} if wish.groups is None else wish.groups
+
     def of(self, wish: Wish) -> WarpedFolder:
-        """The warps that a fold may train with: of its own cases, onto images of nobody who validates."""
-        groups = self.about["groups"]
-        judged = judged_by(groups, wish.validation, wish.labeled)
+        """The warps that a fold may train with: of its own cases, onto images of nobody who validates or tests."""
+        fixed = {entry["fixed"] for entry in self.cases.values()}
+        left_out = of_patients(fixed, self.groups_for(wish), [*wish.tests, *wish.validation])
         prepared = self.prepared()
         cases = [
             case
             for case in prepared.cases
-            if self.cases[case]["moving"] in wish.labeled and groups.get(self.cases[case]["fixed"]) not in judged
+            if self.cases[case]["moving"] in wish.labeled and self.cases[case]["fixed"] not in left_out
         ]
         places, contents = ({case: which[case] for case in cases} for which in prepared[1:])
         return WarpedFolder(self.folder, places, contents, {case: self.cases[case]["moving"] for case in cases})
@@ -146,9 +170,11 @@ def prepare_warps(wish: Wish, num_processes: int, reading: bool = False) -> Warp
     Raises:
         UserError: the images do not register, or the disk stands in the way. What was finished is kept.
     """
+    known: Mapping[str, list] = {}
     while True:
         manifest = WarpManifest.read(wish.folder)
-        state = _State(wish, manifest)
+        state = _State(wish, manifest, known)
+        known = state.stamps
         if not state.todo:
             refuse_few(wish, manifest)
             if not reading or manifest.keep():
@@ -156,7 +182,7 @@ def prepare_warps(wish: Wish, num_processes: int, reading: bool = False) -> Warp
             continue
         try:
             with manifest.locked(wait=True):
-                state = _State(wish, WarpManifest.read(wish.folder))  # another process may have done it meanwhile
+                state = _State(wish, WarpManifest.read(wish.folder), known)  # another process may have done it
                 if state.todo:
                     state.manifest.remove_unread()
                     _complete(state, num_processes)
@@ -169,16 +195,23 @@ def wait_until_warped(wish: Wish, timeout: float = 24 * 3600) -> WarpedFolder:
     """Wait until another process has warped, doing nothing else: for the ranks of a distributed run beside the first.
 
     Raises:
-        UserError: not in time, or too few warps are good.
+        UserError: not in time.
+        SystemExit: too few warps are good; the rank that warps says so.
     """
     end = time.monotonic() + timeout
-    while time.monotonic() < end:
-        manifest = WarpManifest.read(wish.folder)
-        if not _State(wish, manifest).todo:
-            refuse_few(wish, manifest)
-            if manifest.keep():
-                return manifest.of(wish)
-        time.sleep(store.POLL_EVERY)
+    known: Mapping[str, list] = {}
+    try:
+        while time.monotonic() < end:
+            manifest = WarpManifest.read(wish.folder)
+            state = _State(wish, manifest, known)
+            known = state.stamps  # or the labelled cases would be read at each look
+            if not state.todo:
+                refuse_few(wish, manifest)
+                if manifest.keep():
+                    return manifest.of(wish)
+            time.sleep(store.POLL_EVERY)
+    except UserError:
+        raise SystemExit(1) from None
     raise UserError(
         f"{wish.folder} was not ready after {timeout:.0f} s. Warp ahead with nnUNetv2_ssl_warp -d {wish.dataset_name} "
         f"-c {wish.configuration}."
@@ -193,15 +226,20 @@ def refuse_few(wish: Wish, manifest: WarpManifest) -> None:
     """
     dropped = [entry["why"] for entry in manifest.about["dropped"].values() if entry["moving"] in wish.labeled]
     bad = Counter(why for why in dropped if why != LESS_ALIKE)
-    good = len(manifest.of(wish).cases) + dropped.count(LESS_ALIKE)
+    usable = len(manifest.of(wish).cases)
+    good = usable + dropped.count(LESS_ALIKE)
     registered = good + bad.total()
-    if good == 0 or good < TOO_FEW * registered:
-        told = ", ".join(f"{count} {why}" for why, count in bad.most_common()) or "there are no others"
-        raise UserError(
-            f"{wish.folder}: of {registered} pairs of labelled and unlabelled images only {good} register well "
-            f"({told}), so shapes of unlabelled images are not to be had here. Train without: "
-            "nnUNetTrainerLabeledOnly, or any trainer with 'warped_share' at 0."
-        )
+    if usable and good >= TOO_FEW * registered:
+        return
+    if bad:
+        what = f"of {registered} pairs of labelled and unlabelled images only {good} register well ("
+        what += ", ".join(f"{count} {why}" for why, count in bad.most_common()) + ")"
+    else:
+        what = "no unlabelled image may be warped onto, since all are test images or of test or validation patients"
+    raise UserError(
+        f"{wish.folder}: {what}, so shapes of unlabelled images are not to be had here. Train without: "
+        "nnUNetTrainerLabeledOnly, or any trainer with 'warped_share' at 0."
+    )
 
 
 class _State:
@@ -210,14 +248,17 @@ class _State:
     Attributes:
         stamps: case -> stamps of its prepared files, of the cases to warp and of those that have been warped.
         current, dropped: entries of the manifest that say what is true now.
-        todo: labelled case -> warps to make sure of; 0 for as many as time allows.
+        asked: labelled case -> warps that there were to be, as far as they would be made in the same way now.
+        todo: labelled case -> warps to make sure of; 0 for as many as of others, or as time allows.
+        done: labelled case -> warps, of those that want nothing.
     """
 
-    def __init__(self, wish: Wish, manifest: WarpManifest) -> None:
+    def __init__(self, wish: Wish, manifest: WarpManifest, known: Mapping[str, list]) -> None:
         self.wish, self.manifest = wish, manifest
         about = manifest.about
-        known = {entry["moving"] for entry in manifest.cases.values()}
-        self.stamps = {case: self._stamps(case) for case in sorted(known | set(wish.labeled))}
+        self._kept = {**known, **about["labeled"]}
+        moving = {entry["moving"] for entry in manifest.cases.values()}
+        self.stamps = {case: self._stamps(case) for case in sorted(moving | set(wish.labeled))}
         other = (
             about["preprocessing"] != wish.preprocessing
             or (wish.groups is not None and about["groups"] != wish.groups)
@@ -226,13 +267,15 @@ class _State:
         self.current = {} if other else self._current(manifest.cases)
         self.dropped = {} if other else self._current(about["dropped"])
         self.current = {name: entry for name, entry in self.current.items() if manifest.files_are_there(name)}
-        asked = {} if other else about["asked"]
-        lost = Counter(entry["moving"] for name, entry in manifest.cases.items() if name not in self.current)
+        lost = {entry["moving"] for name, entry in manifest.cases.items() if name not in self.current}
+        self.asked = {} if other else about["asked"]
         self.todo = {
-            case: wish.each or asked.get(case, 0)
+            case: max(wish.each or 0, self.asked.get(case, 0))
             for case in wish.labeled
-            if lost[case] or asked.get(case, 0) < (wish.each or 1)
+            if case in lost or self.asked.get(case, 0) < (wish.each or 1)
         }
+        # another fold's case that has lost a warp is that fold's to complete
+        self.done = {case: each for case, each in self.asked.items() if case not in lost and case not in self.todo}
 
     def made_from(self, moving: str, fixed: str) -> str | None:
         """A digest of what a pair holds now; None where one of the two is not there."""
@@ -254,7 +297,7 @@ class _State:
         Raises:
             UserError: it is to be warped, and is not there or cannot be read.
         """
-        folder, kept = self.wish.labeled_folder, self.manifest.about["labeled"].get(case, ())
+        folder, kept = self.wish.labeled_folder, self._kept.get(case, ())
         remedy = f"Run nnUNetv2_preprocess -d {self.wish.dataset_name} -c {self.wish.configuration}."
         kept = {name: entry for name, *entry in kept}
         files = [f"{case}{end}" for end in (".b2nd", "_seg.b2nd", ".npz", ".pkl")]
@@ -270,13 +313,15 @@ class _State:
 def _complete(state: _State, num_processes: int) -> None:
     """Strike off what is not current, and make what is missing; the state's manifest is a new one then."""
     wish, todo, old = state.wish, state.todo, state.manifest.about
-    groups = wish.groups
-    if groups is None:
-        groups = old["groups"] or groups_of_dataset(wish.dataset_name)
+    groups = state.manifest.groups_for(wish)
+    each = max(todo.values()) or max(state.asked.values(), default=0)
+    for name, entry in list(state.dropped.items()):
+        if entry["why"] == LESS_ALIKE and each > state.asked.get(entry["moving"], each):
+            del state.dropped[name]  # it may be among the most alike of a larger number
     about = {
         "preprocessing": wish.preprocessing,
         "labeled": state.stamps,
-        "asked": {case: count for case, count in old["asked"].items() if case not in todo and state.current},
+        "asked": state.done,
         "dropped": state.dropped,
         "groups": groups,
         "channel": old["channel"] if wish.channel is None else [wish.channel],
@@ -285,8 +330,9 @@ def _complete(state: _State, num_processes: int) -> None:
     manifest.write()  # first: a file may be put back as it was before we are done
 
     ending = wish.dataset_json["file_ending"]
-    targets = find_targets(wish.dataset_name, ending, wish.unlabeled, wish.labeled, wish.validation, groups)
-    each = max(todo.values()) or _affordable(wish, about["channel"], targets, num_processes)
+    targets = find_targets(wish.dataset_name, ending, wish.unlabeled, wish.validation, groups)
+    how = (wish.plans, wish.configuration, about["channel"])
+    each = each or _affordable(wish, how, targets, num_processes)
     there = [(entry["moving"], entry["fixed"]) for entry in [*manifest.cases.values(), *state.dropped.values()]]
     pairs = choose(list(todo), targets, round(SPARE * each), groups, there)
     if pairs:
@@ -301,7 +347,6 @@ def _complete(state: _State, num_processes: int) -> None:
                 about["dropped"][outcome.case] = {**outcome.entry, "why": outcome.problem}
             return outcome.problem
 
-        how = (wish.plans, wish.configuration, about["channel"])
         manifest.make(
             warp_case,
             [
@@ -323,14 +368,15 @@ def _complete(state: _State, num_processes: int) -> None:
     print(f"nnunet_ssl: {len(manifest.cases)} pairs are kept{told}.", flush=True)
 
 
-def _affordable(wish: Wish, channel: list[int], targets: list[str], num_processes: int) -> int:
+def _affordable(wish: Wish, how: tuple, targets: list[str], num_processes: int) -> int:
     """How many warps of each labelled case fit into ``BUDGET``, by the time that one takes here."""
     if not targets:
         return 1
+    moving, fixed = wish.labeled[0], targets[0]
     start = time.monotonic()
-    fixed = prepared_volume(wish.plans, wish.configuration, wish.unlabeled.places[targets[0]], targets[0], False)
-    moving = prepared_volume(wish.plans, wish.configuration, wish.labeled_folder, wish.labeled[0], True)
-    register(fixed, moving, channel or None)
+    with tempfile.TemporaryDirectory() as folder:
+        place = os.path.join(folder, "trial")
+        warp_case(*how, moving, wish.labeled_folder, fixed, wish.unlabeled.places[fixed], "", place)
     seconds = time.monotonic() - start
     of_one = SPARE * len(wish.labeled) * seconds / 60 / num_processes  # minutes, of a warp of each case
     each = max(1, min(MOST_EACH, len(targets), int(BUDGET / of_one)))
@@ -355,4 +401,5 @@ def _leave_out_the_least_alike(manifest: WarpManifest, moving: str, each: int) -
 def _name(moving: str, fixed: str) -> str:
     """Of a warp's files; short enough for a file system."""
     name = f"{moving}__{fixed}"
-    return name if len(name) <= 100 else hashlib.sha256(name.encode()).hexdigest()
+    plain = len(os.fsencode(name)) <= 100 and name.split("__") == [moving, fixed]  # no other pair has this name
+    return name if plain else hashlib.sha256(json.dumps([moving, fixed]).encode()).hexdigest()

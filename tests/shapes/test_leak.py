@@ -1,0 +1,182 @@
+"""No leak, by brute force: what each fold trains with, of a dataset with patients and copies of test images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import TinyDataset, make_case, write_images
+from wishes import manifest, unlabeled, warps
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.shapes import warped
+from nnunet_ssl.shapes.targets import GROUPS, find_targets, groups_of_dataset, read_groups
+from nnunet_ssl.shapes.warped import WarpManifest, Wish
+
+# patients: un_00 is of tr_00's, un_01 of one who has tr_01 and tr_02, un_02 is named after the case itself, un_03 tests
+PATIENTS = {"tr_00": "A", "un_00": "A", "tr_01": "B", "tr_02": "B", "un_01": "B", "un_02": "tr_03", "ts_00": "T"}
+PATIENTS |= {"un_03": "T"}
+
+
+@pytest.fixture
+def dataset(tiny_copy) -> TinyDataset:
+    """With more unlabelled images: two without a patient, a test image under another name, and one under its name."""
+    dataset = tiny_copy("3d")
+    rng = np.random.default_rng(5)
+    for case in ("un_04", "un_05"):
+        write_images(dataset.recipe, dataset.raw / "imagesUn", case, make_case(dataset.recipe, rng)[0])
+    images = dataset.raw / "imagesUn"
+    shutil.copy(dataset.raw / "imagesTs" / "ts_01_0000.nii.gz", images / "a_copy_0000.nii.gz")
+    write_images(dataset.recipe, images, "ts_00", make_case(dataset.recipe, rng)[0])
+    (dataset.raw / GROUPS).write_text(json.dumps(PATIENTS))
+    cases = dataset.cases("imagesTr")
+    folds = [{"train": [case for case in cases if case != val], "val": [val]} for val in cases]
+    (dataset.preprocessed / "splits_final.json").write_text(json.dumps(folds))
+    return dataset
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def assert_no_leak(dataset: TinyDataset, moving: dict[str, str], train: list[str], val: list[str]) -> None:
+    """By the rules of the issue alone: nothing of the package decides."""
+    patient = lambda case: PATIENTS.get(case, case)  # noqa: E731
+    entries = manifest(dataset)["cases"]
+    judging = {*val, *dataset.cases("imagesTs")}
+    tests = {digest(file) for file in (dataset.raw / "imagesTs").iterdir()}
+    assert moving
+    for case, of in moving.items():
+        fixed = entries[case]["fixed"]
+        assert entries[case]["moving"] == of
+        assert of in train
+        assert of not in val
+        assert fixed in dataset.cases("imagesUn")
+        assert patient(fixed) not in map(patient, judging), (fixed, val)
+        assert digest(dataset.raw / "imagesUn" / f"{fixed}_0000.nii.gz") not in tests
+
+
+@pytest.mark.parametrize("ahead", [True, False], ids=["warped ahead", "each fold by itself"])
+def test_what_a_folds_trainer_loads_is_of_its_training_cases_and_onto_nobody_who_judges(
+    dataset, make_trainer, monkeypatch, ahead
+):
+    monkeypatch.setattr(warped, "BUDGET", 1e6)  # all pairs
+    if ahead:
+        warps(dataset, tuple(dataset.cases("imagesTr")), each=20)
+    used = set()
+    for fold, val in enumerate(dataset.cases("imagesTr")):
+        trainer = make_trainer("nnUNetTrainerWarps", dataset, fold=fold, initialize=False)
+        train = [case for case in dataset.cases("imagesTr") if case != val]
+        trainer.unlabeled = trainer._prepared_unlabeled()
+        trainer.warps = trainer._prepared_warps()
+        assert_no_leak(dataset, trainer.warps.moving, train, [val])
+        joined = trainer.labeled_dataset()
+        assert sorted(joined.identifiers) == sorted([*train, *trainer.warps.cases])
+        assert trainer.get_tr_and_val_datasets()[1].identifiers == [val]
+        used |= {(fold, manifest(dataset)["cases"][case]["fixed"]) for case in trainer.warps.cases}
+        trainer._fold_lock.release()
+    # and what may be used is used: fold 0 alone is without un_00, 1 and 2 without un_01, 3 without un_02
+    assert {f for f, case in used if case == "un_04"} == set(range(5))
+    assert {f for f, case in used if case == "un_00"} == {1, 2, 3, 4}
+    assert {f for f, case in used if case == "un_01"} == {0, 3, 4}
+    assert {f for f, case in used if case == "un_02"} == {0, 1, 2, 4}
+
+
+def test_patients_and_test_cases_that_are_named_later_count_at_once(dataset):
+    (dataset.raw / GROUPS).unlink()
+    labeled = ("tr_01",)
+    before = warps(dataset, labeled, ("tr_00",), each=20)
+    fixed = lambda made: {manifest(dataset)["cases"][case]["fixed"] for case in made.cases}  # noqa: E731
+    assert fixed(before) >= {"un_00", "un_03", "un_05"}
+    (dataset.raw / GROUPS).write_text(json.dumps(PATIENTS))
+    write_images(dataset.recipe, dataset.raw / "imagesTs", "un_05", np.zeros((1, *dataset.recipe.shape), np.float32))
+    after = warps(dataset, labeled, ("tr_00",))
+    assert fixed(before) - fixed(after) == {"un_00", "un_03", "un_05"}
+    assert {case: before.places[case] for case in after.cases} == after.places  # nothing was made anew
+
+
+def test_groups_of_a_file_hold_where_that_file_and_the_raw_data_are_gone(dataset):
+    (dataset.raw / GROUPS).unlink()
+    first = warps(dataset, ("tr_01",), ("tr_00",), each=20, groups={"tr_00": "p", "un_04": "p"})
+    shutil.rmtree(dataset.raw / "imagesUn")
+    shutil.rmtree(dataset.raw / "imagesTs")
+    assert warps(dataset, ("tr_01",), ("tr_00",)) == first
+    assert "un_04" not in {manifest(dataset)["cases"][case]["fixed"] for case in first.cases}
+
+
+def test_names_of_test_images_count_where_imagesun_is_gone(dataset):
+    prepared = unlabeled(dataset)
+    shutil.rmtree(dataset.raw / "imagesUn")
+    assert "ts_00" not in find_targets(dataset.name, ".nii.gz", prepared, [], {})
+
+
+def test_those_left_out_are_named(dataset, capsys):
+    find_targets(dataset.name, ".nii.gz", unlabeled(dataset), ["tr_00"], PATIENTS)
+    told = capsys.readouterr().out
+    assert "4 unlabelled images are not warped onto, since they are test images or of test or validation pat" in told
+    assert "(a_copy, ts_00, un_00, ...)" in told
+
+
+def test_where_all_are_left_out_it_says_so(dataset):
+    groups = dict.fromkeys([*dataset.cases("imagesUn"), "tr_00"], "one")
+    with pytest.raises(UserError, match="no unlabelled image may be warped onto, since all are test images or of"):
+        warps(dataset, ("tr_01",), ("tr_00",), each=1, groups=groups)
+    made = warps(dataset, ("tr_01",), (), each=1, groups=groups)  # a fold whose validation has nobody of them
+    assert len(made.cases) == 1
+    with pytest.raises(UserError, match="no unlabelled image may be warped onto"):
+        warps(dataset, ("tr_01",), ("tr_00",))
+
+
+def test_no_file_of_a_label_that_is_not_trained_with_is_read(dataset, monkeypatch):
+    """Hidden labels of unlabelled and test images, and the validation case's own, cannot be read at all."""
+    for folder, cases in (("labelsUn", dataset.cases("imagesUn")), ("labelsTs", dataset.cases("imagesTs"))):
+        for case in cases:
+            file = dataset.raw / folder / f"{case}.nii.gz"
+            file.unlink(missing_ok=True)
+            file.mkdir(parents=True)
+    prepared = unlabeled(dataset)
+    labeled = Path(str(prepared.folder).removesuffix("_unlabeled"))
+    for file in labeled.glob("tr_00*"):
+        file.unlink()
+        file.mkdir()
+    opened = []
+    real = open
+    monkeypatch.setattr("builtins.open", lambda file, *a, **k: opened.append(os.fspath(file)) or real(file, *a, **k)
+                        if not isinstance(file, int) else real(file, *a, **k))  # fmt: skip
+    assert warps(dataset, ("tr_01",), ("tr_00",), each=1).cases
+    assert not any("labelsUn" in file or "labelsTs" in file or "/tr_00" in file for file in opened)
+
+
+def test_validation_cases_are_struck_from_what_others_have_made(dataset):
+    """One manifest serves all folds: reading is what tells them apart."""
+    everybody = tuple(dataset.cases("imagesTr"))
+    warps(dataset, everybody, each=2)
+    found = WarpManifest.read(str(dataset.preprocessed / "nnUNetPlans_3d_fullres_warped"))
+    for val in everybody:
+        train = tuple(case for case in everybody if case != val)
+        this = Wish(dataset.name, dataset.plans, "3d_fullres", dataset.dataset_json, train, (val,), unlabeled(dataset))
+        assert val not in found.of(this).moving.values()
+
+
+def test_groups_are_read_from_the_raw_or_the_preprocessed_dataset(dataset):
+    assert groups_of_dataset(dataset.name) == PATIENTS
+    shutil.move(dataset.raw / GROUPS, dataset.preprocessed / GROUPS)
+    assert groups_of_dataset(dataset.name) == PATIENTS
+    (dataset.preprocessed / GROUPS).unlink()
+    assert groups_of_dataset(dataset.name) == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [('{"tr_00": 3}', "gives 'tr_00' the patient 3, not a text"), ("[]", "holds a list"), ("{", "is not JSON")],
+)
+def test_groups_that_are_none_are_refused(tmp_path, text, told):
+    (tmp_path / "groups.json").write_text(text)
+    with pytest.raises(UserError, match=f"groups.json {told}") as refused:
+        read_groups(str(tmp_path / "groups.json"))
+    assert "Write one JSON object" in str(refused.value)
