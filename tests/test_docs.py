@@ -56,7 +56,7 @@ def test_readme_lists_every_trainer():
 
 
 def settings_tables() -> set[tuple[str, str, str, str]]:
-    """Setting, default, paper's value and range, as docs/settings.md has them; once more where a trainer has its own."""
+    """Setting, default, paper's value and range, as docs/settings.md has them: twice where a trainer has its own."""
     text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
     return {(name.strip("`"), default, paper, must_be) for name, default, paper, must_be, _ in rows}
