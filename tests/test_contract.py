@@ -71,6 +71,7 @@ BODIES = [
         ("ed7987fbf88e2e51",),
     ),
     Body(f"{TRAINER}.validation_step", f"{SASNET}, {MAE}: validation_step", ("3d415b41f6f7cd90",)),
+    Body(f"{TRAINER}.on_validation_epoch_start", f"{BASE}: the same name", ("ac39238df1129ea4",)),
     Body(f"{TRAINER}.on_validation_epoch_end", f"{SASNET}, {MAE}: on_validation_epoch_end", ("9a59ad7e54148668",)),
     Body(f"{TRAINER}.perform_actual_validation", f"{SASNET}, {MAE}: perform_actual_validation", ("2bd52ada76cd3185",)),
     Body(

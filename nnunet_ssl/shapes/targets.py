@@ -1,4 +1,4 @@
-"""Unlabelled images that labelled ones may be warped onto: no test image, nobody who is judged by."""
+"""Unlabelled images that labelled ones may be warped onto: none of somebody who tests."""
 
 from __future__ import annotations
 
@@ -59,26 +59,26 @@ def find_targets(
     dataset_name: str,
     ending: str,
     unlabeled: PreparedFolder,
-    validation: Collection[str],
     groups: Mapping[str, str],
 ) -> list[str]:
     """The images that may be warped onto, those far apart first.
+
+    Whose patient validates is another question for each fold: see ``WarpManifest.of``.
 
     Args:
         dataset_name: for its ``imagesTs`` and ``imagesUn``, where the raw dataset is on this machine.
         ending: of its image files.
         unlabeled: the prepared unlabelled images.
-        validation: cases that are validated with, and not trained with.
         groups: case -> patient.
     """
     tests = test_images(dataset_name, ending)
     folder = os.path.join(nnUNet_raw.get() or os.devnull, dataset_name, UNLABELED_FOLDER)
     images = find_images(folder, ending)[0] if os.path.isdir(folder) else {}
     copies = _copies(images, tests) & set(unlabeled.cases)
-    if left_out := sorted(of_patients(unlabeled.cases, groups, [*tests, *validation]) | copies):
+    if left_out := sorted(of_patients(unlabeled.cases, groups, tests) | copies):
         print(
             f"nnunet_ssl: {len(left_out)} unlabelled images are not warped onto, since they are test images or of "
-            f"test or validation patients ({', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''}).",
+            f"test patients ({', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''}).",
             flush=True,
         )
     cases = [case for case in unlabeled.cases if case not in left_out]

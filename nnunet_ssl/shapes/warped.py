@@ -330,7 +330,7 @@ def _complete(state: _State, num_processes: int) -> None:
     manifest.write()  # first: a file may be put back as it was before we are done
 
     ending = wish.dataset_json["file_ending"]
-    targets = find_targets(wish.dataset_name, ending, wish.unlabeled, wish.validation, groups)
+    targets = find_targets(wish.dataset_name, ending, wish.unlabeled, groups)
     how = (wish.plans, wish.configuration, about["channel"])
     each = each or _affordable(wish, how, targets, num_processes)
     there = [(entry["moving"], entry["fixed"]) for entry in [*manifest.cases.values(), *state.dropped.values()]]
