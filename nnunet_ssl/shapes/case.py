@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import Stamp, stamp
 from nnunet_ssl.shapes.quality import volumes, why_not
 from nnunet_ssl.shapes.registration import Volume, array, register, volume, warp, warp_labels
 from nnunet_ssl.unlabeled.store import Outcome, cannot_write, why_writing_fails
@@ -55,6 +58,31 @@ def warp_case(
     finally:
         sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)  # the first pairs are made in a training's process
     return Outcome(name, entry)
+
+
+def stamps_of(
+    folder: str, case: str, kept: Iterable[Sequence], remedy: str, needed: bool = True
+) -> list[list[str | Stamp]]:
+    """What tells that a prepared case is another one: name and stamp of each of its files.
+
+    Args:
+        folder, case: where it is.
+        kept: what this said earlier; only files of another size or time are read.
+        remedy: a sentence that says what to do where it cannot be read.
+        needed: whether it has to be there; else nothing is said of a case that is not.
+
+    Raises:
+        UserError: it is needed and not there, or cannot be read.
+    """
+    earlier = {name: entry for name, *entry in kept}
+    files = [f"{case}{end}" for end in (".b2nd", "_seg.b2nd", ".npz", ".pkl")]
+    try:
+        there = [file for file in files if os.path.isfile(os.path.join(folder, file))]
+        if not there and needed:
+            raise UserError(f"{folder} has no case {case}. {remedy}")
+        return [[file, *stamp(os.path.join(folder, file), earlier.get(file))] for file in there]
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror or error}). {remedy}") from error
 
 
 def load(folder: str, case: str) -> tuple[np.ndarray, np.ndarray, dict]:

@@ -25,8 +25,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import Stamp, stamp
-from nnunet_ssl.shapes.case import load, prepared_volume
+from nnunet_ssl.files import Stamp
+from nnunet_ssl.shapes.case import load, prepared_volume, stamps_of
 from nnunet_ssl.shapes.pairs import description
 from nnunet_ssl.shapes.quality import TOO_FEW, volumes, why_not
 from nnunet_ssl.shapes.registration import array, register, warp_labels
@@ -289,20 +289,9 @@ def _stamps(electorate: Electorate, known: Mapping[str, list]) -> dict[str, list
         UserError: one is not there, or cannot be read.
     """
     remedy = f"Run nnUNetv2_preprocess -d {electorate.dataset_name} -c {electorate.configuration}."
-    stamps = {}
-    try:
-        for case in electorate.labeled:
-            kept = {name: entry for name, *entry in known.get(case, ())}
-            files = [f"{case}{end}" for end in (".b2nd", "_seg.b2nd", ".npz", ".pkl")]
-            files = [file for file in files if os.path.isfile(os.path.join(electorate.labeled_folder, file))]
-            if not files:
-                raise UserError(f"{electorate.labeled_folder} has no case {case}. {remedy}")
-            stamps[case] = [
-                [file, *stamp(os.path.join(electorate.labeled_folder, file), kept.get(file))] for file in files
-            ]
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror or error}). {remedy}") from error
-    return stamps
+    return {
+        case: stamps_of(electorate.labeled_folder, case, known.get(case, ()), remedy) for case in electorate.labeled
+    }
 
 
 def _digest(about: dict, stamps: Mapping[str, list], content: str) -> str:

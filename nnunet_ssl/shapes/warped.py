@@ -22,8 +22,7 @@ from typing import ClassVar, NamedTuple
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import Stamp, stamp
-from nnunet_ssl.shapes.case import warp_case
+from nnunet_ssl.shapes.case import stamps_of, warp_case
 from nnunet_ssl.shapes.pairs import choose
 from nnunet_ssl.shapes.quality import TOO_FEW
 from nnunet_ssl.shapes.targets import find_targets, groups_of_dataset, of_patients, test_images
@@ -256,9 +255,13 @@ class _State:
     def __init__(self, wish: Wish, manifest: WarpManifest, known: Mapping[str, list]) -> None:
         self.wish, self.manifest = wish, manifest
         about = manifest.about
-        self._kept = {**known, **about["labeled"]}
+        kept = {**known, **about["labeled"]}
         moving = {entry["moving"] for entry in manifest.cases.values()}
-        self.stamps = {case: self._stamps(case) for case in sorted(moving | set(wish.labeled))}
+        remedy = f"Run nnUNetv2_preprocess -d {wish.dataset_name} -c {wish.configuration}."
+        self.stamps = {
+            case: stamps_of(wish.labeled_folder, case, kept.get(case, ()), remedy, needed=case in wish.labeled)
+            for case in sorted(moving | set(wish.labeled))
+        }
         other = (
             about["preprocessing"] != wish.preprocessing
             or (wish.groups is not None and about["groups"] != wish.groups)
@@ -290,24 +293,6 @@ class _State:
             for name, entry in entries.items()
             if entry["made_from"] == self.made_from(entry["moving"], entry["fixed"])
         }
-
-    def _stamps(self, case: str) -> list[list[str | Stamp]]:
-        """Of the files of a prepared labelled case; none where it is not there any more.
-
-        Raises:
-            UserError: it is to be warped, and is not there or cannot be read.
-        """
-        folder, kept = self.wish.labeled_folder, self._kept.get(case, ())
-        remedy = f"Run nnUNetv2_preprocess -d {self.wish.dataset_name} -c {self.wish.configuration}."
-        kept = {name: entry for name, *entry in kept}
-        files = [f"{case}{end}" for end in (".b2nd", "_seg.b2nd", ".npz", ".pkl")]
-        try:
-            there = [file for file in files if os.path.isfile(os.path.join(folder, file))]
-            if not there and case in self.wish.labeled:
-                raise UserError(f"{folder} has no case {case}. {remedy}")
-            return [[file, *stamp(os.path.join(folder, file), kept.get(file))] for file in there]
-        except OSError as error:
-            raise UserError(f"{error.filename} cannot be read ({error.strerror or error}). {remedy}") from error
 
 
 def _complete(state: _State, num_processes: int) -> None:

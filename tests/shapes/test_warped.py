@@ -23,6 +23,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from wishes import files, manifest, warped_in, warps, wish
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import stamp
 from nnunet_ssl.locks import holding
 from nnunet_ssl.shapes import warped
 from nnunet_ssl.shapes.case import load, prepared_volume
@@ -405,8 +406,9 @@ def test_a_rank_waits_without_reading_the_labelled_cases_at_each_look(tiny_copy,
     this = wish(dataset, ("tr_00",), each=1)
     monkeypatch.setattr(store, "POLL_EVERY", 0.01)
     digests = []
-    digest = warped.stamp
-    monkeypatch.setattr(warped, "stamp", lambda file, kept: digests.append(kept is None) or digest(file, kept))
+    monkeypatch.setattr(
+        "nnunet_ssl.shapes.case.stamp", lambda file, kept: digests.append(kept is None) or stamp(file, kept)
+    )
     with pytest.raises(UserError, match=r"was not ready after 0 s\. Warp ahead with nnUNetv2_ssl_warp"):
         wait_until_warped(this, timeout=0.3)
     assert digests.count(True) == 3  # .b2nd, _seg.b2nd and .pkl, once
