@@ -69,14 +69,15 @@ def test_dry_run_prints_commands_and_does_nothing(protocol, tmp_path, capsys, fr
 def test_list(capsys):
     main(["--list"])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
-        "amos", "brats2019", "hippocampus", "la", "pancreas_ct", "synapse",
+        "acdc_shapes", "amos", "brats2019", "hippocampus", "hippocampus_shapes", "la", "la_shapes", "pancreas_ct",
+        "synapse",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a protocol: a JSON file, or one of amos"),
+        ([], "name a protocol: a JSON file, or one of acdc_shapes, amos"),
         (["no_such"], "no_such does not exist"),
         (["la", "--jobs", "0"], "--jobs: '0' must be"),
         (["la", "-np", "0"], "-np: '0' must be"),

@@ -172,14 +172,13 @@ def test_a_copied_dataset_is_not_prepared_again_and_read_once(tiny_copy, monkeyp
     capsys.readouterr()
     assert prepare(dataset) == prepared
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr("nnunet_ssl.files.hashlib", None)  # reading any image fails from now on
-    assert prepare(dataset) == prepared
-    file = image(dataset, prepared.cases[0])
-    file.write_bytes(file.read_bytes()[:-1] + b"x")
-    os.utime(file, ns=(10**18, 10**18))
-    assert prepare(dataset) == prepared  # the price of not reading
-    monkeypatch.undo()
-    os.environ.update(dataset.folders.environment())
+    with monkeypatch.context() as patch:
+        patch.setattr("nnunet_ssl.files.hashlib", None)  # reading any image fails from now on
+        assert prepare(dataset) == prepared
+        file = image(dataset, prepared.cases[0])
+        file.write_bytes(file.read_bytes()[:-1] + b"x")
+        os.utime(file, ns=(10**18, 10**18))
+        assert prepare(dataset) == prepared  # the price of not reading
     os.utime(file, ns=(10**18, 10**18 + 1))
     with pytest.raises(UserError, match=f"{prepared.cases[0]}_0000.nii.gz cannot be read"):
         prepare(dataset)
