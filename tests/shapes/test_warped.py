@@ -357,10 +357,9 @@ def test_a_second_process_waits_for_the_first_and_takes_what_it_has_made(tiny_co
             time.sleep(0.01)
         assert not found
         # the first, which holds the lock, makes them in another folder and puts them there
-        monkeypatch.setattr(warped.Wish, "folder", property(lambda wish: f"{wish.labeled_folder}_first"))
-        first = prepare_warps(this, 1)
-        monkeypatch.undo()
-        os.environ.update(dataset.folders.environment())
+        with monkeypatch.context() as patch:
+            patch.setattr(warped.Wish, "folder", property(lambda wish: f"{wish.labeled_folder}_first"))
+            first = prepare_warps(this, 1)
         for entry in Path(first.folder).iterdir():
             if entry.name != ".lock":
                 shutil.move(entry, this.folder)
