@@ -49,17 +49,20 @@ def test_images(dataset_name: str, ending: str) -> dict[str, list[str]]:
     return find_images(folder, ending)[0] if os.path.isdir(folder) else {}
 
 
-def of_patients(cases: Collection[str], groups: Mapping[str, str], judging: Collection[str]) -> set[str]:
-    """Those among ``cases`` that are test or validation cases by name, or of a patient who has one."""
-    judged = {groups.get(case, case) for case in judging}
-    return {case for case in cases if groups.get(case, case) in judged}
+def of_patients(cases: Collection[str], groupings: Collection[Mapping[str, str]], judging: Collection[str]) -> set[str]:
+    """Those among ``cases`` that are test or validation cases by name, or by any grouping of a patient who has one."""
+    found = set()
+    for groups in groupings:
+        judged = {groups.get(case, case) for case in judging}
+        found |= {case for case in cases if groups.get(case, case) in judged}
+    return found
 
 
 def find_targets(
     dataset_name: str,
     ending: str,
     unlabeled: PreparedFolder,
-    groups: Mapping[str, str],
+    groupings: Collection[Mapping[str, str]],
 ) -> list[str]:
     """The images that may be warped onto, those far apart first.
 
@@ -69,13 +72,13 @@ def find_targets(
         dataset_name: for its ``imagesTs`` and ``imagesUn``, where the raw dataset is on this machine.
         ending: of its image files.
         unlabeled: the prepared unlabelled images.
-        groups: case -> patient.
+        groupings: each case -> patient; what any of them says counts.
     """
     tests = test_images(dataset_name, ending)
     folder = os.path.join(nnUNet_raw.get() or os.devnull, dataset_name, UNLABELED_FOLDER)
     images = find_images(folder, ending)[0] if os.path.isdir(folder) else {}
     copies = _copies(images, tests) & set(unlabeled.cases)
-    if left_out := sorted(of_patients(unlabeled.cases, groups, tests) | copies):
+    if left_out := sorted(of_patients(unlabeled.cases, groupings, tests) | copies):
         print(
             f"nnunet_ssl: {len(left_out)} unlabelled images are not warped onto, since they are test images or of "
             f"test patients ({', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''}).",

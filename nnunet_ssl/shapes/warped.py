@@ -137,14 +137,14 @@ class WarpManifest(Manifest):
         """Of both images."""
         return self.cases[case]["made_from"]
 
-    def groups_for(self, wish: Wish) -> dict[str, str]:
-        """Case -> patient."""
-        return {**self.about["groups"], **wish.groups_of_dataset} if wish.groups is None else wish.groups
+    def groupings(self, wish: Wish) -> list[dict[str, str]]:
+        """Case -> patient, as given, or as it was when the warps were made and as ``groups.json`` says by now."""
+        return [self.about["groups"], wish.groups_of_dataset] if wish.groups is None else [wish.groups]
 
     def of(self, wish: Wish) -> WarpedFolder:
         """The warps that a fold may train with: of its own cases, onto images of nobody who validates or tests."""
         fixed = {entry["fixed"] for entry in self.cases.values()}
-        left_out = of_patients(fixed, self.groups_for(wish), [*wish.tests, *wish.validation])
+        left_out = of_patients(fixed, self.groupings(wish), [*wish.tests, *wish.validation])
         prepared = self.prepared()
         cases = [
             case
@@ -298,7 +298,8 @@ class _State:
 def _complete(state: _State, num_processes: int) -> None:
     """Strike off what is not current, and make what is missing; the state's manifest is a new one then."""
     wish, todo, old = state.wish, state.todo, state.manifest.about
-    groups = state.manifest.groups_for(wish)
+    groupings = state.manifest.groupings(wish)
+    groups = next(filter(None, groupings), {})  # to be kept; what groups.json says is read again each time
     each = max(todo.values()) or max(state.asked.values(), default=0)
     for name, entry in list(state.dropped.items()):
         if entry["why"] == LESS_ALIKE and each > state.asked.get(entry["moving"], each):
@@ -315,7 +316,7 @@ def _complete(state: _State, num_processes: int) -> None:
     manifest.write()  # first: a file may be put back as it was before we are done
 
     ending = wish.dataset_json["file_ending"]
-    targets = find_targets(wish.dataset_name, ending, wish.unlabeled, groups)
+    targets = find_targets(wish.dataset_name, ending, wish.unlabeled, groupings)
     how = (wish.plans, wish.configuration, about["channel"])
     each = each or _affordable(wish, how, targets, num_processes)
     there = [(entry["moving"], entry["fixed"]) for entry in [*manifest.cases.values(), *state.dropped.values()]]

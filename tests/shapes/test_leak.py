@@ -109,14 +109,24 @@ def test_groups_of_a_file_hold_where_that_file_and_the_raw_data_are_gone(dataset
     assert "un_04" not in {manifest(dataset)["cases"][case]["fixed"] for case in first.cases}
 
 
+def test_a_file_of_groups_still_counts_beside_one_that_says_otherwise(dataset):
+    """Of two that contradict each other each is obeyed: --groups named un_04's patient, and groups.json others."""
+    groups = {"tr_00": "p", "un_04": "p"}
+    warps(dataset, ("tr_01",), each=20, groups=groups)
+    made = warps(dataset, ("tr_01",), ("tr_00",))
+    fixed = {manifest(dataset)["cases"][case]["fixed"] for case in made.cases}
+    assert not fixed & {"un_04", "un_00"}  # by the file, and by groups.json
+    assert {"un_01", "un_05"} <= fixed
+
+
 def test_names_of_test_images_count_where_imagesun_is_gone(dataset):
     prepared = unlabeled(dataset)
     shutil.rmtree(dataset.raw / "imagesUn")
-    assert "ts_00" not in find_targets(dataset.name, ".nii.gz", prepared, {})
+    assert "ts_00" not in find_targets(dataset.name, ".nii.gz", prepared, [{}])
 
 
 def test_those_left_out_are_named(dataset, capsys):
-    find_targets(dataset.name, ".nii.gz", unlabeled(dataset), PATIENTS)
+    find_targets(dataset.name, ".nii.gz", unlabeled(dataset), [PATIENTS])
     told = capsys.readouterr().out
     assert "3 unlabelled images are not warped onto, since they are test images or of test patients" in told
     assert "(a_copy, ts_00, un_03)" in told
