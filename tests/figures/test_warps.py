@@ -23,7 +23,18 @@ def warped(dataset, labeled: tuple[str, ...], each: int) -> Wish:
     return wish
 
 
-@pytest.mark.parametrize("kind", ["3d", "2d", "png", "multichannel", "anisotropic", "ignore", "regions"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "3d",
+        "png",
+        pytest.param("2d", marks=pytest.mark.slow),
+        pytest.param("multichannel", marks=pytest.mark.slow),
+        pytest.param("anisotropic", marks=pytest.mark.slow),
+        pytest.param("ignore", marks=pytest.mark.slow),
+        pytest.param("regions", marks=pytest.mark.slow),
+    ],
+)
 def test_it_is_drawn_of_every_kind_of_data(tiny_copy, kind):
     wish = warped(tiny_copy(kind), ("tr_00",), 4)
     file = draw_warps(wish)

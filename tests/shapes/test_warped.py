@@ -66,7 +66,18 @@ def change_label(dataset: TinyDataset, case: str) -> None:
 # ------------------------------------------------------------------ what a warp is
 
 
-@pytest.mark.parametrize("kind", ["3d", "2d", "png", "multichannel", "anisotropic", "ignore", "regions"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "3d",
+        "2d",
+        "png",
+        "ignore",
+        pytest.param("multichannel", marks=pytest.mark.slow),
+        pytest.param("anisotropic", marks=pytest.mark.slow),
+        pytest.param("regions", marks=pytest.mark.slow),
+    ],
+)
 def test_a_warp_is_a_case_as_nnunet_prepares_it(tiny_copy, kind):
     dataset = tiny_copy(kind)
     made = warps(dataset, ("tr_00",), each=4)

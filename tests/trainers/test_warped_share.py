@@ -94,7 +94,7 @@ def test_the_share_of_the_batch_is_that_of_its_step(tiny, make_trainer):
         assert torch.equal(again["data"], batch["data"])
 
 
-@pytest.mark.parametrize("kind", ["3d", "2d", "ignore", "regions", "anisotropic"])
+@pytest.mark.parametrize("kind", ["3d", "2d", "ignore", "regions", pytest.param("anisotropic", marks=pytest.mark.slow)])
 def test_foreground_is_found_in_warps(tiny, make_trainer, monkeypatch, kind):
     """Patches that are to hold a class hold one, and no label but nnU-Net's reaches the network."""
     monkeypatch.setattr("nnunet_ssl.shapes.warped.BUDGET", 1e6)
@@ -116,7 +116,18 @@ def test_foreground_is_found_in_warps(tiny, make_trainer, monkeypatch, kind):
             assert all(np.isin(seg[tuple(voxel)], classes) for voxel in where[:50]), (case, classes)
 
 
-@pytest.mark.parametrize("kind", ["2d", "png", "multichannel", "anisotropic", "ignore", "regions", "resenc"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "2d",
+        "regions",
+        pytest.param("png", marks=pytest.mark.slow),
+        pytest.param("multichannel", marks=pytest.mark.slow),
+        pytest.param("anisotropic", marks=pytest.mark.slow),
+        pytest.param("ignore", marks=pytest.mark.slow),
+        pytest.param("resenc", marks=pytest.mark.slow),
+    ],
+)
 def test_every_kind_of_data_trains_with_warps(tiny, make_trainer, monkeypatch, kind):
     monkeypatch.setattr("nnunet_ssl.shapes.warped.BUDGET", 1e6)
     trainer = make_trainer("nnUNetTrainerWarps", tiny(kind), settings={"warped_share": 1.0})
