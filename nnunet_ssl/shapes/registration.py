@@ -117,17 +117,19 @@ def register(fixed: Volume, moving: Volume, channels: list[int] | None = None) -
 
 
 def warp(image: sitk.Image, grid: sitk.Image, transform: sitk.Transform, outside: float = 0.0) -> sitk.Image:
-    """The moving image on the grid of the fixed one, by cubic interpolation within its range.
+    """The moving image on the grid of the fixed one, within its range.
 
     Args:
-        image: float32.
+        image: float32; by cubic interpolation, linear where an axis has under four voxels.
         grid: the fixed image.
         transform: from points of the grid to points of ``image``.
         outside: the value where ``image`` has none.
     """
     values = sitk.GetArrayViewFromImage(image)
     low, high = min(float(values.min()), outside), max(float(values.max()), outside)
-    return sitk.Clamp(sitk.Resample(image, grid, transform, sitk.sitkBSpline, outside), sitk.sitkFloat32, low, high)
+    # ITK's cubic splines read beyond an axis of fewer voxels than they need
+    how = sitk.sitkBSpline if min(image.GetSize()) > 3 else sitk.sitkLinear
+    return sitk.Clamp(sitk.Resample(image, grid, transform, how, outside), sitk.sitkFloat32, low, high)
 
 
 def warp_labels(labels: sitk.Image, grid: sitk.Image, transform: sitk.Transform, outside: int = -1) -> sitk.Image:
