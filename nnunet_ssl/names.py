@@ -8,6 +8,7 @@ meant.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from nnunet_ssl.errors import UserError
 
@@ -69,3 +70,8 @@ def _problem(name: object) -> str | None:
 
 def _shown(name: object) -> str:
     return ascii(name) if isinstance(name, str) and not name.isprintable() else repr(name)
+
+
+def a_few(names: Sequence[str]) -> str:
+    """The first three in a message: ``a, b, c, ...``."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -22,7 +22,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_ssl.files import read_json, write_json
-from nnunet_ssl.shapes.registration import Volume, array, register, volume, warp_labels
+from nnunet_ssl.shapes.registration import Volume, array, folding, register, volume, warp_labels
 
 Warped = tuple[np.ndarray, sitk.Transform | None]  # labels [z, y, x] on the fixed grid; a transform, where there is one
 
@@ -179,13 +179,6 @@ def dice(one: np.ndarray, other: np.ndarray) -> float:
     )
 
 
-def folding(transform: sitk.Transform, grid: sitk.Image) -> float:
-    """Share of voxels with a Jacobian determinant of 0 or less."""
-    shape = grid.GetSize(), grid.GetOrigin(), grid.GetSpacing(), grid.GetDirection()
-    field = sitk.TransformToDisplacementField(transform, sitk.sitkVectorFloat64, *shape)
-    return float((sitk.GetArrayFromImage(sitk.DisplacementFieldJacobianDeterminant(field)) <= 0).mean())
-
-
 def main(argv: list[str] | None = None) -> None:
     """Print a Markdown table, and write what it says as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -213,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
             for moving, fixed in pairs:
                 labels, transform = method(fixed, moving)
                 scores.append(dice(labels, array(fixed.labels)))
-                folds += [] if transform is None else [folding(transform, fixed.channels[0])]
+                folds += [] if transform is None else [folding(fixed.channels[0], transform)]
         except ImportError as error:
             print(f"| {method.__name__} | not installed ({error.name}) | | | |", flush=True)
             continue

@@ -15,10 +15,20 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import Stamp, stamp
 from nnunet_ssl.shapes.quality import volumes, why_not
-from nnunet_ssl.shapes.registration import Volume, array, register, volume, warp, warp_labels
-from nnunet_ssl.unlabeled.store import Outcome, cannot_write, why_writing_fails
+from nnunet_ssl.shapes.registration import (
+    Registration,
+    Volume,
+    array,
+    one_thread,
+    register,
+    volume,
+    warp,
+    warp_labels,
+)
+from nnunet_ssl.unlabeled.store import Outcome, disk_failure
 
 
+@one_thread()
 def warp_case(
     plans: dict,
     configuration: str,
@@ -31,33 +41,46 @@ def warp_case(
     place: str,
 ) -> Outcome:
     """Register one pair, and save the warped case into a folder of its own. Errors come back as values."""
-    threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # processes, not threads
     name = os.path.basename(place)
     entry: dict[str, Any] = {"moving": moving, "fixed": fixed, "made_from": made_from}
     try:
         there = prepared_volume(plans, configuration, fixed_folder, fixed, False)
         here = prepared_volume(plans, configuration, moving_folder, moving, True)
-        if there.channels[0].GetDimension() != here.channels[0].GetDimension():
-            return Outcome(name, entry, "are a slice and a volume")
-        found = register(there, here, channel or None)
-        grid = there.channels[0]
-        labels = warp_labels(here.labels, grid, found.transform)
-        data = np.stack([array(warp(image, grid, found.transform)) for image in here.channels])
-        entry |= {key: round(value, 4) for key, value in found._asdict().items() if key != "transform"}
-        before, after = (volumes(array(x), float(np.prod(x.GetSpacing()))) for x in (here.labels, labels))
-        if why := why_not(found, before, after):
+        found, labels, why = registered(there, here, channel or None)
+        if found is not None:
+            entry |= {key: round(value, 4) for key, value in found._asdict().items() if key != "transform"}
+        if why:
             return Outcome(name, entry, why)
+        data = np.stack([array(warp(image, there.channels[0], found.transform)) for image in here.channels])
         os.makedirs(place)
         _save(moving_folder, moving, os.path.join(place, name), data, array(labels)[None])
     except Exception as error:
-        folder = os.path.dirname(place)
-        if reason := (error.strerror if isinstance(error, OSError) else why_writing_fails(folder)):
-            return Outcome(name, entry, cannot_write(os.path.dirname(folder), reason), fatal=True)
+        if lost := disk_failure(error, place):
+            return Outcome(name, entry, lost, fatal=True)
         return Outcome(name, entry, f"cannot be registered ({type(error).__name__}: {error})")
-    finally:
-        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)  # the first pairs are made in a training's process
     return Outcome(name, entry)
+
+
+def registered(
+    there: Volume, here: Volume, channels: list[int] | None = None
+) -> tuple[Registration | None, sitk.Image | None, str | None]:
+    """Register a labelled case onto an image, and judge it.
+
+    Args:
+        there: the image without labels.
+        here: the labelled case.
+        channels: that are compared; None takes all of them.
+
+    Returns:
+        The registration, the warped labels, and what stands against them; None where there is no such thing.
+    """
+    grid = there.channels[0]
+    if grid.GetDimension() != here.channels[0].GetDimension():
+        return None, None, "are a slice and a volume"
+    found = register(there, here, channels)
+    labels = warp_labels(here.labels, grid, found.transform)
+    before, after = (volumes(array(x), float(np.prod(x.GetSpacing()))) for x in (here.labels, labels))
+    return found, labels, why_not(found, before, after)
 
 
 def stamps_of(

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_json, stamp
+from nnunet_ssl.names import a_few
 from nnunet_ssl.shapes.case import load
 from nnunet_ssl.shapes.pairs import description, spread_out
 from nnunet_ssl.unlabeled.find import UNLABELED_FOLDER, find_images
@@ -81,7 +82,7 @@ def find_targets(
     if left_out := sorted(of_patients(unlabeled.cases, groupings, tests) | copies):
         print(
             f"nnunet_ssl: {len(left_out)} unlabelled images are not warped onto, since they are test images or of "
-            f"test patients ({', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''}).",
+            f"test patients ({a_few(left_out)}).",
             flush=True,
         )
     cases = [case for case in unlabeled.cases if case not in left_out]

@@ -18,7 +18,6 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
-import SimpleITK as sitk
 from batchgenerators.utilities.file_and_folder_operations import save_pickle
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -26,13 +25,13 @@ from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import Stamp
-from nnunet_ssl.shapes.case import load, prepared_volume, stamps_of
+from nnunet_ssl.shapes.case import load, prepared_volume, registered, spacing_of, stamps_of
 from nnunet_ssl.shapes.pairs import description
-from nnunet_ssl.shapes.quality import TOO_FEW, volumes, why_not
-from nnunet_ssl.shapes.registration import array, register, warp_labels
+from nnunet_ssl.shapes.quality import TOO_FEW
+from nnunet_ssl.shapes.registration import one_thread, volume
 from nnunet_ssl.shapes.vote import Atlas, atlas, channels, vote
-from nnunet_ssl.unlabeled.prepare import prepared_folder, preprocessing_of
-from nnunet_ssl.unlabeled.store import Manifest, Outcome, PreparedFolder, cannot_write, why_writing_fails
+from nnunet_ssl.unlabeled.prepare import labeled_folder, preprocessing_of
+from nnunet_ssl.unlabeled.store import Manifest, Outcome, PreparedFolder, cannot_write, disk_failure
 
 ATLASES = 10  # that vote on an image: those most like it
 
@@ -64,8 +63,7 @@ class Electorate:
     @cached_property
     def labeled_folder(self) -> str:
         """Of the prepared labelled cases."""
-        configuration = PlansManager(self.plans).get_configuration(self.configuration)
-        return prepared_folder(self.dataset_name, configuration).removesuffix("_unlabeled")
+        return labeled_folder(self.dataset_name, PlansManager(self.plans).get_configuration(self.configuration))
 
     @property
     def folder(self) -> str:
@@ -172,6 +170,7 @@ def _complete(
         raise UserError(f"{manifest.folder}: {problems[0]}; {len(problems)} image(s) in all. Train without an atlas.")
 
 
+@one_thread()
 def vote_case(
     plans: dict,
     configuration: str,
@@ -184,41 +183,32 @@ def vote_case(
     place: str,
 ) -> Outcome:
     """Register the atlases onto one image, and save what they say of it into a folder of its own."""
-    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # processes, not threads
     entry: dict[str, Any] = {"made_from": made_from, "atlases": {}}
     try:
         plans_manager = PlansManager(plans)
         labels = plans_manager.get_label_manager(dataset_json).all_labels
-        there = prepared_volume(plans, configuration, case_folder, case, False)
-        image = np.stack([array(channel) for channel in there.channels])
+        image, _, properties = load(case_folder, case)
+        there = volume(image, spacing_of(plans, configuration, properties))
 
         def good() -> Iterator[Atlas]:
             for name in atlases:
                 here = prepared_volume(plans, configuration, labeled_folder, name, True)
-                if there.channels[0].GetDimension() != here.channels[0].GetDimension():
-                    entry["atlases"][name] = {"why": "are a slice and a volume"}
-                    continue
-                grid = there.channels[0]
-                found = register(there, here)
-                entry["atlases"][name] = {"after": round(found.after, 4)}
-                warped = warp_labels(here.labels, grid, found.transform)
-                sizes = (volumes(array(x), float(np.prod(x.GetSpacing()))) for x in (here.labels, warped))
-                if why := why_not(found, *sizes):
+                found, _, why = registered(there, here)
+                entry["atlases"][name] = {} if found is None else {"after": round(found.after, 4)}
+                if why:
                     entry["atlases"][name]["why"] = why
-                    continue
-                yield atlas(here, grid, found.transform, labels)
+                else:
+                    yield atlas(here, there.channels[0], found.transform, labels)
 
         votes = vote(image, good(), len(labels))
-        properties = load(case_folder, case)[2]
         os.makedirs(place)
         file = os.path.join(place, case)
         probabilities = as_predicted(votes, properties, plans_manager, configuration, dataset_json)
         np.savez_compressed(f"{file}.npz", probabilities=probabilities.astype(np.float16))
         save_pickle(properties, f"{file}.pkl")
     except Exception as error:
-        folder = os.path.dirname(os.path.dirname(place))
-        if reason := (error.strerror if isinstance(error, OSError) else why_writing_fails(os.path.dirname(place))):
-            return Outcome(case, entry, cannot_write(folder, reason), fatal=True)
+        if lost := disk_failure(error, place):
+            return Outcome(case, entry, lost, fatal=True)
         return Outcome(case, entry, f"{case} cannot be voted on ({type(error).__name__}: {error})")
     return Outcome(case, entry)
 

@@ -27,7 +27,7 @@ from nnunet_ssl.shapes.pairs import choose
 from nnunet_ssl.shapes.quality import TOO_FEW
 from nnunet_ssl.shapes.targets import find_targets, groups_of_dataset, of_patients, test_images
 from nnunet_ssl.unlabeled import store
-from nnunet_ssl.unlabeled.prepare import prepared_folder, preprocessing_of
+from nnunet_ssl.unlabeled.prepare import labeled_folder, preprocessing_of
 from nnunet_ssl.unlabeled.store import Manifest, Outcome, PreparedFolder, cannot_write
 
 BUDGET = 10.0  # minutes that may be spent where no number of pairs is given
@@ -69,8 +69,7 @@ class Wish:
     @cached_property
     def labeled_folder(self) -> str:
         """Of the prepared labelled cases."""
-        configuration = PlansManager(self.plans).get_configuration(self.configuration)
-        return prepared_folder(self.dataset_name, configuration).removesuffix("_unlabeled")
+        return labeled_folder(self.dataset_name, PlansManager(self.plans).get_configuration(self.configuration))
 
     @property
     def folder(self) -> str:
@@ -191,29 +190,29 @@ def prepare_warps(wish: Wish, num_processes: int, reading: bool = False) -> Warp
 
 
 def wait_until_warped(wish: Wish, timeout: float = 24 * 3600) -> WarpedFolder:
-    """Wait until another process has warped, doing nothing else: for the ranks of a distributed run beside the first.
+    """Wait until another process has warped, and keep the warps for reading: see ``store.wait_for``.
 
     Raises:
         UserError: not in time.
         SystemExit: too few warps are good; the rank that warps says so.
     """
-    end = time.monotonic() + timeout
     known: Mapping[str, list] = {}
-    try:
-        while time.monotonic() < end:
-            manifest = WarpManifest.read(wish.folder)
-            state = _State(wish, manifest, known)
-            known = state.stamps  # or the labelled cases would be read at each look
-            if not state.todo:
-                refuse_few(wish, manifest)
-                if manifest.keep():
-                    return manifest.of(wish)
-            time.sleep(store.POLL_EVERY)
-    except UserError:
-        raise SystemExit(1) from None
-    raise UserError(
-        f"{wish.folder} was not ready after {timeout:.0f} s. Warp ahead with nnUNetv2_ssl_warp -d {wish.dataset_name} "
-        f"-c {wish.configuration}."
+
+    def look() -> WarpedFolder | None:
+        nonlocal known
+        manifest = WarpManifest.read(wish.folder)
+        state = _State(wish, manifest, known)
+        known = state.stamps  # or the labelled cases would be read at each look
+        if state.todo:
+            return None
+        refuse_few(wish, manifest)
+        return manifest.of(wish) if manifest.keep() else None
+
+    return store.wait_for(
+        look,
+        timeout,
+        f"{wish.folder} was not ready after {timeout:.0f} s. Warp ahead with nnUNetv2_ssl_warp "
+        f"-d {wish.dataset_name} -c {wish.configuration}.",
     )
 
 

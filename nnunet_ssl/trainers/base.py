@@ -41,6 +41,7 @@ from nnunet_ssl.checkpoints import read_checkpoint, save_whole
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_json, write_json, writing
 from nnunet_ssl.locks import take
+from nnunet_ssl.names import a_few
 from nnunet_ssl.networks.average import WeightAverage
 from nnunet_ssl.networks.feature_tap import FeatureTap
 from nnunet_ssl.randomness import derived_seed, seeded
@@ -514,11 +515,7 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
             "removed": sorted(then.keys() - now.keys()),
             "changed": sorted(case for case in now.keys() & then.keys() if now[case] != then[case]),
         }
-        told = [
-            f"{len(cases)} {how} ({', '.join(cases[:3])}{', ...' if len(cases) > 3 else ''})"
-            for how, cases in differences.items()
-            if cases
-        ]
+        told = [f"{len(cases)} {how} ({a_few(cases)})" for how, cases in differences.items() if cases]
         if told:
             raise UserError(
                 f"{self._resumed_from} was trained with other {what} than there are now: {', '.join(told)}. "

@@ -11,11 +11,11 @@ kept, since nnU-Net's augmentation masks with it where the plans normalise withi
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
 import os
-import time
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import same_content, stamp
-from nnunet_ssl.names import file_ending, path_component
+from nnunet_ssl.names import a_few, file_ending, path_component
 from nnunet_ssl.unlabeled import store
 from nnunet_ssl.unlabeled.check import BadImageError, CheckingPlans
 from nnunet_ssl.unlabeled.find import (
@@ -41,7 +41,7 @@ from nnunet_ssl.unlabeled.find import (
     refuse_labeled_names,
     required_folder,
 )
-from nnunet_ssl.unlabeled.store import Manifest, Outcome, PreparedFolder, cannot_write, why_writing_fails
+from nnunet_ssl.unlabeled.store import Manifest, Outcome, PreparedFolder, cannot_write, disk_failure
 
 Stamps = dict[str, list[list]]  # case -> [file name, size in bytes, mtime in ns, SHA-256] of each raw file
 
@@ -122,10 +122,7 @@ def wait_until_prepared(
     labeled_cases: Collection[str],
     timeout: float = 24 * 3600,
 ) -> PreparedFolder:
-    """Wait until another process has prepared the unlabelled images, doing nothing else, and keep them for reading.
-
-    For the ranks of a distributed run beside the first. They look at the folder rather than wait in a collective,
-    which would time out.
+    """Wait until another process has prepared the unlabelled images, and keep them for reading: see ``store.wait_for``.
 
     Args:
         dataset_name, plans_manager, configuration, dataset_json, labeled_cases: as for ``prepare_unlabeled``.
@@ -140,29 +137,25 @@ def wait_until_prepared(
     """
     task = _Task(plans_manager.plans, configuration, dataset_json)
     folder = prepared_folder(dataset_name, task.configuration_manager)
-    end = time.monotonic() + timeout
-    try:
-        # once, as the rank that prepares: an image that comes while it does is not waited for
-        wanted = _wanted(dataset_name, dataset_json, labeled_cases, folder, task)
-        if wanted is None:
+    # once, as the rank that prepares: an image that comes while it does is not waited for
+    wanted = functools.cache(lambda: _wanted(dataset_name, dataset_json, labeled_cases, folder, task))
+
+    def look() -> PreparedFolder | None:
+        if wanted() is None:
             return _take_as_it_is(folder, task, dataset_name, labeled_cases, reading=True)
-        while True:
-            manifest = UnlabeledManifest.read(folder)
-            if not wanted.difference(manifest) and manifest.keep():
-                return manifest.prepared()
-            if time.monotonic() > end:
-                break
-            time.sleep(store.POLL_EVERY)
-    except UserError:
-        raise SystemExit(1) from None
-    raise UserError(
+        manifest = UnlabeledManifest.read(folder)
+        return manifest.prepared() if not wanted().difference(manifest) and manifest.keep() else None
+
+    return store.wait_for(
+        look,
+        timeout,
         f"{folder} was not ready after {timeout:.0f} s. Prepare the images ahead with "
-        f"nnUNetv2_ssl_preprocess -d {dataset_name} -c {configuration}."
+        f"nnUNetv2_ssl_preprocess -d {dataset_name} -c {configuration}.",
     )
 
 
-def prepared_folder(dataset_name: str, configuration_manager: ConfigurationManager) -> str:
-    """The folder of a configuration's prepared unlabelled images.
+def labeled_folder(dataset_name: str, configuration_manager: ConfigurationManager) -> str:
+    """nnU-Net's folder of a configuration's prepared labelled cases.
 
     Raises:
         UserError: the names in the plans lead out of the dataset's folder.
@@ -171,8 +164,13 @@ def prepared_folder(dataset_name: str, configuration_manager: ConfigurationManag
     return os.path.join(
         required_folder("nnUNet_preprocessed"),
         path_component(dataset_name, "dataset_name", source),
-        f"{path_component(configuration_manager.data_identifier, 'data_identifier', source)}_unlabeled",
+        path_component(configuration_manager.data_identifier, "data_identifier", source),
     )
+
+
+def prepared_folder(dataset_name: str, configuration_manager: ConfigurationManager) -> str:
+    """The folder of a configuration's prepared unlabelled images; raises as ``labeled_folder``."""
+    return f"{labeled_folder(dataset_name, configuration_manager)}_unlabeled"
 
 
 def image_stamps(images: dict[str, list[str]], kept: Stamps | None = None) -> Stamps:
@@ -430,15 +428,15 @@ def _sizes(files: list[str]) -> tuple[int, ...] | None:
 
 def _announce(difference: dict[str, list[str]], folder: str, num_images: int) -> None:
     todo = sum(map(len, difference.values())) - len(difference.get(GONE, []))
-    what = f"nnunet_ssl: preparing {todo} of {num_images} unlabelled images in {folder}"
-    print(f"{what}: {store.tell_reasons(difference)}", flush=True)
+    reasons = "; ".join(f"{len(cases)} {reason} ({a_few(cases)})" for reason, cases in difference.items())
+    print(f"nnunet_ssl: preparing {todo} of {num_images} unlabelled images in {folder}: {reasons}", flush=True)
 
 
 def _complete(
     manifest: UnlabeledManifest, difference: dict[str, list[str]], wanted: _Wanted, task: _Task, num_processes: int
 ) -> UnlabeledManifest:
     """Strike off what is not current, and make what is missing; returns the new manifest."""
-    todo = sorted(store.all_cases(difference) & set(wanted.images))
+    todo = sorted(set(itertools.chain(*difference.values())) & set(wanted.images))
     current = {case: {**manifest.cases[case], "raw": wanted.stamps[case]} for case in wanted.images if case not in todo}
     about = {"preprocessing": task.preprocessing, "labeled": wanted.labeled_stamps}
     manifest = UnlabeledManifest(manifest.folder, about, current)
@@ -487,8 +485,8 @@ def _prepare_case(task: _Task, case: str, files: list[str], folder: str) -> Outc
     except BadImageError as error:
         return Outcome(case, entry, str(error))
     except Exception as error:
-        if reason := (error.strerror if isinstance(error, OSError) else why_writing_fails(folder)):
-            return Outcome(case, entry, cannot_write(os.path.dirname(os.path.dirname(folder)), reason), fatal=True)
+        if lost := disk_failure(error, folder):
+            return Outcome(case, entry, lost, fatal=True)
         problem = f"{files[0]} cannot be preprocessed ({type(error).__name__}: {error}). Replace or remove it."
         return Outcome(case, entry, problem)
     return Outcome(case, entry)

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 import re
 import secrets
@@ -23,7 +22,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from tqdm import tqdm
 from typing_extensions import Self
@@ -38,6 +37,8 @@ MANIFEST, LOCK, READERS = "manifest.json", ".lock", ".readers"
 PART = re.compile("part_[0-9a-f]{8}")
 SAVE_EVERY = 2.0  # seconds between two writes of the manifest
 POLL_EVERY = 2.0  # seconds between two looks of a waiting rank
+
+T = TypeVar("T")
 
 
 class PreparedFolder(NamedTuple):
@@ -264,20 +265,39 @@ class Manifest(ABC):
             )
 
 
-def tell_reasons(difference: dict[str, list[str]]) -> str:
-    """What is to be done and why, reason -> cases, in half a sentence."""
-    return "; ".join(
-        f"{len(cases)} {reason} ({', '.join(cases[:3])}{', ...' if len(cases) > 3 else ''})"
-        for reason, cases in difference.items()
-    )
+def wait_for(look: Callable[[], T | None], timeout: float, late: str) -> T:
+    """Look until another process has made something, doing nothing else: for ranks beside the first.
+
+    They look at a folder rather than wait in a collective, which would time out.
+
+    Args:
+        look: gives what is waited for, or None.
+        timeout: seconds after which to give up.
+        late: what to say then.
+
+    Raises:
+        UserError: ``late``.
+        SystemExit: looking ended in a UserError; the rank that makes it says why.
+    """
+    end = time.monotonic() + timeout
+    try:
+        while (found := look()) is None and time.monotonic() <= end:
+            time.sleep(POLL_EVERY)
+    except UserError:
+        raise SystemExit(1) from None
+    if found is None:
+        raise UserError(late)
+    return found
 
 
-def all_cases(difference: dict[str, list[str]]) -> set[str]:
-    """The cases of all reasons."""
-    return set(itertools.chain(*difference.values()))
+def disk_failure(error: Exception, place: str) -> str | None:
+    """What to say of a case that could not be made into the folder ``place``; None if the disk was not the reason."""
+    part = os.path.dirname(place)
+    reason = error.strerror if isinstance(error, OSError) else _why_writing_fails(part)
+    return cannot_write(os.path.dirname(part), reason) if reason else None
 
 
-def why_writing_fails(folder: str) -> str | None:
+def _why_writing_fails(folder: str) -> str | None:
     """Write a file of 16 MiB and see; None if that works. blosc2 does not say why it could not write."""
     file = os.path.join(folder, "probe")
     try:

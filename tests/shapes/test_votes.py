@@ -13,6 +13,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.shapes import case as case_module
 from nnunet_ssl.shapes import votes as module
 from nnunet_ssl.shapes.case import load
 from nnunet_ssl.shapes.votes import Electorate, VoteManifest, as_predicted, prepare_votes
@@ -93,15 +94,15 @@ def test_votes_are_good_and_made_once(electorate, tiny, monkeypatch, capsys):
     def never(*_: object) -> None:
         raise AssertionError("registered again")
 
-    register = module.register
-    monkeypatch.setattr(module, "register", never)
+    register = case_module.register
+    monkeypatch.setattr(case_module, "register", never)
     capsys.readouterr()
     assert ready(electorate).cases == votes.cases
     assert "registrations" not in capsys.readouterr().out
 
     lost = os.path.join(votes.place("un_02"), "un_02.npz")
     os.truncate(lost, 10)
-    monkeypatch.setattr(module, "register", register)
+    monkeypatch.setattr(case_module, "register", register)
     ready(electorate)
     assert "2 registrations of 2 labelled images onto 1 unlabelled ones" in capsys.readouterr().out
 
@@ -113,7 +114,7 @@ def test_votes_are_good_and_made_once(electorate, tiny, monkeypatch, capsys):
     with open(file, "wb") as target:  # as if the label had been mended
         target.write(content)
     assert electorate.identity != identity
-    monkeypatch.setattr(module, "register", never)
+    monkeypatch.setattr(case_module, "register", never)
     with pytest.raises(UserError, match=r"un_00 cannot be voted on \(AssertionError: registered again\).*4 image"):
         ready(electorate)
     assert not VoteManifest.read(electorate.folder).cases  # a vote that is out of date is nobody's
@@ -121,7 +122,7 @@ def test_votes_are_good_and_made_once(electorate, tiny, monkeypatch, capsys):
 
 @pytest.mark.timeout(300)
 def test_where_most_do_not_register_nobody_votes(electorate, monkeypatch):
-    monkeypatch.setattr(module, "why_not", lambda *_: "fold")
+    monkeypatch.setattr(case_module, "why_not", lambda *_: "fold")
     with pytest.raises(UserError, match=r"of 8 pairs .* only 0 register well \(8 fold\).*--teachers network"):
         ready(electorate)
     entry = VoteManifest.read(electorate.folder).cases["un_00"]
