@@ -24,6 +24,8 @@ ONE_THREAD = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_NUM_THREAD
 # seconds a step are not known better than this: a budget in time that differs by less from the one in steps is the same
 SAME_LENGTH = 0.05
 
+PRETRAINED = "-pretrained_weights"  # nnU-Net's option
+
 SECONDS = "seconds_a_step.json"  # of each row, in the folder of the benchmark
 
 
@@ -107,7 +109,7 @@ class Run:
 
     @property
     def steps_before(self) -> int:
-        """Steps of the trainings before the last one, with self-training."""
+        """Steps of the trainings before the last one."""
         return self.iterations * self.epochs * (self.row.trainings - 1)
 
     @property
@@ -159,7 +161,7 @@ class Plan:
             for path in folder.glob("Dataset*")
             if (match := re.match(r"Dataset(\d{3})_", path.name))
         } | set(ids.values())
-        wanted = {**dict.fromkeys(self._sources(), 1), **{run.key: run.row.trainings - 1 for run in self.queue()}}
+        wanted = {**dict.fromkeys(self._sources(), 1), **{run.key: run.row.rounds for run in self.queue()}}
         wanted = {key: count for key, count in wanted.items() if count}
         taken |= {ids[key] + n for key, count in wanted.items() if key in ids for n in range(count)}
         for key, count in wanted.items():
@@ -354,6 +356,10 @@ class Plan:
         settings = {**self._settings(run.row, run.seed, run.iterations), "save_every": max(1, p.curve_epochs[0])}
         settings["keep_epochs"] = list(p.curve_epochs)
         step = self._train(run.row, run.labeled, run.seed, p.epochs, run.folder, settings)
+        if run.row.pretrained_by:
+            *before, checkpoints = self._pretrain(run)
+            yield Step(f"{key}/pretrain", f"Pretrain {run.title}", *before, checkpoints)
+            step = ((*step[0], PRETRAINED, str(checkpoints / "checkpoint_final.pth")), *step[1:])
         yield Step(f"{key}/train", f"Train {run.title}", *step)
         dataset = self.dataset(run.labeled, run.seed)
         number = self.ids[self.dataset_key(run.labeled, run.seed)]
@@ -442,17 +448,30 @@ class Plan:
         run = {"seed": seed, "num_iterations_per_epoch": iterations, "num_val_iterations_per_epoch": 1}
         return {**run, **self.protocol.settings, **row.settings}
 
+    def _pretrain(self, run: Run) -> tuple[Any, ...]:
+        """As ``_train``; beside the training that follows, with nothing of its settings but seed and length."""
+        row = replace(run.row, trainer=run.row.pretrained_by, settings={})
+        settings = {**self._settings(row, run.seed, run.iterations), "save_every": run.epochs}
+        return self._train(row, run.labeled, run.seed, run.epochs, run.folder, settings, "pretraining.json")
+
     def _train(
-        self, row: Row, labeled: Labeled, seed: int, epochs: int, folder: Path, settings: Mapping[str, Any]
+        self,
+        row: Row,
+        labeled: Labeled,
+        seed: int,
+        epochs: int,
+        folder: Path,
+        settings: Mapping[str, Any],
+        settings_file: str = "settings.json",
     ) -> tuple[Any, ...]:
         """Words, machine, variables, settings and checkpoints of a training step."""
-        p, file = self.protocol, folder / "settings.json"
+        p, file = self.protocol, folder / settings_file
         number, trainer = str(self.ids[self.dataset_key(labeled, seed)]), f"{row.trainer}_{epochs}epochs"
         words = ("nnUNetv2_train", number, p.configuration, "0", "-p", p.plans, "-tr", trainer)
         variables = {"nnUNet_results": str(folder / "results"), "nnUNet_ssl_config": str(file)}
-        checkpoints = folder / "results" / "Dataset*" / f"{trainer}__{p.plans}__{p.configuration}" / "fold_0"
+        model = folder / "results" / f"Dataset{int(number):03d}_*" / f"{trainer}__{p.plans}__{p.configuration}"
         machine = ("-device", self.machine.device)
-        return words, machine, {**variables, **self.training_variables}, (file, settings), checkpoints
+        return words, machine, {**variables, **self.training_variables}, (file, settings), model / "fold_0"
 
     def _evaluate(self, dataset: Path, metrics: tuple[str, ...]) -> list[Any]:
         """The command without predictions; the metrics in the order that the command knows."""

@@ -69,6 +69,7 @@ class Row:
         settings: of the method, beside those that all rows share.
         labeled: a number of its own for this row, for instance "all"; None takes the protocol's.
         against: name of the row that it is compared with; None takes the first.
+        pretrained_by: a trainer whose training comes first; the row's starts with ``-pretrained_weights`` from it.
         self_training: what follows the training, if anything.
         offline: minutes of work before the training, such as registering, known from elsewhere; they are taken off a
             budget in time.
@@ -79,6 +80,7 @@ class Row:
     settings: Settings = Field(default_factory=dict)
     labeled: Labeled | None = None
     against: Text | None = None
+    pretrained_by: Text | None = None
     self_training: SelfTraining | None = None
     offline: Positive | None = None
 
@@ -92,9 +94,14 @@ class Row:
         return (self.trainer, self.settings) == (other.trainer, other.settings)
 
     @property
+    def rounds(self) -> int:
+        """Of self-training."""
+        return 0 if self.self_training is None else self.self_training.rounds
+
+    @property
     def trainings(self) -> int:
-        """How many trainings share its budget."""
-        return 1 if self.self_training is None else 1 + self.self_training.rounds
+        """How many trainings share its budget, with the same steps each."""
+        return (self.pretrained_by is not None) + 1 + self.rounds
 
 
 @declared
@@ -291,6 +298,7 @@ def _data(data: Data, file: Path) -> Data:
 
 
 def _check_rows(protocol: Protocol, file: Path) -> None:
+    from nnunet_ssl import trainers
     from nnunet_ssl.trainers import TRAINERS
 
     names = [row.name for row in protocol.rows]
@@ -299,12 +307,18 @@ def _check_rows(protocol: Protocol, file: Path) -> None:
         where = f"{file}, rows[{number}],"
         if keys.index(row.key) < number:
             raise UserError(f"{where} is named {row.name!r}, as another row is (but for signs); rename one.")
-        if row.trainer not in TRAINERS:
-            near = difflib.get_close_matches(row.trainer, TRAINERS, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
+        for field, trainer in (("trainer", row.trainer), ("pretrained_by", row.pretrained_by)):
+            if trainer is not None and trainer not in TRAINERS:
+                near = difflib.get_close_matches(trainer, TRAINERS, n=1)
+                hint = f"did you mean {near[0]}? " if near else ""
+                raise UserError(
+                    f"{where} sets '{field}' to {trainer!r}; {hint}The trainers are those of nnUNetv2_ssl_trainers, "
+                    "without _<N>epochs."
+                )
+        if issubclass(getattr(trainers, row.trainer), trainers.nnUNetTrainerMAE):
             raise UserError(
-                f"{where} sets 'trainer' to {row.trainer!r}; {hint}The trainers are those of nnUNetv2_ssl_trainers, "
-                "without _<N>epochs."
+                f"{where} sets 'trainer' to {row.trainer!r}, which does not segment; set 'pretrained_by' to it, and "
+                "'trainer' to one that starts from its weights."
             )
         if row.against is not None and row.against not in names:
             raise UserError(f"{where} sets 'against' to {row.against!r}; the rows are {', '.join(names)}.")
@@ -364,4 +378,7 @@ def _check_settings(protocol: Protocol, file: Path) -> None:
             raise UserError(f"{file} sets '{name}' among the settings; seeds, epochs, budgets and curve say that.")
     for number, row in enumerate(protocol.rows):
         settings = {**protocol.settings, **row.settings}
-        settings_from_dict(getattr(trainers, row.trainer).Settings, settings, f"{file}, rows[{number}] ({row.name}),")
+        where = f"{file}, rows[{number}] ({row.name}),"
+        settings_from_dict(getattr(trainers, row.trainer).Settings, settings, where)
+        if row.pretrained_by is not None:
+            settings_from_dict(getattr(trainers, row.pretrained_by).Settings, protocol.settings, where)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_ssl import __version__
-from nnunet_ssl.benchmark.plan import Plan, Run, Step, kept_seconds, read_numbers
+from nnunet_ssl.benchmark.plan import PRETRAINED, Plan, Run, Step, kept_seconds, read_numbers
 from nnunet_ssl.benchmark.protocol import row_key
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_json, write_json
@@ -149,7 +149,7 @@ class Benchmark:
         """
         if self.is_done(step):
             return
-        step = resumed(step)
+        given, step = step, resumed(step)
         print(f"{step.title}\n  $ {step.shell()}", flush=True)
         if step.settings is not None:
             file, settings = step.settings
@@ -165,7 +165,7 @@ class Benchmark:
             raise StepError(f"{step.title}: exit code {code}, its output is at the end of {log}.")
         seconds = sum(attempt.get("seconds") or 0 for attempt in attempts)
         record = {
-            "words": [word for word in step.words if word != "--c"],
+            "words": list(given.words),
             "command": step.shell(),
             "settings": step.settings[1] if step.settings else None,
             "seconds": round(seconds, 2),
@@ -223,10 +223,11 @@ class Benchmark:
 
 
 def resumed(step: Step) -> Step:
-    """The step, with ``--c`` where a training has left checkpoints."""
+    """The step, with ``--c`` where a training has left checkpoints; it has its pretrained weights then."""
     if step.checkpoints is None or not any(found(step.checkpoints / "checkpoint_*.pth")):
         return step
-    return replace(step, words=(*step.words, "--c"))
+    words = step.words[: step.words.index(PRETRAINED)] if PRETRAINED in step.words else step.words
+    return replace(step, words=(*words, "--c"))
 
 
 def found(pattern: Path) -> Iterator[Path]:

@@ -308,6 +308,40 @@ def test_self_training_shares_the_budget_among_its_trainings(given, make_plan, w
     assert make_plan(given, ids=plan.ids).ids == plan.ids
 
 
+def test_pretraining_shares_the_budget_and_hands_on_its_weights(given, make_plan, write_times):
+    settings = {"warped_share": 0.5}
+    given["rows"][1] = {
+        "name": "Pretrained", "trainer": "nnUNetTrainerLabeledOnly", "pretrained_by": "nnUNetTrainerMAE",
+        "settings": settings,
+    }  # fmt: skip
+    given["budgets"][1] = {"minutes": 2}
+    given["rows"][2]["against"] = "Labels only"
+    plan = make_plan(given)
+    write_measurements(plan, write_times, {**SECONDS, "Pretrained": 0.1})
+    # half of the steps each, of 80, and of 120 s of 0.1 s
+    assert (lengths(plan, 0)["Pretrained"], lengths(plan, 1)["Pretrained"]) == (10, 150)
+    run = next(run for run in plan.runs(plan.protocol.budgets[0], 2) if run.row.pretrained_by)
+    assert run.steps_before == 40
+    pretrain, train, *_ = plan.steps_of(run)
+    results = f"{run.folder}/results/Dataset500_*"
+    weights = f"{results}/nnUNetTrainerMAE_4epochs__nnUNetPlans__3d_fullres/fold_0/checkpoint_final.pth"
+    assert " ".join(pretrain.words) == "nnUNetv2_train 500 3d_fullres 0 -p nnUNetPlans -tr nnUNetTrainerMAE_4epochs"
+    assert " ".join(train.words) == (
+        "nnUNetv2_train 500 3d_fullres 0 -p nnUNetPlans -tr nnUNetTrainerLabeledOnly_4epochs "
+        f"-pretrained_weights {weights}"
+    )
+    assert pretrain.settings[0] != train.settings[0]
+    assert pretrain.settings[1] == {
+        "seed": 0, "num_iterations_per_epoch": 10, "num_val_iterations_per_epoch": 1, "save_every": 4,
+    }  # fmt: skip
+    assert train.settings[1] == {
+        **pretrain.settings[1], **settings, "save_every": 2, "keep_epochs": [2, 4],
+    }  # fmt: skip
+    assert pretrain.variables["nnUNet_ssl_config"] == str(pretrain.settings[0])
+    assert pretrain.checkpoints != train.checkpoints
+    assert set(plan.ids) == {f"{labeled} labelled, order {seed}" for labeled in (2, 4) for seed in (0, 1)}
+
+
 def test_comparison_of_all_rows_for_each_table_and_seed(given, make_plan):
     compared = [step for _, step in make_plan(given).compare()]
     assert len(compared) == 4

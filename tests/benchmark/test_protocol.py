@@ -63,6 +63,8 @@ def set_(*path):
         (set_("rows", 1, "name", "a|b"), r"rows\[1\], sets 'name'"),
         (set_("rows", 1, "trainer", "nnUNetTrainerCPSS"), r"rows\[1\], .* did you mean nnUNetTrainerCPS\?"),
         (set_("rows", 1, "trainer", "nnUNetTrainerCPS_10epochs"), "without _<N>epochs"),
+        (set_("rows", 1, "trainer", "nnUNetTrainerMAE"), r"rows\[1\], .* does not segment; set 'pretrained_by' to it"),
+        (set_("rows", 1, "pretrained_by", "nnUNetTrainerMAEE"), r"'pretrained_by' .* did you mean nnUNetTrainerMAE\?"),
         (set_("rows", 1, "settings", {"cps_weigth": 1}), r"rows\[1\] \(CPS\), sets 'cps_weigth'.*'cps_weight'"),
         (set_("rows", 0, "settings", {"cps_weight": 1}), r"rows\[0\] \(Labels only\), sets 'cps_weight'"),
         (set_("rows", 1, "settings", {"cps_weight": float("nan")}), r"rows\[1\] \(CPS\), sets 'cps_weight' to nan"),

@@ -77,6 +77,17 @@ def test_settings_are_written_and_checkpoints_make_it_go_on(benchmark, tmp_path)
         benchmark.is_done(replace(step, settings=(file, {"seed": 5})))
 
 
+def test_what_goes_on_has_its_pretrained_weights(benchmark, tmp_path):
+    """nnU-Net refuses ``-pretrained_weights`` beside ``--c``."""
+    code = "import sys; print(sys.argv[1:])"
+    step = python("train", code, "-pretrained_weights", "weights.pth", checkpoints=tmp_path)
+    assert resumed(step) == step
+    (tmp_path / "checkpoint_latest.pth").touch()
+    benchmark.do(step)
+    assert "\n['--c']\n" in (benchmark.home / "logs" / "train.txt").read_text()
+    assert benchmark.is_done(step)
+
+
 def test_every_attempt_counts(benchmark, tmp_path):
     """One fails, one is killed together with the benchmark, one comes to its end."""
     code = "import pathlib, sys, time; time.sleep(0.3); sys.exit(not pathlib.Path(sys.argv[1]).exists())"
