@@ -686,9 +686,10 @@ class nnUNetTrainerSSL(nnUNetTrainer):  # noqa: N801
         return {"loss": sum(weights.get(name, 1.0) * term for name, term in terms_of_step.items())}
 
     def autocast(self) -> AbstractContextManager:
-        """nnU-Net's rule: half precision on CUDA, none elsewhere."""
+        """nnU-Net's rule, half precision on CUDA and none elsewhere; with ``cpu_bfloat16`` on a CPU too."""
+        half = self.device.type == "cuda" or (self.device.type == "cpu" and self.settings.cpu_bfloat16)
         # Without the cache of cast weights: one that a forward without gradient left behind would have no gradient.
-        return torch.autocast("cuda", cache_enabled=False) if self.device.type == "cuda" else nullcontext()
+        return torch.autocast(self.device.type, cache_enabled=False) if half else nullcontext()
 
     def _to_device(self, batch: dict) -> Batch:
         def move(x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:

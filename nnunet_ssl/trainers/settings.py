@@ -33,6 +33,7 @@ class SSLSettings:
     num_iterations_per_epoch: Count = 250  # nnU-Net's own
     num_val_iterations_per_epoch: Count = 50  # nnU-Net's own
     save_every: Count = 50  # epochs between two checkpoint_latest.pth; nnU-Net's own
+    cpu_bfloat16: bool = False  # autocast on a CPU too: faster where it has instructions for it
     predict_with: Literal["last", "ema"] = "last"  # ema: the average of the weights, in checkpoints and validation
     ema_share: Part = 0.1  # share of the steps so far that the average spans, which suits a training of any length
     elastic_deformation: Share = 0.0  # probability that a training patch is deformed elastically; nnU-Net does not

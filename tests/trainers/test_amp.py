@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 
 import pytest
 import torch
@@ -18,13 +18,13 @@ CASES = [(name, {}) for name in TRAINERS] + [
 
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=lambda x: x if isinstance(x, str) else "-".join(x))
 def test_steps_in_half_precision_with_a_scaler(tiny, make_trainer, name, settings):
-    trainer = make_trainer(name, tiny(), settings=settings)
+    trainer = make_trainer(name, tiny(), settings={**settings, "cpu_bfloat16": True})
     trainer.on_train_start()
     trainer.on_train_epoch_start()
     trainer.global_step = trainer.total_steps // 2
-    trainer.autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, cache_enabled=False)
     trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     before = {n: p.detach().clone() for n, p in trainer.plans_network.named_parameters()}
+    modules = {n: copy.deepcopy(m.state_dict()) for n, m in trainer.training_modules.items()}
     for _ in range(2):
         loss = trainer.train_step(next(trainer.dataloader_train))["loss"]
         assert loss.dtype == torch.float32
@@ -33,3 +33,6 @@ def test_steps_in_half_precision_with_a_scaler(tiny, make_trainer, name, setting
     moved = [n for n, p in trainer.plans_network.named_parameters() if not torch.equal(p, before[n])]
     assert len(moved) > 0.8 * len(before)
     assert all(p.isfinite().all() for p in trainer.training_modules.parameters())
+    for name, state in modules.items():  # a second network, a branch
+        now = trainer.training_modules[name].state_dict()
+        assert not state or any(not torch.equal(value, now[key]) for key, value in state.items()), name

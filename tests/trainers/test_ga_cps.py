@@ -130,13 +130,6 @@ def test_its_settings_are_those_of_the_networks_and_of_its_losses(tiny, make_tra
             make_trainer(NAME, tiny(), settings=wrong, initialize=False)
 
 
-def test_a_step_under_bfloat16_autocast(tiny, make_trainer, monkeypatch):
-    trainer = make_trainer(NAME, tiny())
-    monkeypatch.setattr(trainer, "autocast", lambda: torch.autocast("cpu", dtype=torch.bfloat16))
-    assert trainer.train_step(a_batch(trainer))["loss"].isfinite()
-    assert all(p.isfinite().all() for p in parameters(trainer).values())
-
-
 @pytest.mark.slow
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tiny, make_trainer):
     settings = {"save_every": 1}

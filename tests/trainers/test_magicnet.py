@@ -393,15 +393,6 @@ def test_settings_that_cannot_work_are_refused(magicnet, setting):
         magicnet(**setting)
 
 
-def test_a_step_under_bfloat16_autocast(magicnet, monkeypatch):
-    for kind in ("3d", "2d"):
-        trainer = magicnet(kind)
-        monkeypatch.setattr(trainer, "autocast", lambda: torch.autocast("cpu", dtype=torch.bfloat16))
-        for seed in range(2):
-            assert trainer.train_step(a_batch(trainer, seed))["loss"].isfinite()
-        assert all(p.isfinite().all() for p in parameters(trainer).values())
-
-
 def test_compiled_it_gives_the_same_gradients(magicnet, monkeypatch):
     found = []
     for compile_it in (False, True):

@@ -225,13 +225,6 @@ def test_settings_that_cannot_work_are_refused(tiny, make_trainer, wrong):
 # --------------------------------------------------------------------------------------------------------- whole runs
 
 
-def test_a_step_under_bfloat16_autocast(tiny, make_trainer, monkeypatch):
-    trainer = make_trainer(NAME, tiny(), settings={"urpc_rampup": 0.0})
-    monkeypatch.setattr(trainer, "autocast", lambda: torch.autocast("cpu", dtype=torch.bfloat16))
-    assert trainer.train_step(a_batch(trainer))["loss"].isfinite()
-    assert all(p.isfinite().all() for p in parameters(trainer).values())
-
-
 def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tiny, make_trainer):
     """Dropout draws the same channels too."""
     settings = {"save_every": 1, "urpc_dropout": [0.3, 0.1]}
