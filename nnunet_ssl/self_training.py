@@ -85,13 +85,14 @@ class SelfTraining:
 
     Attributes:
         dataset: id or name of the raw dataset with ``imagesUn`` that the first teacher was trained on.
-        configuration, folds, trainer: of the first teacher; all but the folds also of the students.
+        configuration, folds, trainer: of the first teacher; the configuration also of the students.
         target_id: id of the first round's dataset; each further round has the next.
         by: ``confidence``, or ``agreement`` of two teachers.
         at_least: keep the cases whose confidence or agreement reaches it; None keeps a fraction.
         keep: the fraction of the cases to keep, the best ones; None keeps by ``at_least``.
         teachers: ``network``, ``atlas`` or both.
         plans, checkpoint: of teacher and students.
+        student: trainer of the students; None for the teacher's.
         rounds: how many students to train; with 0 the first round's dataset is made, and nothing trained.
         warm: whether a student starts with the weights of its teacher.
         finish: epochs that the last student trains on the labels alone, as fold 1 of its dataset.
@@ -114,6 +115,7 @@ class SelfTraining:
     teachers: tuple[str, ...] = (NETWORK,)
     plans: str = "nnUNetPlans"
     checkpoint: str = "checkpoint_final.pth"
+    student: str | None = None
     rounds: int = 0
     warm: bool = False
     finish: int | None = None
@@ -185,16 +187,16 @@ class SelfTraining:
         plans_file = os.path.join(required_folder("nnUNet_preprocessed"), dataset, f"{self.plans}.json")
         if self.rounds and not os.path.isfile(plans_file):
             raise UserError(f"{plans_file} does not exist, but the students are to be trained with these plans.")
+        if self.student:
+            self._refuse_unknown_trainer(self.student, f"--student {self.student}", "name")
         if self.finish:
-            self._refuse_unknown_trainer(self._finishing_trainer)
+            self._refuse_unknown_trainer(self._finishing_trainer, f"--finish {self.finish}", "number of epochs")
 
-    def _refuse_unknown_trainer(self, name: str) -> None:
+    def _refuse_unknown_trainer(self, name: str, option: str, what: str) -> None:
         try:
             recursive_find_trainer_class_by_name(name)
         except RuntimeError as error:
-            raise UserError(
-                f"--finish {self.finish}: nnU-Net has no trainer {name}. Choose another number of epochs."
-            ) from error
+            raise UserError(f"{option}: nnU-Net has no trainer {name}. Choose another {what}.") from error
 
     def _target(self, source: Source, number: int) -> str:
         return f"Dataset{self.target_id + number - 1:03d}_{source.name.partition('_')[2]}_pseudo{number}"
@@ -358,7 +360,8 @@ class SelfTraining:
 
     def _predict_command(self, teacher: Teacher, images: str, folder: str) -> list[str]:
         words = ["nnUNetv2_predict", "-i", images, "-o", folder]
-        words += ["-d", teacher.dataset, "-c", self.configuration, "-f", *teacher.folds, "-tr", self.trainer]
+        words += ["-d", teacher.dataset, "-c", self.configuration, "-f", *teacher.folds]
+        words += ["-tr", self._trainer_of(teacher.dataset)]
         words += ["-p", self.plans, "-chk", self.checkpoint, "-device", self.device, "--save_probabilities"]
         if not self.mirroring:
             words += ["--disable_tta"]
@@ -404,8 +407,11 @@ class SelfTraining:
 
     # ------------------------------------------------------------------ where things are
 
+    def _trainer_of(self, dataset: str) -> str:
+        return self.trainer if dataset == resolve_dataset(self.dataset) else self.student or self.trainer
+
     def _model(self, dataset: str) -> str:
-        return get_output_folder(dataset, self.trainer, self.plans, self.configuration)
+        return get_output_folder(dataset, self._trainer_of(dataset), self.plans, self.configuration)
 
     def _plans_folder(self, dataset: str) -> str:
         """Where a teacher's plans and fingerprint are."""
@@ -424,14 +430,14 @@ class SelfTraining:
         return os.path.join(self._model(teacher.dataset), f"fold_{teacher.folds[0]}", self.checkpoint)
 
     def _student(self, target: str) -> Training:
-        return Training(target, self.trainer, "0", self.warm)
+        return Training(target, self._trainer_of(target), "0", self.warm)
 
     def _finished(self, target: str) -> Training:
         return Training(target, self._finishing_trainer, "1", True)
 
     @property
     def _finishing_trainer(self) -> str:
-        return f"{re.sub('_[0-9]+epochs$', '', self.trainer)}_{self.finish}epochs"
+        return f"{re.sub('_[0-9]+epochs$', '', self.student or self.trainer)}_{self.finish}epochs"
 
     def _fold_of(self, student: Training) -> Path:
         model = get_output_folder(student.dataset, student.trainer, self.plans, self.configuration)
@@ -476,7 +482,8 @@ class SelfTraining:
         if NETWORK in self.teachers:
             stored = stored_confidences(self._predicted(teacher))
             before = stored.teacher if stored is not None else {}
-            identity |= {"trainer": self.trainer, "fold": " ".join(teacher.folds), "mirroring": self.mirroring}
+            trainer = self._trainer_of(teacher.dataset)
+            identity |= {"trainer": trainer, "fold": " ".join(teacher.folds), "mirroring": self.mirroring}
             for fold in teacher.folds:
                 key = "checkpoint" if len(teacher.folds) == 1 else f"checkpoint of fold {fold}"
                 kept = before.get(key)
@@ -490,5 +497,6 @@ class SelfTraining:
         """What makes a round's dataset, and the student that is trained on it, what they are."""
         rule = {f"min_{self.by}": self.at_least} if self.keep is None else {"keep": self.keep}
         training = {"warm": True} if self.warm else {}
+        training |= {"student": self.student} if self.student else {}
         training |= {"finish": self.finish} if self.finish else {}
         return {"source": source.name, "teacher": self._identity(source, teacher), **rule, **training}

@@ -366,13 +366,15 @@ class Plan:
         variables = {name: value for name, value in step[2].items() if name != "nnUNet_ssl_config"}
         if again := run.row.self_training:
             words = ["nnUNetv2_ssl_pseudolabel", "-d", number, "-c", p.configuration, "-f", 0, "-p", p.plans]
-            words += ["-tr", self._trainer(run.row), "-o", self.ids[run.key], "--rounds", again.rounds, *again.options]
+            words += ["-tr", self._trainer(run.row), "-o", self.ids[run.key], "--rounds", again.rounds]
+            words += ["--student", self._trainer(run.row, again.student)] if again.student else []
+            words += again.options
             machine = ("-device", m.device, "-np", str(m.processes))
             yield Step(f"{key}/self_training", f"Self-training: {run.title}", tuple(map(str, words)), machine, step[2])
             number = self.ids[run.key] + again.rounds - 1
         for epoch in p.curve_epochs:
             words = ["nnUNetv2_predict", "-i", dataset / "imagesTs", "-o", self.predictions(run, epoch)]
-            words += ["-d", number, "-c", p.configuration, "-f", 0, "-p", p.plans, "-tr", self._trainer(run.row)]
+            words += ["-d", number, "-c", p.configuration, "-f", 0, "-p", p.plans, "-tr", self._last_trainer(run.row)]
             words += ["-chk", f"checkpoint_epoch{epoch}.pth", *p.predict]
             machine = ("-device", m.device, *(("-npp", "0", "-nps", "0") if m.device == "cpu" else ()))
             title = f"Predict the test cases after epoch {epoch}: {run.title}"
@@ -427,7 +429,7 @@ class Plan:
         if run.row.self_training:
             number = self.ids[run.key] + run.row.self_training.rounds - 1
         p = self.protocol
-        name = f"{self._trainer(run.row)}__{p.plans}__{p.configuration}"
+        name = f"{self._last_trainer(run.row)}__{p.plans}__{p.configuration}"
         return run.folder / "results" / f"Dataset{number:03d}_*" / name
 
     def predictions(self, run: Run, epoch: int) -> Path:
@@ -440,8 +442,11 @@ class Plan:
 
     # ------------------------------------------------------------------------------------------------ parts of commands
 
-    def _trainer(self, row: Row) -> str:
-        return f"{row.trainer}_{self.protocol.epochs}epochs"
+    def _trainer(self, row: Row, name: str | None = None) -> str:
+        return f"{name or row.trainer}_{self.protocol.epochs}epochs"
+
+    def _last_trainer(self, row: Row) -> str:
+        return self._trainer(row, row.self_training.student if row.self_training else None)
 
     def _settings(self, row: Row, seed: int, iterations: int | None) -> dict[str, Any]:
         """What the run is told. Nothing is chosen by validation, so one step of it will do."""

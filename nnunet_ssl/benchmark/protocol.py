@@ -48,9 +48,14 @@ Settings = Annotated[dict[str, Any], Field(description="an object of settings")]
 
 @declared
 class SelfTraining:
-    """A row that is trained again on its own predictions, by ``nnUNetv2_ssl_pseudolabel``, so many rounds long."""
+    """A row that is trained again on its own predictions, by ``nnUNetv2_ssl_pseudolabel``, so many rounds long.
+
+    Attributes:
+        student: a trainer for these rounds, without epochs; None takes the row's.
+    """
 
     rounds: Count = 1
+    student: Text | None = None
     options: Arguments = ()
 
 
@@ -307,7 +312,8 @@ def _check_rows(protocol: Protocol, file: Path) -> None:
         where = f"{file}, rows[{number}],"
         if keys.index(row.key) < number:
             raise UserError(f"{where} is named {row.name!r}, as another row is (but for signs); rename one.")
-        for field, trainer in (("trainer", row.trainer), ("pretrained_by", row.pretrained_by)):
+        student = row.self_training.student if row.self_training else None
+        for field, trainer in (("trainer", row.trainer), ("pretrained_by", row.pretrained_by), ("student", student)):
             if trainer is not None and trainer not in TRAINERS:
                 near = difflib.get_close_matches(trainer, TRAINERS, n=1)
                 hint = f"did you mean {near[0]}? " if near else ""

@@ -30,7 +30,10 @@ def main(argv: list[str] | None = None) -> None:
         "-f", type=fold, nargs="+", default=["0"],
         help="Fold of the trained model: a number, or all; of several the mean predicts. Default: 0",
     )  # fmt: skip
-    parser.add_argument("-tr", default="nnUNetTrainer", help="Trainer, of every round. Default: nnUNetTrainer")
+    parser.add_argument(
+        "-tr", default="nnUNetTrainer", help="Trainer of the model, and of the students. Default: nnUNetTrainer"
+    )
+    parser.add_argument("--student", metavar="TRAINER", help="Another trainer for the students")
     parser.add_argument("-p", default="nnUNetPlans", help="Plans identifier. Default: nnUNetPlans")
     parser.add_argument(
         "-o", required=True, type=dataset_id, help="Id of the new dataset; further rounds take the next ids"
@@ -82,8 +85,9 @@ def main(argv: list[str] | None = None) -> None:
         )
     if teachers == ("atlas",) and args.warm:
         raise UserError("--warm: an atlas has no weights. Use --teachers network or network,atlas.")
-    if args.finish and not args.rounds:
-        raise UserError("--finish goes on with a student. Give --rounds too.")
+    for option, given in (("--finish", args.finish), ("--student", args.student)):
+        if given and not args.rounds:
+            raise UserError(f"{option} is for the training of a student. Give --rounds too.")
 
     # heavy: only once the arguments are known to be good
     import torch
@@ -104,6 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         plans=args.p,
         checkpoint=args.chk,
         target_id=args.o,
+        student=args.student,
         rounds=args.rounds,
         by=by,
         at_least=at_least,

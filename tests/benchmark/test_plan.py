@@ -280,8 +280,8 @@ def test_the_commands_of_a_run(given, make_plan, tmp_path):
 
 
 def test_self_training_shares_the_budget_among_its_trainings(given, make_plan, write_times, tmp_path):
-    again = {"rounds": 3, "options": ["--keep", 0.5]}
-    given["rows"][3] = {"name": "Self-training", "trainer": "nnUNetTrainerLabeledOnly", "self_training": again}
+    again = {"rounds": 3, "student": "nnUNetTrainerLabeledOnly", "options": ["--keep", 0.5]}
+    given["rows"][3] = {"name": "Self-training", "trainer": "nnUNetTrainerWarps", "self_training": again}
     given["seeds"] = [0]
     (tmp_path / "raw" / "Dataset502_OfTheUser").mkdir()
     plan = make_plan(given)
@@ -298,13 +298,15 @@ def test_self_training_shares_the_budget_among_its_trainings(given, make_plan, w
     assert train.settings[1]["num_iterations_per_epoch"] == 5
     assert run.steps_before == 60
     assert " ".join([*again.words, *again.machine]) == (
-        "nnUNetv2_ssl_pseudolabel -d 500 -c 3d_fullres -f 0 -p nnUNetPlans -tr nnUNetTrainerLabeledOnly_4epochs "
-        "-o 503 --rounds 3 --keep 0.5 -device cpu -np 2"
+        "nnUNetv2_ssl_pseudolabel -d 500 -c 3d_fullres -f 0 -p nnUNetPlans -tr nnUNetTrainerWarps_4epochs "
+        "-o 503 --rounds 3 --student nnUNetTrainerLabeledOnly_4epochs --keep 0.5 -device cpu -np 2"
     )
     assert again.variables == train.variables
     words = " ".join(predict.words)
     assert "Dataset500_*/imagesTs" in words
     assert " -d 505 " in words
+    assert "-tr nnUNetTrainerLabeledOnly_4epochs" in words
+    assert plan.model(run).name == "nnUNetTrainerLabeledOnly_4epochs__nnUNetPlans__3d_fullres"
     assert make_plan(given, ids=plan.ids).ids == plan.ids
 
 

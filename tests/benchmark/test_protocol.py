@@ -100,6 +100,7 @@ def set_(*path):
         (set_("name", "made_up\n"), "sets 'name'"),
         (set_("rows", 0, "self_training", {"rounds": 2}), r"trainings of Labels only \(3\), 12"),
         (set_("rows", 0, "self_training", {"round": 2}), r"rows\[0\], self_training, sets 'round'"),
+        (set_("rows", 0, "self_training", {"student": "nnUNetTrainerCP"}), r"'student' .* mean nnUNetTrainerCPS\?"),
         (set_("figures", ["URPC"]), r"sets 'figures' to \['URPC'\]; the rows are Labels only, CPS"),
         (set_("curve", [0.5]), "growing shares that end with 1"),
         (set_("curve", [1, 0.5]), "growing shares"),

@@ -27,6 +27,7 @@ from nnunet_ssl.commands.pseudolabel import main
 from nnunet_ssl.errors import UserError
 
 TRAINER = "nnUNetTrainerLabeledOnly_1epochs"
+OTHER = "nnUNetTrainerCPS_1epochs"  # of students
 
 
 @pytest.fixture
@@ -111,7 +112,8 @@ def tree(folder: Path) -> set[str]:
         (["--min-agreement", "0.5"], "--min-agreement: one teacher"),
         (["--teachers", "atlas", "--rounds", "2"], "labels alike in all rounds"),
         (["--teachers", "atlas", "--warm"], "--warm: an atlas has no weights"),
-        (["--finish", "5"], "Give --rounds too"),
+        (["--finish", "5"], "--finish .* Give --rounds too"),
+        (["--student", "nnUNetTrainerCPS"], "--student .* Give --rounds too"),
     ],
 )
 def test_impossible_arguments_are_refused(arguments, message):
@@ -240,6 +242,7 @@ def test_predictions_of_nnunet_become_labels_and_are_used_again(trained, in_proc
 def test_a_network_and_an_atlas_teach_a_student_that_is_warm_and_finished(trained, in_process, capsys):
     dataset, model, arguments = trained()
     options = ["-o", "960", "--teachers", "network,atlas", "--keep", "0.5", "--rounds", "1", "--warm", "--finish", "1"]
+    options += ["--student", OTHER]
 
     def run(*more: str) -> str:
         capsys.readouterr()
@@ -253,7 +256,7 @@ def test_a_network_and_an_atlas_teach_a_student_that_is_warm_and_finished(traine
     assert "12 registrations of 3 labelled images onto 4 unlabelled ones" in output
     assert "of the best 0.5 of all cases" in dry
     name = "Dataset960_Tiny_pseudo1"
-    student = model.parent.parent / name / model.name
+    student = model.parent.parent / name / model.name.replace(TRAINER, OTHER)
     weights = [re.search(rf"nnUNetv2_train {name} 3d_fullres {f} .*-pretrained_weights (\S+)", output) for f in (0, 1)]
     assert [found[1] for found in weights] == [
         str(folder / "fold_0" / "checkpoint_final.pth") for folder in (model, student)
@@ -265,6 +268,7 @@ def test_a_network_and_an_atlas_teach_a_student_that_is_warm_and_finished(traine
     made_with = record["made_with"]
     assert made_with["teacher"]["atlas"].startswith("3 cases (")
     assert (made_with["warm"], made_with["finish"], made_with["keep"]) == (True, 1, 0.5)
+    assert (made_with["teacher"]["trainer"], made_with["student"]) == (TRAINER, OTHER)
     assert len(record["pseudo_labeled"]) == 2
     report = (dataset.folders.raw / name / "pseudolabels.csv").read_text().splitlines()
     assert report[0].startswith("case,confidence,agreement,kept")
