@@ -9,6 +9,11 @@ from nnunet_ssl.commands.arguments import Parser, count, whole
 from nnunet_ssl.errors import UserError
 
 
+def channel(text: str) -> tuple[int, ...]:
+    """A channel's number, or all: none in particular."""
+    return () if text == "all" else (whole(text),)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Entry point.
 
@@ -34,8 +39,9 @@ def main(argv: list[str] | None = None) -> None:
         "tests. Default: groups.json beside dataset.json, where there is one",
     )  # fmt: skip
     parser.add_argument(
-        "--channel", type=whole, metavar="K", help="Channel that registration compares, from 0. Default: all of them"
-    )
+        "--channel", type=channel, metavar="K",
+        help='Channel that registration compares, from 0, or "all". Default: that of an earlier call, or all',
+    )  # fmt: skip
     parser.add_argument(
         "-np", type=count, help="Pairs registered at a time. Default: nnU-Net's own (nnUNet_def_n_proc)"
     )
@@ -63,8 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     file = os.path.join(preprocessed, f"{args.p}.json")
     plans_manager = read_plans(file, "Run nnUNetv2_plan_and_preprocess, or name the plans with -p.", args.c)
     dataset_json = read_dataset_json(preprocessed)
-    if args.channel is not None and args.channel >= len(channel_names(dataset_json)):
-        raise UserError(f"--channel {args.channel}: {dataset} has {len(channel_names(dataset_json))}, from 0.")
+    if args.channel and args.channel[0] >= len(channel_names(dataset_json)):
+        raise UserError(f"--channel {args.channel[0]}: {dataset} has {len(channel_names(dataset_json))}, from 0.")
     labeled = sorted(find_labeled(os.path.join(required_folder("nnUNet_raw"), dataset), dataset_json))
     processes = args.np or default_num_processes
     unlabeled = prepare_unlabeled(dataset, plans_manager, args.c, dataset_json, labeled, processes)

@@ -32,7 +32,7 @@ from nnunet_ssl.unlabeled.store import Outcome, disk_failure
 def warp_case(
     plans: dict,
     configuration: str,
-    channel: list[int],
+    channels: list[int],
     moving: str,
     moving_folder: str,
     fixed: str,
@@ -46,7 +46,7 @@ def warp_case(
     try:
         there = prepared_volume(plans, configuration, fixed_folder, fixed, False)
         here = prepared_volume(plans, configuration, moving_folder, moving, True)
-        found, labels, why = registered(there, here, channel or None)
+        found, labels, why = registered(there, here, channels or None)
         if found is not None:
             entry |= {key: round(value, 4) for key, value in found._asdict().items() if key != "transform"}
         if why:
@@ -79,7 +79,9 @@ def registered(
         return None, None, "are a slice and a volume"
     found = register(there, here, channels)
     labels = warp_labels(here.labels, grid, found.transform)
-    before, after = (volumes(array(x), float(np.prod(x.GetSpacing()))) for x in (here.labels, labels))
+    before, after = (
+        volumes(array(x), float(np.prod(x.GetSpacing())), here.structures) for x in (here.labels, labels)
+    )
     return found, labels, why_not(found, before, after)
 
 
@@ -117,7 +119,14 @@ def load(folder: str, case: str) -> tuple[np.ndarray, np.ndarray, dict]:
 def prepared_volume(plans: dict, configuration: str, folder: str, case: str, labels: bool) -> Volume:
     """A prepared case for registration."""
     data, seg, properties = load(folder, case)
-    return volume(data, spacing_of(plans, configuration, properties), seg[0] if labels else None)
+    spacing = spacing_of(plans, configuration, properties)
+    return volume(data, spacing, seg[0], _structures(properties)) if labels else volume(data, spacing)
+
+
+def _structures(properties: dict) -> tuple[int, ...]:
+    """The labels whose voxels nnU-Net has listed: those of its classes or regions, not of all that is annotated."""
+    listed = [np.atleast_1d(key) for key in properties["class_locations"]]
+    return tuple(sorted({int(label) for labels in listed if -1 not in labels for label in labels}))
 
 
 def spacing_of(plans: dict, configuration: str, properties: dict) -> tuple[float, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from nnunet_ssl.shapes.registration import Registration
@@ -13,9 +15,9 @@ LEAST_LEFT = 0.2  # of the volume of a class
 TOO_FEW = 0.25  # of the pairs: then the images do not show the same
 
 
-def volumes(labels: np.ndarray, voxel: float) -> dict[int, float]:
-    """Class -> volume in mm^3, of the classes above 0."""
-    values, counts = np.unique(labels[labels > 0], return_counts=True)
+def volumes(labels: np.ndarray, voxel: float, structures: Sequence[int]) -> dict[int, float]:
+    """Structure -> volume in mm^3, of those that are there."""
+    values, counts = np.unique(labels[np.isin(labels, structures)], return_counts=True)
     return {int(value): float(count * voxel) for value, count in zip(values, counts, strict=True)}
 
 

@@ -32,10 +32,12 @@ class Volume(NamedTuple):
     Attributes:
         channels: float32 images, 2D where the case is one slice, else 3D.
         labels: nnU-Net's segmentation, int16; None without.
+        structures: the labels that are structures, as background and ignore label are not.
     """
 
     channels: list[sitk.Image]
-    labels: sitk.Image | None
+    labels: sitk.Image | None = None
+    structures: tuple[int, ...] = ()
 
 
 class Registration(NamedTuple):
@@ -56,18 +58,26 @@ class Registration(NamedTuple):
     covered: float
 
 
-def volume(data: np.ndarray, spacing: tuple[float, ...], labels: np.ndarray | None = None) -> Volume:
+def volume(
+    data: np.ndarray,
+    spacing: tuple[float, ...],
+    labels: np.ndarray | None = None,
+    structures: tuple[int, ...] | None = None,
+) -> Volume:
     """Take a prepared case.
 
     Args:
         data: ``[C, z, y, x]`` float32.
         spacing: of z, y, x, in mm.
         labels: ``[z, y, x]`` integer, or None.
+        structures: see ``Volume``; None for all labels above 0.
     """
-    return Volume(
-        [_image(channel.astype(np.float32, copy=False), spacing) for channel in data],
-        None if labels is None else _image(labels.astype(np.int16, copy=False), spacing),
-    )
+    channels = [_image(channel.astype(np.float32, copy=False), spacing) for channel in data]
+    if labels is None:
+        return Volume(channels)
+    if structures is None:
+        structures = tuple(map(int, np.unique(labels[labels > 0])))
+    return Volume(channels, _image(labels.astype(np.int16, copy=False), spacing), structures)
 
 
 def array(image: sitk.Image) -> np.ndarray:
@@ -110,7 +120,7 @@ def register(fixed: Volume, moving: Volume, channels: list[int] | None = None) -
     """
     chosen = range(len(moving.channels)) if channels is None else channels
     pairs = [(fixed.channels[c], moving.channels[c]) for c in chosen]
-    region = region_around(moving.labels)
+    region = region_around(moving)
     middle = sitk.TranslationTransform(region.GetDimension())
     starts = [middle, template_start(pairs, region)]
     coarse = [_demons(pairs, start, LEVELS[:1]) for start in starts]
@@ -163,16 +173,16 @@ def warp_labels(labels: sitk.Image, grid: sitk.Image, transform: sitk.Transform,
     return _like(warped, grid)
 
 
-def region_around(labels: sitk.Image) -> sitk.Image:
-    """Where registration is judged: the foreground and what is near it; everywhere without foreground. uint8."""
-    foreground = labels > 0
-    values = sitk.GetArrayFromImage(foreground)
+def region_around(moving: Volume) -> sitk.Image:
+    """Where registration is judged: the structures and what is near them; everywhere without any. uint8."""
+    labels = moving.labels
+    values = np.isin(sitk.GetArrayViewFromImage(labels), moving.structures)
     if not values.any():
-        return foreground + 1
-    box = ndimage.find_objects(values)[0]
+        return _like(np.ones(values.shape, np.uint8), labels)
+    box = ndimage.find_objects(values.astype(np.uint8))[0]
     spacing = np.array(labels.GetSpacing()[::-1])
     extent = np.mean([(side.stop - side.start) * s for side, s in zip(box, spacing, strict=True)])
-    distance = ndimage.distance_transform_edt(values == 0, sampling=spacing)
+    distance = ndimage.distance_transform_edt(~values, sampling=spacing)
     return _like((distance <= max(MARGIN * extent, 2 * spacing.min())).astype(np.uint8), labels)
 
 
@@ -244,14 +254,17 @@ def _similarity(pairs: list[tuple[sitk.Image, sitk.Image]], region: sitk.Image, 
     share = np.prod(grid.GetSpacing()) / np.prod(region.GetSpacing())  # of the region's voxels, a voxel there
     if there.sum() * share < 0.5 * sitk.GetArrayViewFromImage(region).sum():
         return -1.0
-    return float(np.mean([_correlation(one, other, transform, there) for one, other in pairs]))
+    found = [_correlation(one, other, transform, there) for one, other in pairs]
+    found = [value for value in found if value is not None]
+    return float(np.mean(found)) if found else 0.0
 
 
-def _correlation(fixed: sitk.Image, moving: sitk.Image, transform: sitk.Transform, there: np.ndarray) -> float:
+def _correlation(fixed: sitk.Image, moving: sitk.Image, transform: sitk.Transform, there: np.ndarray) -> float | None:
+    """None where one of the two is constant, and says nothing."""
     one = sitk.GetArrayFromImage(fixed)[there]
     other = sitk.GetArrayFromImage(sitk.Resample(moving, fixed, transform, sitk.sitkLinear, 0.0))[there]
     spread = one.std() * other.std()
-    return float(np.mean((one - one.mean()) * (other - other.mean())) / spread) if spread > 0 else 0.0
+    return float(np.mean((one - one.mean()) * (other - other.mean())) / spread) if spread > 0 else None
 
 
 def folding(grid: sitk.Image, transform: sitk.Transform) -> float:

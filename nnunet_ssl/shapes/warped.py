@@ -47,7 +47,7 @@ class Wish:
         unlabeled: the prepared unlabelled images.
         each: warps of each labelled case; None for what there is, or as many as ``BUDGET`` allows.
         groups: case -> patient; None for what an earlier call was given, with what the dataset's ``groups.json`` says.
-        channel: that registration compares; None for that of an earlier call, or all of them.
+        channels: that registration compares, () for all of them; None for those of an earlier call, or all.
     """
 
     dataset_name: str
@@ -59,7 +59,7 @@ class Wish:
     unlabeled: PreparedFolder
     each: int | None = None
     groups: dict[str, str] | None = None
-    channel: int | None = None
+    channels: tuple[int, ...] | None = None
 
     @cached_property
     def preprocessing(self) -> dict:
@@ -105,17 +105,17 @@ class WarpManifest(Manifest):
     """The warps; an entry has "moving" and "fixed", the two cases, "made_from", a digest of both, and its quality.
 
     Of all it says "preprocessing"; "labeled", stamps of the prepared labelled cases; "asked", how many warps of each;
-    "dropped", the pairs that were registered and not kept, and why; "groups"; "channel", a list of one or none.
+    "dropped", the pairs that were registered and not kept, and why; "groups"; "channels", none for all.
     """
 
-    FORMAT: ClassVar[int] = 1
+    FORMAT: ClassVar[int] = 2
     ABOUT: ClassVar[dict[str, type]] = {
         "preprocessing": dict,
         "labeled": dict,
         "asked": dict,
         "dropped": dict,
         "groups": dict,
-        "channel": list,
+        "channels": list,
     }
 
     def check(self) -> None:
@@ -127,7 +127,7 @@ class WarpManifest(Manifest):
             _ = float(entry["before"]), float(entry["after"])
         for text in [*self.about["groups"].values(), *(entry["why"] for entry in dropped)]:
             _ = os.fspath(text)
-        for number in [*self.about["asked"].values(), *self.about["channel"]]:
+        for number in [*self.about["asked"].values(), *self.about["channels"]]:
             _ = int(number)
         for name, size, time_, digest in itertools.chain(*self.about["labeled"].values()):
             _ = os.fspath(name), int(size), int(time_), os.fspath(digest)
@@ -264,7 +264,7 @@ class _State:
         other = (
             about["preprocessing"] != wish.preprocessing
             or (wish.groups is not None and about["groups"] != wish.groups)
-            or (wish.channel is not None and about["channel"] != [wish.channel])
+            or (wish.channels is not None and about["channels"] != list(wish.channels))
         )
         self.current = {} if other else self._current(manifest.cases)
         self.dropped = {} if other else self._current(about["dropped"])
@@ -309,14 +309,14 @@ def _complete(state: _State, num_processes: int) -> None:
         "asked": state.done,
         "dropped": state.dropped,
         "groups": groups,
-        "channel": old["channel"] if wish.channel is None else [wish.channel],
+        "channels": old["channels"] if wish.channels is None else list(wish.channels),
     }
     manifest = state.manifest = WarpManifest(wish.folder, about, state.current)
     manifest.write()  # first: a file may be put back as it was before we are done
 
     ending = wish.dataset_json["file_ending"]
     targets = find_targets(wish.dataset_name, ending, wish.unlabeled, groupings)
-    how = (wish.plans, wish.configuration, about["channel"])
+    how = (wish.plans, wish.configuration, about["channels"])
     each = each or _affordable(wish, how, targets, num_processes)
     there = [(entry["moving"], entry["fixed"]) for entry in [*manifest.cases.values(), *state.dropped.values()]]
     pairs = choose(list(todo), targets, round(SPARE * each), groups, there)

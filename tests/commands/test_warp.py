@@ -27,6 +27,7 @@ def folder_of(dataset) -> Path:
         (("--pairs", 0), "--pairs: '0' must be a whole number from 1"),
         (("--channel", 1), "--channel 1: Dataset901_Tiny has 1, from 0"),
         (("--channel", -1), "--channel"),
+        (("--channel", "each"), "--channel: 'each'"),
         (("--groups", "nowhere.json"), "nowhere.json cannot be read"),
         (("-np", "all"), "-np: 'all'"),
         (("-c", "3d_lowres"), "3d_lowres"),

@@ -37,5 +37,6 @@ def test_a_class_may_shrink_and_not_vanish():
 
 def test_volumes_are_those_of_classes_in_mm():
     labels = np.array([[[-1, 0, 1, 1], [3, 3, 3, 0]]])
-    assert volumes(labels, 2.5) == {1: 5.0, 3: 7.5}
-    assert volumes(np.zeros((1, 2, 2)), 1.0) == {}
+    assert volumes(labels, 2.5, (1, 2, 3)) == {1: 5.0, 3: 7.5}
+    assert volumes(labels, 2.5, (1, 2)) == {1: 5.0}  # where 3 is the ignore label
+    assert volumes(np.zeros((1, 2, 2)), 1.0, (1,)) == {}

@@ -70,7 +70,7 @@ def test_a_structure_that_lies_elsewhere_is_found_by_its_template():
     moving = volume(image[None], (1, 1, 1), labels)
     found = register(fixed, moving)
     assert_found(found, fixed, truth, moving, 0.8)
-    start = template_start([(fixed.channels[0], moving.channels[0])], region_around(moving.labels))
+    start = template_start([(fixed.channels[0], moving.channels[0])], region_around(moving))
     assert np.allclose(start.GetOffset(), (12, -9, -3), atol=1.5)
     alone = registration._after(
         nothing(), registration._demons([(fixed.channels[0], moving.channels[0])], nothing(), (4, 2, 1))
@@ -113,6 +113,28 @@ def test_many_channels_each_get_an_iteration(monkeypatch):
     shifted = volume(np.stack([np.roll(image, 1, 2)] * 3), (1, 1, 1))
     field = registration._demons(list(zip(shifted.channels, many.channels, strict=True)), nothing(), (1,))
     assert np.abs(sitk.GetArrayFromImage(field)).max() > 0
+
+
+def test_a_channel_that_shows_nothing_takes_nothing_from_the_similarity():
+    image, _ = phantom((16, 20, 24), shift=(0, 1, 1), seed=1)
+    other, labels = phantom((16, 20, 24), seed=2)
+    found = []
+    for more in ([], [np.zeros_like(image)]):
+        fixed, moving = (np.stack([x, *more]) for x in (image, other))
+        found.append(register(volume(fixed, (1, 1, 1)), volume(moving, (1, 1, 1), labels)))
+    assert found[1].before == pytest.approx(found[0].before)
+    assert found[1].after == pytest.approx(found[0].after, abs=0.05)  # demons take turns, so the field is another
+
+
+def test_where_it_is_judged_what_is_ignored_is_no_structure():
+    labels = np.zeros((10, 40, 40), np.int16)
+    labels[4:6, 10:14, 10:14] = 1
+    image = np.zeros((1, *labels.shape), np.float32)
+    alone = array(region_around(volume(image, (1, 1, 1), labels)))
+    labels[0, 30:] = 2
+    assert np.array_equal(array(region_around(volume(image, (1, 1, 1), labels, (1,)))), alone)
+    assert array(region_around(volume(image, (1, 1, 1), labels))).sum() > alone.sum() + 400
+    assert array(region_around(volume(image, (1, 1, 1), labels, ()))).all()  # without structures everywhere
 
 
 @pytest.mark.filterwarnings("error")

@@ -249,14 +249,18 @@ def test_other_plans_redo_all(tiny_copy):
     assert set(after.places.values()).isdisjoint(before.places.values())
 
 
-@pytest.mark.parametrize("more", [{"channel": 0}, {"groups": {"un_00": "p"}}], ids=["channel", "groups"])
+@pytest.mark.parametrize("more", [{"channels": (0,)}, {"groups": {"un_00": "p"}}], ids=["channel", "groups"])
 def test_another_channel_or_other_groups_redo_all_and_hold_from_then_on(tiny_copy, more):
     dataset = tiny_copy("multichannel")
     before = warps(dataset, ("tr_00",), each=4)
     after = warps(dataset, ("tr_00",), **more)
     assert set(after.places.values()).isdisjoint(before.places.values())
     assert warps(dataset, ("tr_00",)) == after
-    assert manifest(dataset)["channel"] == ([0] if "channel" in more else [])
+    assert manifest(dataset)["channels"] == ([0] if "channels" in more else [])
+    if "channels" in more:  # and back to all of them
+        again = warps(dataset, ("tr_00",), channels=())
+        assert set(again.places.values()).isdisjoint(after.places.values())
+        assert manifest(dataset)["channels"] == []
 
 
 def test_without_a_number_there_are_as_many_as_time_allows(tiny_copy, monkeypatch, capsys):
