@@ -83,15 +83,22 @@ def weights(trainer):
     yield from trainer.training_modules.named_parameters("training")
 
 
-@pytest.mark.parametrize("passes", ["lean", "joint"])
-def test_two_ranks_with_half_a_batch_step_like_one_with_all_of_it(tiny, make_trainer, tmp_path, passes):
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"passes": "joint"}, {"warped_share": 0.5, "predict_with": "ema"}],
+    ids=["lean", "joint", "warps and average"],
+)
+def test_two_ranks_with_half_a_batch_step_like_one_with_all_of_it(tiny, make_trainer, tmp_path, more):
     from test_step import a_batch
 
-    settings = {"passes": passes, "cps_rampup": 0.0}
+    settings = {"cps_rampup": 0.0, **more}
     together = make_trainer("nnUNetTrainerCPS", tiny(), settings=settings)
     assert not together.configuration_manager.batch_dice  # or the Dice of halves is not the Dice of all
     batch = a_batch(together)
     apart = make_trainer("nnUNetTrainerCPS", tiny(), settings=settings)
+    for trainer in (together, apart):
+        trainer.on_train_start()
+        assert ("average" in trainer.training_modules) == ("predict_with" in more)
     ranks = on_two_ranks(tmp_path, _step, apart, batch)
     loss = together.train_step(batch)["loss"]
     values = together._mean_values()
