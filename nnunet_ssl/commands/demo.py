@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(
         prog="nnUNetv2_ssl_demo",
         description="Make a small dataset of five organs with few labels, train nnUNetTrainerLabeledOnly and "
-        "nnUNetTrainerSHTA_CPS on it from the same seed with nnU-Net's own commands, and compare them on test cases. "
+        "nnUNetTrainerWarps on it from the same seed with nnU-Net's own commands, and compare them on test cases. "
         "About ten minutes on two CPU cores. A stopped demo goes on where it was.",
     )
     parser.add_argument("--dir", type=Path, default=Path("demo"), help="Folder for all of it. Default: demo")

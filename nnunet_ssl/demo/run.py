@@ -19,11 +19,12 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_json, write_json, writing
 from nnunet_ssl.stock_commands import executable, running
 
-TRAINERS = ("nnUNetTrainerLabeledOnly", "nnUNetTrainerSHTA_CPS")
+TRAINERS = ("nnUNetTrainerLabeledOnly", "nnUNetTrainerWarps")
 CONFIGURATION, PLANS, FOLD = "3d_fullres", "nnUNetPlans", "all"
 DATASET_ID = 1
 FEATURES = (8, 16, 32)
 PATCH_SIZE = (24, 28, 28)
+PAIRS = 10  # warps of each labelled case
 STEPS_AN_EPOCH = 50
 EPOCHS = 20
 FIGURE_CASES = 3  # the first of the test set
@@ -62,6 +63,7 @@ class Demo:
             self._say("Drawing the dataset: 5 labelled, 40 unlabelled and 10 test cases")
             write_dataset(raw.parent, self.seed)
         self._plan()
+        self._warp()
         results: dict[str, Any] = {"epochs": self.epochs, "seed": self.seed, "device": self.device, "trainers": {}}
         for trainer in TRAINERS:
             self._train(trainer)
@@ -105,9 +107,14 @@ class Demo:
             return
         self._say("Planning and preprocessing")
         self._command("nnUNetv2_plan_and_preprocess", "-d", DATASET_ID, "-c", CONFIGURATION, "-npfp", 2, "-np", 2)
-        plans = self.folder / "nnUNet_preprocessed" / DATASET / f"{PLANS}.json"
-        shrink_plans(plans, CONFIGURATION, FEATURES, patch_size=PATCH_SIZE, batch_size=2)
+        shrink_plans(self._prepared / f"{PLANS}.json", CONFIGURATION, FEATURES, patch_size=PATCH_SIZE, batch_size=2)
         done.touch()
+
+    def _warp(self) -> None:
+        """Labelled images in the shapes of unlabelled ones."""
+        if not any(self._prepared.glob("*_warped/warps.png")):
+            self._say("Registering labelled images onto unlabelled ones")
+            self._command("nnUNetv2_ssl_warp", "-d", DATASET_ID, "-c", CONFIGURATION, "--pairs", PAIRS, "-np", 2)
 
     def _train(self, trainer: str) -> None:
         """Train, or go on training."""
@@ -139,6 +146,10 @@ class Demo:
             return {**dice, "mean": float(metrics["foreground_mean"]["Dice"])}
         except (LookupError, TypeError, ValueError) as error:
             raise UserError(f"{summary} is not as nnUNetv2_evaluate_folder writes it ({error!r}). {remedy}") from error
+
+    @property
+    def _prepared(self) -> Path:
+        return self.folder / "nnUNet_preprocessed" / DATASET
 
     def _model(self, trainer: str) -> Path:
         name = f"{trainer}_{self.epochs}epochs__{PLANS}__{CONFIGURATION}"

@@ -79,9 +79,7 @@ def registered(
         return None, None, "are a slice and a volume"
     found = register(there, here, channels)
     labels = warp_labels(here.labels, grid, found.transform)
-    before, after = (
-        volumes(array(x), float(np.prod(x.GetSpacing())), here.structures) for x in (here.labels, labels)
-    )
+    before, after = (volumes(array(x), float(np.prod(x.GetSpacing())), here.structures) for x in (here.labels, labels))
     return found, labels, why_not(found, before, after)
 
 

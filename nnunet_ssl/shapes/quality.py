@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nnunet_ssl.shapes.registration import Registration
+from nnunet_ssl.shapes.registration import MOST_FOLDING, Registration
 
-MOST_FOLDING = 0.01  # of the voxels
 LEAST_SIMILARITY = 0.4  # correlation around the labelled structures
 LEAST_COVERED = 0.5  # of the fixed image
 LEAST_LEFT = 0.2  # of the volume of a class

@@ -19,11 +19,11 @@ def test_table_puts_both_trainers_side_by_side():
     results = {
         "trainers": {
             "nnUNetTrainerLabeledOnly": {"test_dice": {"liver": 0.5, "mean": 0.4}},
-            "nnUNetTrainerSHTA_CPS": {"test_dice": {"liver": 0.625, "mean": 0.35}},
+            "nnUNetTrainerWarps": {"test_dice": {"liver": 0.625, "mean": 0.35}},
         }
     }
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in dice_table(results).splitlines()]
-    assert rows[0][1:] == ["nnUNetTrainerLabeledOnly", "nnUNetTrainerSHTA_CPS", "difference"]
+    assert rows[0][1:] == ["nnUNetTrainerLabeledOnly", "nnUNetTrainerWarps", "difference"]
     assert rows[2] == ["liver", "0.500", "0.625", "+0.125"]
     assert rows[3] == ["mean", "0.400", "0.350", "-0.050"]
 
@@ -38,7 +38,7 @@ def test_figure_shows_the_slice_with_most_organs():
 
 def test_figure_is_drawn(tmp_path):
     raw = write_dataset(tmp_path, 0, labeled=1, unlabeled=1, test=2)
-    predictions = {"nnUNetTrainerLabeledOnly": raw / "labelsTs", "nnUNetTrainerSHTA_CPS": raw / "labelsTs"}
+    predictions = {"nnUNetTrainerLabeledOnly": raw / "labelsTs", "nnUNetTrainerWarps": raw / "labelsTs"}
     draw_figure(raw, predictions, tmp_path / "figure.png")
     height, width, _ = imread(tmp_path / "figure.png").shape
     assert width > 1.5 * height  # four panels for each of two cases

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from phantoms import dice, phantom
+from scipy import ndimage
 
 from nnunet_ssl.shapes import registration
 from nnunet_ssl.shapes.registration import (
+    MOST_FOLDING,
     Registration,
     Volume,
     array,
+    folding,
     region_around,
     register,
     template_start,
@@ -113,6 +116,21 @@ def test_many_channels_each_get_an_iteration(monkeypatch):
     shifted = volume(np.stack([np.roll(image, 1, 2)] * 3), (1, 1, 1))
     field = registration._demons(list(zip(shifted.channels, many.channels, strict=True)), nothing(), (1,))
     assert np.abs(sitk.GetArrayFromImage(field)).max() > 0
+
+
+def test_where_demons_fold_they_are_made_again_without_folds(monkeypatch):
+    """Slices of other anatomies, far apart, as in cardiac MRI."""
+    rng = np.random.default_rng(0)
+    images = [ndimage.gaussian_filter(rng.normal(size=(6, 40, 40)), (0.5, 2, 2)).astype(np.float32) for _ in range(2)]
+    labels = np.zeros((6, 40, 40), np.int16)
+    labels[2:4, 14:26, 14:26] = 1
+    fixed, moving = volume(images[0][None] * 20, (4, 1, 1)), volume(images[1][None] * 20, (4, 1, 1), labels)
+    found = register(fixed, moving)
+    assert found.folding <= MOST_FOLDING
+    assert found.folding == folding(fixed.channels[0], found.transform)
+    assert found.after > found.before
+    monkeypatch.setattr(registration, "MOST_FOLDING", 1.0)
+    assert register(fixed, moving).folding > MOST_FOLDING
 
 
 def test_a_channel_that_shows_nothing_takes_nothing_from_the_similarity():
