@@ -20,7 +20,7 @@ from skimage.feature import match_template
 LEVELS = (4, 2, 1)  # shrink factors of the pyramid
 ITERATIONS = 40  # at each level
 SIGMA = 1.0  # voxels: of the Gaussian that smooths the field after each iteration
-LONGEST = 128  # voxels of an axis at the finest level; a field is smooth enough to be enlarged from there
+LONGEST = {2: 128, 3: 64}  # voxels of an axis at the finest level; a field is smooth enough to be enlarged from there
 SHORTEST = 16  # voxels: an axis is not shrunk below
 TEMPLATE = 40  # voxels of an axis when the translation is looked for
 MOST_FOLDING = 0.01  # share of the voxels
@@ -231,7 +231,8 @@ def _demons(
     kind: type[sitk.ImageFilter] = sitk.FastSymmetricForcesDemonsRegistrationFilter,
 ) -> sitk.Image:
     """The displacement field that follows ``start``, from coarse to fine."""
-    finest = max(1.0, max(pairs[0][0].GetSize()) / LONGEST)
+    grid = pairs[0][0]
+    finest = max(1.0, max(grid.GetSize()) / LONGEST[grid.GetDimension()])
     turns = 1 if len(pairs) == 1 else 4
     for level in levels:
         shrunk = [tuple(_shrunk(image, level * finest) for image in pair) for pair in pairs]
