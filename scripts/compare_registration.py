@@ -210,6 +210,11 @@ def main(argv: list[str] | None = None) -> None:
         except ImportError as error:
             print(f"| {method.__name__} | not installed ({error.name}) | | | |", flush=True)
             continue
+        except RuntimeError as error:  # of ANTs, where it finds no step
+            print(
+                f"| {method.__name__} | fails on pair {len(scores) + 1} of {len(pairs)} ({error}) | | | |", flush=True
+            )
+            continue
         seconds = (time.process_time() - start) / len(pairs)
         rows[method.__name__] = {
             "dice": scores, "seconds": seconds, "folding": max(folds) if folds else None

@@ -25,6 +25,7 @@ ONE_THREAD = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_NUM_THREAD
 SAME_LENGTH = 0.05
 
 PRETRAINED = "-pretrained_weights"  # nnU-Net's option
+PRETRAINING = "pretraining.json"  # settings of a run's pretraining, beside its settings.json
 
 SECONDS = "seconds_a_step.json"  # of each row, in the folder of the benchmark
 
@@ -229,7 +230,7 @@ class Plan:
         return any(
             self.dataset_key(labeled if row.labeled is None else row.labeled, seed) == key
             for row in p.rows
-            if getattr(trainers, row.trainer).uses_unlabeled
+            if any(getattr(trainers, stage.trainer).uses_unlabeled for stage in row.stages)
             for labeled in p.labeled
             for seed in p.seeds
         )
@@ -241,8 +242,7 @@ class Plan:
         p = self.protocol
         if all(budget.steps is not None for budget in p.budgets):
             return
-        known = self._known_seconds()
-        timed = [row for row in p.rows if self._timed_as(row) is row and row.key not in known]
+        timed = self._to_be_timed()
         rows = [(row, number) for number in range(p.measure.rounds) for row in (timed if number % 2 == 0
                                                                                 else timed[::-1])]  # fmt: skip
         for row, number in rows:
@@ -256,22 +256,42 @@ class Plan:
 
         Measured seconds are those of the fastest epoch: whatever else the machine does makes one longer, never shorter.
         """
-        p, seconds = self.protocol, self._known_seconds()
-        for row in p.rows:
-            if row.key in seconds:
-                continue
-            folders = [self._measure_folder(self._timed_as(row), number) for number in range(p.measure.rounds)]
-            rounds = [epoch_seconds(fold) for folder in folders for fold in trainings(folder)]
-            # the first epoch is warm-up: allocators, compilation, the choice of algorithms
-            epochs = [time for found in rounds for epoch, time in found.items() if epoch > 0]
-            if [len(found) for found in rounds] == [p.measure.epochs] * p.measure.rounds:
-                seconds[row.key] = min(epochs) / p.measure.iterations
-                if seconds[row.key] == 0:
-                    raise UserError(
-                        f"the short runs of {row.name} took no time that nnU-Net's log can show; set "
-                        f"measure.iterations in {p.name} above {p.measure.iterations} and take another -o."
-                    )
+        seconds = self._known_seconds()
+        for row in self.protocol.rows:
+            stages = [] if row.key in seconds else [self._seconds_of(stage) for stage in row.stages]
+            if stages and None not in stages:
+                seconds[row.key] = sum(stages) / len(stages)
         return seconds
+
+    def _seconds_of(self, stage: Row) -> float | None:
+        """Known of a row that is but this, or measured; None as long as it is neither."""
+        p, known = self.protocol, self._known_seconds()
+        for row in p.rows:
+            if row.key in known and row.trainings == 1 and row.alike(stage):
+                return known[row.key]
+        timed = next(other for other in self._to_be_timed() if other.alike(stage))
+        folders = [self._measure_folder(timed, number) for number in range(p.measure.rounds)]
+        rounds = [epoch_seconds(fold) for folder in folders for fold in trainings(folder)]
+        if [len(found) for found in rounds] != [p.measure.epochs] * p.measure.rounds:
+            return None
+        # the first epoch is warm-up: allocators, compilation, the choice of algorithms
+        seconds = min(time for found in rounds for epoch, time in found.items() if epoch > 0) / p.measure.iterations
+        if seconds == 0:
+            raise UserError(
+                f"the short runs of {timed.name} took no time that nnU-Net's log can show; set measure.iterations in "
+                f"{p.name} above {p.measure.iterations} and take another -o."
+            )
+        return seconds
+
+    def _to_be_timed(self) -> list[Row]:
+        """The first stage of each kind whose seconds are not known."""
+        p, known = self.protocol, self._known_seconds()
+        plain = [row for row in p.rows if row.key in known and row.trainings == 1]
+        timed: list[Row] = []
+        for stage in (stage for row in p.rows if row.key not in known for stage in row.stages):
+            if not any(stage.alike(other) for other in [*plain, *timed]):
+                timed.append(stage)
+        return timed
 
     def keep_seconds(self) -> None:
         """Write down the seconds a step, so that runs that are added later get their length from the same."""
@@ -280,19 +300,11 @@ class Plan:
             write_json(str(self.home / SECONDS), seconds)
 
     def _known_seconds(self) -> dict[str, float]:
-        """Of rows that need no measuring: given by the protocol, or kept, of the row or another that trains alike."""
+        """Of rows that need no measuring: given by the protocol, or kept; the mean of a row's trainings."""
         known = kept_seconds(self.home) | {
             row_key(name): value for name, value in self.protocol.measure.seconds.items()
         }
-        for row in self.protocol.rows:
-            same = [known[other.key] for other in self.protocol.rows if other.key in known and other.alike(row)]
-            if row.key not in known and same:
-                known[row.key] = same[0]
         return {row.key: known[row.key] for row in self.protocol.rows if row.key in known}
-
-    def _timed_as(self, row: Row) -> Row:
-        """The first row that trains as this one does: a step takes the same time, and they get the same number."""
-        return next(other for other in self.protocol.rows if other.alike(row))
 
     def _measure_folder(self, row: Row, number: int) -> Path:
         p = self.protocol
@@ -334,9 +346,10 @@ class Plan:
         p = self.protocol
         if budget.steps is not None:
             return self._steps_of_an_epoch(row, budget.steps)
-        if (folder / "settings.json").is_file():  # a run that was started keeps its length, whatever is measured later
-            file, name = folder / "settings.json", "num_iterations_per_epoch"
-            return read_json(file, "Restore it: a run that was begun keeps its length.", keys={name: int})[name]
+        for file in (folder / "settings.json", folder / PRETRAINING):
+            if file.is_file():  # a run that was started keeps its length, whatever is measured later
+                name = "num_iterations_per_epoch"
+                return read_json(file, "Restore it: a run that was begun keeps its length.", keys={name: int})[name]
         seconds = self.seconds_a_step()
         of = row if budget.time_of is None else p.row(budget.time_of)
         if row.key not in seconds or of.key not in seconds:
@@ -371,7 +384,7 @@ class Plan:
             words += again.options
             machine = ("-device", m.device, "-np", str(m.processes))
             yield Step(f"{key}/self_training", f"Self-training: {run.title}", tuple(map(str, words)), machine, step[2])
-            number = self.ids[run.key] + again.rounds - 1
+            number = self._last_dataset(run)
         for epoch in p.curve_epochs:
             words = ["nnUNetv2_predict", "-i", dataset / "imagesTs", "-o", self.predictions(run, epoch)]
             words += ["-d", number, "-c", p.configuration, "-f", 0, "-p", p.plans, "-tr", self._last_trainer(run.row)]
@@ -425,12 +438,14 @@ class Plan:
 
     def model(self, run: Run) -> Path:
         """nnU-Net's folder of the (last) trained model, as a pattern."""
-        number = self.ids[self.dataset_key(run.labeled, run.seed)]
-        if run.row.self_training:
-            number = self.ids[run.key] + run.row.self_training.rounds - 1
-        p = self.protocol
+        p, number = self.protocol, self._last_dataset(run)
         name = f"{self._last_trainer(run.row)}__{p.plans}__{p.configuration}"
         return run.folder / "results" / f"Dataset{number:03d}_*" / name
+
+    def _last_dataset(self, run: Run) -> int:
+        """The id of the one that its last training learns from."""
+        source = self.ids[self.dataset_key(run.labeled, run.seed)]
+        return self.ids[run.key] + run.row.rounds - 1 if run.row.rounds else source
 
     def predictions(self, run: Run, epoch: int) -> Path:
         """Predicted test cases after an epoch."""
@@ -455,9 +470,9 @@ class Plan:
 
     def _pretrain(self, run: Run) -> tuple[Any, ...]:
         """As ``_train``; beside the training that follows, with nothing of its settings but seed and length."""
-        row = replace(run.row, trainer=run.row.pretrained_by, settings={})
+        row = run.row.stages[0]
         settings = {**self._settings(row, run.seed, run.iterations), "save_every": run.epochs}
-        return self._train(row, run.labeled, run.seed, run.epochs, run.folder, settings, "pretraining.json")
+        return self._train(row, run.labeled, run.seed, run.epochs, run.folder, settings, PRETRAINING)
 
     def _train(
         self,

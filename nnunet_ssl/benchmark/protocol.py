@@ -94,8 +94,21 @@ class Row:
         """In file names."""
         return row_key(self.name)
 
+    @property
+    def stages(self) -> tuple[Row, ...]:
+        """Its trainings, one after the other, each as a row of one. They share the budget, with the same steps each."""
+        own = replace(self, pretrained_by=None, self_training=None)
+        stages = [own]
+        if self.pretrained_by is not None:
+            first = replace(own, name=f"{self.name}, pretraining", trainer=self.pretrained_by, settings={})
+            stages = [first, own]
+        if self.self_training is not None and self.self_training.student is not None:
+            student = replace(own, name=f"{self.name}, student", trainer=self.self_training.student)
+            return (*stages, *[student] * self.rounds)
+        return (*stages, *[own] * self.rounds)
+
     def alike(self, other: Row) -> bool:
-        """Whether a step of both is the same computation, so that it takes the same time."""
+        """Whether a step of these stages is the same computation, so that it takes the same time."""
         return (self.trainer, self.settings) == (other.trainer, other.settings)
 
     @property
@@ -105,8 +118,8 @@ class Row:
 
     @property
     def trainings(self) -> int:
-        """How many trainings share its budget, with the same steps each."""
-        return (self.pretrained_by is not None) + 1 + self.rounds
+        """How many stages it has."""
+        return len(self.stages)
 
 
 @declared
@@ -314,17 +327,26 @@ def _check_rows(protocol: Protocol, file: Path) -> None:
             raise UserError(f"{where} is named {row.name!r}, as another row is (but for signs); rename one.")
         student = row.self_training.student if row.self_training else None
         for field, trainer in (("trainer", row.trainer), ("pretrained_by", row.pretrained_by), ("student", student)):
-            if trainer is not None and trainer not in TRAINERS:
+            if trainer is None:
+                continue
+            if trainer not in TRAINERS:
                 near = difflib.get_close_matches(trainer, TRAINERS, n=1)
                 hint = f"did you mean {near[0]}? " if near else ""
                 raise UserError(
                     f"{where} sets '{field}' to {trainer!r}; {hint}The trainers are those of nnUNetv2_ssl_trainers, "
                     "without _<N>epochs."
                 )
-        if issubclass(getattr(trainers, row.trainer), trainers.nnUNetTrainerMAE):
+            if field != "pretrained_by" and issubclass(getattr(trainers, trainer), trainers.nnUNetTrainerMAE):
+                raise UserError(
+                    f"{where} sets '{field}' to {trainer!r}, which does not segment; set 'pretrained_by' to it, and "
+                    "'trainer' to one that starts from its weights."
+                )
+        if row.pretrained_by == row.trainer:
+            raise UserError(f"{where} sets 'pretrained_by' to its own trainer; leave it out, or take another.")
+        if row.pretrained_by and issubclass(getattr(trainers, row.trainer), trainers.nnUNetTrainerSASNet):
             raise UserError(
-                f"{where} sets 'trainer' to {row.trainer!r}, which does not segment; set 'pretrained_by' to it, and "
-                "'trainer' to one that starts from its weights."
+                f"{where} sets 'pretrained_by', but nnU-Net refuses weights without the second decoder of "
+                f"{row.trainer}; leave it out."
             )
         if row.against is not None and row.against not in names:
             raise UserError(f"{where} sets 'against' to {row.against!r}; the rows are {', '.join(names)}.")
@@ -383,8 +405,7 @@ def _check_settings(protocol: Protocol, file: Path) -> None:
         if any(name in settings for settings in (protocol.settings, *(row.settings for row in protocol.rows))):
             raise UserError(f"{file} sets '{name}' among the settings; seeds, epochs, budgets and curve say that.")
     for number, row in enumerate(protocol.rows):
-        settings = {**protocol.settings, **row.settings}
         where = f"{file}, rows[{number}] ({row.name}),"
-        settings_from_dict(getattr(trainers, row.trainer).Settings, settings, where)
-        if row.pretrained_by is not None:
-            settings_from_dict(getattr(trainers, row.pretrained_by).Settings, protocol.settings, where)
+        for stage in row.stages:
+            settings = {**protocol.settings, **stage.settings}
+            settings_from_dict(getattr(trainers, stage.trainer).Settings, settings, where)

@@ -9,6 +9,7 @@ import subprocess
 import pytest
 
 from nnunet_ssl.benchmark.plan import epoch_seconds, quoted, trainings
+from nnunet_ssl.benchmark.protocol import row_key
 from nnunet_ssl.errors import UserError
 
 SECONDS = {"Labels only": 0.1, "CPS": 0.4, "CPS + SHTA": 0.5, "More labels": 0.1}
@@ -16,10 +17,10 @@ SECONDS = {"Labels only": 0.1, "CPS": 0.4, "CPS + SHTA": 0.5, "More labels": 0.1
 
 def write_measurements(plan, write_times, seconds=SECONDS):
     """Short runs of each row with these seconds a step; their first epoch is slow."""
-    for row in plan.protocol.rows:
+    for name, second in seconds.items():
         for number in range(2):
-            epoch = 10 * seconds[row.name]
-            write_times(plan.home / "measure" / f"{row.key}_2labeled_seed0_{number}", [50.0, epoch + 0.1, epoch])
+            folder = plan.home / "measure" / f"{row_key(name)}_2labeled_seed0_{number}"
+            write_times(folder, [50.0, 10 * second + 0.1, 10 * second])
 
 
 def lengths(plan, budget):
@@ -319,9 +320,9 @@ def test_pretraining_shares_the_budget_and_hands_on_its_weights(given, make_plan
     given["budgets"][1] = {"minutes": 2}
     given["rows"][2]["against"] = "Labels only"
     plan = make_plan(given)
-    write_measurements(plan, write_times, {**SECONDS, "Pretrained": 0.1})
-    # half of the steps each, of 80, and of 120 s of 0.1 s
-    assert (lengths(plan, 0)["Pretrained"], lengths(plan, 1)["Pretrained"]) == (10, 150)
+    write_measurements(plan, write_times, {**SECONDS, "Pretrained": 0.1, "Pretrained, pretraining": 0.05})
+    # half of the steps each: of 80, and of those that fit into 120 s, of which one takes 0.1 s and the other 0.05 s
+    assert (lengths(plan, 0)["Pretrained"], lengths(plan, 1)["Pretrained"]) == (10, 200)
     run = next(run for run in plan.runs(plan.protocol.budgets[0], 2) if run.row.pretrained_by)
     assert run.steps_before == 40
     pretrain, train, *_ = plan.steps_of(run)
@@ -342,6 +343,34 @@ def test_pretraining_shares_the_budget_and_hands_on_its_weights(given, make_plan
     assert pretrain.variables["nnUNet_ssl_config"] == str(pretrain.settings[0])
     assert pretrain.checkpoints != train.checkpoints
     assert set(plan.ids) == {f"{labeled} labelled, order {seed}" for labeled in (2, 4) for seed in (0, 1)}
+
+
+def test_each_kind_of_training_is_timed_once(given, make_plan, write_times):
+    given["rows"][1] |= {"settings": {}, "self_training": {"student": "nnUNetTrainerURPC", "rounds": 2}}
+    given["rows"][3] |= {"pretrained_by": "nnUNetTrainerMAE"}
+    given["budgets"] = [{"minutes": 4}]
+    given["measure"] |= {"rounds": 1, "seconds": {"Labels only": 0.1}}
+    plan = make_plan(given)
+    names = [step.title.removeprefix("Time ").partition(", round")[0] for step in plan.measure()]
+    assert names == ["CPS", "CPS, student", "CPS + SHTA", "More labels, pretraining"]
+    seconds = {"CPS": 0.4, "CPS, student": 0.1, "CPS + SHTA": 0.5, "More labels, pretraining": 0.06}
+    write_measurements(plan, write_times, seconds)
+    means = {"labels_only": 0.1, "cps": 0.2, "cps_shta": 0.5, "more_labels": 0.08}
+    assert plan.seconds_a_step() == pytest.approx(means)
+    assert lengths(plan, 0) == {"Labels only": 600, "CPS": 100, "CPS + SHTA": 120, "More labels": 375}
+
+
+def test_a_run_keeps_its_length_from_its_pretraining_on(given, make_plan, write_times):
+    given["rows"] = [{"name": "Pretrained", "trainer": "nnUNetTrainerCPS", "pretrained_by": "nnUNetTrainerMAE"}]
+    given["budgets"] = [{"minutes": 2}]
+    plan = make_plan(given)
+    write_measurements(plan, write_times, {"Pretrained": 0.1, "Pretrained, pretraining": 0.1})
+    (run, *_) = plan.runs(plan.protocol.budgets[0], 2)
+    pretrain = next(iter(plan.steps_of(run)))
+    pretrain.settings[0].parent.mkdir(parents=True)
+    pretrain.settings[0].write_text(json.dumps(pretrain.settings[1]))
+    given["measure"]["seconds"] = {"Pretrained": 0.4}
+    assert lengths(make_plan(given), 0)["Pretrained"] == run.iterations == 150
 
 
 def test_comparison_of_all_rows_for_each_table_and_seed(given, make_plan):

@@ -101,6 +101,13 @@ def set_(*path):
         (set_("rows", 0, "self_training", {"rounds": 2}), r"trainings of Labels only \(3\), 12"),
         (set_("rows", 0, "self_training", {"round": 2}), r"rows\[0\], self_training, sets 'round'"),
         (set_("rows", 0, "self_training", {"student": "nnUNetTrainerCP"}), r"'student' .* mean nnUNetTrainerCPS\?"),
+        (set_("rows", 0, "self_training", {"student": "nnUNetTrainerMAE"}), "'student' .* does not segment"),
+        (set_("rows", 1, "self_training", {"student": "nnUNetTrainerURPC"}), "CPS.* sets 'cps_weight'"),
+        (set_("rows", 1, "pretrained_by", "nnUNetTrainerCPS"), "'pretrained_by' to its own trainer"),
+        (
+            lambda p: p["rows"][0].update(trainer="nnUNetTrainerSASNet", pretrained_by="nnUNetTrainerMAE"),
+            "the second decoder of nnUNetTrainerSASNet",
+        ),
         (set_("figures", ["URPC"]), r"sets 'figures' to \['URPC'\]; the rows are Labels only, CPS"),
         (set_("curve", [0.5]), "growing shares that end with 1"),
         (set_("curve", [1, 0.5]), "growing shares"),
