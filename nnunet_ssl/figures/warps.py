@@ -10,14 +10,14 @@ from matplotlib.axes import Axes
 from nnunet_ssl.figures.outlines import draw_outline
 from nnunet_ssl.figures.page import column_width, new_figure, paper_style, save_figure, wrapped
 from nnunet_ssl.figures.slices import slice_axis
-from nnunet_ssl.shapes.case import load, spacing_of
+from nnunet_ssl.shapes.case import load, spacing_of, structures_of
 from nnunet_ssl.shapes.warped import WarpManifest, Wish
 
 
 def draw_warps(wish: Wish) -> Path:
     """Draw a labelled image, the unlabelled one, and the first warped onto the second, with outlines of the classes.
 
-    The slice is the one with the most foreground; images are prepared ones, the first channel.
+    The slice is the one with the most of the structures; images are prepared ones, the first channel.
 
     Args:
         wish: whose warps are there.
@@ -37,9 +37,12 @@ def draw_warps(wish: Wish) -> Path:
             entry = manifest.cases[case]
             moving, fixed = entry["moving"], entry["fixed"]
             image, labels, properties = load(wish.labeled_folder, moving)
+            structures = structures_of(properties)
+            labels = np.where(np.isin(labels, structures), labels, 0)
             _draw(axes[0], image[0], labels[0], labels[0], spacing_of(wish.plans, wish.configuration, properties))
             image, _, properties = load(wish.unlabeled.places[fixed], fixed)
             warped, labels, _ = load(manifest.place(case), case)
+            labels = np.where(np.isin(labels, structures), labels, 0)
             spacing = spacing_of(wish.plans, wish.configuration, properties)
             _draw(axes[1], image[0], labels[0], None, spacing)
             _draw(axes[2], warped[0], labels[0], labels[0], spacing)

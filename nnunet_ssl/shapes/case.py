@@ -118,10 +118,10 @@ def prepared_volume(plans: dict, configuration: str, folder: str, case: str, lab
     """A prepared case for registration."""
     data, seg, properties = load(folder, case)
     spacing = spacing_of(plans, configuration, properties)
-    return volume(data, spacing, seg[0], _structures(properties)) if labels else volume(data, spacing)
+    return volume(data, spacing, seg[0], structures_of(properties)) if labels else volume(data, spacing)
 
 
-def _structures(properties: dict) -> tuple[int, ...]:
+def structures_of(properties: dict) -> tuple[int, ...]:
     """The labels whose voxels nnU-Net has listed: those of its classes or regions, not of all that is annotated."""
     listed = [np.atleast_1d(key) for key in properties["class_locations"]]
     return tuple(sorted({int(label) for labels in listed if -1 not in labels for label in labels}))

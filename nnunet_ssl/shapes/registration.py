@@ -17,6 +17,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 from skimage.feature import match_template
 
+VERSION = 2  # of what is below: what was registered by another one is registered anew
 LEVELS = (4, 2, 1)  # shrink factors of the pyramid
 ITERATIONS = 40  # at each level
 SIGMA = 1.0  # voxels: of the Gaussian that smooths the field after each iteration
@@ -271,8 +272,9 @@ def _correlation(fixed: sitk.Image, moving: sitk.Image, transform: sitk.Transfor
     """None where one of the two is constant, and says nothing."""
     one = sitk.GetArrayFromImage(fixed)[there]
     other = sitk.GetArrayFromImage(sitk.Resample(moving, fixed, transform, sitk.sitkLinear, 0.0))[there]
-    spread = one.std() * other.std()
-    return float(np.mean((one - one.mean()) * (other - other.mean())) / spread) if spread > 0 else None
+    if np.ptp(one) == 0 or np.ptp(other) == 0:  # by rounding, a deviation need not be 0 then
+        return None
+    return float(np.mean((one - one.mean()) * (other - other.mean())) / (one.std() * other.std()))
 
 
 def folding(grid: sitk.Image, transform: sitk.Transform) -> float:

@@ -28,7 +28,7 @@ from nnunet_ssl.files import Stamp
 from nnunet_ssl.shapes.case import load, prepared_volume, registered, spacing_of, stamps_of
 from nnunet_ssl.shapes.pairs import description
 from nnunet_ssl.shapes.quality import TOO_FEW
-from nnunet_ssl.shapes.registration import one_thread, volume
+from nnunet_ssl.shapes.registration import VERSION, one_thread, volume
 from nnunet_ssl.shapes.vote import Atlas, atlas, channels, vote
 from nnunet_ssl.unlabeled.prepare import labeled_folder, preprocessing_of
 from nnunet_ssl.unlabeled.store import Manifest, Outcome, PreparedFolder, cannot_write, disk_failure
@@ -287,4 +287,4 @@ def _stamps(electorate: Electorate, known: Mapping[str, list]) -> dict[str, list
 def _digest(about: dict, stamps: Mapping[str, list], content: str) -> str:
     """Of all that a vote is made from."""
     labeled = {case: [digest for *_, digest in files] for case, files in stamps.items()}
-    return hashlib.sha256(json.dumps([about, labeled, content], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([VERSION, about, labeled, content], sort_keys=True).encode()).hexdigest()

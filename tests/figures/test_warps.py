@@ -43,6 +43,17 @@ def test_it_is_drawn_of_every_kind_of_data(tiny_copy, kind):
     assert Path(wish.folder, "warps.pdf").exists()
 
 
+def test_what_is_ignored_has_no_outline(tiny_copy, monkeypatch):
+    wish = warped(tiny_copy("ignore"), ("tr_00",), 1)
+    drawn = []
+    monkeypatch.setattr(module, "_draw", lambda axes, image, where, labels, spacing: drawn.append((where, labels)))
+    draw_warps(wish)
+    classes = set(PlansManager(wish.plans).get_label_manager(wish.dataset_json).foreground_labels)
+    for where, labels in drawn:
+        assert set(np.unique(where)) <= {0, *classes}
+        assert labels is None or set(np.unique(labels)) <= {0, *classes}
+
+
 def test_best_median_and_worst_are_those_of_the_rule(tiny_copy, monkeypatch):
     wish = warped(tiny_copy(), ("tr_00", "tr_01"), 2)
     manifest = WarpManifest.read(wish.folder)

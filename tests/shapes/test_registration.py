@@ -89,12 +89,21 @@ def test_the_template_may_be_larger_than_the_image_and_leave_it():
     assert np.isfinite(found[1:]).all()
 
 
-def test_channels_take_turns_and_each_one_counts():
+def test_channels_take_turns():
     """Opposite contrast: the sum of both channels shows nothing, each by itself does."""
     image, truth = phantom(SHAPE, bend=3.0, seed=1)
     fixed = volume(np.stack([image, -image]), (1, 1, 1))
     image, labels = phantom(SHAPE, seed=2)
     moving = volume(np.stack([image, -image]), (1, 1, 1), labels)
+    assert_found(register(fixed, moving), fixed, truth, moving, 0.85)
+
+
+@pytest.mark.parametrize("shows", [0, 1])
+def test_each_channel_counts(shows):
+    image, truth = phantom(SHAPE, bend=3.0, seed=1)
+    fixed = volume(np.stack([image if channel == shows else 0 * image for channel in range(2)]), (1, 1, 1))
+    image, labels = phantom(SHAPE, seed=2)
+    moving = volume(np.stack([image if channel == shows else 0 * image for channel in range(2)]), (1, 1, 1), labels)
     assert_found(register(fixed, moving), fixed, truth, moving, 0.85)
 
 
@@ -118,6 +127,19 @@ def test_many_channels_each_get_an_iteration(monkeypatch):
     assert np.abs(sitk.GetArrayFromImage(field)).max() > 0
 
 
+def test_a_large_volume_is_registered_on_fewer_voxels_as_well():
+    """An axis of 80 voxels, of which the field has 64."""
+    spacing = (1.0, 1.0, 0.4)
+    image, truth = phantom((20, 24, 80), spacing, shift=(1, 2, -2), seed=1)
+    fixed = volume(image[None], spacing)
+    image, labels = phantom((20, 24, 80), spacing, bend=1.0, seed=2)
+    moving = volume(image[None], spacing, labels)
+    found = register(fixed, moving)
+    assert_found(found, fixed, truth, moving, 0.85)
+    field = sitk.DisplacementFieldTransform(found.transform.GetNthTransform(1)).GetDisplacementField()
+    assert max(field.GetSize()) == 64
+
+
 def test_where_demons_fold_they_are_made_again_without_folds(monkeypatch):
     """Slices of other anatomies, far apart, as in cardiac MRI."""
     rng = np.random.default_rng(0)
@@ -133,12 +155,16 @@ def test_where_demons_fold_they_are_made_again_without_folds(monkeypatch):
     assert register(fixed, moving).folding > MOST_FOLDING
 
 
-def test_a_channel_that_shows_nothing_takes_nothing_from_the_similarity():
+@pytest.mark.parametrize("values", [(0.0, 0.0), (0.1, 0.1), (0.1, 0.7)])
+def test_a_channel_that_shows_nothing_takes_nothing_from_the_similarity(values):
     image, _ = phantom((16, 20, 24), shift=(0, 1, 1), seed=1)
     other, labels = phantom((16, 20, 24), seed=2)
     found = []
-    for more in ([], [np.zeros_like(image)]):
-        fixed, moving = (np.stack([x, *more]) for x in (image, other))
+    for with_it in (False, True):
+        fixed, moving = (
+            np.stack([x, np.full_like(x, value)][: 1 + with_it])
+            for x, value in zip((image, other), values, strict=True)
+        )
         found.append(register(volume(fixed, (1, 1, 1)), volume(moving, (1, 1, 1), labels)))
     assert found[1].before == pytest.approx(found[0].before)
     assert found[1].after == pytest.approx(found[0].after, abs=0.05)  # demons take turns, so the field is another
