@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "-tr", default="nnUNetTrainer", help="Trainer of the model, and of the students. Default: nnUNetTrainer"
     )
-    parser.add_argument("--student", metavar="TRAINER", help="Another trainer for the students")
+    parser.add_argument("--student", metavar="TRAINER", help="Trainer of the students. Default: that of -tr")
     parser.add_argument("-p", default="nnUNetPlans", help="Plans identifier. Default: nnUNetPlans")
     parser.add_argument(
         "-o", required=True, type=dataset_id, help="Id of the new dataset; further rounds take the next ids"

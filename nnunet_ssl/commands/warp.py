@@ -35,8 +35,8 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--groups", type=Path, metavar="FILE",
-        help='JSON file {"case": "patient"}, where patients have several cases: nobody is warped onto who validates or '
-        "tests. Default: groups.json beside dataset.json, where there is one",
+        help='JSON file {"case": "patient"}, where patients have several cases: no fold trains with warps onto images '
+        "of a patient who validates it or tests. It is kept, and counts beside the dataset's groups.json",
     )  # fmt: skip
     parser.add_argument(
         "--channel", type=channel, metavar="K",
@@ -69,14 +69,17 @@ def main(argv: list[str] | None = None) -> None:
     file = os.path.join(preprocessed, f"{args.p}.json")
     plans_manager = read_plans(file, "Run nnUNetv2_plan_and_preprocess, or name the plans with -p.", args.c)
     dataset_json = read_dataset_json(preprocessed)
-    if args.channel and args.channel[0] >= len(channel_names(dataset_json)):
-        raise UserError(f"--channel {args.channel[0]}: {dataset} has {len(channel_names(dataset_json))}, from 0.")
+    channels = len(channel_names(dataset_json))
+    if args.channel and args.channel[0] >= channels:
+        raise UserError(f"--channel {args.channel[0]}: the channels of {dataset} are 0 to {channels - 1}.")
+    if args.channel and channels == 1:
+        args.channel = ()  # is all of them
+    groups = read_groups(args.groups) if args.groups else None
     labeled = sorted(find_labeled(os.path.join(required_folder("nnUNet_raw"), dataset), dataset_json))
     processes = args.np or default_num_processes
     unlabeled = prepare_unlabeled(dataset, plans_manager, args.c, dataset_json, labeled, processes)
     if os.path.lexists(splits := os.path.join(preprocessed, SPLITS)):  # cases that are only validated with: not needed
         labeled = sorted({case for fold in read_splits(splits, "Mend it.") for case in fold.train})
-    groups = read_groups(args.groups) if args.groups else None
     wish = Wish(
         dataset, plans_manager.plans, args.c, dataset_json, tuple(labeled), (), unlabeled, args.pairs, groups,
         args.channel,

@@ -14,10 +14,10 @@ from nnunet_ssl.files import read_json, stamp
 from nnunet_ssl.names import a_few
 from nnunet_ssl.shapes.case import load
 from nnunet_ssl.shapes.pairs import description, spread_out
-from nnunet_ssl.unlabeled.find import UNLABELED_FOLDER, find_images
+from nnunet_ssl.unlabeled.find import GROUPS, UNLABELED_FOLDER, find_images
+from nnunet_ssl.unlabeled.pseudolabel import RECORD
 from nnunet_ssl.unlabeled.store import PreparedFolder
 
-GROUPS = "groups.json"  # beside dataset.json: case -> patient, where patients have several cases
 DESCRIBED = 200  # images among which those far apart are looked for
 
 
@@ -45,9 +45,17 @@ def groups_of_dataset(dataset_name: str) -> dict[str, str]:
 
 
 def test_images(dataset_name: str, ending: str) -> dict[str, list[str]]:
-    """Test case -> its files, of the dataset's ``imagesTs``; none where that is not on this machine."""
-    folder = os.path.join(nnUNet_raw.get() or os.devnull, dataset_name, "imagesTs")
-    return find_images(folder, ending)[0] if os.path.isdir(folder) else {}
+    """Test case -> its files, of the dataset's ``imagesTs``; none where that is not on this machine.
+
+    A dataset with pseudo-labels has those of the dataset that it was made from.
+    """
+    raw = os.path.join(nnUNet_raw.get() or os.devnull, dataset_name)
+    folder, record = os.path.join(raw, "imagesTs"), os.path.join(raw, RECORD)
+    found = find_images(folder, ending)[0] if os.path.isdir(folder) else {}
+    if os.path.isfile(record):
+        made_with = read_json(record, "It says which dataset this one was made from.", keys={"made_with": dict})
+        found |= test_images(str(made_with["made_with"].get("source")), ending)
+    return found
 
 
 def of_patients(cases: Collection[str], groupings: Collection[Mapping[str, str]], judging: Collection[str]) -> set[str]:

@@ -22,11 +22,14 @@ from typing import ClassVar, NamedTuple
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import write_json
 from nnunet_ssl.shapes.case import stamps_of, warp_case
 from nnunet_ssl.shapes.pairs import choose
 from nnunet_ssl.shapes.quality import TOO_FEW
-from nnunet_ssl.shapes.targets import find_targets, groups_of_dataset, of_patients, test_images
+from nnunet_ssl.shapes.registration import VERSION
+from nnunet_ssl.shapes.targets import find_targets, groups_of_dataset, of_patients, read_groups, test_images
 from nnunet_ssl.unlabeled import store
+from nnunet_ssl.unlabeled.find import GROUPS
 from nnunet_ssl.unlabeled.prepare import labeled_folder, preprocessing_of
 from nnunet_ssl.unlabeled.store import Manifest, Outcome, PreparedFolder, cannot_write
 
@@ -46,7 +49,8 @@ class Wish:
         validation: of a fold, the cases that it is validated with.
         unlabeled: the prepared unlabelled images.
         each: warps of each labelled case; None for what there is, or as many as ``BUDGET`` allows.
-        groups: case -> patient; None for what an earlier call was given, with what the dataset's ``groups.json`` says.
+        groups: case -> patient; None for what an earlier call was given. What the dataset's ``groups.json`` says counts
+            besides.
         channels: that registration compares, () for all of them; None for those of an earlier call, or all.
     """
 
@@ -81,10 +85,20 @@ class Wish:
         """The test cases."""
         return list(test_images(self.dataset_name, self.dataset_json["file_ending"]))
 
+    @property
+    def groups_file(self) -> str:
+        """Where the groups are kept that were given: apart from the manifest, lest they are lost with it."""
+        return os.path.join(self.folder, GROUPS)
+
+    @property
+    def kept_groups(self) -> dict[str, str]:
+        """That an earlier call was given."""
+        return read_groups(self.groups_file) if os.path.exists(self.groups_file) else {}
+
     @cached_property
-    def groups_of_dataset(self) -> dict[str, str]:
-        """What the dataset's ``groups.json`` says now."""
-        return groups_of_dataset(self.dataset_name)
+    def groupings(self) -> list[dict[str, str]]:
+        """Case -> patient, as given and as the dataset's ``groups.json`` says now: of either each is obeyed."""
+        return [self.kept_groups if self.groups is None else self.groups, groups_of_dataset(self.dataset_name)]
 
 
 class WarpedFolder(NamedTuple):
@@ -105,7 +119,7 @@ class WarpManifest(Manifest):
     """The warps; an entry has "moving" and "fixed", the two cases, "made_from", a digest of both, and its quality.
 
     Of all it says "preprocessing"; "labeled", stamps of the prepared labelled cases; "asked", how many warps of each;
-    "dropped", the pairs that were registered and not kept, and why; "groups"; "channels", none for all.
+    "dropped", the pairs that were registered and not kept, and why; "channels", none for all.
     """
 
     FORMAT: ClassVar[int] = 2
@@ -114,7 +128,6 @@ class WarpManifest(Manifest):
         "labeled": dict,
         "asked": dict,
         "dropped": dict,
-        "groups": dict,
         "channels": list,
     }
 
@@ -125,8 +138,8 @@ class WarpManifest(Manifest):
             _ = os.fspath(entry["moving"]), os.fspath(entry["fixed"]), os.fspath(entry["made_from"])
         for entry in self.cases.values():
             _ = float(entry["before"]), float(entry["after"])
-        for text in [*self.about["groups"].values(), *(entry["why"] for entry in dropped)]:
-            _ = os.fspath(text)
+        for entry in dropped:
+            _ = os.fspath(entry["why"])
         for number in [*self.about["asked"].values(), *self.about["channels"]]:
             _ = int(number)
         for name, size, time_, digest in itertools.chain(*self.about["labeled"].values()):
@@ -136,14 +149,10 @@ class WarpManifest(Manifest):
         """Of both images."""
         return self.cases[case]["made_from"]
 
-    def groupings(self, wish: Wish) -> list[dict[str, str]]:
-        """Case -> patient, as given, or as it was when the warps were made and as ``groups.json`` says by now."""
-        return [self.about["groups"], wish.groups_of_dataset] if wish.groups is None else [wish.groups]
-
     def of(self, wish: Wish) -> WarpedFolder:
         """The warps that a fold may train with: of its own cases, onto images of nobody who validates or tests."""
         fixed = {entry["fixed"] for entry in self.cases.values()}
-        left_out = of_patients(fixed, self.groupings(wish), [*wish.tests, *wish.validation])
+        left_out = of_patients(fixed, wish.groupings, [*wish.tests, *wish.validation])
         prepared = self.prepared()
         cases = [
             case
@@ -263,7 +272,7 @@ class _State:
         }
         other = (
             about["preprocessing"] != wish.preprocessing
-            or (wish.groups is not None and about["groups"] != wish.groups)
+            or (wish.groups is not None and wish.groups != wish.kept_groups)
             or (wish.channels is not None and about["channels"] != list(wish.channels))
         )
         self.current = {} if other else self._current(manifest.cases)
@@ -283,7 +292,7 @@ class _State:
         """A digest of what a pair holds now; None where one of the two is not there."""
         if not self.stamps.get(moving) or fixed not in self.wish.unlabeled.contents:
             return None
-        what = [[digest for *_, digest in self.stamps[moving]], self.wish.unlabeled.contents[fixed]]
+        what = [VERSION, [digest for *_, digest in self.stamps[moving]], self.wish.unlabeled.contents[fixed]]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     def _current(self, entries: Mapping[str, dict]) -> dict[str, dict]:
@@ -297,8 +306,6 @@ class _State:
 def _complete(state: _State, num_processes: int) -> None:
     """Strike off what is not current, and make what is missing; the state's manifest is a new one then."""
     wish, todo, old = state.wish, state.todo, state.manifest.about
-    groupings = state.manifest.groupings(wish)
-    groups = next(filter(None, groupings), {})  # to be kept; what groups.json says is read again each time
     each = max(todo.values()) or max(state.asked.values(), default=0)
     for name, entry in list(state.dropped.items()):
         if entry["why"] == LESS_ALIKE and each > state.asked.get(entry["moving"], each):
@@ -308,18 +315,20 @@ def _complete(state: _State, num_processes: int) -> None:
         "labeled": state.stamps,
         "asked": state.done,
         "dropped": state.dropped,
-        "groups": groups,
         "channels": old["channels"] if wish.channels is None else list(wish.channels),
     }
     manifest = state.manifest = WarpManifest(wish.folder, about, state.current)
+    if wish.groups is not None:
+        write_json(wish.groups_file, wish.groups)
     manifest.write()  # first: a file may be put back as it was before we are done
 
     ending = wish.dataset_json["file_ending"]
-    targets = find_targets(wish.dataset_name, ending, wish.unlabeled, groupings)
+    targets = find_targets(wish.dataset_name, ending, wish.unlabeled, wish.groupings)
     how = (wish.plans, wish.configuration, about["channels"])
     each = each or _affordable(wish, how, targets, num_processes)
     there = [(entry["moving"], entry["fixed"]) for entry in [*manifest.cases.values(), *state.dropped.values()]]
-    pairs = choose(list(todo), targets, round(SPARE * each), groups, there)
+    given, of_dataset = wish.groupings
+    pairs = choose(list(todo), targets, round(SPARE * each), {**of_dataset, **given}, there)
     if pairs:
         print(
             f"nnunet_ssl: registering {len(pairs)} pairs of {len(todo)} labelled and {len(targets)} unlabelled images; "

@@ -18,6 +18,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_json
 from nnunet_ssl.names import file_ending, path_component
 
+GROUPS = "groups.json"  # beside dataset.json: case -> patient, where patients have several cases
 UNLABELED_FOLDER = "imagesUn"
 
 

@@ -28,6 +28,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_dataset
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_text, replacing, write_json
 from nnunet_ssl.unlabeled.find import (
+    GROUPS,
     UNLABELED_FOLDER,
     find_images,
     find_labeled,
@@ -254,6 +255,8 @@ def write_dataset(
         if os.path.isfile(file):
             put(file, target_folder, f"{case}.json")
 
+    if os.path.isfile(groups := os.path.join(source_folder, GROUPS)):
+        shutil.copyfile(groups, os.path.join(folder, GROUPS))
     for case in {*split.labeled, *split.validation}:
         put_image(case, "imagesTr")
         if case not in labeled_elsewhere:

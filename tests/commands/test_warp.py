@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def folder_of(dataset) -> Path:
     ("arguments", "message"),
     [
         (("--pairs", 0), "--pairs: '0' must be a whole number from 1"),
-        (("--channel", 1), "--channel 1: Dataset901_Tiny has 1, from 0"),
+        (("--channel", 1), "--channel 1: the channels of Dataset901_Tiny are 0 to 0"),
         (("--channel", -1), "--channel"),
         (("--channel", "each"), "--channel: 'each'"),
         (("--groups", "nowhere.json"), "nowhere.json cannot be read"),
@@ -39,6 +40,7 @@ def test_what_cannot_be_is_refused_in_a_sentence_and_makes_nothing(tiny_copy, ar
     with pytest.raises(UserError, match=message):
         warp(dataset, *arguments)
     assert not folder_of(dataset).exists()
+    assert not Path(str(folder_of(dataset)).replace("_warped", "_unlabeled")).exists()
 
 
 def test_it_warps_the_training_cases_of_all_folds_and_draws_them(tiny_copy, capsys):
@@ -52,10 +54,11 @@ def test_it_warps_the_training_cases_of_all_folds_and_draws_them(tiny_copy, caps
     assert f"look at {folder_of(dataset) / 'warps.png'}" in told
     manifest = json.loads((folder_of(dataset) / "manifest.json").read_text())
     assert sorted(entry["moving"] for entry in manifest["cases"].values()) == ["tr_00", "tr_01", "tr_02"]
-    assert manifest["groups"] == {"un_00": "tr_04"}
+    assert json.loads((folder_of(dataset) / "groups.json").read_text()) == {"un_00": "tr_04"}
     assert (folder_of(dataset) / "warps.png").stat().st_size > 10_000
     before = sorted(folder_of(dataset).rglob("*"))
     warp(dataset, "--pairs", 1)
+    warp(dataset, "--pairs", 1, "--channel", 0)  # the one that there is
     assert "registering" not in capsys.readouterr().out
     assert sorted(folder_of(dataset).rglob("*")) == before
 
@@ -64,7 +67,8 @@ def test_help_names_every_argument(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     told = capsys.readouterr().out
-    assert all(name in told for name in ("-d", "-c", "-p", "--pairs", "--groups", "--channel", "-np"))
+    arguments = set(re.findall(r"^  (--?[a-z]+)", told, re.MULTILINE))
+    assert arguments >= {"-d", "-c", "-p", "--pairs", "--groups", "--channel", "-np"}
 
 
 @pytest.mark.slow

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import TinyDataset, make_case, write_images
-from wishes import manifest, unlabeled, warps
+from wishes import manifest, unlabeled, warped_in, warps
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.shapes import warped
-from nnunet_ssl.shapes.targets import GROUPS, find_targets, groups_of_dataset, read_groups
+from nnunet_ssl.shapes import targets, warped
+from nnunet_ssl.shapes.targets import find_targets, groups_of_dataset, read_groups
 from nnunet_ssl.shapes.warped import WarpManifest, Wish
+from nnunet_ssl.unlabeled.find import GROUPS
 
 # patients: un_00 is of tr_00's, un_01 of one who has tr_01 and tr_02, un_02 is named after the case itself, un_03 tests
 PATIENTS = {"tr_00": "A", "un_00": "A", "tr_01": "B", "tr_02": "B", "un_01": "B", "un_02": "tr_03", "ts_00": "T"}
@@ -107,6 +108,33 @@ def test_groups_of_a_file_hold_where_that_file_and_the_raw_data_are_gone(dataset
     shutil.rmtree(dataset.raw / "imagesTs")
     assert warps(dataset, ("tr_01",), ("tr_00",)) == first
     assert "un_04" not in {manifest(dataset)["cases"][case]["fixed"] for case in first.cases}
+
+
+def test_groups_of_a_file_hold_where_the_manifest_is_lost(dataset):
+    (dataset.raw / GROUPS).unlink()
+    warps(dataset, ("tr_01",), ("tr_00",), each=20, groups={"tr_00": "p", "un_04": "p"})
+    (warped_in(dataset) / "manifest.json").write_text("")
+    again = warps(dataset, ("tr_01",), ("tr_00",), each=20)
+    assert "un_01" in (fixed := {manifest(dataset)["cases"][case]["fixed"] for case in again.cases})
+    assert "un_04" not in fixed
+
+
+def test_a_mended_groups_json_counts_at_once(dataset):
+    (dataset.raw / GROUPS).write_text(json.dumps({"tr_00": "p", "un_04": "p"}))
+    warps(dataset, ("tr_01",), ("tr_00",), each=20)
+    (dataset.raw / GROUPS).write_text(json.dumps({"tr_00": "p", "un_01": "p"}))
+    made = warps(dataset, ("tr_01",), ("tr_00",), each=20)
+    fixed = {manifest(dataset)["cases"][case]["fixed"] for case in made.cases}
+    assert "un_01" not in fixed
+    assert "un_04" in fixed
+
+
+def test_test_images_of_the_dataset_behind_pseudo_labels_count(dataset):
+    name = "Dataset960_Tiny_pseudo1"
+    pseudo = dataset.folders.raw / name
+    pseudo.mkdir()
+    (pseudo / "ssl_pseudolabel.json").write_text(json.dumps({"made_with": {"source": dataset.name}}))
+    assert targets.test_images(name, ".nii.gz").keys() == set(dataset.cases("imagesTs")) != set()
 
 
 def test_a_file_of_groups_still_counts_beside_one_that_says_otherwise(dataset):

@@ -26,7 +26,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import stamp
 from nnunet_ssl.locks import holding
 from nnunet_ssl.shapes import warped
-from nnunet_ssl.shapes.case import load, prepared_volume
+from nnunet_ssl.shapes.case import load, prepared_volume, structures_of
 from nnunet_ssl.shapes.registration import Registration, array, register, warp, warp_labels
 from nnunet_ssl.shapes.warped import LESS_ALIKE, WarpManifest, prepare_warps, refuse_few, wait_until_warped
 from nnunet_ssl.unlabeled import store
@@ -275,6 +275,37 @@ def test_without_a_number_there_are_as_many_as_time_allows(tiny_copy, monkeypatc
     assert count_of(warps(dataset, ("tr_00",))) == [("tr_00", 4)]
 
 
+@pytest.mark.parametrize(
+    ("keys", "structures"),
+    [
+        ([1, 2], (1, 2)),
+        ([1, 2, (-1, 0, 1, 2)], (1, 2)),  # with an ignore label: all that is annotated, for nnU-Net's sampling
+        ([(1, 2, 3), (2, 3), 3, (-1, 0, 1, 2, 3)], (1, 2, 3)),  # regions
+        ([], ()),
+    ],
+)
+def test_structures_are_classes_and_not_what_is_ignored(keys, structures):
+    assert structures_of({"class_locations": {key: [] for key in keys}}) == structures
+
+
+def test_where_some_is_ignored_only_classes_are_structures(tiny):
+    dataset = tiny("ignore")
+    folder = str(dataset.preprocessed / f"{dataset.plans_name}_3d_fullres")
+    moving = prepared_volume(dataset.plans, "3d_fullres", folder, "tr_00", True)
+    labels = PlansManager(dataset.plans).get_label_manager(dataset.dataset_json)
+    assert moving.structures == tuple(labels.foreground_labels)
+    assert labels.ignore_label not in moving.structures
+
+
+def test_what_another_registration_made_is_made_anew(tiny_copy, monkeypatch):
+    dataset = tiny_copy("3d")
+    before = warps(dataset, ("tr_00",), each=1)
+    monkeypatch.setattr(warped, "VERSION", warped.VERSION + 1)
+    after = warps(dataset, ("tr_00",))
+    assert after.cases == before.cases
+    assert after.places != before.places
+
+
 def test_files_that_are_missing_or_cut_off_are_made_again(tiny_copy):
     dataset = tiny_copy("3d")
     first = warps(dataset, each=1)
@@ -295,10 +326,9 @@ def test_files_that_are_missing_or_cut_off_are_made_again(tiny_copy):
         lambda m: json.dumps({**m, "cases": {case: {**e, "part": "../x"} for case, e in m["cases"].items()}}),
         lambda m: json.dumps({**m, "dropped": {"x": {"moving": "a", "fixed": "b", "made_from": "c"}}}),
         lambda m: json.dumps({**m, "asked": {"tr_00": "many"}}),
-        lambda m: json.dumps({**m, "groups": {"tr_00": ["p"]}}),
         lambda m: json.dumps({**m, "labeled": {"tr_00": [["y"]]}}),
     ],
-    ids=["empty", "cut", "no similarity", "leads out", "dropped: why", "asked", "groups", "stamps"],
+    ids=["empty", "cut", "no similarity", "leads out", "dropped: why", "asked", "stamps"],
 )
 def test_a_damaged_manifest_counts_as_none(tiny_copy, damage):
     dataset = tiny_copy("3d")

@@ -242,6 +242,13 @@ def test_a_foreign_dataset_json_writes_nothing_elsewhere(tiny_copy, tmp_path, co
     assert split_dataset(dataset.id, 951, "4", "1", copy=copy)[1].labeled
 
 
+def test_who_is_of_which_patient_goes_along(tiny_copy):
+    dataset = tiny_copy("3d")
+    (dataset.raw / "groups.json").write_text('{"tr_00": "p", "un_00": "p"}')
+    name, _ = split_dataset(dataset.id, 951, "2", "1")
+    assert (dataset.folders.raw / name / "groups.json").read_text() == '{"tr_00": "p", "un_00": "p"}'
+
+
 def test_hidden_files_are_no_cases(tiny_copy):
     dataset = tiny_copy("3d")
     for case in dataset.cases("imagesTr"):  # as macOS leaves them
