@@ -26,7 +26,6 @@ FEATURES = (8, 16, 32)
 PATCH_SIZE = (24, 28, 28)
 PAIRS = 10  # warps of each labelled case
 STEPS_AN_EPOCH = 50
-EPOCHS = 20
 FIGURE_CASES = 3  # the first of the test set
 
 

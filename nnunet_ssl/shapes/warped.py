@@ -244,7 +244,7 @@ def refuse_few(wish: Wish, manifest: WarpManifest) -> None:
     else:
         what = "no unlabelled image may be warped onto, since all are test images or of test or validation patients"
     raise UserError(
-        f"{wish.folder}: {what}, so shapes of unlabelled images are not to be had here. Train without: "
+        f"{wish.folder}: {what}, so warping cannot help here. Train without it: "
         "nnUNetTrainerLabeledOnly, or any trainer with 'warped_share' at 0."
     )
 

@@ -484,9 +484,8 @@ def test_where_few_register_it_says_so_in_one_sentence_and_tries_once(tiny_copy,
     results = iter(["fold"] * 3 + [None] * 10)
     monkeypatch.setattr("nnunet_ssl.shapes.case.why_not", lambda *_: next(results))
     told = (
-        r"_warped: of 4 pairs of labelled and unlabelled images only 1 register well \(3 fold\), so shapes of "
-        r"unlabelled images are not to be had here\. Train without: nnUNetTrainerLabeledOnly, or any trainer with "
-        "'warped_share' at 0"
+        r"_warped: of 4 pairs of labelled and unlabelled images only 1 register well \(3 fold\), so warping cannot "
+        r"help here\. Train without it: nnUNetTrainerLabeledOnly, or any trainer with 'warped_share' at 0"
     )
     monkeypatch.setattr(warped, "TOO_FEW", 0.26)
     for _ in range(2):
