@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.shapes.registration import MOST_FOLDING, Registration
 
 LEAST_SIMILARITY = 0.4  # correlation around the labelled structures
@@ -36,3 +38,23 @@ def why_not(registration: Registration, before: dict[int, float], after: dict[in
     if any(after.get(label, 0.0) < LEAST_LEFT * volume for label, volume in before.items()):
         return "lose a class"
     return None
+
+
+def refuse_few(folder: str, good: int, bad: Counter[str], remedy: str) -> None:
+    """Refuse to learn from the few pairs that look good where most do not.
+
+    Args:
+        folder: that the message is about.
+        good: pairs with nothing against them.
+        bad: what stands against the others, and how often.
+        remedy: the end of the sentence, and what to do.
+
+    Raises:
+        UserError: the images do not show the same.
+    """
+    pairs = good + bad.total()
+    if good == 0 or good < TOO_FEW * pairs:
+        told = ", ".join(f"{count} {why}" for why, count in bad.most_common())
+        raise UserError(
+            f"{folder}: of {pairs} pairs of labelled and unlabelled images only {good} register well ({told}), {remedy}"
+        )

@@ -27,7 +27,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import Stamp
 from nnunet_ssl.shapes.case import load, prepared_volume, registered, spacing_of, stamps_of
 from nnunet_ssl.shapes.pairs import description
-from nnunet_ssl.shapes.quality import TOO_FEW
+from nnunet_ssl.shapes.quality import refuse_few
 from nnunet_ssl.shapes.registration import VERSION, one_thread, volume
 from nnunet_ssl.shapes.vote import Atlas, atlas, channels, vote
 from nnunet_ssl.unlabeled.prepare import labeled_folder, preprocessing_of
@@ -256,20 +256,10 @@ def _most_alike(electorate: Electorate, images: Mapping[str, str]) -> dict[str, 
 
 
 def _refuse_few(manifest: VoteManifest) -> None:
-    """Refuse to learn from the few atlases that look good where most do not.
-
-    Raises:
-        UserError: the images do not show the same.
-    """
     atlases = [one for entry in manifest.cases.values() for one in entry["atlases"].values()]
     bad = Counter(one["why"] for one in atlases if "why" in one)
-    good = len(atlases) - bad.total()
-    if good == 0 or good < TOO_FEW * len(atlases):
-        told = ", ".join(f"{count} {why}" for why, count in bad.most_common())
-        raise UserError(
-            f"{manifest.folder}: of {len(atlases)} pairs of labelled and unlabelled images only {good} register well "
-            f"({told}), so an atlas teaches nothing here. Use --teachers network."
-        )
+    remedy = "so an atlas teaches nothing here. Use --teachers network."
+    refuse_few(manifest.folder, len(atlases) - bad.total(), bad, remedy)
 
 
 def _stamps(electorate: Electorate, known: Mapping[str, list]) -> dict[str, list[list[str | Stamp]]]:

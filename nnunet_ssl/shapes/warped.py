@@ -25,7 +25,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_json
 from nnunet_ssl.shapes.case import stamps_of, warp_case
 from nnunet_ssl.shapes.pairs import choose
-from nnunet_ssl.shapes.quality import TOO_FEW
+from nnunet_ssl.shapes.quality import refuse_few
 from nnunet_ssl.shapes.registration import VERSION
 from nnunet_ssl.shapes.targets import find_targets, groups_of_dataset, of_patients, read_groups, test_images
 from nnunet_ssl.unlabeled import store
@@ -183,7 +183,7 @@ def prepare_warps(wish: Wish, num_processes: int, reading: bool = False) -> Warp
         state = _State(wish, manifest, known)
         known = state.stamps
         if not state.todo:
-            refuse_few(wish, manifest)
+            refuse_where_few_register(wish, manifest)
             if not reading or manifest.keep():
                 return manifest.of(wish)
             continue
@@ -214,7 +214,7 @@ def wait_until_warped(wish: Wish, timeout: float = 24 * 3600) -> WarpedFolder:
         known = state.stamps  # or the labelled cases would be read at each look
         if state.todo:
             return None
-        refuse_few(wish, manifest)
+        refuse_where_few_register(wish, manifest)
         return manifest.of(wish) if manifest.keep() else None
 
     return store.wait_for(
@@ -225,28 +225,23 @@ def wait_until_warped(wish: Wish, timeout: float = 24 * 3600) -> WarpedFolder:
     )
 
 
-def refuse_few(wish: Wish, manifest: WarpManifest) -> None:
-    """Refuse to train with the few pairs that look good where most do not.
+def refuse_where_few_register(wish: Wish, manifest: WarpManifest) -> None:
+    """Refuse to train with few warps.
 
     Raises:
-        UserError: the images do not show the same.
+        UserError: most images do not register, or none may be warped onto.
     """
+    remedy = "so warping cannot help here. Train without it: nnUNetTrainerLabeledOnly, or any trainer with "
+    remedy += "'warped_share' at 0."
     dropped = [entry["why"] for entry in manifest.about["dropped"].values() if entry["moving"] in wish.labeled]
     bad = Counter(why for why in dropped if why != LESS_ALIKE)
     usable = len(manifest.of(wish).cases)
-    good = usable + dropped.count(LESS_ALIKE)
-    registered = good + bad.total()
-    if usable and good >= TOO_FEW * registered:
-        return
-    if bad:
-        what = f"of {registered} pairs of labelled and unlabelled images only {good} register well ("
-        what += ", ".join(f"{count} {why}" for why, count in bad.most_common()) + ")"
-    else:
-        what = "no unlabelled image may be warped onto, since all are test images or of test or validation patients"
-    raise UserError(
-        f"{wish.folder}: {what}, so warping cannot help here. Train without it: "
-        "nnUNetTrainerLabeledOnly, or any trainer with 'warped_share' at 0."
-    )
+    if not usable and not bad:
+        raise UserError(
+            f"{wish.folder}: no unlabelled image may be warped onto, since all are test images or of test or "
+            f"validation patients, {remedy}"
+        )
+    refuse_few(wish.folder, usable and usable + dropped.count(LESS_ALIKE), bad, remedy)
 
 
 class _State:

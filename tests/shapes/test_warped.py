@@ -28,7 +28,13 @@ from nnunet_ssl.locks import holding
 from nnunet_ssl.shapes import warped
 from nnunet_ssl.shapes.case import load, prepared_volume, structures_of
 from nnunet_ssl.shapes.registration import Registration, array, register, warp, warp_labels
-from nnunet_ssl.shapes.warped import LESS_ALIKE, WarpManifest, prepare_warps, refuse_few, wait_until_warped
+from nnunet_ssl.shapes.warped import (
+    LESS_ALIKE,
+    WarpManifest,
+    prepare_warps,
+    refuse_where_few_register,
+    wait_until_warped,
+)
 from nnunet_ssl.unlabeled import store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -487,13 +493,13 @@ def test_where_few_register_it_says_so_in_one_sentence_and_tries_once(tiny_copy,
         r"_warped: of 4 pairs of labelled and unlabelled images only 1 register well \(3 fold\), so warping cannot "
         r"help here\. Train without it: nnUNetTrainerLabeledOnly, or any trainer with 'warped_share' at 0"
     )
-    monkeypatch.setattr(warped, "TOO_FEW", 0.26)
+    monkeypatch.setattr("nnunet_ssl.shapes.quality.TOO_FEW", 0.26)
     for _ in range(2):
         with pytest.raises(UserError, match=told):
             warps(dataset, ("tr_00",), each=3)
     with pytest.raises(SystemExit):
         wait_until_warped(wish(dataset, ("tr_00",)), timeout=5)
-    monkeypatch.setattr(warped, "TOO_FEW", 0.25)
+    monkeypatch.setattr("nnunet_ssl.shapes.quality.TOO_FEW", 0.25)
     assert count_of(warps(dataset, ("tr_00",))) == [("tr_00", 1)]
     assert capsys.readouterr().out.count("registering 4 pairs") == 1
 
@@ -506,10 +512,10 @@ def test_those_left_out_for_others_do_not_count_as_bad(tiny_copy):
     (case,) = found.cases
     bad = {**found.cases[case], "why": "fold"}
     found.about["dropped"] = {f"x{i}": {**bad, "why": LESS_ALIKE if i < 1 else "fold"} for i in range(7)}
-    refuse_few(this, found)
+    refuse_where_few_register(this, found)
     found.about["dropped"]["y"] = bad
     with pytest.raises(UserError, match="of 9 pairs of labelled and unlabelled images only 2"):
-        refuse_few(this, found)
+        refuse_where_few_register(this, found)
 
 
 def test_a_pair_that_cannot_be_registered_is_left_out(tiny_copy, monkeypatch):

@@ -24,7 +24,7 @@ NAME = "nnUNetTrainerWarps_3epochs"
 def few_pairs(monkeypatch):
     """One warp of each labelled case, or what the folder has."""
     monkeypatch.setattr("nnunet_ssl.shapes.warped.BUDGET", 0.0)
-    monkeypatch.setattr("nnunet_ssl.shapes.warped.TOO_FEW", 0.0)
+    monkeypatch.setattr("nnunet_ssl.shapes.quality.TOO_FEW", 0.0)
 
 
 def loader_of(trainer):
