@@ -28,7 +28,7 @@ from nnunet_ssl.checkpoints import read_checkpoint, save_whole
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import writing
 from nnunet_ssl.names import path_component
-from nnunet_ssl.trainers.base import find_training_state, training_state_file
+from nnunet_ssl.trainers.resuming import find_training_state, training_state_file
 from nnunet_ssl.unlabeled.find import read_dataset_json, read_plans, required_folder, resolve_dataset
 
 PLAIN_TRAINER = nnUNetTrainer.__name__

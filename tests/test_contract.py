@@ -26,6 +26,9 @@ TRAINER = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer:nnUNetTrainer"
 LOADER = "nnunetv2.training.dataloading.data_loader:nnUNetDataLoader"
 PREDICTOR = "nnunetv2.inference.predict_from_raw_data:nnUNetPredictor"
 BASE = "nnunet_ssl/trainers/base.py"
+STEP = "nnunet_ssl/trainers/step.py"
+DATA = "nnunet_ssl/trainers/data.py"
+RESUMING = "nnunet_ssl/trainers/resuming.py"
 SASNET = "nnunet_ssl/trainers/sasnet.py"
 MAE = "nnunet_ssl/trainers/mae.py"
 
@@ -45,26 +48,26 @@ class Body(NamedTuple):
 
 
 BODIES = [
-    Body(f"{TRAINER}.__init__", f"{BASE}: __init__, _settings_in_force", ("0ae31d90095f54c1",)),
+    Body(f"{TRAINER}.__init__", f"{BASE}: __init__; {RESUMING}: _settings_in_force", ("0ae31d90095f54c1",)),
     Body(f"{TRAINER}.initialize", f"{BASE}: initialize", ("5732dd44ffbbbf74",)),
     Body(f"{TRAINER}._build_loss", f"{BASE}: _build_loss", ("ba86dfb893faddc1",)),
     Body(f"{TRAINER}.configure_optimizers", f"{BASE}: _configure_training_optimizer", ("48c2f8330a832a21",)),
-    Body(f"{TRAINER}.get_dataloaders", f"{BASE}, {MAE}: get_dataloaders, _start", ("5f59e2b907cfa2d1",)),
+    Body(f"{TRAINER}.get_dataloaders", f"{DATA}, {MAE}: get_dataloaders, _start", ("5f59e2b907cfa2d1",)),
     Body(
         f"{TRAINER}.configure_rotation_dummyDA_mirroring_and_inital_patch_size",
         "nnunet_ssl/trainers/magicnet.py: the same name",
         ("d97ac04b489dc23e",),
     ),
-    Body(f"{TRAINER}.run_training", f"{BASE}: the step, once an epoch", ("135206abd4ea62ec",)),
+    Body(f"{TRAINER}.run_training", f"{BASE}: once an epoch; {DATA}: the same name", ("135206abd4ea62ec",)),
     Body(f"{TRAINER}.on_train_start", f"{BASE}: on_train_start", ("cbf4259a673f7a87",)),
-    Body(f"{TRAINER}.on_train_end", f"{BASE}: on_train_end", ("7dad4959ee6bd45a",)),
+    Body(f"{TRAINER}.on_train_end", f"{RESUMING}: on_train_end", ("7dad4959ee6bd45a",)),
     Body(f"{TRAINER}.on_train_epoch_start", f"{BASE}: on_train_epoch_start", ("49f31d4c16088dd2",)),
-    Body(f"{TRAINER}.train_step", f"{BASE}: train_step, _update, autocast", ("c8993de84c8c419f",)),
+    Body(f"{TRAINER}.train_step", f"{STEP}: train_step, _update, autocast", ("c8993de84c8c419f",)),
     Body(f"{TRAINER}.on_train_epoch_end", f"{BASE}: on_train_epoch_end", ("137869f87e19e841",)),
     Body(f"{TRAINER}.on_epoch_end", f"{BASE}: on_epoch_end", ("988deef2bd79d339",)),
-    Body(f"{TRAINER}.set_deep_supervision_enabled", f"{BASE}: forward, full_resolution", ("cbae38bd3fd9c240",)),
-    Body(f"{TRAINER}.save_checkpoint", f"{BASE}: save_checkpoint", ("de4f196c42e6bcf5",)),
-    Body(f"{TRAINER}.load_checkpoint", f"{BASE}: load_checkpoint", ("a386bed4eafaa4fa",)),
+    Body(f"{TRAINER}.set_deep_supervision_enabled", f"{BASE}: forward; {STEP}: full_resolution", ("cbae38bd3fd9c240",)),
+    Body(f"{TRAINER}.save_checkpoint", f"{RESUMING}: save_checkpoint", ("de4f196c42e6bcf5",)),
+    Body(f"{TRAINER}.load_checkpoint", f"{RESUMING}: load_checkpoint", ("a386bed4eafaa4fa",)),
     Body(
         f"{TRAINER}.build_network_architecture",
         f"{SASNET}: dual_branch_network; {MAE}: the same name",
@@ -109,7 +112,7 @@ BODIES = [
     ),
     Body(
         "nnunetv2.run.run_training:maybe_load_checkpoint",
-        f"{BASE}: load_checkpoint, _load_training_state (which file --c takes, and when)",
+        f"{RESUMING}: load_checkpoint, _load_training_state (which file --c takes, and when)",
         ("401db73a3f14697d",),
     ),
     Body(
@@ -119,7 +122,7 @@ BODIES = [
     ),
     Body(
         f"{PREDICTOR}.initialize_from_trained_model_folder",
-        f"{BASE}: save_checkpoint; nnunet_ssl/export.py (what a predictor reads)",
+        f"{RESUMING}: save_checkpoint; nnunet_ssl/export.py (what a predictor reads)",
         ("8b601a28f7175780",),
     ),
     Body(
@@ -219,7 +222,7 @@ def overridden() -> list[tuple[type, str]]:
 
 
 def test_hooks_are_called_as_ours_expect() -> None:
-    assert ("nnUNetTrainerSSL", "train_step") in [(cls.__name__, name) for cls, name in overridden()]
+    assert ("Step", "train_step") in [(cls.__name__, name) for cls, name in overridden()]
     for cls, name in overridden():
         ours, theirs = (inspect.signature(getattr(c, name)).parameters for c in (cls, nnunet_trainer()))
         assert list(ours) == list(theirs), f"nnU-Net's {name}{tuple(theirs)}: compare with {cls.__name__}.{name}"

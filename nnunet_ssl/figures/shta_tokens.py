@@ -22,7 +22,7 @@ from nnunet_ssl.figures.runs import Case, TrainedRun, load_predictor, reason, se
 from nnunet_ssl.losses.shta import token_class_distribution
 from nnunet_ssl.networks.feature_tap import FeatureTap
 from nnunet_ssl.networks.shta_branch import SHTABranch
-from nnunet_ssl.trainers.base import find_training_state, training_state_file
+from nnunet_ssl.trainers.resuming import find_training_state, training_state_file
 from nnunet_ssl.trainers.shta import SHTASettings, build_branch
 
 BRANCH = "shta_first."  # of the network that predicts

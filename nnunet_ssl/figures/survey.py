@@ -29,7 +29,7 @@ from nnunet_ssl.figures.shta_tokens import (
 )
 from nnunet_ssl.files import read_json
 from nnunet_ssl.randomness import derived_seed
-from nnunet_ssl.trainers.base import training_state_file
+from nnunet_ssl.trainers.resuming import training_state_file
 
 TOKENS_PER_CLASS = 400  # at most
 RULE = (

@@ -23,7 +23,7 @@ from nnunet_ssl.figures.shta_tokens import (
     read_tokens,
     side_by_side,
 )
-from nnunet_ssl.trainers.base import training_state_file
+from nnunet_ssl.trainers.resuming import training_state_file
 
 # ------------------------------------------------------------------------------------------------------ side_by_side
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from nnunet_ssl.trainers.base import average_gradients
+from nnunet_ssl.trainers.step import average_gradients
 
 
 def _in_group(rank, folder, work, *arguments):

@@ -16,7 +16,7 @@ import SimpleITK as sitk
 import torch
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.trainers.base import find_training_state, fingerprint, training_state_file
+from nnunet_ssl.trainers.resuming import find_training_state, fingerprint, training_state_file
 
 NAME = "nnUNetTrainerSHTA_CPS_3epochs"
 

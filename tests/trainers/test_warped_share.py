@@ -56,7 +56,7 @@ def test_sasnet_remembers_its_confidence_of_warps_too(tiny, make_trainer):
 @pytest.mark.parametrize("name", ["nnUNetTrainerLabeledOnly", "nnUNetTrainerCPS", "nnUNetTrainerSHTA_LabeledOnly"])
 def test_with_a_share_of_0_nothing_is_other_than_without_the_setting(tiny, make_trainer, monkeypatch, name):
     """No warp is made or looked for, and batches are those of nnU-Net's own loader of the training cases."""
-    monkeypatch.setattr("nnunet_ssl.trainers.base.prepare_warps", lambda *_, **__: pytest.fail("warps are made"))
+    monkeypatch.setattr("nnunet_ssl.trainers.data.prepare_warps", lambda *_, **__: pytest.fail("warps are made"))
     plain = stepped(make_trainer(name, tiny()))
     off = make_trainer(name, tiny(), settings={"warped_share": 0.0, "warped_share_last": 0.0})
     assert all(torch.equal(p, plain[n]) for n, p in stepped(off).items())

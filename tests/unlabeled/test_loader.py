@@ -16,7 +16,7 @@ from nnunet_ssl.unlabeled.loader import UnlabeledDataset
 def batches(trainer, number, first=0, workers=0, monkeypatch=None):
     """The first batches that a trainer would see."""
     if monkeypatch is not None:
-        monkeypatch.setattr("nnunet_ssl.trainers.base.get_allowed_n_proc_DA", lambda: workers)
+        monkeypatch.setattr("nnunet_ssl.trainers.data.get_allowed_n_proc_DA", lambda: workers)
     trainer.current_epoch = first // trainer.num_iterations_per_epoch
     trainer.initialize() if not trainer.was_initialized else None
     trainer.unlabeled = trainer._prepared_unlabeled() if trainer.uses_unlabeled else None
@@ -71,7 +71,7 @@ def test_unlabeled_patches_have_the_shape_of_labeled_ones(tiny, make_trainer, ki
 def test_unlabeled_patches_are_drawn_uniformly_and_without_any_label(tiny, make_trainer, monkeypatch):
     """No draw is steered to a class, and every position is as likely as any other."""
     trainer = make_trainer("nnUNetTrainerCPS", tiny())
-    monkeypatch.setattr("nnunet_ssl.trainers.base.get_allowed_n_proc_DA", lambda: 0)
+    monkeypatch.setattr("nnunet_ssl.trainers.data.get_allowed_n_proc_DA", lambda: 0)
     trainer.unlabeled = trainer._prepared_unlabeled()
     loader = trainer.get_dataloaders()[0].data_loader.unlabeled
     assert not any(loader.get_do_oversample(i) for i in range(loader.batch_size))
@@ -86,7 +86,7 @@ def test_unlabeled_patches_are_drawn_uniformly_and_without_any_label(tiny, make_
 
 def test_workers_of_any_start_method_can_take_the_loader(tiny, make_trainer, monkeypatch):
     trainer = make_trainer("nnUNetTrainerCPS", tiny())
-    monkeypatch.setattr("nnunet_ssl.trainers.base.get_allowed_n_proc_DA", lambda: 0)
+    monkeypatch.setattr("nnunet_ssl.trainers.data.get_allowed_n_proc_DA", lambda: 0)
     trainer.unlabeled = trainer._prepared_unlabeled()
     loader = trainer.get_dataloaders()[0].data_loader
     assert_same(next(pickle.loads(pickle.dumps(loader))), next(loader))

@@ -99,7 +99,7 @@ def test_what_a_training_reads_stays_until_it_ends(tiny_copy, capsys):
 
 def test_a_training_goes_on_with_the_images_that_it_began_with(tiny_copy, make_trainer, monkeypatch):
     """The same batches, whatever another start finds: the loader opens its files anew for each of them."""
-    monkeypatch.setattr("nnunet_ssl.trainers.base.get_allowed_n_proc_DA", lambda: 0)
+    monkeypatch.setattr("nnunet_ssl.trainers.data.get_allowed_n_proc_DA", lambda: 0)
 
     def batches(number: int, disturb: Callable[[], object]) -> list:
         trainer = make_trainer("nnUNetTrainerCPS", dataset)

@@ -1,0 +1,268 @@
+"""Checkpoints and ``--c``: nnU-Net's own file, and the training state beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import nn
+
+from nnunet_ssl import __version__
+from nnunet_ssl.checkpoints import read_checkpoint, save_whole
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import read_json, writing
+from nnunet_ssl.names import a_few
+from nnunet_ssl.trainers.settings import ENVIRONMENT_VARIABLE, SSLSettings, settings_from_dict
+
+# what nnU-Net reads of a checkpoint to go on with it
+CHECKPOINT = {
+    "network_weights": dict,
+    "optimizer_state": dict,
+    "logging": dict,
+    "init_args": dict,
+    "current_epoch": int,
+}
+
+
+class Resuming(nnUNetTrainer):
+    """A run that was stopped goes on as if it had not been."""
+
+    def _settings_in_force(self, override: SSLSettings, continue_training: bool) -> SSLSettings:
+        """``override``, or with ``--c`` what the run was started with; with a seed in any case."""
+        if continue_training and os.path.isfile(self.settings_file):
+            remedy = "Restore it, or start anew without --c."
+            stored = read_json(self.settings_file, remedy, keys={"settings": dict})["settings"]
+            stored = settings_from_dict(self.Settings, stored, self.settings_file)
+            if os.environ.get(ENVIRONMENT_VARIABLE):
+                if override.seed is None:
+                    override = dataclasses.replace(override, seed=stored.seed)
+                for field in dataclasses.fields(stored):
+                    was, now = getattr(stored, field.name), getattr(override, field.name)
+                    if was != now:
+                        raise UserError(
+                            f"{os.environ[ENVIRONMENT_VARIABLE]} sets '{field.name}' to {now!r}, but the run in "
+                            f"{self.output_folder} was started with {was!r}; unset {ENVIRONMENT_VARIABLE} to continue "
+                            "it, or start anew without --c."
+                        )
+            return stored
+        if override.seed is not None:
+            return override
+        seed = [secrets.randbits(31)]
+        if self.is_ddp:
+            dist.broadcast_object_list(seed, src=0)
+        return dataclasses.replace(override, seed=seed[0])
+
+    def _refuse_other_images(self, what: str, now: dict[str, str], then: dict[str, str]) -> None:
+        """Refuse to go on with ``--c`` where images, case -> digest, are others than those of the run."""
+        differences = {
+            "added": sorted(now.keys() - then.keys()),
+            "removed": sorted(then.keys() - now.keys()),
+            "changed": sorted(case for case in now.keys() & then.keys() if now[case] != then[case]),
+        }
+        told = [f"{len(cases)} {how} ({a_few(cases)})" for how, cases in differences.items() if cases]
+        if told:
+            raise UserError(
+                f"{self._resumed_from} was trained with other {what} than there are now: {', '.join(told)}. "
+                "Put them back as they were to continue it, or start anew without --c (-pretrained_weights "
+                f"{self._resumed_from} keeps what was learned)."
+            )
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write a plain nnU-Net checkpoint of the plans' network, and the training state in a file beside it.
+
+        Either file is replaced whole. A kill between the two leaves the new checkpoint and, under a temporary name, the
+        new state; resuming finds it.
+
+        Raises:
+            UserError: there is no room, or no right to write. The last checkpoint of this name and its state are kept.
+        """
+        if self.local_rank != 0:
+            return
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        with nullcontext() if self.average is None else self.average.predicting(self.plans_network):
+            self._save_pair(filename)
+
+    def _save_pair(self, filename: str) -> None:
+        checkpoint = {
+            "network_weights": self.plans_network.state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
+            "current_epoch": self.current_epoch + 1,
+            "init_args": self.my_init_kwargs,
+            "trainer_name": self.trainer_of_checkpoints(),
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+        }
+        state = {
+            "trainer": type(self).__name__,
+            "settings": dataclasses.asdict(self.settings),
+            "epoch": self.current_epoch + 1,
+            "network": fingerprint(self.plans_network),
+            "unlabeled": None if self.unlabeled is None else self.unlabeled.contents,
+            "warps": None if self.warps is None else self.warps.contents,
+            "modules": self.training_modules.state_dict(),
+            "optimizer": None if self.training_optimizer is None else self.training_optimizer.state_dict(),
+            "method": self.training_state(filename),
+        }
+        state_file = training_state_file(filename)
+        with self._writing():
+            save_whole(state, state_file + ".new")
+            try:
+                save_whole(checkpoint, filename)
+            except OSError:
+                os.remove(state_file + ".new")  # the old checkpoint stays, with its state
+                raise
+            os.replace(state_file + ".new", state_file)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Around what writes into the fold's folder."""
+        with writing("The last checkpoint is kept: make room or make it writable, and go on with --c."):
+            try:
+                yield
+            except OSError as error:
+                error.filename = error.filename or self.output_folder
+                raise
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """As nnU-Net. The training state is read when training goes on, so ``--val`` needs the checkpoint alone.
+
+        Raises:
+            UserError: it is damaged, could run code, or is of another network.
+        """
+        remedy = "Restore it, or move it away: --c goes on from the first that there is of checkpoint_final.pth, "
+        remedy += "checkpoint_latest.pth and checkpoint_best.pth."
+        # before nnU-Net reads it, which runs what a stranger may have put into it
+        read_checkpoint(filename_or_checkpoint, remedy, CHECKPOINT)
+        if not self.was_initialized:  # what may fail there is not the checkpoint's fault
+            self.initialize()
+        try:
+            super().load_checkpoint(filename_or_checkpoint)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{filename_or_checkpoint} does not fit the network that {type(self).__name__} trains with "
+                f"{self.plans_manager.plans_name} ({_first_line(error)}). {remedy}"
+            ) from error
+        self._resumed_from = filename_or_checkpoint
+
+    def _load_training_state(self, filename: str) -> None:
+        """Take the training state that was written with the checkpoint that has been loaded.
+
+        Raises:
+            UserError: if there is none, or only that of another checkpoint.
+        """
+        # on the CPU: a GPU may not have room for all of it twice
+        candidate, state = find_training_state(filename, self.plans_network, "cpu")
+        if state is None:
+            what = "is of another checkpoint or damaged" if os.path.isfile(filename) else "is missing"
+            raise UserError(
+                f"the training state {filename} {what}, so {self._resumed_from} cannot be continued; restore the file, "
+                f"or start anew without --c (-pretrained_weights {self._resumed_from} keeps what was learned). "
+                "Validating with --val does not need it."
+            )
+        stored = settings_from_dict(self.Settings, state.get("settings"), filename)  # new ones have their defaults
+        if stored != self.settings:
+            names = [
+                field.name
+                for field in dataclasses.fields(stored)
+                if getattr(stored, field.name) != getattr(self.settings, field.name)
+            ]
+            raise UserError(
+                f"{self._resumed_from} was trained with other settings than {self.settings_file} says "
+                f"({', '.join(names)}): a run was started anew in this folder and left no checkpoint; start it again "
+                f"without --c, or delete {self.settings_file} and set {ENVIRONMENT_VARIABLE} to the old settings."
+            )
+        if self.current_epoch < self.num_epochs:  # else only validation is left
+            for what, key, prepared in (
+                ("unlabelled images", "unlabeled", self.unlabeled if self.uses_unlabeled else None),
+                ("warps", "warps", self.warps),
+            ):
+                if state.get(key) is not None and prepared is not None:
+                    self._refuse_other_images(what, prepared.contents, state[key])
+        if self.is_ddp:
+            dist.barrier()  # all have read
+        if candidate != filename and self.local_rank == 0:
+            os.replace(candidate, filename)  # finish what a kill cut off
+        try:
+            self.training_modules.load_state_dict(state["modules"])
+            if self.average is not None:
+                self.average.in_network = True  # as the checkpoint was saved
+            if self.training_optimizer is not None:
+                # copied: what it keeps as it is must not be a view of the file, which the next save replaces
+                self.training_optimizer.load_state_dict(deepcopy(state["optimizer"]))
+            self.load_training_state(state["method"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise UserError(
+                f"the training state {filename} is not one of {type(self).__name__} in nnunet_ssl {__version__} "
+                f"({_first_line(error)}). Go on with the version that wrote it, or start anew without "
+                f"--c (-pretrained_weights {self._resumed_from} keeps what was learned)."
+            ) from error
+
+    def on_train_end(self) -> None:
+        """As nnU-Net, which removes checkpoint_latest.pth; its training state goes with it."""
+        super().on_train_end()
+        if self.local_rank == 0:
+            for file in glob.glob(os.path.join(glob.escape(self.output_folder), "checkpoint_latest*")):
+                os.remove(file)
+
+
+def _first_line(error: Exception) -> str:
+    """Of what torch says in many, without the stop that a sentence around it has."""
+    return next(iter(str(error).splitlines()), type(error).__name__).strip().rstrip(".:")
+
+
+def training_state_file(checkpoint_file: str) -> str:
+    """``checkpoint_latest.pth`` -> ``checkpoint_latest_ssl.pth``."""
+    return f"{checkpoint_file.removesuffix('.pth')}_ssl.pth"
+
+
+def find_training_state(
+    filename: str, network: nn.Module, device: torch.device | str
+) -> tuple[str | None, dict[str, Any] | None]:
+    """The training state that was written with a checkpoint, and the file that holds it.
+
+    Tensors on the CPU are views of the file: what is large is read when it is used, and never whole into RAM.
+
+    Args:
+        filename: of ``training_state_file``; after a kill in ``save_checkpoint`` the state may still end in ``.new``.
+        network: the plans' network with the checkpoint's weights.
+        device: where the state's tensors go.
+
+    Returns:
+        ``(file, state)``; ``(None, None)`` where none fits: missing, damaged, or of another checkpoint.
+    """
+    expected = fingerprint(network)
+    for candidate in (filename, filename + ".new"):
+        try:
+            state = torch.load(candidate, map_location=device, weights_only=True, mmap=os.name != "nt")
+            if state["network"] == expected:
+                return candidate, state
+        except MemoryError:
+            raise
+        except Exception:  # missing, cut short, or something else altogether
+            continue
+    return None, None
+
+
+def fingerprint(module: nn.Module) -> str:
+    """A digest of all parameters and buffers of ``module``."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

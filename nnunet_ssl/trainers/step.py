@@ -1,0 +1,149 @@
+"""One step: the passes of a method, each backpropagated, then clipping and the optimisers."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor, nn
+
+CLIP_NORM = 12  # nnU-Net's
+
+
+class Stream(NamedTuple):
+    """One half of a batch."""
+
+    images: Tensor  # [B, C, *patch]
+    target: list[Tensor] | Tensor | None  # nnU-Net's target, full resolution first; None for unlabelled images
+    cases: list[str] | None = None  # names of the labelled cases
+    coordinates: Tensor | None = None  # [B, dim, *patch], where a method asks for them: see unlabeled/coordinates.py
+
+
+class Batch(NamedTuple):
+    """What a method's ``losses`` takes."""
+
+    labeled: Stream
+    unlabeled: Stream | None
+
+
+class Step(nnUNetTrainer):
+    """``train_step``, which asks the method for ``losses`` and ``term_weights``."""
+
+    def train_step(self, batch: dict) -> dict:
+        """One step: the method's passes, each backpropagated, then clipping and the optimisers.
+
+        Args:
+            batch: ``data``, ``target`` and, for methods that use it, ``unlabeled``.
+
+        Returns:
+            ``{"loss": 0-dim tensor}``, the weighted sum of all terms, on its device: nothing waits for it here.
+        """
+        streams = self._to_device(batch)
+        for optimizer in self._optimizers():
+            optimizer.zero_grad(set_to_none=True)
+
+        weights = self.term_weights()
+        terms_of_step: dict[str, Tensor] = {}
+        joint = self.settings.passes == "joint"
+        held = []  # the losses of joint passes
+        passes = self.losses(streams)
+        while True:
+            with self.autocast():
+                terms = next(passes, None)
+                if terms is None:
+                    break
+                terms = terms | self._terms_of_features
+                self._terms_of_features = {}
+                loss = sum(weights.get(name, 1.0) * term for name, term in terms.items())
+            for name, term in terms.items():
+                terms_of_step[name] = terms_of_step.get(name, 0.0) + term.detach().float()
+            if joint:
+                held.append(loss)
+            else:
+                self._backward(loss)
+            del terms, loss
+        if joint:
+            self._backward(sum(held))
+
+        self._update()
+        if self.average is not None:
+            self.average.update(self.plans_network, self.global_step)
+        self.after_step()
+        self.global_step += 1
+        for name, term in terms_of_step.items():
+            self.log_value(f"loss_{name}", term)
+        for name, weight in weights.items():
+            self.log_value(f"weight_{name}", weight)
+        return {"loss": sum(weights.get(name, 1.0) * term for name, term in terms_of_step.items())}
+
+    def autocast(self) -> AbstractContextManager:
+        """nnU-Net's rule, half precision on CUDA and none elsewhere; with ``cpu_bfloat16`` on a CPU too."""
+        half = self.device.type == "cuda" or (self.device.type == "cpu" and self.settings.cpu_bfloat16)
+        # Without the cache of cast weights: one that a forward without gradient left behind would have no gradient.
+        return torch.autocast(self.device.type, cache_enabled=False) if half else nullcontext()
+
+    def _to_device(self, batch: dict) -> Batch:
+        def move(x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+            return [move(i) for i in x] if isinstance(x, list) else x.to(self.device, non_blocking=True)
+
+        unlabeled = batch.get("unlabeled")
+        return Batch(
+            Stream(
+                move(batch["data"]),
+                move(batch["target"]),
+                [str(case) for case in batch.get("keys", ())],
+                move(batch["coordinates"]) if "coordinates" in batch else None,
+            ),
+            None if unlabeled is None else Stream(move(unlabeled), None),
+        )
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return [o for o in (self.optimizer, self.training_optimizer) if o is not None]
+
+    def _backward(self, loss: Tensor) -> None:
+        (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
+
+    def _update(self) -> None:
+        """Average over ranks, unscale, clip each module by itself as nnU-Net clips its network, step."""
+        modules = [self.plans_network, *self.training_modules.values()]
+        if self.is_ddp:
+            average_gradients([p for module in modules for p in module.parameters()])
+        if self.grad_scaler is not None:
+            for optimizer in self._optimizers():
+                self.grad_scaler.unscale_(optimizer)
+        for module in modules:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)
+        for optimizer in self._optimizers():
+            if self.grad_scaler is None:
+                optimizer.step()
+            else:
+                self.grad_scaler.step(optimizer)
+        if self.grad_scaler is not None:
+            self.grad_scaler.update()
+
+
+def full_resolution(target: list[Tensor] | Tensor) -> Tensor:
+    """The full-resolution entry of nnU-Net's outputs or target."""
+    return target[0] if isinstance(target, (list, tuple)) else target
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Average gradients over the ranks, in one all-reduce for each dtype.
+
+    By hand, once a step, rather than by DistributedDataParallel: a step has several forward and backward passes, and
+    not every pass touches every parameter. Each rank has gradients for the same parameters, since each runs the same
+    passes.
+    """
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in by_dtype.values():
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
