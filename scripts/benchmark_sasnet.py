@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
-    from nnunet_ssl.losses.sar import ConfidenceMemory
     from nnunet_ssl.trainers import sasnet
+    from nnunet_ssl.trainers.sasnet.memory import ConfidenceMemory
 
     def now() -> float:
         if args.device == "cuda":

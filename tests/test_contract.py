@@ -29,7 +29,7 @@ BASE = "nnunet_ssl/trainers/base.py"
 STEP = "nnunet_ssl/trainers/step.py"
 DATA = "nnunet_ssl/trainers/data.py"
 RESUMING = "nnunet_ssl/trainers/resuming.py"
-SASNET = "nnunet_ssl/trainers/sasnet.py"
+SASNET = "nnunet_ssl/trainers/sasnet/trainer.py"
 MAE = "nnunet_ssl/trainers/mae.py"
 
 
@@ -82,12 +82,12 @@ BODIES = [
     ),
     Body(
         f"{LOADER}.get_bbox",
-        "nnunet_ssl/unlabeled/loader.py: UnlabeledLoader; nnunet_ssl/unlabeled/coordinates.py: CoordinateLoader",
+        "nnunet_ssl/unlabeled/loader.py: UnlabeledLoader; nnunet_ssl/trainers/sasnet/coordinates.py: CoordinateLoader",
         ("25263f7173ae246b",),
     ),
     Body(
         f"{LOADER}.generate_train_batch",
-        "nnunet_ssl/unlabeled/loader.py: TwoStreamLoader; nnunet_ssl/unlabeled/coordinates.py: CoordinateLoader",
+        "nnunet_ssl/unlabeled/loader.py: TwoStreamLoader; nnunet_ssl/trainers/sasnet/coordinates.py: CoordinateLoader",
         ("0a430703c66ec9b8",),
     ),
     Body(

@@ -17,7 +17,7 @@ TRAINERS = {
     "nnUNetTrainerGACPS": "ga_cps",
     "nnUNetTrainerURPC": "urpc",
     "nnUNetTrainerMagicNet": "magicnet",
-    "nnUNetTrainerSASNet": "sasnet",
+    "nnUNetTrainerSASNet": "sasnet.trainer",
     "nnUNetTrainerSHTA_LabeledOnly": "shta",
     "nnUNetTrainerSHTA_CPS": "shta",
     "nnUNetTrainerSHTA_GACPS": "shta",

@@ -19,7 +19,7 @@ class Stream(NamedTuple):
     images: Tensor  # [B, C, *patch]
     target: list[Tensor] | Tensor | None  # nnU-Net's target, full resolution first; None for unlabelled images
     cases: list[str] | None = None  # names of the labelled cases
-    coordinates: Tensor | None = None  # [B, dim, *patch], where a method asks for them: see unlabeled/coordinates.py
+    coordinates: Tensor | None = None  # [B, dim, *patch], where a method asks for them: see sasnet/coordinates.py
 
 
 class Batch(NamedTuple):

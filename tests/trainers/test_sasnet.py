@@ -17,9 +17,9 @@ from test_step import a_batch, with_stages
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.branches import Branches
-from nnunet_ssl.losses.sar import ConfidenceMemory
-from nnunet_ssl.trainers import sasnet
-from nnunet_ssl.unlabeled.views import FrequencyRotation
+from nnunet_ssl.trainers.sasnet import trainer as sasnet
+from nnunet_ssl.trainers.sasnet.memory import ConfidenceMemory
+from nnunet_ssl.trainers.sasnet.views import FrequencyRotation
 
 NAME = "nnUNetTrainerSASNet"
 FULL = {"sasnet_rampup": 0.0}

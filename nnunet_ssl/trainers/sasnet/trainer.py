@@ -26,14 +26,15 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.branches import Branches
 from nnunet_ssl.losses.consistency import pseudo_label_consistency, segmentation_regression_consistency
 from nnunet_ssl.losses.ramps import sigmoid_rampup
-from nnunet_ssl.losses.sar import ConfidenceMemory, reweight, true_class_confidence
+from nnunet_ssl.losses.sar import reweight, true_class_confidence
 from nnunet_ssl.losses.sdm import has_boundary, signed_distance_map
 from nnunet_ssl.networks.dual_branch import DualBranchUNet, low_level_start_of, mean_of_branches
 from nnunet_ssl.ram import ram_limit
 from nnunet_ssl.trainers.base import Batch, Stream, full_resolution, nnUNetTrainerSSL
+from nnunet_ssl.trainers.sasnet.coordinates import CoordinateLoader
+from nnunet_ssl.trainers.sasnet.memory import ConfidenceMemory
+from nnunet_ssl.trainers.sasnet.views import FrequencyRotation, view_transform
 from nnunet_ssl.trainers.settings import SSLSettings
-from nnunet_ssl.unlabeled.coordinates import CoordinateLoader
-from nnunet_ssl.unlabeled.views import FrequencyRotation, view_transform
 
 LATEST = "checkpoint_latest.pth"  # nnU-Net's name of the checkpoint that --c goes on from
 

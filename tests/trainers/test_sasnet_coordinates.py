@@ -16,9 +16,9 @@ from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, 
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from scipy.ndimage import map_coordinates
 
-from nnunet_ssl.losses.sar import ConfidenceMemory
 from nnunet_ssl.randomness import seeded
-from nnunet_ssl.unlabeled.coordinates import CoordinateLoader, TrackCoordinates, homogeneous_coordinates
+from nnunet_ssl.trainers.sasnet.coordinates import CoordinateLoader, TrackCoordinates, homogeneous_coordinates
+from nnunet_ssl.trainers.sasnet.memory import ConfidenceMemory
 from nnunet_ssl.unlabeled.loader import TwoStreamLoader, start_workers
 
 KINDS = ["3d", "2d", "png", "anisotropic", "multichannel"]

@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.randomness import seeded
-from nnunet_ssl.unlabeled.views import (
+from nnunet_ssl.trainers.sasnet.views import (
     FrequencyRotation,
     interchangeable_axes,
     rotate_in_frequency,

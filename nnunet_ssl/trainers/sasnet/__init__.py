@@ -1,0 +1,1 @@
+"""SASNet: its trainer, memory of confidence, coordinates of patches, and views of the two branches."""
