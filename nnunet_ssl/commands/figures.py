@@ -12,7 +12,14 @@ from nnunet_ssl.commands.arguments import Parser, count, fold, seed
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import writing
 
-FIGURES = ("cases", "entropy", "tokens", "assignment", "curves", "boxes")
+FIGURES = {  # and where each is drawn, below nnunet_ssl/figures
+    "cases": "cases",
+    "entropy": "shta.entropy",
+    "tokens": "shta.tokens",
+    "assignment": "shta.assignment",
+    "curves": "curves",
+    "boxes": "boxes",
+}
 FROM_PREDICTIONS = {"cases": 1, "entropy": 2, "boxes": 1}  # of so many models at least
 EMBEDDINGS = ("pca", "tsne")
 REMEDY = "Make room, make it writable, or name another folder with -o."
@@ -112,7 +119,7 @@ def draw_figures(which: list[str] | None, runs: list, cases: list, out: Path, op
 
     Args:
         which: of ``FIGURES``; None for all that these runs can give.
-        runs, cases, out, options: as ``draw_<figure>`` of ``nnunet_ssl/figures/<figure>.py`` takes them.
+        runs, cases, out, options: as ``draw_<figure>`` takes them.
 
     Raises:
         UserError: after all others are drawn, says which are not, and why.
@@ -129,7 +136,7 @@ def draw_figures(which: list[str] | None, runs: list, cases: list, out: Path, op
             runs = with_predictions(runs, cases, out, options)
     for figure in [figure for figure in figures if figure not in failed]:
         with _noting([figure], failed, skip=which is None):
-            module = importlib.import_module(f"nnunet_ssl.figures.{figure}")
+            module = importlib.import_module(f"nnunet_ssl.figures.{FIGURES[figure]}")
             getattr(module, f"draw_{figure}")(runs, cases, out, options)
             print(f"Wrote {figure} to {out}", flush=True)
     if failed:

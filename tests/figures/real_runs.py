@@ -11,7 +11,7 @@ import numpy as np
 from datasets import TinyDataset
 
 from nnunet_ssl.figures.runs import Case, FigureOptions, TrainedRun, find_classes
-from nnunet_ssl.figures.shta_tokens import cut_patches, load_branch, load_model, read_tokens
+from nnunet_ssl.figures.shta.branch import cut_patches, load_branch, load_model, read_tokens
 
 
 def train(trainer: Any, name: str = "") -> TrainedRun:

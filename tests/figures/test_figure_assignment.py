@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from real_runs import Maker, counted, options_of, some_cases, train, train_and_keep
 
-from nnunet_ssl.figures.assignment import (
+from nnunet_ssl.figures.runs import FigureOptions, NotApplicable
+from nnunet_ssl.figures.shta.assignment import (
     NOT_CHOSEN,
     assignment_figure,
     draw_assignment,
@@ -20,8 +21,7 @@ from nnunet_ssl.figures.assignment import (
     node_bottoms,
     ribbon,
 )
-from nnunet_ssl.figures.runs import FigureOptions, NotApplicable
-from nnunet_ssl.figures.shta_tokens import BACKGROUND
+from nnunet_ssl.figures.shta.branch import BACKGROUND
 
 COUNTS = np.array([[0, 0, 0, 0], [3, 50, 0, 7], [0, 4, 20, 0], [0, 0, 0, 0]])  # rows by truth; nothing is truly 3
 NAMES = {0: "background", 1: "one", 2: "two", 3: "three"}

@@ -14,8 +14,9 @@ from figure_folders import MadeUp, everything, make_folders, set_environment
 from real_runs import Maker, options_of, some_cases, train
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.figures import entropy as module
-from nnunet_ssl.figures.entropy import (
+from nnunet_ssl.figures.runs import NotApplicable, prediction_folder
+from nnunet_ssl.figures.shta import entropy as module
+from nnunet_ssl.figures.shta.entropy import (
     best_window,
     choose_cases,
     draw_entropy,
@@ -25,7 +26,6 @@ from nnunet_ssl.figures.entropy import (
     read_row,
     window_side,
 )
-from nnunet_ssl.figures.runs import NotApplicable, prediction_folder
 
 
 def test_entropy_of_known_distributions() -> None:

@@ -13,7 +13,7 @@ from real_runs import Maker, some_cases, train
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.figures.runs import TrainedRun
-from nnunet_ssl.figures.shta_tokens import (
+from nnunet_ssl.figures.shta.branch import (
     NOT_SHOWN,
     baseline_and_shta,
     cut_patches,

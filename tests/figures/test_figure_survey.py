@@ -13,11 +13,11 @@ import torch
 from real_runs import Maker, counted, options_of, some_cases, train, train_and_keep
 
 from nnunet_ssl.commands.figures import draw_figures
-from nnunet_ssl.figures import survey as module
 from nnunet_ssl.figures.runs import TrainedRun
-from nnunet_ssl.figures.shta_tokens import Tokens, cut_patches
-from nnunet_ssl.figures.survey import ClassSample, earliest_kept, lowest_of_each_class, survey
-from nnunet_ssl.figures.tokens import draw_tokens
+from nnunet_ssl.figures.shta import survey as module
+from nnunet_ssl.figures.shta.branch import Tokens, cut_patches
+from nnunet_ssl.figures.shta.survey import ClassSample, earliest_kept, lowest_of_each_class, survey
+from nnunet_ssl.figures.shta.tokens import draw_tokens
 
 # ----------------------------------------------------------------------------------------------------------- sample
 

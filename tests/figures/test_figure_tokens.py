@@ -10,11 +10,11 @@ import pytest
 from matplotlib.colors import to_rgb
 from real_runs import Maker, options_of, some_cases, train
 
-from nnunet_ssl.figures import survey as module
 from nnunet_ssl.figures.page import class_colors, paper_style
 from nnunet_ssl.figures.runs import FigureOptions, NotApplicable
-from nnunet_ssl.figures.shta_tokens import BACKGROUND
-from nnunet_ssl.figures.tokens import (
+from nnunet_ssl.figures.shta import survey as module
+from nnunet_ssl.figures.shta.branch import BACKGROUND
+from nnunet_ssl.figures.shta.tokens import (
     Space,
     draw_tokens,
     in_two_dimensions,

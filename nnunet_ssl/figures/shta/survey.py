@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.figures.runs import Case, NotApplicable, TrainedRun
-from nnunet_ssl.figures.shta_tokens import (
+from nnunet_ssl.figures.shta.branch import (
     Patches,
     Tokens,
     baseline_and_shta,

@@ -35,7 +35,7 @@ from nnunet_ssl.figures.runs import (
     prediction_folder,
     with_predictions,
 )
-from nnunet_ssl.figures.shta_tokens import baseline_and_shta
+from nnunet_ssl.figures.shta.branch import baseline_and_shta
 from nnunet_ssl.figures.slices import read_prediction, read_truth, slice_axis
 from nnunet_ssl.files import replacing
 

@@ -18,8 +18,8 @@ from matplotlib.path import Path as Outline
 from nnunet_ssl.evaluation.summary import table
 from nnunet_ssl.figures.page import CHARACTER, column_width, new_figure, paper_style, save_figure, wrapped
 from nnunet_ssl.figures.runs import Case, FigureOptions, NotApplicable, TrainedRun, cases_in_words
-from nnunet_ssl.figures.shta_tokens import BACKGROUND
-from nnunet_ssl.figures.survey import RULE, survey
+from nnunet_ssl.figures.shta.branch import BACKGROUND
+from nnunet_ssl.figures.shta.survey import RULE, survey
 
 NOT_CHOSEN = "#dddddd"
 GAP = 0.35  # between nodes at least, of a line of text

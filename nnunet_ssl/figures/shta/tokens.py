@@ -29,8 +29,8 @@ from nnunet_ssl.figures.page import (
     wrapped,
 )
 from nnunet_ssl.figures.runs import Case, FigureOptions, NotApplicable, TrainedRun, cases_in_words
-from nnunet_ssl.figures.shta_tokens import BACKGROUND
-from nnunet_ssl.figures.survey import RULE, TOKENS_PER_CLASS, Survey, survey
+from nnunet_ssl.figures.shta.branch import BACKGROUND
+from nnunet_ssl.figures.shta.survey import RULE, TOKENS_PER_CLASS, Survey, survey
 
 PERPLEXITY = 30
 METHODS = {"pca": "PCA", "tsne": "t-SNE"}
