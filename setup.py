@@ -83,7 +83,7 @@ setup(
     # every start of Python ten times what our own files do.
     package_dir={"": "."},
     packages=find_packages(include=["nnunet_ssl", "nnunet_ssl.*"]),
-    package_data={"nnunet_ssl.benchmark": ["protocols/*.json"]},
+    package_data={"nnunet_ssl": ["py.typed"], "nnunet_ssl.benchmark": ["protocols/*.json"]},
     python_requires=">=3.10",
     install_requires=[
         "nnunetv2>=2.8.0,<2.9",
@@ -105,7 +105,7 @@ setup(
         "psutil",
     ],
     extras_require={
-        "dev": ["h5py", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "pre-commit", "setuptools>=77"],
+        "dev": ["h5py", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy>=2,<3", "pre-commit", "setuptools>=77"],
     },
     entry_points={
         "console_scripts": [f"nnUNetv2_ssl_{verb} = nnunet_ssl.commands.{verb}:main" for verb in COMMANDS],

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
@@ -26,7 +26,7 @@ Outcome = TypeVar("Outcome")
 
 def outcomes(
     function: Callable[..., Outcome], jobs: Sequence[tuple[Any, ...]], num_processes: int
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     """Call ``function`` with each job's arguments, and yield what it returns, as it comes.
 
     The first jobs are done in this process, to see how long one takes. Starting other processes costs seconds each,

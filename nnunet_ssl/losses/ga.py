@@ -15,6 +15,7 @@ voxels with the largest l_v are selected; n_c of them are of class c. All sums r
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 
 from nnunet_ssl.losses.class_counts import class_counts
 from nnunet_ssl.losses.squared_dice import probabilities_and_one_hot, squared_dice_per_class
+
+Number = TypeVar("Number", int, Tensor)
 
 EPS = 1e-10  # s of E1 and E4
 
@@ -155,7 +158,7 @@ class GACELoss(nn.Module):
         rank = torch.arange(len(at), device=at.device)
         return losses[at], labels[at], rank < torch.minimum(self._part_of(num_valid).clamp(min=1), num_valid)
 
-    def _part_of(self, number: int | Tensor) -> int | Tensor:
+    def _part_of(self, number: Number) -> Number:
         return number * self._share.numerator // self._share.denominator
 
 

@@ -210,7 +210,7 @@ class SHTALoss(nn.Module):
         self.sync_references = sync_references
         self.eps = eps
         self.proxies = nn.Parameter(F.normalize(torch.randn(num_classes, embedding_dim), dim=1))
-        self.proxies.no_weight_decay = True  # only their direction matters
+        self.proxies.no_weight_decay = True  # type: ignore[attr-defined]  # only their direction matters
 
     def forward(self, z: Tensor, y_tok: Tensor) -> SHTATerms:
         """Compute the losses of one batch of tokens, in fp32 whatever autocast says.

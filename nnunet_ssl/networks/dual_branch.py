@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,10 @@ class DualBranchUNet(nn.Module):
     Raises:
         UserError: if the network is no such U-Net, or too shallow.
     """
+
+    encoder: Any  # nnU-Net's, as are the decoders
+    decoder: Any
+    low_decoder: Any
 
     def __init__(self, network: nn.Module, low_level_start: int | None = None) -> None:
         super().__init__()
@@ -110,13 +114,12 @@ class DualBranchUNet(nn.Module):
         if self.training:
             inputs = (skips, skips[: -self.low_level_start])
             return Branches(*(BranchOutputs(*tap(i)) for tap, i in zip(self._taps, inputs, strict=False)))
-        high = self.decoder(skips) if self.branch != "low" or self.low_decoder is None else None
         if self.low_decoder is None or self.branch == "high":
-            return high
+            return self.decoder(skips)
         low = self.low_decoder(skips[: -self.low_level_start])
         if self.branch == "low":
             return low
-        branches = Branches(high, low)
+        branches = Branches(self.decoder(skips), low)
         return branches if self.branch == "each" else mean_of_branches(branches)
 
 

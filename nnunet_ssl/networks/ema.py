@@ -33,7 +33,7 @@ class EMATeacher(nn.Module):
         self.network = copy.deepcopy(student).requires_grad_(False)
         for module in self.network.modules():
             if hasattr(module, "deep_supervision"):
-                module.deep_supervision = False
+                module.deep_supervision = False  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """The teacher's full-resolution output, without gradient: ``[B, C, *spatial]`` -> ``[B, K, *spatial]``."""

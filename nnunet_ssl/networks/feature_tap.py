@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -22,7 +24,7 @@ class FeatureTap(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        decoder = getattr(network, "decoder", network)
+        decoder: Any = getattr(network, "decoder", network)
         if not hasattr(decoder, "seg_layers"):
             raise TypeError(f"{type(network).__name__} has no decoder.seg_layers to read the last decoder feature from")
         self.network = network
@@ -46,7 +48,8 @@ class FeatureTap(nn.Module):
         Returns:
             The network's outputs as they are (a list with deep supervision), and the feature ``[B, C, *patch]``.
         """
-        self._kept = kept = []
+        kept: list[Tensor] = []
+        self._kept = kept
         outputs = self.network(x)
         self._kept = None
         return outputs, kept[0]

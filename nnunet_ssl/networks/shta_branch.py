@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,7 @@ class SHTABranch(nn.Module):
         embedding_dim: int,
         ignore_label: int | None = None,
         min_valid_fraction: float = 0.5,
-        **loss_settings: object,
+        **loss_settings: Any,
     ) -> None:
         super().__init__()
         self.stride = tuple(stride)

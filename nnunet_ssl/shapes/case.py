@@ -49,7 +49,7 @@ def warp_case(
         found, labels, why = registered(there, here, channels or None)
         if found is not None:
             entry |= {key: round(value, 4) for key, value in found._asdict().items() if key != "transform"}
-        if why:
+        if found is None or labels is None or why:
             return Outcome(name, entry, why)
         data = np.stack([array(warp(image, there.channels[0], found.transform)) for image in here.channels])
         os.makedirs(place)
@@ -77,6 +77,7 @@ def registered(
     grid = there.channels[0]
     if grid.GetDimension() != here.channels[0].GetDimension():
         return None, None, "are a slice and a volume"
+    assert here.labels is not None
     found = register(there, here, channels)
     labels = warp_labels(here.labels, grid, found.transform)
     before, after = (volumes(array(x), float(np.prod(x.GetSpacing())), here.structures) for x in (here.labels, labels))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
@@ -182,7 +182,7 @@ def warp_labels(labels: sitk.Image, grid: sitk.Image, transform: sitk.Transform,
 
 def region_around(moving: Volume) -> sitk.Image:
     """Where registration is judged: the structures and what is near them; everywhere without any. uint8."""
-    labels = moving.labels
+    labels = _labels_of(moving)
     values = np.isin(sitk.GetArrayViewFromImage(labels), moving.structures)
     if not values.any():
         return _like(np.ones(values.shape, np.uint8), labels)
@@ -214,10 +214,11 @@ def template_start(pairs: list[tuple[sitk.Image, sitk.Image]], region: sitk.Imag
         cut = max(0, side.stop - side.start - room)  # a template has to fit into the image
         box.append(slice(side.start + cut // 2, side.stop - (cut - cut // 2)))
     slack = [(side.stop - side.start) // 5 for side in box]
-    match = 0
+    matches = []
     for one, other in coarse:
         image = np.pad(sitk.GetArrayFromImage(one), [(n, n) for n in slack], mode="edge")
-        match = match + match_template(image, sitk.GetArrayFromImage(other)[tuple(box)])
+        matches.append(match_template(image, sitk.GetArrayFromImage(other)[tuple(box)]))
+    match = np.sum(matches, axis=0)
     best = np.unravel_index(np.argmax(match), match.shape)
     lies = moving.TransformIndexToPhysicalPoint([int(side.start) for side in box[::-1]])
     goes = fixed.TransformIndexToPhysicalPoint([int(b - n) for b, n in zip(best[::-1], slack[::-1], strict=True)])
@@ -229,7 +230,7 @@ def _demons(
     start: sitk.Transform,
     levels: tuple[int, ...],
     field: sitk.Image | None = None,
-    kind: type[sitk.ImageFilter] = sitk.FastSymmetricForcesDemonsRegistrationFilter,
+    kind: type[Any] = sitk.FastSymmetricForcesDemonsRegistrationFilter,
 ) -> sitk.Image:
     """The displacement field that follows ``start``, from coarse to fine."""
     grid = pairs[0][0]
@@ -248,6 +249,7 @@ def _demons(
             demons.SetNumberOfThreads(1)
             here = sitk.HistogramMatching(here, fixed, 128, 8, True)
             field = demons.Execute(fixed, here, *([] if field is None else [_onto(field, fixed)]))
+    assert field is not None  # there are levels
     return field
 
 
@@ -264,8 +266,8 @@ def _similarity(pairs: list[tuple[sitk.Image, sitk.Image]], region: sitk.Image, 
     if there.sum() * share < 0.5 * sitk.GetArrayViewFromImage(region).sum():
         return -1.0
     found = [_correlation(one, other, transform, there) for one, other in pairs]
-    found = [value for value in found if value is not None]
-    return float(np.mean(found)) if found else 0.0
+    said = [value for value in found if value is not None]
+    return float(np.mean(said)) if said else 0.0
 
 
 def _correlation(fixed: sitk.Image, moving: sitk.Image, transform: sitk.Transform, there: np.ndarray) -> float | None:
@@ -283,6 +285,11 @@ def folding(grid: sitk.Image, transform: sitk.Transform) -> float:
         transform, sitk.sitkVectorFloat64, grid.GetSize(), grid.GetOrigin(), grid.GetSpacing(), grid.GetDirection()
     )
     return float((sitk.GetArrayFromImage(sitk.DisplacementFieldJacobianDeterminant(field)) <= 0).mean())
+
+
+def _labels_of(moving: Volume) -> sitk.Image:
+    assert moving.labels is not None  # a moving volume has them
+    return moving.labels
 
 
 def _like(values: np.ndarray, image: sitk.Image) -> sitk.Image:

@@ -197,7 +197,7 @@ def vote_case(
                 entry["atlases"][name] = {} if found is None else {"after": round(found.after, 4)}
                 if why:
                     entry["atlases"][name]["why"] = why
-                else:
+                elif found is not None:
                     yield atlas(here, there.channels[0], found.transform, labels)
 
         votes = vote(image, good(), len(labels))

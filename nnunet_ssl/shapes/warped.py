@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -305,7 +305,7 @@ def _complete(state: _State, num_processes: int) -> None:
     for name, entry in list(state.dropped.items()):
         if entry["why"] == LESS_ALIKE and each > state.asked.get(entry["moving"], each):
             del state.dropped[name]  # it may be among the most alike of a larger number
-    about = {
+    about: dict[str, Any] = {
         "preprocessing": wish.preprocessing,
         "labeled": state.stamps,
         "asked": state.done,
@@ -357,7 +357,7 @@ def _complete(state: _State, num_processes: int) -> None:
     print(f"nnunet_ssl: {len(manifest.cases)} pairs are kept{told}.", flush=True)
 
 
-def _affordable(wish: Wish, how: tuple, targets: list[str], num_processes: int) -> int:
+def _affordable(wish: Wish, how: tuple[dict, str, list[int]], targets: list[str], num_processes: int) -> int:
     """How many warps of each labelled case fit into ``BUDGET``, by the time that one takes here."""
     if not targets:
         return 1

@@ -39,8 +39,10 @@ class CheckingPlans(PlansManager):
         """nnU-Net's reader for the dataset, with the checks around it."""
         reader, plans = super().image_reader_writer_class, self
 
-        class CheckingReader(reader):
-            def read_images(self, image_fnames: Sequence[str], *args: object, **kwargs: object):
+        class CheckingReader(reader):  # type: ignore[valid-type, misc]
+            def read_images(
+                self, image_fnames: Sequence[str], *args: object, **kwargs: object
+            ) -> tuple[np.ndarray, dict]:
                 try:
                     images, properties = read_volume(super().read_images, image_fnames)
                 except VolumeError as error:

@@ -90,7 +90,7 @@ def find_images(folder: str, ending: str) -> tuple[dict[str, list[str]], list[st
         ) from None
     pattern = re.compile(rf"(.+)_\d{{4}}{re.escape(ending)}")
     cases: dict[str, list[str]] = defaultdict(list)
-    others = []
+    others: list[str] = []
     for name in sorted(os.listdir(folder)):
         path = os.path.join(folder, name)
         if name.startswith("."):
@@ -158,7 +158,8 @@ def refuse_labeled_images(unlabeled: dict[str, list[str]], labeled: dict[str, li
     """
     known = {identity: case for case, files in labeled.items() if (identity := _identity(files))}
     for files in unlabeled.values():
-        if twin := known.get(_identity(files)):
+        identity = _identity(files)
+        if identity and (twin := known.get(identity)):
             raise UserError(is_labeled(files[0], twin))
 
 

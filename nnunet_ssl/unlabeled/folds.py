@@ -35,9 +35,10 @@ def read_splits(file: str, remedy: str) -> list[Fold]:
     folds = []
     for number, fold in enumerate(read_json(file, remedy, list)):
         parts = [fold.get(part) if isinstance(fold, dict) else None for part in Fold._fields]
-        if not all(isinstance(cases, list) for cases in parts):
+        lists = [cases for cases in parts if isinstance(cases, list)]
+        if len(lists) < len(parts):
             raise UserError(f'{file}: fold {number} is not written as {{"train": [...], "val": [...]}}. {remedy}')
-        folds.append(Fold(*([path_component(case, "case", file) for case in cases] for cases in parts)))
+        folds.append(Fold(*([path_component(case, "case", file) for case in cases] for cases in lists)))
     return folds
 
 
@@ -55,7 +56,7 @@ def refuse_fold(fold: int | str, cases: Collection[str], preprocessed: str) -> N
     file = os.path.join(preprocessed, SPLITS)
     if not cases:
         raise UserError(f"{preprocessed} holds no preprocessed case. Run nnUNetv2_plan_and_preprocess.")
-    if fold == "all":
+    if isinstance(fold, str):  # all
         return
     if not os.path.lexists(file):
         if len(cases) < FOLDS:

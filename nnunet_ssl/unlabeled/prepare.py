@@ -141,10 +141,10 @@ def wait_until_prepared(
     wanted = functools.cache(lambda: _wanted(dataset_name, dataset_json, labeled_cases, folder, task))
 
     def look() -> PreparedFolder | None:
-        if wanted() is None:
+        if (now := wanted()) is None:
             return _take_as_it_is(folder, task, dataset_name, labeled_cases, reading=True)
         manifest = UnlabeledManifest.read(folder)
-        return manifest.prepared() if not wanted().difference(manifest) and manifest.keep() else None
+        return manifest.prepared() if not now.difference(manifest) and manifest.keep() else None
 
     return store.wait_for(
         look,

@@ -151,7 +151,7 @@ def choose(scores: dict[str, float], at_least: float | None, keep: float | None)
     order = sorted((case for case in scores if scores[case] > 0), key=lambda case: (-scores[case], case))
     if keep is not None:
         return sorted(order[: max(1, round(keep * len(scores)))])
-    return sorted(case for case in order if scores[case] >= at_least)
+    return sorted(case for case in order if at_least is None or scores[case] >= at_least)
 
 
 # ---------------------------------------------------------------------- the teacher's predictions
@@ -296,14 +296,15 @@ class Predictions:
             if votes is not None:
                 with np.load(f"{votes[case]}.npz") as archive:
                     teachers.append(archive["probabilities"].astype(np.float32))
-            mean = sum(teachers) / len(teachers)
+            mean = sum(teachers[1:], teachers[0]) / len(teachers)
             if votes is not None:
                 labels = label_manager.convert_probabilities_to_segmentation(mean)
                 kind = np.uint8 if len(label_manager.foreground_labels) < 255 else np.uint16  # as nnU-Net's
                 reader.write_seg(labels.astype(kind), self.label_file(case), load_pickle(f"{votes[case]}.pkl"))
-            self.measured[case] = measure(mean, label_manager)
+            measured = measure(mean, label_manager)
             if len(teachers) > 1:
-                self.measured[case] = self.measured[case]._replace(dice=dice_between(*teachers, label_manager))
+                measured = measured._replace(dice=dice_between(teachers[0], teachers[1], label_manager))
+            self.measured[case] = measured
             if time.monotonic() - saved > SAVE_EVERY:
                 self._keep()
                 saved = time.monotonic()
@@ -442,7 +443,7 @@ def write_pseudolabeled(
     scores = {case: getattr(measured, by) for case, measured in predictions.measured.items()}
     kept = choose(scores, at_least, keep)
     if not kept:
-        best = max(scores, key=scores.get)
+        best = max(scores, key=lambda case: scores[case])
         nothing = "The teacher sees no foreground." if by == "confidence" else "The teachers agree on no foreground."
         raise UserError(
             f"no prediction in {predictions.folder} is kept: {WHO_IS_BEST[by]} that of {best}, with "
@@ -526,7 +527,7 @@ def draw_scores(
     figure = Figure(figsize=(6, 3.5))
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    bins = np.linspace(min([*scores.values(), threshold, 0.99]), 1, 31)
+    bins = np.linspace(min([*scores.values(), threshold, 0.99]), 1, 31).tolist()
     axis.hist(list(groups.values()), bins, stacked=True, label=list(groups), color=["#30638e", "#d1495b"])
     axis.axvline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.3g}")
     axis.set_xlabel(f"{by} of a case")

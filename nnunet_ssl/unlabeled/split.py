@@ -232,12 +232,12 @@ def write_dataset(
     ending = dataset_json["file_ending"]
 
     def put(file: str, *target: str) -> None:
-        target = os.path.join(folder, *target)
-        os.makedirs(os.path.dirname(target), exist_ok=True)
+        path = os.path.join(folder, *target)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         if copy:
-            shutil.copy2(file, target)
+            shutil.copy2(file, path)
         else:
-            os.symlink(_link_text(file, os.path.dirname(folder)), target)
+            os.symlink(_link_text(file, os.path.dirname(folder)), path)
 
     def put_image(case: str, image_folder: str) -> None:
         for channel, file in enumerate(images[case]):
