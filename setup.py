@@ -105,7 +105,16 @@ setup(
         "psutil",
     ],
     extras_require={
-        "dev": ["h5py", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy>=2,<3", "pre-commit", "setuptools>=77"],
+        "dev": [
+            "h5py",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "mypy>=2,<3",
+            "pre-commit",
+            "setuptools>=77",
+        ],
     },
     entry_points={
         "console_scripts": [f"nnUNetv2_ssl_{verb} = nnunet_ssl.commands.{verb}:main" for verb in COMMANDS],

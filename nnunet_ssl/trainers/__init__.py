@@ -18,11 +18,7 @@ TRAINERS = {
     "nnUNetTrainerURPC": "urpc",
     "nnUNetTrainerMagicNet": "magicnet",
     "nnUNetTrainerSASNet": "sasnet.trainer",
-    "nnUNetTrainerSHTA_LabeledOnly": "shta",
-    "nnUNetTrainerSHTA_CPS": "shta",
-    "nnUNetTrainerSHTA_GACPS": "shta",
-    "nnUNetTrainerSHTA_URPC": "shta",
-    "nnUNetTrainerSHTA_MagicNet": "shta",
+    **{f"nnUNetTrainerSHTA_{host}": "shta" for host in ("LabeledOnly", "CPS", "GACPS", "URPC", "MagicNet")},
     "nnUNetTrainerMAE": "mae",
 }
 BASES = {"nnUNetTrainerSSL": "base"}

@@ -29,6 +29,7 @@ from nnunet_ssl import __version__
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_json
 from nnunet_ssl.locks import take
+from nnunet_ssl.losses.ramps import sigmoid_rampup
 from nnunet_ssl.networks.average import WeightAverage
 from nnunet_ssl.networks.feature_tap import FeatureTap
 from nnunet_ssl.randomness import derived_seed, seeded
@@ -190,6 +191,10 @@ class nnUNetTrainerSSL(Step, Data, Resuming, Prediction):  # noqa: N801
     def seeded(self, *purpose: str | int) -> AbstractContextManager[None]:
         """A context whose random draws follow from the run's seed and ``purpose``, on every rank alike."""
         return seeded(self.settings.seed, *purpose)
+
+    def rampup(self, share: float) -> float:
+        """What a weight is multiplied with at this step, when it grows over so much of the training: up to 1."""
+        return sigmoid_rampup(self.global_step, share * self.total_steps)
 
     @property
     def uses_warps(self) -> bool:

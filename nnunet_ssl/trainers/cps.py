@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from nnunet_ssl.declared import Share, Weight, declared
 from nnunet_ssl.losses.pseudo_labels import hard_pseudo_labels, pseudo_label_cross_entropy
-from nnunet_ssl.losses.ramps import sigmoid_rampup
 from nnunet_ssl.trainers.base import Batch, Stream, full_resolution, nnUNetTrainerSSL
 from nnunet_ssl.trainers.settings import SSLSettings
 
@@ -70,8 +69,8 @@ class nnUNetTrainerCPS(nnUNetTrainerSSL):  # noqa: N801
 
     def term_weights(self) -> dict[str, float]:
         """The cross term grows along a sigmoid."""
-        length = self.settings.cps_rampup * self.total_steps
-        return {**super().term_weights(), "cps": self.settings.cps_weight * sigmoid_rampup(self.global_step, length)}
+        weight = self.settings.cps_weight * self.rampup(self.settings.cps_rampup)
+        return {**super().term_weights(), "cps": weight}
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         """A pass for each network and stream.

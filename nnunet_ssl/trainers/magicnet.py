@@ -30,7 +30,6 @@ from nnunet_ssl.losses.cubes import (
     unmix,
 )
 from nnunet_ssl.losses.pseudo_labels import hard_pseudo_labels
-from nnunet_ssl.losses.ramps import sigmoid_rampup
 from nnunet_ssl.losses.squared_dice import squared_dice_loss
 from nnunet_ssl.networks.ema import EMATeacher
 from nnunet_ssl.networks.location_head import LocationHead
@@ -172,14 +171,13 @@ class nnUNetTrainerMagicNet(nnUNetTrainerSSL):  # noqa: N801
     def term_weights(self) -> dict[str, float]:
         """Constant weights, and w(t) of the consistency, which grows along a sigmoid."""
         settings = self.settings
-        length = settings.magicnet_rampup * self.total_steps
         return {
             **super().term_weights(),
             "sup": settings.magicnet_direct_weight,
             "cross": settings.magicnet_cross_weight,
             "within": settings.magicnet_within_weight,
             "location": settings.magicnet_location_weight,
-            "consistency": settings.magicnet_weight * sigmoid_rampup(self.global_step, length),
+            "consistency": settings.magicnet_weight * self.rampup(settings.magicnet_rampup),
         }
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:

@@ -13,17 +13,14 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
+from nnunet_ssl import trainers
 from nnunet_ssl.declared import Count, Counts, Part, Positive, Share, Weight, declared
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.networks.shta_branch import SHTABranch, token_stride
 from nnunet_ssl.trainers.base import nnUNetTrainerSSL
-from nnunet_ssl.trainers.cps import CPSSettings, nnUNetTrainerCPS
-from nnunet_ssl.trainers.ga_cps import GACPSSettings, nnUNetTrainerGACPS
-from nnunet_ssl.trainers.labeled_only import nnUNetTrainerLabeledOnly
-from nnunet_ssl.trainers.magicnet import MagicNetSettings, nnUNetTrainerMagicNet
 from nnunet_ssl.trainers.settings import SSLSettings
-from nnunet_ssl.trainers.urpc import URPCSettings, nnUNetTrainerURPC
 
+PREFIX = "nnUNetTrainerSHTA_"
 PAPER = "Zhang et al., SHTA: Semantic Hard Token Correction and Center Alignment"
 
 
@@ -68,8 +65,9 @@ READOUTS = "assign anchor hard center hard_share candidate_share token_accuracy 
 class SHTAMixin(nnUNetTrainerSSL):
     """Adds ``lambda * L_SHTA`` on the labelled images' last decoder feature to a host (Eq. 2).
 
-    Put it left of the host: ``class nnUNetTrainerSHTA_X(SHTAMixin, nnUNetTrainerX)``, with settings that inherit from
-    both. The branch exists in training only; unlabelled images never enter it.
+    ``nnUNetTrainerSHTA_X`` is made of it and ``nnUNetTrainerX``, with the settings of both: see ``__getattr__`` below.
+    The branch exists in training only; unlabelled images never enter it. On URPC with dropout it reads the feature
+    after that, as the full-resolution head does; on MagicNet the student's forward of the unmixed labelled images.
     """
 
     supports_regions = False
@@ -180,61 +178,14 @@ def build_branch(
     )
 
 
-@declared
-class SHTA_CPSSettings(SHTASettings, CPSSettings):  # noqa: N801
-    """Settings of SHTA on CPS."""
-
-
-class nnUNetTrainerSHTA_CPS(SHTAMixin, nnUNetTrainerCPS):  # noqa: N801
-    """SHTA on CPS: token embeddings of the labelled images are tied to class proxies and centers, in training only."""
-
-    paper = PAPER
-    Settings = SHTA_CPSSettings
-
-
-@declared
-class SHTA_GACPSSettings(SHTASettings, GACPSSettings):  # noqa: N801
-    """Settings of SHTA on GA-CPS."""
-
-
-class nnUNetTrainerSHTA_GACPS(SHTAMixin, nnUNetTrainerGACPS):  # noqa: N801
-    """SHTA on GA-CPS."""
-
-    paper = PAPER
-    Settings = SHTA_GACPSSettings
-
-
-@declared
-class SHTA_URPCSettings(SHTASettings, URPCSettings):  # noqa: N801
-    """Settings of SHTA on URPC."""
-
-
-class nnUNetTrainerSHTA_URPC(SHTAMixin, nnUNetTrainerURPC):  # noqa: N801
-    """SHTA on URPC; where there is dropout, the branch reads the feature after it, as the full-resolution head does."""
-
-    paper = PAPER
-    Settings = SHTA_URPCSettings
-
-
-@declared
-class SHTA_MagicNetSettings(SHTASettings, MagicNetSettings):  # noqa: N801
-    """Settings of SHTA on MagicNet."""
-
-
-class nnUNetTrainerSHTA_MagicNet(SHTAMixin, nnUNetTrainerMagicNet):  # noqa: N801
-    """SHTA on MagicNet; the branch reads the student's forward of the unmixed labelled images."""
-
-    paper = PAPER
-    Settings = SHTA_MagicNetSettings
-
-
-@declared
-class SHTA_LabeledOnlySettings(SHTASettings):  # noqa: N801
-    """Settings of SHTA on labels alone."""
-
-
-class nnUNetTrainerSHTA_LabeledOnly(SHTAMixin, nnUNetTrainerLabeledOnly):  # noqa: N801
-    """SHTA without unlabelled images, which no paper reports: how much of its gain needs them at all."""
-
-    paper = PAPER
-    Settings = SHTA_LabeledOnlySettings
+def __getattr__(name: str) -> type:
+    """``nnUNetTrainerSHTA_<X>``: SHTA on ``nnUNetTrainer<X>``, whatever its losses are."""
+    if not name.startswith(PREFIX):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    host = getattr(trainers, f"nnUNetTrainer{name.removeprefix(PREFIX)}")
+    body = {"__module__": __name__, "__doc__": f"Settings of SHTA on {host.__name__}."}
+    settings = declared(type(f"{name}Settings", (SHTASettings, host.Settings), body))
+    what = f"SHTA on {host.__name__}: token embeddings of the labelled images are tied to class proxies and centers."
+    made = type(name, (SHTAMixin, host), {**body, "__doc__": what, "paper": PAPER, "Settings": settings})
+    globals()[name] = made  # the same class at every look-up, and picklable by name
+    return made

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from nnunet_ssl.declared import Decays, Share, TwoOrMore, Weight, declared
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.losses.ramps import sigmoid_rampup
 from nnunet_ssl.losses.urpc import uncertainty_rectified_consistency
 from nnunet_ssl.trainers.base import Batch, nnUNetTrainerSSL
 from nnunet_ssl.trainers.settings import SSLSettings
@@ -83,8 +82,8 @@ class nnUNetTrainerURPC(nnUNetTrainerSSL):  # noqa: N801
 
     def term_weights(self) -> dict[str, float]:
         """lambda grows along a sigmoid."""
-        length = self.settings.urpc_rampup * self.total_steps
-        return {**super().term_weights(), "urpc": self.settings.urpc_weight * sigmoid_rampup(self.global_step, length)}
+        weight = self.settings.urpc_weight * self.rampup(self.settings.urpc_rampup)
+        return {**super().term_weights(), "urpc": weight}
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         """A pass for the labels, one for the consistency on unlabelled images."""

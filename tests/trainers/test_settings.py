@@ -13,9 +13,8 @@ from pydantic import model_validator
 import nnunet_ssl.trainers
 from nnunet_ssl.declared import Share, declared, fields_of
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.trainers import TRAINERS
+from nnunet_ssl.trainers import TRAINERS, nnUNetTrainerSHTA_CPS
 from nnunet_ssl.trainers.settings import SSLSettings, all_presets, load_settings, settings_from_dict
-from nnunet_ssl.trainers.shta import SHTA_CPSSettings
 
 CLASSES = {name: getattr(nnunet_ssl.trainers, name).Settings for name in TRAINERS}
 NO_NUMBERS = [None, True, "0.5", "much", [], {}]
@@ -26,12 +25,12 @@ NO_INTS = [1.5, 1.0, math.nan, math.inf, 10**30, -(10**30), int("9" * 401), *NO_
 def load(tmp_path, content):
     file = tmp_path / "settings.json"
     file.write_text(content if isinstance(content, str) else json.dumps(content))
-    return load_settings(SHTA_CPSSettings, str(file))
+    return load_settings(nnUNetTrainerSHTA_CPS.Settings, str(file))
 
 
 def test_defaults_without_a_file():
-    assert load_settings(SHTA_CPSSettings, None) == SHTA_CPSSettings()
-    assert load_settings(SHTA_CPSSettings, "") == SHTA_CPSSettings()
+    assert load_settings(nnUNetTrainerSHTA_CPS.Settings, None) == nnUNetTrainerSHTA_CPS.Settings()
+    assert load_settings(nnUNetTrainerSHTA_CPS.Settings, "") == nnUNetTrainerSHTA_CPS.Settings()
 
 
 def test_fields_of_host_and_shta_are_overridden_by_name(tmp_path):
@@ -92,7 +91,7 @@ def test_what_is_wrong_is_named(tmp_path, content, words):
 
 def test_a_missing_file_is_named():
     with pytest.raises(UserError, match="nowhere"):
-        load_settings(SHTA_CPSSettings, "/nowhere/settings.json")
+        load_settings(nnUNetTrainerSHTA_CPS.Settings, "/nowhere/settings.json")
 
 
 @pytest.mark.parametrize("given", [None, [], "text", 3, {1: 2}, {"keep_epochs": [[[]]]}, {"self": 1}])

@@ -25,7 +25,6 @@ from nnunet_ssl.declared import Angle, Positive, Share, Weight, Whole, declared
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.branches import Branches
 from nnunet_ssl.losses.consistency import pseudo_label_consistency, segmentation_regression_consistency
-from nnunet_ssl.losses.ramps import sigmoid_rampup
 from nnunet_ssl.losses.sar import reweight, true_class_confidence
 from nnunet_ssl.losses.sdm import has_boundary, signed_distance_map
 from nnunet_ssl.networks.dual_branch import DualBranchUNet, low_level_start_of, mean_of_branches
@@ -277,8 +276,7 @@ class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801
 
     def term_weights(self) -> dict[str, float]:
         """beta L_seg + gamma (L_plc + L_src), gamma along a sigmoid."""
-        length = self.settings.sasnet_rampup * self.total_steps
-        gamma = self.settings.sasnet_gamma * sigmoid_rampup(self.global_step, length)
+        gamma = self.settings.sasnet_gamma * self.rampup(self.settings.sasnet_rampup)
         weights = {f"seg_{name}": self.settings.sasnet_beta for name in Branches._fields}
         return {**super().term_weights(), **weights, "plc": gamma, "src": gamma}
 
