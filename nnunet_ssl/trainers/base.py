@@ -192,6 +192,23 @@ class nnUNetTrainerSSL(Step, Data, Resuming, Prediction):  # noqa: N801
         """A context whose random draws follow from the run's seed and ``purpose``, on every rank alike."""
         return seeded(self.settings.seed, *purpose)
 
+    def require_decoder(self, network: nn.Module, what_for: str) -> None:
+        """Refuse a network without the parts of nnU-Net's U-Nets.
+
+        Args:
+            network: of ``networks()``.
+            what_for: "to ...", for the message.
+
+        Raises:
+            UserError: it has no ``encoder``, or no ``decoder.seg_layers``.
+        """
+        if not (hasattr(network, "encoder") and hasattr(getattr(network, "decoder", None), "seg_layers")):
+            raise UserError(
+                f"{type(self).__name__} cannot train the {type(network).__name__} of {self.plans_manager.plans_name}: "
+                f"it has no encoder and decoder.seg_layers {what_for}; use plans with one of nnU-Net's U-Nets, or "
+                "nnUNetTrainerCPS."
+            )
+
     def rampup(self, share: float) -> float:
         """What a weight is multiplied with at this step, when it grows over so much of the training: up to 1."""
         return sigmoid_rampup(self.global_step, share * self.total_steps)

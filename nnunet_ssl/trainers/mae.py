@@ -111,12 +111,7 @@ class nnUNetTrainerMAE(nnUNetTrainerSSL):  # noqa: N801
     def build_training_modules(self) -> dict[str, nn.Module]:
         """The head that fills in: from the last decoder feature to the image's channels."""
         network = self.plans_network
-        if not (hasattr(network, "encoder") and hasattr(getattr(network, "decoder", None), "seg_layers")):
-            raise UserError(
-                f"{type(self).__name__} cannot train the {type(network).__name__} of {self.plans_manager.plans_name}: "
-                "it has no encoder and no decoder.seg_layers, whose input shall fill in what is hidden; use plans with "
-                "one of nnU-Net's U-Nets."
-            )
+        self.require_decoder(network, "to fill in what is hidden from")
         self._choose_blocks()
         patch_size, last = self.configuration_manager.patch_size, network.decoder.seg_layers[-1]
         with self.seeded("reconstruction"):

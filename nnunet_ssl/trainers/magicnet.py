@@ -105,12 +105,7 @@ class nnUNetTrainerMagicNet(nnUNetTrainerSSL):  # noqa: N801
     def build_training_modules(self) -> dict[str, nn.Module]:
         """The teacher, with the class counts of its pseudo-labels, and the location head if there are cubes."""
         network = self.plans_network
-        if not (hasattr(network, "encoder") and hasattr(getattr(network, "decoder", None), "seg_layers")):
-            raise UserError(
-                f"{type(self).__name__} cannot train the {type(network).__name__} of {self.plans_manager.plans_name}: "
-                "it has no encoder and decoder to run on cubes; use plans with one of nnU-Net's U-Nets, or "
-                "nnUNetTrainerCPS."
-            )
+        self.require_decoder(network, "to run on cubes")
         self._choose_cubes()
         teacher = EMATeacher(network, self.settings.magicnet_ema_decay)
         teacher.register_buffer("class_counts", torch.zeros(self.label_manager.num_segmentation_heads))

@@ -90,17 +90,12 @@ class SHTAMixin(nnUNetTrainerSSL):
         return {**self.training_modules, **branches}
 
     def _build_branch(self, name: str) -> SHTABranch:
-        decoder = getattr(self.networks()[name], "decoder", None)
-        if not hasattr(decoder, "seg_layers"):
-            raise UserError(
-                f"{type(self).__name__} cannot train the {type(self.networks()[name]).__name__} of "
-                f"{self.plans_manager.plans_name}: it has no decoder.seg_layers to read the last decoder feature from; "
-                "use plans with one of nnU-Net's U-Nets, or nnUNetTrainerCPS."
-            )
+        network = self.networks()[name]
+        self.require_decoder(network, "to read the last feature of")
         with self.seeded("shta", name):
             branch = build_branch(
                 self.settings,
-                decoder.seg_layers[-1].in_channels,
+                network.decoder.seg_layers[-1].in_channels,
                 self.configuration_manager,
                 self.label_manager,
                 self.batch_size,
