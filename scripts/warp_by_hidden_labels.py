@@ -16,7 +16,6 @@ from unittest.mock import patch
 
 import numpy as np
 import SimpleITK as sitk
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.shapes import case
 from nnunet_ssl.shapes.registration import Registration, Volume, array
@@ -48,10 +47,11 @@ def main(argv: list[str] | None = None) -> None:
     folder = os.path.join(required_folder("nnUNet_preprocessed"), dataset)
     plans_manager = read_plans(os.path.join(folder, f"{args.p}.json"), "Plan it first.", args.c)
     dataset_json = read_dataset_json(folder)
-    true_folder = labeled_folder(truth, PlansManager(plans_manager.plans).get_configuration(args.c))
+    configuration = plans_manager.get_configuration(args.c)
+    true_folder = labeled_folder(truth, configuration)
     labeled = sorted(
         name.removesuffix("_seg.b2nd")
-        for name in os.listdir(labeled_folder(dataset, plans_manager.get_configuration(args.c)))
+        for name in os.listdir(labeled_folder(dataset, configuration))
         if name.endswith("_seg.b2nd")
     )
     unlabeled = prepare_unlabeled(dataset, plans_manager, args.c, dataset_json, labeled, 1)

@@ -380,7 +380,7 @@ class Plan:
         if again := run.row.self_training:
             words = ["nnUNetv2_ssl_pseudolabel", "-d", number, "-c", p.configuration, "-f", 0, "-p", p.plans]
             words += ["-tr", self._trainer(run.row), "-o", self.ids[run.key], "--rounds", again.rounds]
-            words += ["--student", self._trainer(run.row, again.student)] if again.student else []
+            words += ["--student", self._last_trainer(run.row)] if again.student else []
             words += again.options
             machine = ("-device", m.device, "-np", str(m.processes))
             yield Step(f"{key}/self_training", f"Self-training: {run.title}", tuple(map(str, words)), machine, step[2])
@@ -457,11 +457,11 @@ class Plan:
 
     # ------------------------------------------------------------------------------------------------ parts of commands
 
-    def _trainer(self, row: Row, name: str | None = None) -> str:
-        return f"{name or row.trainer}_{self.protocol.epochs}epochs"
+    def _trainer(self, row: Row) -> str:
+        return f"{row.trainer}_{self.protocol.epochs}epochs"
 
     def _last_trainer(self, row: Row) -> str:
-        return self._trainer(row, row.self_training.student if row.self_training else None)
+        return self._trainer(row.stages[-1])
 
     def _settings(self, row: Row, seed: int, iterations: int | None) -> dict[str, Any]:
         """What the run is told. Nothing is chosen by validation, so one step of it will do."""

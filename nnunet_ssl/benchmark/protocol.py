@@ -97,15 +97,13 @@ class Row:
     @property
     def stages(self) -> tuple[Row, ...]:
         """Its trainings, one after the other, each as a row of one. They share the budget, with the same steps each."""
-        own = replace(self, pretrained_by=None, self_training=None)
-        stages = [own]
+        own = student = replace(self, pretrained_by=None, self_training=None)
+        before = []
         if self.pretrained_by is not None:
-            first = replace(own, name=f"{self.name}, pretraining", trainer=self.pretrained_by, settings={})
-            stages = [first, own]
+            before = [replace(own, name=f"{self.name}, pretraining", trainer=self.pretrained_by, settings={})]
         if self.self_training is not None and self.self_training.student is not None:
             student = replace(own, name=f"{self.name}, student", trainer=self.self_training.student)
-            return (*stages, *[student] * self.rounds)
-        return (*stages, *[own] * self.rounds)
+        return (*before, own, *[student] * self.rounds)
 
     def alike(self, other: Row) -> bool:
         """Whether a step of these stages is the same computation, so that it takes the same time."""
