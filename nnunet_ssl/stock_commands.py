@@ -1,4 +1,8 @@
-"""nnU-Net's commands and ours as child processes, in the environment that runs this."""
+"""nnU-Net's commands and ours as child processes, in the environment that runs this.
+
+As ``python -m nnunet_ssl.stock_commands COMMAND ...`` this module runs one of nnU-Net's commands on as many threads as
+``OMP_NUM_THREADS`` says.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +20,7 @@ from nnunet_ssl import supervise
 from nnunet_ssl.errors import UserError
 
 # those that ask torch for as many threads as there are cores, where they are told -device cpu
-ENTRY_POINTS = {
-    "nnUNetv2_train": "nnunetv2.run.run_training:run_training_entry",
-    "nnUNetv2_predict": "nnunetv2.inference.predict_from_raw_data:predict_entry_point",
-}
+TAKE_EVERY_CORE = {"nnUNetv2_train", "nnUNetv2_predict"}
 
 
 @contextmanager
@@ -65,20 +67,11 @@ def of_this_python(words: Sequence[str], device: str) -> list[str]:
         return [sys.executable, *rest]
     if name.startswith("nnUNetv2_ssl_"):
         return [sys.executable, "-m", f"nnunet_ssl.commands.{name.removeprefix('nnUNetv2_ssl_')}", *rest]
-    if device == "cpu" and name in ENTRY_POINTS:
-        module, function = ENTRY_POINTS[name].split(":")
-        code = "from nnunet_ssl.stock_commands import keep_to_given_threads as k; k(); "
-        code += f"from {module} import {function} as f; f()"
+    if device == "cpu" and name in TAKE_EVERY_CORE:
         # -P: the current directory is no place to import from, as it is not for an installed command
-        return [sys.executable, *(["-P"] if sys.version_info >= (3, 11) else []), "-c", code, *rest]
+        isolated = ["-P"] if sys.version_info >= (3, 11) else []
+        return [sys.executable, *isolated, "-m", "nnunet_ssl.stock_commands", name, *rest]
     return [executable(name), *rest]
-
-
-def keep_to_given_threads() -> None:
-    """Make nnU-Net, which asks for the number of cores, take ``OMP_NUM_THREADS`` for it in this process."""
-    threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # 4,2 is of nested loops
-    if threads.isdecimal() and int(threads) > 0:
-        multiprocessing.cpu_count = lambda: int(threads)
 
 
 def executable(name: str) -> str:
@@ -91,3 +84,17 @@ def executable(name: str) -> str:
     if not file.exists():
         raise UserError(f"{file} does not exist; install nnunet-ssl with pip in the environment that nnU-Net lives in.")
     return str(file)
+
+
+def main() -> None:
+    """Run the command that ``sys.argv`` names, with ``OMP_NUM_THREADS`` for the number of cores."""
+    threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # 4,2 is of nested loops
+    if threads.isdecimal() and int(threads) > 0:
+        multiprocessing.cpu_count = lambda: int(threads)
+    del sys.argv[0]
+    [command] = entry_points(group="console_scripts", name=sys.argv[0])
+    sys.exit(command.load()())
+
+
+if __name__ == "__main__":
+    main()

@@ -30,23 +30,29 @@ def test_every_command_is_this_environments():
 
 
 @pytest.mark.parametrize(("given", "expected"), [("1", 1), ("3,2", 3), ("0", os.cpu_count()), (None, os.cpu_count())])
-def test_threads_on_the_cpu(tmp_path, monkeypatch, given, expected):
+def test_threads_on_the_cpu(tmp_path, given, expected):
     """nnU-Net asks multiprocessing for the number of cores, and gives torch as many threads."""
     (tmp_path / "probe.py").write_text(
-        "import multiprocessing, sys\ndef main(): print(multiprocessing.cpu_count(), *sys.argv[1:])\n"
+        "import multiprocessing, sys\ndef main(): print(multiprocessing.cpu_count(), *sys.argv)\n"
     )
-    monkeypatch.setitem(stock_commands.ENTRY_POINTS, "nnUNetv2_train", "probe:main")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": given or ""}
+    installed = tmp_path / "probe-1.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: probe\nVersion: 1\n")
+    (installed / "entry_points.txt").write_text("[console_scripts]\nprobe = probe:main\n")
+    path = os.pathsep.join([str(tmp_path), str(Path(stock_commands.__file__).parents[1])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": given or ""}
     words = of_this_python(["nnUNetv2_train", "4", "-device", "cpu"], "cpu")
+    words[words.index("nnUNetv2_train")] = "probe"
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(expected), "4", "-device", "cpu"]
+    assert done.stdout.split() == [str(expected), "probe", "4", "-device", "cpu"]
 
 
-def test_the_entry_points_are_nnunets():
-    from importlib.metadata import entry_points
-
-    known = {point.name: point.value for point in entry_points(group="console_scripts")}
-    assert {name: known[name] for name in stock_commands.ENTRY_POINTS} == stock_commands.ENTRY_POINTS
+@pytest.mark.parametrize("name", sorted(stock_commands.TAKE_EVERY_CORE))
+def test_commands_held_to_their_threads_are_nnunets(name):
+    words = of_this_python([name, "-h"], "cpu")
+    assert "nnunet_ssl.stock_commands" in words
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert f"usage: {name} " in done.stdout
 
 
 # ------------------------------------------------------------------ commands that run

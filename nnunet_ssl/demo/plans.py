@@ -1,7 +1,8 @@
-"""Plans small enough for a CPU."""
+"""Plans small enough for a CPU, also as a command: ``python -m nnunet_ssl.demo.plans PLANS_FILE CONFIGURATION ...``."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,3 +82,25 @@ def _shrink(
     if patch_size is not None:
         config["patch_size"] = list(patch_size)
     config["batch_size"] = batch_size
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Entry point.
+
+    Args:
+        argv: arguments without the program's name; ``sys.argv`` when None.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m nnunet_ssl.demo.plans",
+        description="Make the network of a configuration smaller, in the plans file itself.",
+    )
+    parser.add_argument("plans_file", type=Path, help="nnU-Net's plans, a JSON file")
+    parser.add_argument("configuration", help="For instance 3d_fullres")
+    parser.add_argument("--features", type=int, nargs="+", required=True, help="Channels of each stage that is kept")
+    parser.add_argument("--patch-size", type=int, nargs="+", help="Voxels of each axis. Default: as planned")
+    parser.add_argument("--batch-size", type=int, default=2, help="Patches of a batch. Default: 2")
+    shrink_plans(**vars(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    main()

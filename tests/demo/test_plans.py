@@ -7,7 +7,7 @@ import json
 import pytest
 from damage import JSON_DAMAGE, with_byte_order_mark
 
-from nnunet_ssl.demo.plans import shrink_plans
+from nnunet_ssl.demo.plans import main, shrink_plans
 from nnunet_ssl.errors import UserError
 
 
@@ -25,6 +25,19 @@ def test_first_stages_stay_and_the_rest_of_the_plans_is_untouched(tiny_copy):
         for key in ("architecture", "patch_size", "batch_size"):
             del plans["configurations"]["3d_fullres"][key]
     assert before == after
+
+
+def test_the_command_writes_what_the_function_does(tiny_copy):
+    dataset = tiny_copy("anisotropic")
+    planned = dataset.plans_file.read_text()
+    shrink_plans(dataset.plans_file, "3d_fullres", (3, 5), patch_size=(4, 8, 8), batch_size=3)
+    expected = dataset.plans
+    dataset.plans_file.write_text(planned)
+    options = ["--features", "3", "5", "--patch-size", "4", "8", "8", "--batch-size", "3"]
+    main([str(dataset.plans_file), "3d_fullres", *options])
+    assert dataset.plans == expected
+    with pytest.raises(UserError, match="no configuration '3d_lowres'"):
+        main([str(dataset.plans_file), "3d_lowres", *options])
 
 
 @pytest.mark.parametrize(
