@@ -21,6 +21,7 @@ COMMANDS = (
     "benchmark",
     "figures",
 )
+BENCHMARK = ['snakemake>=9; python_version >= "3.11"']  # which asks for it
 
 
 class build_startup(Command):  # noqa: N801 - as setuptools names its commands
@@ -83,7 +84,7 @@ setup(
     # every start of Python ten times what our own files do.
     package_dir={"": "."},
     packages=find_packages(include=["nnunet_ssl", "nnunet_ssl.*"]),
-    package_data={"nnunet_ssl": ["py.typed"], "nnunet_ssl.benchmark": ["protocols/*.json"]},
+    package_data={"nnunet_ssl": ["py.typed"], "nnunet_ssl.benchmark": ["Snakefile", "protocols/*.json"]},
     python_requires=">=3.10",
     install_requires=[
         "nnunetv2>=2.8.0,<2.9",
@@ -105,7 +106,9 @@ setup(
         "psutil",
     ],
     extras_require={
+        "benchmark": BENCHMARK,
         "dev": [
+            *BENCHMARK,
             "h5py",
             "pytest",
             "pytest-timeout",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
 import shutil
 import statistics
@@ -13,14 +12,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nnunet_ssl.benchmark.plan import Plan, Run, epoch_seconds, trainings
+from nnunet_ssl.benchmark.numbers import collect
 from nnunet_ssl.benchmark.protocol import Row
+from nnunet_ssl.benchmark.runs import Benchmark
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.compare import bootstrap_interval, holm, interval, p_value, signed, signed_rank_p
-from nnunet_ssl.evaluation.draws import MIN_DRAWS, mean_of_units, mean_over_draws, share_of_gap, t_over_draws
+from nnunet_ssl.evaluation.compare import interval, p_value, signed
 from nnunet_ssl.evaluation.metrics import METRICS, Metric, Options
 from nnunet_ssl.evaluation.summary import heading, nanmean, shown, table
-from nnunet_ssl.files import read_json, read_text, replacing, write_json, write_text
+from nnunet_ssl.files import read_text, replacing, write_json, write_text
 
 MAX_WITH_SEEDS = 6  # methods; of more the lines of every seed are a tangle
 EXPLANATION = (
@@ -37,11 +36,11 @@ DRAWS_EXPLANATION = (
 )
 
 
-def write_report(plan: Plan, page: Path | None = None) -> str:
+def write_report(benchmark: Benchmark, page: Path | None = None) -> str:
     """Write ``results.json``, ``report.md`` and ``curves.png`` of the runs that are finished.
 
     Args:
-        plan: of the benchmark.
+        benchmark: what is reported on.
         page: a Markdown file that gets the report between two marks, and the pictures beside it in ``figures/``.
 
     Returns:
@@ -50,17 +49,20 @@ def write_report(plan: Plan, page: Path | None = None) -> str:
     Raises:
         UserError: no run is finished, or the page has no marks.
     """
-    results = collect(plan)
-    name = plan.protocol.name
-    draw_curves(plan, results, plan.home / "curves.png")
-    write_json(str(plan.home / "results.json"), results)
-    pictures = [Picture("learning_curves", "Learning curves", plan.home / "curves.png"), *figure_pictures(plan)]
-    text = "\n".join([*markdown(plan, results), *shown_pictures(pictures, plan.home), ""])
-    write_text(str(plan.home / "report.md"), f"# {name}\n\n{text}")
+    results = collect(benchmark)
+    name = benchmark.protocol.name
+    draw_curves(benchmark, results, benchmark.home / "curves.png")
+    write_json(str(benchmark.home / "results.json"), results)
+    pictures = [
+        Picture("learning_curves", "Learning curves", benchmark.home / "curves.png"),
+        *figure_pictures(benchmark),
+    ]
+    text = "\n".join([*markdown(benchmark, results), *shown_pictures(pictures, benchmark.home), ""])
+    write_text(str(benchmark.home / "report.md"), f"# {name}\n\n{text}")
     if page is not None:
         folder = page.parent / "figures"
         copies = [picture._replace(file=folder / f"{name}_{picture.name}.png") for picture in pictures]
-        content = fill(page, name, [*markdown(plan, results), *shown_pictures(copies, page.parent)])
+        content = fill(page, name, [*markdown(benchmark, results), *shown_pictures(copies, page.parent)])
         folder.mkdir(exist_ok=True)
         for picture, copy in zip(pictures, copies, strict=True):
             with replacing(str(copy.file)) as temporary:
@@ -96,10 +98,10 @@ class Picture(NamedTuple):
     file: Path
 
 
-def figure_pictures(plan: Plan) -> Iterator[Picture]:
+def figure_pictures(benchmark: Benchmark) -> Iterator[Picture]:
     """What ``nnUNetv2_ssl_figures`` has drawn, of the first labelled set; titles are those of the captions."""
-    first = next((step for _, step in plan.figures()), None)
-    files = sorted((plan.home / "figures" / first.key.removeprefix("figures_")).glob("*.png")) if first else []
+    table = next((table for table, _ in benchmark.figures()), None)
+    files = sorted((benchmark.home / "figures" / table.key).glob("*.png")) if table else []
     for file in files:
         caption = file.with_suffix(".md")
         text = read_text(caption, "Remove it, or have the figures drawn again.") if caption.is_file() else ""
@@ -116,228 +118,12 @@ def shown_pictures(pictures: Sequence[Picture], folder: Path) -> Iterator[str]:
         yield from ("", f"![{picture.title}]({place})", "", f"*{picture.title}.*")
 
 
-# ----------------------------------------------------------------------------------------------------------- numbers
-
-
-def collect(plan: Plan) -> dict[str, Any]:
-    """Everything that the report needs, as it goes into ``results.json``."""
-    p = plan.protocol
-    runs = {run.folder: _result(plan, run) for run in plan.queue() if is_finished(plan, run)}
-    if not runs:
-        raise UserError(f"no run in {plan.home} is finished yet, so there is nothing to report.")
-    tables = [
-        {
-            "budget": budget.key,
-            "labeled": labeled,
-            "runs": [runs[run.folder] for run in own if run.folder in runs],
-            "differences": list(_differences(plan, own)),
-            "over_draws": over_draws(plan, own),
-        }
-        for budget, labeled, own in plan.tables()
-    ]
-    records = (plan.home / "done").rglob("train.json")
-    attempts = sorted(attempt for file in records for attempt in _attempts(file))  # it may have gone on elsewhere
-    return {
-        "protocol": p.name,
-        "unfinished": [run.title for run in plan.queue() if run.folder not in runs],
-        "seconds_a_step": plan.seconds_a_step(),
-        "surroundings": [dict(place) for place in dict.fromkeys(place for _, place in attempts)],
-        "tables": tables,
-    }
-
-
-def is_finished(plan: Plan, run: Run) -> bool:
-    """Whether every point of its curve is evaluated."""
-    return all(plan.summary(run, epoch).exists() for epoch in plan.protocol.curve_epochs)
-
-
-def _attempts(file: Path) -> list[tuple[str, tuple[tuple[str, str], ...]]]:
-    """When the attempts of a training began; and their versions and machine, to tell attempts apart by."""
-    remedy = "Restore it, or remove it and start the benchmark again: it goes on with the training's last checkpoint."
-    try:
-        return [
-            (str(a["started"]), (("device", a["device"]), ("machine", a["machine"]), *a["versions"].items()))
-            for a in read_json(file, remedy, keys={"attempts": list})["attempts"]
-        ]
-    except (LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is no record of a training ({error!r}). {remedy}") from error
-
-
-def read_summary(file: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """What ``nnUNetv2_ssl_evaluate`` wrote of a run's predictions.
-
-    Args:
-        file: ``summary.json``.
-        keys: of the metrics that it must have.
-
-    Raises:
-        UserError: it is damaged, or lacks a metric.
-    """
-    remedy = "Evaluate these predictions again, with the command that is recorded in the folder done."
-    kinds = {"mean": dict, "metric_per_case": list, "class_names": dict, "options": dict}
-    summary = read_json(file, remedy, keys=kinds)
-    try:
-        for values in [*summary["mean"].values(), *summary.get("group_mean", {}).values()]:
-            _ = [float(values[key]) for key in keys]
-        for case in summary["metric_per_case"]:
-            _ = os.fspath(case["reference_file"]), [float(v[key]) for v in case["metrics"].values() for key in keys]
-        _ = [os.fspath(summary["class_names"][label]) for label in summary["mean"]]
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{file} is not as nnUNetv2_ssl_evaluate writes it ({error!r}). {remedy}") from error
-    return summary
-
-
-def _result(plan: Plan, run: Run) -> dict[str, Any]:
-    """One run: its numbers at the end and on the way."""
-    p = plan.protocol
-    leading = METRICS[p.metrics[0]].key
-    keys = [METRICS[name].key for name in p.metrics]
-    last = read_summary(plan.summary(run, p.epochs), keys)
-    points = [(epoch, read_summary(plan.summary(run, epoch), keys[:1])) for epoch in p.curve_epochs]
-    return {
-        "row": run.row.name,
-        "trainer": run.row.trainer,
-        "labeled": run.labeled,
-        "seed": run.seed,
-        "steps": run.steps_before + run.iterations * p.epochs,
-        "minutes": sum(sum(epoch_seconds(fold).values()) for fold in trainings(run.folder)) / 60
-        + (run.row.offline or 0),
-        "metrics": {key: _mean(last, key) for key in keys},
-        "groups": {name: values[leading] for name, values in last.get("group_mean", {}).items()},
-        "classes": {last["class_names"][label]: values[leading] for label, values in last["mean"].items()},
-        "options": last["options"],
-        "curve": [
-            {"steps": run.steps_before + epoch * run.iterations, leading: _mean(summary, leading)}
-            for epoch, summary in points
-        ],
-    }
-
-
-def _mean(summary: dict[str, Any], key: str) -> float:
-    return nanmean(values[key] for values in summary["mean"].values())
-
-
-def _by_name(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    return sorted(summary["metric_per_case"], key=lambda case: os.path.basename(case["reference_file"]))
-
-
-def case_values(summary: dict[str, Any], key: str) -> np.ndarray:
-    """``[cases, classes]`` of a metric, the cases by name; NaN where undefined."""
-    return np.array([[values[key] for values in case["metrics"].values()] for case in _by_name(summary)], float)
-
-
-def groups_of_cases(plan: Plan) -> dict[str, str]:
-    """Case -> patient, from the first raw dataset that has a ``groups.json``; empty where none has."""
-    for number in plan.ids.values():
-        for file in sorted(plan.machine.raw.glob(f"Dataset{number:03d}_*/groups.json")):
-            groups = read_json(file, "Make the dataset again.")
-            if wrong := [case for case, patient in groups.items() if not isinstance(patient, str)]:
-                raise UserError(f"{file} has {groups[wrong[0]]!r} as the patient of {wrong[0]}; write its name.")
-            return groups
-    return {}
-
-
-def units_of(plan: Plan, summary: dict[str, Any]) -> list[str]:
-    """What counts as one when cases are resampled, for each case by name: its patient, or the case itself."""
-    groups = groups_of_cases(plan)
-    cases = [os.path.basename(case["reference_file"]).split(".")[0] for case in _by_name(summary)]
-    if groups and (without := [case for case in cases if case not in groups]):
-        raise UserError(f"groups.json of {plan.protocol.name}'s datasets names no patient of {without[0]}; add it.")
-    return [groups.get(case, case) for case in cases]
-
-
-def _differences(plan: Plan, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
-    """Each row but the first against the one it is compared with, in every metric."""
-    p = plan.protocol
-    keys = [METRICS[name].key for name in p.metrics]
-    done = {(run.row.name, run.seed): run for run in runs if is_finished(plan, run)}
-    for row in p.rows:
-        other = p.against(row)
-        seeds = [seed for seed in p.seeds if (row.name, seed) in done and (other.name, seed) in done]
-        if row is other or not seeds:
-            continue
-        pairs = [
-            tuple(read_summary(plan.summary(done[name, seed], p.epochs), keys) for name in (row.name, other.name))
-            for seed in seeds
-        ]
-        units = units_of(plan, pairs[0][0])
-        for metric in (METRICS[name] for name in p.metrics):
-            by_seed = [case_differences(*(case_values(summary, metric.key) for summary in pair)) for pair in pairs]
-            by_case = np.array([nanmean(values) for values in np.stack(by_seed, axis=1)])
-            by_case = mean_of_units(by_case, units)
-            low, high = bootstrap_interval(by_case)
-            yield {
-                "row": row.name,
-                "against": other.name,
-                "metric": metric.key,
-                "seeds": {str(seed): nanmean(values) for seed, values in zip(seeds, by_seed, strict=True)},
-                "mean": nanmean(by_case),
-                "low": low,
-                "high": high,
-                "p": signed_rank_p(by_case),
-                "cases": len(by_case),
-            }
-
-
-def over_draws(plan: Plan, runs: Sequence[Run]) -> dict[str, Any] | None:
-    """What the rows gain over labelled sets, in the leading metric; None where there are not enough of these.
-
-    Returns:
-        ``draws``, ``units`` (how many), ``of_patients`` and ``rows``: of each row the difference to the one that it is
-        compared with, and its share of the protocol's gap (NaN where it has none).
-    """
-    p = plan.protocol
-    key = METRICS[p.metrics[0]].key
-    done = {(run.row.name, run.seed): run for run in runs if is_finished(plan, run)}
-    # the same labelled sets for all rows that are there at all
-    names = [row.name for row in p.rows if any(name == row.name for name, _ in done)]
-    seeds = [seed for seed in p.seeds if all((name, seed) in done for name in names)]
-    if not p.data.order_by_seed or len(seeds) < MIN_DRAWS:
-        return None
-    summaries = {
-        (name, seed): read_summary(plan.summary(done[name, seed], p.epochs), [key]) for name in names for seed in seeds
-    }
-    units = units_of(plan, summaries[names[0], seeds[0]])
-
-    def gain(name: str, other: str) -> np.ndarray:
-        pairs = [[case_values(summaries[one, seed], key) for one in (name, other)] for seed in seeds]
-        return np.array([case_differences(*pair) for pair in pairs])
-
-    found = []
-    for row in p.rows:
-        other = p.against(row)
-        if row is other or not {row.name, other.name} <= set(names):
-            continue
-        values = gain(row.name, other.name)
-        share = (float("nan"),) * 3
-        if p.gap and {p.gap.lower, p.gap.upper} <= set(names) and row.name not in (p.gap.lower, p.gap.upper):
-            share = share_of_gap(gain(row.name, p.gap.lower), gain(p.gap.upper, p.gap.lower), units)
-        found.append(
-            {
-                "row": row.name,
-                "against": other.name,
-                **dict(zip(("mean", "low", "high"), mean_over_draws(values, units), strict=True)),
-                **dict(zip(("t_low", "t_high", "p"), t_over_draws(values), strict=True)),
-                **dict(zip(("share", "share_low", "share_high"), share, strict=True)),
-            }
-        )
-    for line, p_holm in zip(found, holm([line["p"] for line in found]), strict=True):
-        line["p_holm"] = p_holm
-    of_patients = any(unit in set(groups_of_cases(plan).values()) for unit in units)
-    return {"draws": len(seeds), "units": len(set(units)), "of_patients": of_patients, "rows": found} if found else None
-
-
-def case_differences(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """``[cases]``: mean over the classes that are defined in both ``[cases, classes]`` of one - other."""
-    return np.array([nanmean(row) for row in one - other])
-
-
 # ------------------------------------------------------------------------------------------------------------- text
 
 
-def markdown(plan: Plan, results: dict[str, Any]) -> Iterator[str]:
+def markdown(benchmark: Benchmark, results: dict[str, Any]) -> Iterator[str]:
     """The lines of the report, without its title and figure."""
-    p = plan.protocol
+    p = benchmark.protocol
     if p.about:
         yield from (p.about, "")
     yield f"{p.configuration}, {p.plans}, {p.epochs} epochs; {EXPLANATION}"
@@ -345,59 +131,66 @@ def markdown(plan: Plan, results: dict[str, Any]) -> Iterator[str]:
         if not content["runs"]:
             continue
         labeled = content["labeled"] if content["labeled"] == "all" else f"{content['labeled']:g}"
-        yield from ("", f"### {labeled} labelled, {_title(plan, content['budget'])}", "")
-        yield from methods_table(plan, content["runs"], content["differences"])
+        yield from ("", f"### {labeled} labelled, {_title(benchmark, content['budget'])}", "")
+        yield from methods_table(benchmark, content["runs"], content["differences"])
         leading = METRICS[p.metrics[0]]
         first = [d for d in content["differences"] if d["metric"] == leading.key]
         others = [d for d in content["differences"] if d["metric"] != leading.key]
         if first:
-            yield from ("", "Differences, row by row:", "", *differences_table(plan, first))
+            yield from ("", "Differences, row by row:", "", *differences_table(benchmark, first))
         if content["over_draws"]:
-            yield from ("", *draws_text(plan, content["over_draws"]))
+            yield from ("", *draws_text(benchmark, content["over_draws"]))
         if others:
             yield from ("", "<details><summary>Differences in the other metrics</summary>", "")
-            yield from (*differences_table(plan, others), "", "</details>")
+            yield from (*differences_table(benchmark, others), "", "</details>")
         if len(p.curve) > 1:
-            yield from ("", f"{leading.title} on the way, mean over seeds:", "", *curve_table(plan, content["runs"]))
+            yield from (
+                "",
+                f"{leading.title} on the way, mean over seeds:",
+                "",
+                *curve_table(benchmark, content["runs"]),
+            )
     if results["unfinished"]:
         yield from ("", f"Not finished, and left out above: {'; '.join(results['unfinished'])}.")
-    if results["seconds_a_step"] and any(budget.steps is None for budget in p.budgets):
+    if results["seconds_per_step"] and any(budget.steps is None for budget in p.budgets):
         names = {row.key: row.name for row in p.rows}
-        seconds = ", ".join(f"{names[key]} {value:#.4g}" for key, value in results["seconds_a_step"].items())
+        seconds = ", ".join(f"{names[key]} {value:#.4g}" for key, value in results["seconds_per_step"].items())
         given = list(p.measure.seconds)
         which = "" if len(given) == len(p.rows) else f" ({', '.join(given)})"
         source = f", as the protocol gives them{which}" if given else ", measured"
-        yield from ("", f"Seconds a step by which equal time was made{source}: {seconds}.")
+        yield from ("", f"Seconds per step by which equal time was made{source}: {seconds}.")
     for place in results["surroundings"]:
         threads = ", one thread a run" if place["device"] == "cpu" else ""
         versions = ", ".join(f"{k} {v}" for k, v in place.items() if k not in ("device", "machine"))
         yield from ("", f"Made on {place['machine']} ({place['device']}{threads}) with {versions}.")
 
 
-def _title(plan: Plan, key: str) -> str:
-    budget = next(budget for budget in plan.protocol.budgets if budget.key == key)
+def _title(benchmark: Benchmark, key: str) -> str:
+    budget = next(budget for budget in benchmark.protocol.budgets if budget.key == key)
     if budget.steps is not None:
         return f"equal steps ({budget.steps:,})"
     if budget.minutes is not None:
         return f"equal time ({budget.minutes:g} minutes of training)"
-    return f"equal time (as long as {budget.time_of} takes for {plan.protocol.equal_steps.steps:,} steps)"
+    return f"equal time (as long as {budget.time_of} takes for {benchmark.protocol.equal_steps.steps:,} steps)"
 
 
-def _rows(plan: Plan, runs: Sequence[dict[str, Any]]) -> Iterator[tuple[Row, dict[int, dict[str, Any]]]]:
+def _rows(benchmark: Benchmark, runs: Sequence[dict[str, Any]]) -> Iterator[tuple[Row, dict[int, dict[str, Any]]]]:
     """Each row with its runs by seed."""
-    for row in plan.protocol.rows:
+    for row in benchmark.protocol.rows:
         own = {run["seed"]: run for run in runs if run["row"] == row.name}
         if own:
             yield row, own
 
 
-def methods_table(plan: Plan, runs: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]) -> list[str]:
+def methods_table(
+    benchmark: Benchmark, runs: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]
+) -> list[str]:
     """A row a method: steps, minutes, each metric, the leading one of groups or few classes, and of every seed.
 
     As the papers' Table I: in brackets what a method gains on the one that it is built on, the best in bold. A row with
     labels of its own is out of the contest.
     """
-    p = plan.protocol
+    p = benchmark.protocol
     metrics = [METRICS[name] for name in p.metrics]
     leading, given = metrics[0], runs[0]["options"]
     options = Options(tuple(p.metrics), given["spacing"] == "mm", given["tolerance"], given["empty"])
@@ -416,7 +209,7 @@ def methods_table(plan: Plan, runs: Sequence[dict[str, Any]], differences: Seque
     ]
     head += [f"{leading.title}, seed {seed}" for seed in seeds]
     lines: list[tuple[Row, list[str]]] = []
-    for row, own in _rows(plan, runs):
+    for row, own in _rows(benchmark, runs):
         first = next(iter(own.values()))
         title = row.name if row.labeled is None else f"{row.name} ({row.labeled} labelled)"
         cells = [title, f"{first['steps']:,}", f"{statistics.mean(run['minutes'] for run in own.values()):.1f}"]
@@ -446,9 +239,9 @@ def _embolden(rows: list[list[str]], metrics: Sequence[Metric], start: int) -> N
                     row[column] = f"**{row[column]}**"
 
 
-def differences_table(plan: Plan, differences: Sequence[dict[str, Any]]) -> list[str]:
+def differences_table(benchmark: Benchmark, differences: Sequence[dict[str, Any]]) -> list[str]:
     """A line a row and metric: the difference of each seed, their mean, interval and p."""
-    seeds = [seed for seed in plan.protocol.seeds if any(str(seed) in d["seeds"] for d in differences)]
+    seeds = [seed for seed in benchmark.protocol.seeds if any(str(seed) in d["seeds"] for d in differences)]
     rows = [["Method", "Against", "Metric", *(f"Seed {seed}" for seed in seeds), "Mean", "95 % interval", "p"]]
     by_key = {metric.key: metric for metric in METRICS.values()}
     for d in differences:
@@ -469,9 +262,9 @@ def differences_table(plan: Plan, differences: Sequence[dict[str, Any]]) -> list
     return table(rows)
 
 
-def draws_text(plan: Plan, content: dict[str, Any]) -> Iterator[str]:
+def draws_text(benchmark: Benchmark, content: dict[str, Any]) -> Iterator[str]:
     """The lines on what rows gain over labelled sets: what they are, and a table."""
-    p = plan.protocol
+    p = benchmark.protocol
     leading = METRICS[p.metrics[0]]
     units = "patients" if content["of_patients"] else "cases"
     about = f"Over {content['draws']} labelled sets and {content['units']} {units}, {leading.title}:"
@@ -491,11 +284,11 @@ def draws_text(plan: Plan, content: dict[str, Any]) -> Iterator[str]:
     yield from table(rows)
 
 
-def curve_table(plan: Plan, runs: Sequence[dict[str, Any]]) -> list[str]:
+def curve_table(benchmark: Benchmark, runs: Sequence[dict[str, Any]]) -> list[str]:
     """The leading metric at each point of the curve, mean over seeds."""
-    leading = METRICS[plan.protocol.metrics[0]]
-    rows = [["Method", *(f"{100 * share:g} % of the training" for share in plan.protocol.curve)]]
-    for row, own in _rows(plan, runs):
+    leading = METRICS[benchmark.protocol.metrics[0]]
+    rows = [["Method", *(f"{100 * share:g} % of the training" for share in benchmark.protocol.curve)]]
+    for row, own in _rows(benchmark, runs):
         curves = [[point[leading.key] for point in run["curve"]] for run in own.values()]
         rows.append([row.name, *(shown(leading, nanmean(values)) for values in zip(*curves, strict=True))])
     return table(rows)
@@ -504,7 +297,7 @@ def curve_table(plan: Plan, runs: Sequence[dict[str, Any]]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ figure
 
 
-def draw_curves(plan: Plan, results: dict[str, Any], file: Path) -> None:
+def draw_curves(benchmark: Benchmark, results: dict[str, Any], file: Path) -> None:
     """The leading metric over steps, or over minutes where the budget is one of time; a panel a table.
 
     The mean over seeds; of few methods a thin line for every seed besides. A method has the colour of the one that it
@@ -514,10 +307,10 @@ def draw_curves(plan: Plan, results: dict[str, Any], file: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    p = plan.protocol
+    p = benchmark.protocol
     leading = METRICS[p.metrics[0]]
     contents = [content for content in results["tables"] if content["runs"]]
-    seconds = {row.name: results["seconds_a_step"].get(row.key) for row in p.rows}
+    seconds = {row.name: results["seconds_per_step"].get(row.key) for row in p.rows}
     with style.context("default"):
         figure = Figure(figsize=(5.2 * len(contents) + 1.8, 4.6), layout="constrained")
         FigureCanvasAgg(figure)
@@ -526,7 +319,7 @@ def draw_curves(plan: Plan, results: dict[str, Any], file: Path) -> None:
         drawn = {}
         for panel, content in zip(panels, contents, strict=True):
             in_steps = content["budget"].startswith("steps")
-            rows = list(_rows(plan, content["runs"]))
+            rows = list(_rows(benchmark, content["runs"]))
             for row, own in rows:
                 colour, dashes = styles[row.name]
                 curves = [_points(run, leading, in_steps, seconds[row.name], row.offline or 0) for run in own.values()]
@@ -534,8 +327,8 @@ def draw_curves(plan: Plan, results: dict[str, Any], file: Path) -> None:
                     panel.plot(x, y, color=colour, linestyle=dashes, alpha=0.35, linewidth=0.8)
                 x, y = (np.mean(values, axis=0) for values in zip(*curves, strict=True))
                 drawn[row.name] = panel.plot(x, y, color=colour, linestyle=dashes, marker="o", markersize=4)[0]
-            panel.set_title(f"{content['labeled']} labelled, {_title(plan, content['budget'])}", fontsize=9)
-            panel.set_xlabel("training steps" if in_steps else "minutes of training, by the seconds a step")
+            panel.set_title(f"{content['labeled']} labelled, {_title(benchmark, content['budget'])}", fontsize=9)
+            panel.set_xlabel("training steps" if in_steps else "minutes of training, by the seconds per step")
             panel.grid(alpha=0.3)
         panels[0].set_ylabel(f"test {leading.title}, mean of the classes")
         names = [row.name for row in p.rows if row.name in drawn]
@@ -565,7 +358,7 @@ def _points(
 ) -> tuple[list[float], list[float]]:
     """The metric at each point of a run's curve, over steps or minutes, the ``offline`` ones included.
 
-    Minutes are by the seconds a step, as the budget is, since a run may have shared the machine with others.
+    Minutes are by the seconds per step, as the budget is, since a run may have shared the machine with others.
     """
     seconds = 60 * (run["minutes"] - offline) / run["steps"] if seconds is None else seconds
     scale, begin = (1.0, 0.0) if in_steps else (seconds / 60, offline)

@@ -1,20 +1,28 @@
-"""``nnUNetv2_ssl_benchmark``: from a protocol to a table, by nnU-Net's own commands."""
+"""``nnUNetv2_ssl_benchmark``: from a protocol to a table, by nnU-Net's own commands, as a Snakemake workflow."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+import psutil
+
 from nnunet_ssl.commands.arguments import Parser, count
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import write_json
 
 if TYPE_CHECKING:
-    from nnunet_ssl.benchmark.plan import Plan
+    from nnunet_ssl.benchmark.runs import Benchmark
 
+SNAKEFILE = Path(__file__).resolve().parents[1] / "benchmark" / "Snakefile"
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"  # in a checkout; an installation has none
+CANCELLED = 60  # seconds that Snakemake has to end its jobs, on a cluster as well
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -28,10 +36,13 @@ def main(argv: list[str] | None = None) -> None:
         description="Do what a protocol says, from raw data to the table: make datasets with few labels, plan, "
         "prepare, train, predict, evaluate, compare, report. A stopped benchmark goes on where it was; what is done "
         "is not done again.",
+        epilog="Every other option goes to Snakemake, which does the work: --executor slurm, --profile DIR, "
+        "--retries N, --set-resources train:runtime=600 and so on.",
+        allow_abbrev=False,
     )
     parser.add_argument("protocol", nargs="?", help="A JSON file, or the name of a protocol that --list shows")
     parser.add_argument("--list", action="store_true", help="Show the protocols that come with the package")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="Folder of the published data, for the prepare script")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="Folder of the published data")
     parser.add_argument("-o", type=Path, metavar="DIR", help="Folder for all results. Default: benchmark_<name>")
     parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="Default: cuda if there is a GPU, else cpu")
     parser.add_argument(
@@ -43,9 +54,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--scripts", type=Path, metavar="DIR", help="Folder of prepare_*.py. Default: the checkout's")
     parser.add_argument("--page", type=Path, metavar="FILE", help="A Markdown file that gets the report between marks")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="Print the commands as a shell script, and do nothing")
+    what.add_argument("--dry-run", action="store_true", help="Print the commands, and do nothing")
     what.add_argument("--report", action="store_true", help="Only report on what is finished")
-    args = parser.parse_args(argv)
+    args, passed_on = parser.parse_known_args(argv)
 
     from nnunet_ssl.benchmark.protocol import load_json, read_protocol, shipped
 
@@ -60,52 +71,132 @@ def main(argv: list[str] | None = None) -> None:
     # heavy: only once the arguments are known to be good
     import torch
 
-    from nnunet_ssl.benchmark.plan import Machine, Plan
-    from nnunet_ssl.benchmark.report import is_finished
-    from nnunet_ssl.benchmark.run import Benchmark, begun_with, claimed, known_ids, refuse_other, script_of
+    from nnunet_ssl.benchmark.folder import IDS, begun_with, claimed, known_ids, refuse_other
+    from nnunet_ssl.benchmark.runs import Benchmark
     from nnunet_ssl.unlabeled.find import required_folder
 
     home = (args.o or Path(f"benchmark_{protocol.name}")).resolve()
     device = args.device or begun_with(home) or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not (torch.cuda.is_available() or args.dry_run or args.report):
+    if device == "cuda" and not (torch.cuda.is_available() or args.dry_run or args.report or passed_on):
         raise UserError(f"torch sees no GPU here; take --device cpu, with another -o if {home} was begun with a GPU.")
-    machine = Machine(
-        device=device,
-        processes=args.np or min(8, os.cpu_count() or 1),
-        raw=Path(required_folder("nnUNet_raw")).resolve(),
-        preprocessed=Path(required_folder("nnUNet_preprocessed")).resolve(),
-        data=args.data.resolve() if args.data else Path("DATA"),
-        scripts=(args.scripts or SCRIPTS).resolve(),
-    )
-    plan = Plan(protocol, home, machine, known_ids(home))
-    benchmark = Benchmark(plan, args.jobs)
-    if args.dry_run:
-        print("\n".join(script_of(benchmark)))
-        return
-    given = load_json(args.protocol)[0]
+    raw, preprocessed = (Path(required_folder(f"nnUNet_{name}")).resolve() for name in ("raw", "preprocessed"))
+    benchmark = Benchmark(protocol, home, raw, preprocessed, known_ids(home))
+    given, file = load_json(args.protocol)
     if args.report:  # of a benchmark that may be running
         refuse_other(home, given, device)
-        report(plan, args.page)
+        report(benchmark, args.page)
+        return
+    if importlib.util.find_spec("snakemake") is None:
+        raise UserError('Snakemake is missing; pip install "nnunet-ssl[benchmark]", in Python 3.11 or newer.')
+    processes = args.np or min(8, os.cpu_count() or 1)
+    words = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE), "--directory", str(home)]
+    words += [
+        "--cores",
+        str(max(args.jobs, processes)),
+        "--jobs",
+        str(args.jobs),
+        "--resources",
+        f"training={args.jobs}",
+    ]
+    # a file that is newer, or another list of them, is a reason to do a step again; another number of processes is not
+    words += [
+        "--rerun-triggers",
+        "mtime",
+        "input",
+        "--rerun-incomplete",
+        "--keep-going",
+        "--nolock",
+        "--printshellcmds",
+    ]
+    words += [*passed_on, "--config", f"protocol={file.resolve()}", f"device={device}", f"processes={processes}"]
+    words += [f"jobs={args.jobs}", f"data={args.data.resolve() if args.data else 'DATA'}"]
+    words += [f"page={args.page.resolve()}"] if args.page else []
+    words += [f"scripts={(args.scripts or SCRIPTS).resolve()}"]
+    if args.dry_run:
+        existed = home.exists()
+        code = run([*words, "--dry-run"])
+        if not existed and home.is_dir():
+            import shutil
+
+            shutil.rmtree(home)  # Snakemake works in it
+        if code:
+            raise UserError("Snakemake cannot plan this; its message is above.")
         return
     with claimed(home, given, device):
-        benchmark.check_source()
-        before = signal.signal(signal.SIGTERM, _end)
+        check_source(benchmark, args.data, args.scripts or SCRIPTS)
+        write_json(str(home / IDS), benchmark.ids)
+        code = run(words)
+        if code and any(map(benchmark.is_finished, benchmark.queue())):
+            report(benchmark, args.page)
+    if code:
+        raise UserError(
+            f"something failed; Snakemake names it above, and its log is in {home / 'logs'}. The rest is done. "
+            "Mend it and start again: what is done is not done twice."
+        )
+
+
+def check_source(benchmark: Benchmark, data: Path | None, scripts: Path) -> None:
+    """What the published datasets are made from is there, where one is still to be made.
+
+    Raises:
+        UserError: the script or the data are not.
+    """
+    protocol = benchmark.protocol
+    made = all((benchmark.home / "done" / f"dataset_{number}").exists() for number in benchmark.sources())
+    if protocol.data.script is None or made:
+        return
+    script = scripts.resolve() / protocol.data.script
+    if not script.is_file():
+        raise UserError(
+            f"{script} does not exist, which makes the datasets of {protocol.name}. It is part of a checkout, not "
+            "of an installation: name the checkout's folder with --scripts."
+        )
+    if data is None or not data.is_dir():
+        raise UserError(
+            f"{data or 'DATA'} is no folder; name the folder of the published data with --data. What it has to hold "
+            f"is said by python {script} --help"
+        )
+
+
+def run(words: list[str]) -> int:
+    """Run Snakemake; it and all its commands end with this process, however it ends.
+
+    Returns:
+        The exit code.
+    """
+    from nnunet_ssl.stock_commands import running
+
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    before = signal.signal(signal.SIGTERM, _end)
+    try:
+        with running(words, env={**os.environ, "PATH": path, "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"}) as process:
+            try:
+                return process.wait()
+            except BaseException:
+                cancel(process)
+                raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def cancel(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt Snakemake and its local commands as Ctrl-C does, so that it takes its jobs off a cluster."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    for child in children:
         try:
-            failed = benchmark.run()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        if failed is None or any(is_finished(plan, run) for run in plan.queue()):
-            report(plan, args.page)
-    if failed is not None:
-        raise UserError(failed)
+            child.send_signal(signal.SIGINT)
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(children, timeout=CANCELLED)
 
 
-def report(plan: Plan, page: Path | None) -> None:
+def report(benchmark: Benchmark, page: Path | None) -> None:
     """Write the report, and say what it says and where it is."""
     from nnunet_ssl.benchmark.report import write_report
 
-    print(write_report(plan, page))
-    print(f"Wrote {plan.home / 'report.md'}, {plan.home / 'results.json'} and {plan.home / 'curves.png'}")
+    print(write_report(benchmark, page))
+    home = benchmark.home
+    print(f"Wrote {home / 'report.md'}, {home / 'results.json'} and {home / 'curves.png'}")
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -34,6 +34,7 @@ from nnunet_ssl.networks.average import WeightAverage
 from nnunet_ssl.networks.feature_tap import FeatureTap
 from nnunet_ssl.randomness import derived_seed, seeded
 from nnunet_ssl.shapes.warped import WarpedFolder
+from nnunet_ssl.surroundings import surroundings
 from nnunet_ssl.trainers.data import Data
 from nnunet_ssl.trainers.log import SSLLog
 from nnunet_ssl.trainers.prediction import Prediction, unwrapped
@@ -335,9 +336,12 @@ class nnUNetTrainerSSL(Step, Data, Resuming, Prediction):  # noqa: N801
             self._load_training_state(training_state_file(self._resumed_from))
         super().on_train_start()
         if self.local_rank == 0:
+            places = self.places_before() if self._resumed_from is not None else []
+            here = surroundings(self.device)
             record = {
                 "trainer": type(self).__name__,
                 "version": __version__,
+                "made_on": [*(place for place in places if place != here), here],
                 "settings": dataclasses.asdict(self.settings),
                 "unlabeled_cases": {} if self.unlabeled is None else self.unlabeled.contents,
                 "warped_cases": {} if self.warps is None else self.warps.contents,

@@ -37,6 +37,11 @@ CHECKPOINT = {
 class Resuming(nnUNetTrainer):
     """A run that was stopped goes on as if it had not been."""
 
+    def places_before(self) -> list[dict[str, str]]:
+        """The machines and versions that this run was made with until now."""
+        remedy = "Restore it, or start anew without --c."
+        return read_json(self.settings_file, remedy, keys={"settings": dict}).get("made_on", [])
+
     def _settings_in_force(self, override: SSLSettings, continue_training: bool) -> SSLSettings:
         """``override``, or with ``--c`` what the run was started with; with a seed in any case."""
         if continue_training and os.path.isfile(self.settings_file):

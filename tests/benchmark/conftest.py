@@ -1,15 +1,14 @@
-"""A small protocol on a dataset that is split, and a plan of it."""
+"""A small protocol on a dataset that is split, and the benchmark that it makes."""
 
 from __future__ import annotations
 
 import copy
 import json
-from dataclasses import replace
 
 import pytest
 
-from nnunet_ssl.benchmark.plan import Machine, Plan
 from nnunet_ssl.benchmark.protocol import read_protocol
+from nnunet_ssl.benchmark.runs import Benchmark
 
 PROTOCOL = {
     "name": "made_up",
@@ -52,25 +51,27 @@ def write_protocol(tmp_path):
 
 
 @pytest.fixture
-def make_plan(tmp_path, write_protocol):
-    """``make_plan(given)``: its plan, below this test's folder."""
-    for folder in ("raw", "preprocessed"):
-        (tmp_path / folder).mkdir()
-    machine = Machine("cpu", 2, tmp_path / "raw", tmp_path / "preprocessed", tmp_path / "DATA", tmp_path / "scripts")
+def make_benchmark(tmp_path, write_protocol):
+    """``make_benchmark(given)``: what a protocol comes to, below this test's folder."""
+    raw, preprocessed = tmp_path / "raw", tmp_path / "preprocessed"
+    raw.mkdir()
+    preprocessed.mkdir()
 
-    def make(content, ids=None, **changes):
-        return Plan(read_protocol(str(write_protocol(content))), tmp_path / "home", replace(machine, **changes), ids)
+    def make(content, ids=None):
+        return Benchmark(read_protocol(str(write_protocol(content))), tmp_path / "home", raw, preprocessed, ids)
 
     return make
 
 
 @pytest.fixture
 def write_times():
-    """``write_times(folder, [2.0, 1.0])``: nnU-Net's training log with these seconds an epoch."""
+    """``write_times(folder, [2.0, 1.0])``: the log and the record of a training with these seconds per epoch."""
+    made_on = [{"device": "cpu", "machine": "A processor", "nnunetv2": "2.8.1"}]
 
     def write(folder, seconds):
         fold = folder / "results" / "Dataset500_X" / "nnUNetTrainerX__nnUNetPlans__3d_fullres" / "fold_0"
         fold.mkdir(parents=True)
+        (fold / "ssl_settings.json").write_text(json.dumps({"made_on": made_on}))
         lines = []
         for epoch, time in enumerate(seconds):
             lines += [f"2026-01-01 10:00:00.1: Epoch {epoch} ", f"2026-01-01 10:00:01.1: Epoch time: {time} s "]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 from damage import JSON_DAMAGE, with_byte_order_mark
 
-from nnunet_ssl.benchmark.plan import SECONDS, Step, kept_seconds
-from nnunet_ssl.benchmark.report import read_summary, write_report
-from nnunet_ssl.benchmark.run import Benchmark, begun_with, claimed, known_ids, refuse_other
+from nnunet_ssl.benchmark.folder import begun_with, claimed, known_ids, refuse_other
+from nnunet_ssl.benchmark.numbers import read_summary
+from nnunet_ssl.benchmark.report import write_report
+from nnunet_ssl.benchmark.runs import trainings
 from nnunet_ssl.errors import UserError
 
 SUMMARY = {
@@ -45,50 +45,32 @@ def check(file, content, read, harmless=()):
     file.write_text(json.dumps(content))
 
 
-def test_what_the_folder_was_begun_with(given, make_plan):
-    plan = make_plan(given)
+def test_what_the_folder_was_begun_with(given, make_benchmark):
+    benchmark = make_benchmark(given)
     content = {"device": "cpu", "protocol": given}
-    check(plan.home / "protocol.json", content, lambda: refuse_other(plan.home, given, "cpu"), {"unreadable"})
-    check(plan.home / "protocol.json", content, lambda: begun_with(plan.home), {"unreadable"})
+    check(benchmark.home / "protocol.json", content, lambda: refuse_other(benchmark.home, given, "cpu"), {"unreadable"})
+    check(benchmark.home / "protocol.json", content, lambda: begun_with(benchmark.home), {"unreadable"})
     for part in ("rows", "budgets", "measure"):
         for wrong in (3, [3], None):
             damaged = {"device": "cpu", "protocol": {**given, part: wrong}}
-            (plan.home / "protocol.json").write_text(json.dumps(damaged))
+            (benchmark.home / "protocol.json").write_text(json.dumps(damaged))
             with pytest.raises(UserError, match=r"protocol\.json|was begun with"):
-                refuse_other(plan.home, given, "cpu")
-    (plan.home / "protocol.json").unlink()
-    (plan.home / "protocol.json").mkdir()
-    with pytest.raises(UserError, match="holds no benchmark"), claimed(plan.home, given, "cpu"):
+                refuse_other(benchmark.home, given, "cpu")
+    (benchmark.home / "protocol.json").unlink()
+    (benchmark.home / "protocol.json").mkdir()
+    with pytest.raises(UserError, match="holds no benchmark"), claimed(benchmark.home, given, "cpu"):
         pass
 
 
-def test_ids_and_seconds(given, make_plan):
-    plan = make_plan(given)
-    check(plan.home / "datasets.json", {"a": 501}, lambda: known_ids(plan.home), {"an empty object"})
-    check(plan.home / SECONDS, {"cps": 0.25}, lambda: kept_seconds(plan.home), {"an empty object"})
+def test_ids(given, make_benchmark):
+    home = make_benchmark(given).home
+    check(home / "datasets.json", {"a": 501}, lambda: known_ids(home), {"an empty object"})
 
 
-def test_records_of_steps(given, make_plan):
-    benchmark = Benchmark(make_plan(given))
-    step = Step("a/b", "Step", ("python", "-c", "pass"), settings=(benchmark.home / "settings.json", {"seed": 0}))
-    record = {"words": list(step.words), "settings": {"seed": 0}, "attempts": []}
-    check(benchmark.home / "done/a/b.json", record, lambda: benchmark.is_done(step), {"unreadable"})
-    going_on = replace(step, words=(*step.words, "--c"))
-
-    def begin():
-        with benchmark._attempt(going_on, goes_on=True):
-            pass
-
-    attempts = [{"started": "2026", "seconds": 1.5}]
-    check(benchmark.home / "attempts/a/b.json", attempts, begin)
-
-
-def test_settings_of_a_run(given, make_plan):
-    plan = make_plan(given)
-    row, budget = plan.protocol.rows[1], plan.protocol.budgets[1]
-    folder = plan.home / "runs/x"
-    content = {"num_iterations_per_epoch": 7}
-    check(folder / "settings.json", content, lambda: plan._iterations(row, budget, folder), {"unreadable"})
+def test_settings_of_a_run(given, make_benchmark):
+    benchmark = make_benchmark(given)
+    file = benchmark.home / "runs/time_of_cps/labels_only_2labeled_seed0/settings.json"
+    check(file, {"num_iterations_per_epoch": 7}, benchmark.queue, {"unreadable"})
 
 
 def test_summaries(tmp_path):
@@ -108,15 +90,15 @@ def test_summaries(tmp_path):
             read_summary(file, ["Dice", "HD95"])
 
 
-def test_a_report_names_the_file(given, make_plan, write_times):
+def test_a_report_names_the_file(given, make_benchmark, write_times):
     """Of a run whose evaluation or record is damaged."""
     given["budgets"] = given["budgets"][:1]
-    plan = make_plan(given)
-    run = next(iter(plan.queue()))
+    benchmark = make_benchmark(given)
+    run = benchmark.queue()[0]
     write_times(run.folder, [1.0])
-    for epoch in plan.protocol.curve_epochs:
-        plan.summary(run, epoch).parent.mkdir(parents=True)
-        plan.summary(run, epoch).write_text(json.dumps(SUMMARY))
-    place = {"started": "2026", "device": "cpu", "machine": "A processor", "versions": {"torch": "2.8"}}
-    check(plan.home / "done/x/train.json", {"attempts": [place]}, lambda: write_report(plan))
-    check(plan.summary(run, plan.protocol.epochs), SUMMARY, lambda: write_report(plan))
+    for epoch in benchmark.protocol.curve_epochs:
+        benchmark.summary(run, epoch).parent.mkdir(parents=True)
+        benchmark.summary(run, epoch).write_text(json.dumps(SUMMARY))
+    record = trainings(run.folder)[0] / "ssl_settings.json"
+    check(record, json.loads(record.read_text()), lambda: write_report(benchmark))
+    check(benchmark.summary(run, benchmark.protocol.epochs), SUMMARY, lambda: write_report(benchmark))

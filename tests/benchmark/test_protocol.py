@@ -182,10 +182,10 @@ def test_every_protocol_of_the_papers_ships():
     }  # fmt: skip
 
 
-def test_the_protocol_of_the_docs_gives_the_steps_that_the_results_name(make_plan):
+def test_the_protocol_of_the_docs_gives_the_steps_that_the_results_name(make_benchmark):
     """As long as CPS + SHTA took for 2,560 steps, by the seconds that the shipped protocol measured."""
     file = SCRIPTS.parent / "docs" / "results" / "hippocampus_equal_time_protocol.json"
     assert read_protocol(str(file)).shrink == read_protocol("hippocampus").shrink
-    plan = make_plan(json.loads(file.read_text()))
-    steps = {run.row.name: run.iterations * 40 * run.row.trainings for run in plan.runs(plan.protocol.budgets[0], 5)}
+    benchmark = make_benchmark(json.loads(file.read_text()))
+    steps = {run.row.name: run.iterations * 40 * run.row.trainings for run in benchmark.queue()}
     assert steps == {"Labels only": 10720, "SASNet": 2920, "Self-training": 10720, "All labels": 10720}

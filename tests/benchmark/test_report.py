@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from nnunet_ssl.benchmark.numbers import case_differences, case_values
 from nnunet_ssl.benchmark.protocol import Row
-from nnunet_ssl.benchmark.report import _points, case_differences, case_values, fill, line_styles, write_report
+from nnunet_ssl.benchmark.report import _points, fill, line_styles, write_report
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.metrics import METRICS
 
@@ -36,30 +37,25 @@ def summary(dice, hd95):
 
 
 @pytest.fixture
-def plan(given, make_plan, write_times):
+def benchmark(given, make_benchmark, write_times):
     """Every run with equal steps is finished but one, and none with equal time but the shared one."""
-    plan = make_plan(given)
+    benchmark = make_benchmark(given)
     dice = {"Labels only": 0.5, "CPS": 0.6, "CPS + SHTA": 0.62, "More labels": 0.8}
-    records = plan.home / "done"
-    for run in plan.runs(plan.protocol.budgets[0], 2):
+    for run in next(benchmark.tables()).runs:
         if run.row.name == "More labels" and run.seed == 1:
             continue
         write_times(run.folder, [70, 50])
         for epoch in (2, 4):
             value = dice[run.row.name] + 0.1 * run.seed + 0.01 * (epoch - 4)
             rows = [[value, value - 0.1], [value, value - 0.1], [value + 0.1, float("nan")]]
-            file = plan.summary(run, epoch)
+            file = benchmark.summary(run, epoch)
             file.parent.mkdir(parents=True)
             file.write_text(json.dumps(summary(rows, 3.0 if run.row.name == "CPS" else 4.0)))
-        record = records / run.budget.key / run.folder.name / "train.json"
-        record.parent.mkdir(parents=True)
-        place = {"device": "cpu", "machine": "A processor", "versions": {"nnunetv2": "2.8.1"}}
-        record.write_text(json.dumps({"attempts": [{"started": "2026", **place}]}))
-    return plan
+    return benchmark
 
 
-def test_tables(plan):
-    text = write_report(plan)
+def test_tables(benchmark):
+    text = write_report(benchmark)
     lines = text.splitlines()
     assert lines[0] == "Five made-up organs"
     head = next(line for line in lines if line.startswith("| Method | Steps"))
@@ -85,50 +81,50 @@ def test_tables(plan):
     assert "| CPS | 59.67 | 61.67 |" in lines
 
 
-def test_the_run_that_two_tables_share_is_in_both(plan):
-    text = write_report(plan)
+def test_the_run_that_two_tables_share_is_in_both(benchmark):
+    text = write_report(benchmark)
     assert "### 2 labelled, equal steps (80)" in text
     _, equal_time = text.split("### 2 labelled, equal time (as long as CPS takes for 80 steps)")
     assert "| CPS | 80 |" in equal_time
     assert "| Labels only |" not in equal_time
 
 
-def test_what_is_not_finished_is_named(plan):
-    text = write_report(plan)
+def test_what_is_not_finished_is_named(benchmark):
+    text = write_report(benchmark)
     assert "Not finished, and left out above: More labels, 4 labelled, seed 1, steps80; Labels only, 2" in text
 
 
-def test_files(plan):
-    write_report(plan)
-    results = json.loads((plan.home / "results.json").read_text())
+def test_files(benchmark):
+    write_report(benchmark)
+    results = json.loads((benchmark.home / "results.json").read_text())
     assert results["surroundings"] == [{"device": "cpu", "machine": "A processor", "nnunetv2": "2.8.1"}]
     run = results["tables"][0]["runs"][0]
     assert run["curve"] == [
         {"steps": 40, "Dice": pytest.approx(0.44667, abs=1e-5)}, {"steps": 80, "Dice": pytest.approx(0.46667, abs=1e-5)}
     ]  # fmt: skip
-    assert (plan.home / "report.md").read_text(encoding="utf-8").startswith("# made_up\n\nFive")
-    assert (plan.home / "curves.png").stat().st_size > 5000
+    assert (benchmark.home / "report.md").read_text(encoding="utf-8").startswith("# made_up\n\nFive")
+    assert (benchmark.home / "curves.png").stat().st_size > 5000
 
 
-def test_a_training_that_went_on_elsewhere_names_both_machines(plan):
-    file = next((plan.home / "done").rglob("train.json"))
-    places = [{"device": "cpu", "machine": machine, "versions": {"torch": "2.15.0"}} for machine in ("One", "Another")]
-    attempts = [{"started": f"2025-0{i}", "seconds": 1.0, **place} for i, place in enumerate(places, 1)]
-    file.write_text(json.dumps({"attempts": attempts}))
-    text = write_report(plan)
-    assert text.index("Made on One (cpu") < text.index("Made on Another (cpu") < text.index("Made on A processor (cpu")
+def test_a_training_that_went_on_elsewhere_names_both_machines(benchmark):
+    file = next((benchmark.home / "runs").rglob("ssl_settings.json"))
+    places = [{"device": "cpu", "machine": machine, "torch": "2.15.0"} for machine in ("One", "Another", "One")]
+    file.write_text(json.dumps({"made_on": places}))
+    text = write_report(benchmark)
+    assert text.index("Made on One (cpu") < text.index("Made on Another (cpu")
+    assert text.count("Made on One") == text.count("Made on A processor") == 1
 
 
-def test_nothing_is_finished(given, make_plan):
+def test_nothing_is_finished(given, make_benchmark):
     with pytest.raises(UserError, match=r"no run in .* is finished yet"):
-        write_report(make_plan(given))
+        write_report(make_benchmark(given))
 
 
-def test_a_page_gets_the_report_between_its_marks(plan, tmp_path):
+def test_a_page_gets_the_report_between_its_marks(benchmark, tmp_path):
     page = tmp_path / "docs" / "results.md"
     page.parent.mkdir()
     page.write_text("before\n<!-- made_up: written by nnUNetv2_ssl_benchmark -->\nold\n<!-- made_up: end -->\nafter\n")
-    write_report(plan, page)
+    write_report(benchmark, page)
     text = page.read_text()
     assert text.startswith("before\n<!-- made_up")
     assert text.endswith("<!-- made_up: end -->\nafter\n")
@@ -136,27 +132,27 @@ def test_a_page_gets_the_report_between_its_marks(plan, tmp_path):
     assert "| CPS | 80 |" in text
     assert (page.parent / "figures" / "made_up_learning_curves.png").stat().st_size > 5000
     assert "![Learning curves](figures/made_up_learning_curves.png)" in text
-    write_report(plan, page)
+    write_report(benchmark, page)
     assert page.read_text() == text  # a second time replaces the first
     page.write_text("no marks")
     with pytest.raises(UserError, match="has no lines '<!-- made_up: written by"):
         fill(page, "made_up", [])
 
 
-def test_figures_are_shown_and_copied(plan, tmp_path):
-    plan.protocol = replace(plan.protocol, figures=("Labels only", "CPS"))
-    folder = plan.home / "figures" / "steps80_2labeled_seed0"
+def test_figures_are_shown_and_copied(benchmark, tmp_path):
+    benchmark.protocol = replace(benchmark.protocol, figures=("Labels only", "CPS"))
+    folder = benchmark.home / "figures" / "steps80_2labeled"
     folder.mkdir(parents=True)
     for name in ("curves", "cases_1_liver"):
         (folder / f"{name}.png").write_text(name)
     (folder / "curves.md").write_text("**Training curves.** A value an epoch.\n\nMore **bold** text.\n")
     page = tmp_path / "results.md"
     page.write_text("<!-- made_up: written by nnUNetv2_ssl_benchmark -->\n<!-- made_up: end -->\n")
-    write_report(plan, page)
-    report = (plan.home / "report.md").read_text(encoding="utf-8")
-    assert "![Cases 1 liver](figures/steps80_2labeled_seed0/cases_1_liver.png)" in report
+    write_report(benchmark, page)
+    report = (benchmark.home / "report.md").read_text(encoding="utf-8")
+    assert "![Cases 1 liver](figures/steps80_2labeled/cases_1_liver.png)" in report
     assert "![Learning curves](curves.png)\n\n*Learning curves.*" in report
-    assert "![Training curves](figures/steps80_2labeled_seed0/curves.png)\n\n*Training curves.*" in report
+    assert "![Training curves](figures/steps80_2labeled/curves.png)\n\n*Training curves.*" in report
     for name, content in (("training_curves", "curves"), ("cases_1_liver", "cases_1_liver")):
         assert f"(figures/made_up_{name}.png)" in page.read_text()
         assert (tmp_path / "figures" / f"made_up_{name}.png").read_text() == content
@@ -191,7 +187,7 @@ def test_cases_are_matched_by_name():
 
 
 @pytest.fixture
-def over_three(given, make_plan, write_times, tmp_path):
+def over_three(given, make_benchmark, write_times, tmp_path):
     """``over_three(groups)``: all runs of three labelled sets, CPS half-way between labels only and more labels."""
 
     def make(groups=None):
@@ -200,33 +196,33 @@ def over_three(given, make_plan, write_times, tmp_path):
         given["gap"] = {"lower": "Labels only", "upper": "More labels"}
         given["rows"][1]["offline"] = 4.5
         given["measure"] = {"seconds": {row["name"]: 0.1 for row in given["rows"]}}
-        plan = make_plan(given)
+        benchmark = make_benchmark(given)
         if groups is not None:
-            folder = tmp_path / "raw" / f"Dataset{min(plan.ids.values())}_X"
+            folder = tmp_path / "raw" / f"Dataset{min(benchmark.ids.values())}_X"
             folder.mkdir()
             (folder / "groups.json").write_text(json.dumps(groups))
         rng = np.random.default_rng(0)
-        for seed in plan.protocol.seeds:
+        for seed in benchmark.protocol.seeds:
             of_cases = rng.normal(0.4, 0.02, (2, 3, 2))
             ends = of_cases[0], of_cases[1] + 0.2
             dice = {"Labels only": ends[0], "CPS": sum(ends) / 2, "CPS + SHTA": ends[0], "More labels": ends[1]}
-            for run in plan.runs(plan.protocol.budgets[0], 2):
+            for run in next(benchmark.tables()).runs:
                 if run.seed == seed:
                     write_times(run.folder, [30, 30])
                     for epoch in (2, 4):
-                        file = plan.summary(run, epoch)
+                        file = benchmark.summary(run, epoch)
                         file.parent.mkdir(parents=True)
                         file.write_text(json.dumps(summary(dice[run.row.name].tolist(), 4.0)))
-        return plan
+        return benchmark
 
     return make
 
 
 def test_claims_over_labelled_sets(over_three):
-    plan = over_three()
-    text = write_report(plan)
+    benchmark = over_three()
+    text = write_report(benchmark)
     assert "Over 3 labelled sets and 3 cases, Dice: They speak of other labelled sets" in text
-    found = json.loads((plan.home / "results.json").read_text())["tables"][0]["over_draws"]
+    found = json.loads((benchmark.home / "results.json").read_text())["tables"][0]["over_draws"]
     rows = {line["row"]: line for line in found["rows"]}
     assert [rows["CPS"][key] for key in ("share", "share_low")] == pytest.approx([0.5, 0.5])  # whatever is resampled
     assert rows["CPS"]["low"] < rows["CPS"]["mean"] < rows["CPS"]["high"]
@@ -240,10 +236,10 @@ def test_claims_over_labelled_sets(over_three):
 
 
 def test_cases_of_a_patient_count_as_one(over_three):
-    plan = over_three({"case_a": "p1", "case_b": "p1", "case_c": "p2"})
-    text = write_report(plan)
+    benchmark = over_three({"case_a": "p1", "case_b": "p1", "case_c": "p2"})
+    text = write_report(benchmark)
     assert "Over 3 labelled sets and 2 patients" in text
-    results = json.loads((plan.home / "results.json").read_text())
+    results = json.loads((benchmark.home / "results.json").read_text())
     assert {d["cases"] for d in results["tables"][0]["differences"]} == {2}
 
 
@@ -252,15 +248,15 @@ def test_a_case_without_a_patient_is_refused(over_three):
         write_report(over_three({"case_a": "p1", "case_c": "p2"}))
 
 
-def test_two_labelled_sets_are_no_claim(plan):
-    assert "labelled sets and" not in write_report(plan)
+def test_two_labelled_sets_are_no_claim(benchmark):
+    assert "labelled sets and" not in write_report(benchmark)
 
 
 def test_offline_minutes_are_of_the_budget_and_shown(over_three):
-    plan = over_three()
-    steps = {run.row.name: 4 * run.iterations for run in plan.runs(plan.protocol.budgets[0], 2)}
+    benchmark = over_three()
+    steps = {run.row.name: 4 * run.iterations for run in next(benchmark.tables()).runs}
     assert (steps["Labels only"], steps["CPS"]) == (6000, 3300)  # 10 and 5.5 minutes of 0.1 s
-    lines = write_report(plan).splitlines()
+    lines = write_report(benchmark).splitlines()
     assert any(line.startswith("| Method | Steps | Minutes | Of these offline | Dice") for line in lines)
     assert any(line.startswith("| CPS | 3,300 | 5.5 | 4.5 |") for line in lines)
     assert any(line.startswith("| Labels only | 6,000 | 1.0 | 0.0 |") for line in lines)

@@ -1,0 +1,106 @@
+"""The folder of a benchmark: what may be added to it, and who may work in it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+
+import pytest
+
+from nnunet_ssl.benchmark.folder import claimed, refuse_other
+from nnunet_ssl.errors import UserError
+
+
+def test_a_folder_takes_more_rows_and_seeds_but_no_other_protocol(given, tmp_path):
+    home = tmp_path / "home"
+    with claimed(home, given, "cpu"):
+        pass
+    more = json.loads(json.dumps(given))
+    more["seeds"] += [2]
+    more["rows"] += [{"name": "URPC", "trainer": "nnUNetTrainerURPC"}]
+    more["about"] = "something else"
+    more["gap"] = {"lower": "Labels only", "upper": "More labels"}
+    more["rows"][2]["against"] = "Labels only"
+    refuse_other(home, more, "cpu")
+    with pytest.raises(UserError, match="begun with --device cpu"):
+        refuse_other(home, more, "cuda")
+    with pytest.raises(UserError, match="begun with 'epochs' 4, the protocol now says 5"):
+        refuse_other(home, given | {"epochs": 5}, "cpu")
+    more["rows"][1]["settings"] = {}
+    with pytest.raises(UserError, match="begun with another row 'CPS'"):
+        refuse_other(home, more, "cpu")
+    more["rows"][1] = {"name": "cps", "trainer": "nnUNetTrainerCPS"}  # the folders' name is the same
+    with pytest.raises(UserError, match="begun with another row 'cps'"):
+        refuse_other(home, more, "cpu")
+
+
+def test_a_row_that_was_left_out_once_is_not_forgotten(given, tmp_path):
+    home = tmp_path / "home"
+    fewer = given | {"rows": given["rows"][:1] + given["rows"][2:]}
+    for protocol in (given, fewer, given):
+        with claimed(home, protocol, "cpu"):
+            pass
+    with claimed(home, fewer, "cpu"):
+        pass
+    given["rows"][1]["settings"] = {"cps_weight": 2}
+    with pytest.raises(UserError, match="begun with another row 'CPS'"):
+        refuse_other(home, given, "cpu")
+
+
+def test_seconds_that_a_row_was_begun_with_stay(given, tmp_path):
+    home = tmp_path / "home"
+    given["measure"]["seconds"] = {"CPS": 0.5}
+    with claimed(home, given, "cpu"):
+        pass
+    more = json.loads(json.dumps(given))
+    more["rows"].append({"name": "URPC", "trainer": "nnUNetTrainerURPC"})
+    more["measure"]["seconds"]["URPC"] = 0.1
+    refuse_other(home, more, "cpu")  # seconds come and go with their rows
+    without = given | {"rows": [row for row in given["rows"] if row["name"] != "CPS"], "measure": {**given["measure"]}}
+    del without["measure"]["seconds"]
+    refuse_other(home, without, "cpu")
+    with pytest.raises(UserError, match="begun with 'measure'"):
+        refuse_other(home, given | {"measure": {"epochs": 5}}, "cpu")
+    for seconds, now in ({"CPS": 0.4}, "0.4"), ({}, "to measure them"):
+        with pytest.raises(UserError, match=f"begun with 0.5 seconds per step of 'cps', the protocol now says {now}"):
+            refuse_other(home, given | {"measure": {**given["measure"], "seconds": seconds}}, "cpu")
+
+
+def test_the_steps_that_equal_time_goes_by_stay(given, tmp_path):
+    home = tmp_path / "home"
+    with claimed(home, given, "cpu"):
+        pass
+    refuse_other(home, given | {"budgets": [*given["budgets"], {"steps": 160}]}, "cpu")
+    with pytest.raises(UserError, match=r"begun with 80 as the first budget in steps, .* now says 160"):
+        refuse_other(home, given | {"budgets": [{"steps": 160}, *given["budgets"]]}, "cpu")
+
+
+def test_a_file_system_without_locks_is_said_and_worked_on(given, tmp_path, monkeypatch, capsys):
+    fcntl = pytest.importorskip("fcntl", reason="locks of POSIX")
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with claimed(tmp_path / "home", given, "cpu"):
+        pass
+    assert "without locks" in capsys.readouterr().out
+    monkeypatch.undo()
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(UserError, match=r"cannot be written .*; take another -o"),
+        claimed(tmp_path / "file" / "home", given, "cpu"),
+    ):
+        pass
+
+
+def test_two_at_a_time_or_a_folder_of_something_else(given, tmp_path):
+    home = tmp_path / "home"
+    works = pytest.raises(UserError, match="another nnUNetv2_ssl_benchmark works in")
+    with claimed(home, given, "cpu"), works, claimed(home, given, "cpu"):
+        pass
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(UserError, match="exists and holds no benchmark"), claimed(tmp_path / "other", given, "cpu"):
+        pass

@@ -1,0 +1,149 @@
+"""The commands of the Snakemake workflow, as its dry run prints them. ``test_benchmark.py`` runs them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("snakemake", reason="Snakemake needs Python 3.11")
+
+ONE_THREAD = "nnUNet_n_proc_DA=0 nnUNet_def_n_proc=1 OMP_NUM_THREADS=1"
+
+
+@pytest.fixture
+def commands(tmp_path, write_protocol, monkeypatch):
+    """``commands(given)``: what makes each output, by the output's name; below ``HOME`` and ``RAW``."""
+    for name in ("raw", "preprocessed", "results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+
+    def run(given, *options):
+        words = [write_protocol(given), "--dry-run", "--device", "cpu", "-np", 2, "-o", tmp_path / "home", *options]
+        command = [sys.executable, "-m", "nnunet_ssl.commands.benchmark", *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        text = (done.stdout + done.stderr).replace(str(tmp_path / "home"), "HOME").replace(str(tmp_path / "raw"), "RAW")
+        found = re.findall(r"^    output: (.+?)$.+?^Shell command: (.+?)$", text, re.MULTILINE | re.DOTALL)
+        return {output: re.sub(r" >> logs/\S+ 2>&1", "", command) for output, command in found}
+
+    return run
+
+
+def test_a_benchmark_of_a_dataset_that_is_split(given, commands, tmp_path):
+    given |= {"planning": ["-overwrite_target_spacing", 2, 2, 2], "plans": "small", "figures": ["Labels only", "CPS"]}
+    given |= {"shrink": {"features": [4, 6, 8], "patch_size": [8, 8, 8]}, "budgets": [{"steps": 80}]}
+    given |= {"settings": {"num_val_iterations_per_epoch": 3}, "predict": ["--disable_tta"]}
+    found = commands(given)
+    assert not (tmp_path / "home").exists()  # nothing is done
+    names = [row.split("/")[2] for row in found if row.endswith("/train")]
+    assert sorted(names) == sorted(
+        f"{row}_seed{seed}" for seed in (0, 1)
+        for row in ("labels_only_2labeled", "cps_2labeled", "cps_shta_2labeled", "more_labels_4labeled")
+    )  # fmt: skip
+    assert found["done/dataset_501"] == (
+        "test -d RAW/Dataset501_* || nnUNet_results=HOME/results nnUNetv2_ssl_split -d 1 -o 501 --labeled 2 --val 1 "
+        f"--test {tmp_path / 'test.txt'} --seed 1 --name made_up_2_labelled_order_1"
+    )
+    assert found["done/plan_501"] == (
+        "nnUNet_results=HOME/results nnUNet_n_proc_DA=1 nnUNetv2_plan_and_preprocess -d 501 -c 3d_fullres "
+        "-overwrite_target_spacing 2 2 2 -overwrite_plans_name small -np 2 -npfp 2 && python -m nnunet_ssl.demo.plans "
+        f"{tmp_path / 'preprocessed'}/Dataset501_*/small.json 3d_fullres --features 4 6 8 --patch-size 8 8 8 "
+        "--batch-size 2"
+    )
+    assert found["done/prepare_501"] == (
+        "nnUNet_results=HOME/results nnUNetv2_ssl_preprocess -d 501 -c 3d_fullres -p small -np 2"
+    )
+    assert found["done/prepare_502"] == "true"  # only rows without unlabelled images learn from four labels
+    run = "HOME/runs/steps80/cps_2labeled_seed1"
+    settings = {"seed": 1, "num_iterations_per_epoch": 20, "num_val_iterations_per_epoch": 3, "cps_weight": 0.5}
+    settings |= {"save_every": 2, "keep_epochs": [2, 4]}
+    variables = f"nnUNet_results={run}/results"
+    assert found["done/steps80/cps_2labeled_seed1/train"] == (
+        f"mkdir -p {run} && echo '{json.dumps(settings)}' > {run}/settings.json && {variables} "
+        f"nnUNet_ssl_config={run}/settings.json {ONE_THREAD} python -P -m nnunet_ssl.stock_commands nnUNetv2_train 501 "
+        "3d_fullres 0 -p small -tr nnUNetTrainerCPS_4epochs -device cpu --c"
+    )
+    assert found["done/steps80/cps_2labeled_seed1/predict_2"] == (
+        f"{variables} {ONE_THREAD} python -P -m nnunet_ssl.stock_commands nnUNetv2_predict "
+        f"-i RAW/Dataset501_*/imagesTs -o {run}/test_epoch2 -d 501 -c 3d_fullres -f 0 -p small "
+        "-tr nnUNetTrainerCPS_4epochs -chk checkpoint_epoch2.pth --disable_tta -device cpu -npp 0 -nps 0"
+    )
+    evaluate = "nnUNetv2_ssl_evaluate -ref RAW/Dataset501_*/labelsTs -djfile RAW/Dataset501_*/dataset.json --metrics"
+    summaries = "runs/steps80/cps_2labeled_seed1/evaluated_epoch{}/summary.json"
+    assert found[summaries.format(2)] == f"{evaluate} dice -pred {run}/test_epoch2 -o {run}/evaluated_epoch2 -np 2"
+    assert found[summaries.format(4)] == f"{evaluate} dice hd95 -pred {run}/test_epoch4 -o {run}/evaluated_epoch4 -np 2"
+
+    words = shlex.split(found["compared/steps80_2labeled_seed1/comparison.json"])
+    names = [row["name"] for row in given["rows"]]
+    assert words[words.index("--names") + 1 : words.index("-o")] == names
+    assert [p.split("/runs/")[1] for p in words[words.index("-pred") + 1 : words.index("--names")]] == [
+        "steps80/labels_only_2labeled_seed1/test_epoch4", "steps80/cps_2labeled_seed1/test_epoch4",
+        "steps80/cps_shta_2labeled_seed1/test_epoch4", "steps80/more_labels_4labeled_seed1/test_epoch4",
+    ]  # fmt: skip
+    model = "results/Dataset500_*/nnUNetTrainer{}_4epochs__small__3d_fullres"
+    labels, cps = (f"HOME/runs/steps80/{row}_2labeled_seed0" for row in ("labels_only", "cps"))
+    assert found["done/figures_steps80_2labeled"] == (
+        f"nnUNet_results=HOME/results {ONE_THREAD} nnUNetv2_ssl_figures -d 500 -f 0 -m "
+        f"{labels}/{model.format('LabeledOnly')} {cps}/{model.format('CPS')} -pred {labels}/test_epoch4 "
+        f"{cps}/test_epoch4 --names 'Labels only' CPS -o HOME/figures/steps80_2labeled --disable_tta -device cpu -np 2"
+    )
+
+
+def test_several_trainings_and_measured_time(given, commands, tmp_path):
+    again = {"rounds": 3, "student": "nnUNetTrainerURPC", "options": ["--keep", 0.5]}
+    given["rows"] = [
+        {"name": "Again", "trainer": "nnUNetTrainerWarps", "self_training": again},
+        {"name": "Pretrained", "trainer": "nnUNetTrainerLabeledOnly", "pretrained_by": "nnUNetTrainerMAE"},
+    ]
+    given |= {"seeds": [0], "budgets": [{"steps": 80}, {"minutes": 5}], "curve": [1]}
+    found = commands(given)
+    run, result = "HOME/runs/steps80/again_2labeled_seed0", "done/steps80/again_2labeled_seed0"
+    variables = f"nnUNet_results={run}/results nnUNet_ssl_config={run}/settings.json {ONE_THREAD}"
+    assert found[f"{result}/self_train"] == (
+        f"{variables} nnUNetv2_ssl_pseudolabel -d 500 -c 3d_fullres -f 0 -p nnUNetPlans -tr "
+        "nnUNetTrainerWarps_4epochs -o 501 --rounds 3 --student nnUNetTrainerURPC_4epochs --keep 0.5 -device cpu -np 2"
+    )
+    assert "-d 503 " in found[f"{result}/predict_4"]
+    assert "-tr nnUNetTrainerURPC_4epochs" in found[f"{result}/predict_4"]
+    assert "RAW/Dataset500_*/imagesTs" in found[f"{result}/predict_4"]
+
+    run = "HOME/runs/steps80/pretrained_2labeled_seed0"
+    before, after = (found[f"done/steps80/pretrained_2labeled_seed0/{name}"] for name in ("pretrain", "train"))
+    assert f"nnUNet_ssl_config={run}/pretraining.json" in before
+    assert before.endswith("-tr nnUNetTrainerMAE_4epochs -device cpu --c")
+    folds = [
+        f"{run}/results/Dataset500_*/{trainer}_4epochs__nnUNetPlans__3d_fullres/fold_0"
+        for trainer in ("nnUNetTrainerMAE", "nnUNetTrainerLabeledOnly")
+    ]
+    assert after.endswith(
+        f"-device cpu $(ls {folds[1]}/checkpoint_*.pth > /dev/null 2>&1 && echo --c || "
+        f"echo -pretrained_weights {folds[0]}/checkpoint_final.pth)"
+    )
+
+    # how many steps five minutes are is known once each kind of training is timed
+    measured = [name for name in found if name.startswith("done/measure/")]
+    kinds = ("nnUNetTrainerWarps", "nnUNetTrainerURPC", "nnUNetTrainerMAE", "nnUNetTrainerLabeledOnly")
+    assert sorted(measured) == sorted(f"done/measure/{kind}_{number}" for kind in kinds for number in (0, 1))
+    assert "-tr nnUNetTrainerURPC_3epochs -device cpu --c" in found["done/measure/nnUNetTrainerURPC_1"]
+    assert not [name for name in found if "minutes5" in name]
+
+
+def test_published_data_and_what_snakemake_is_told(given, commands, tmp_path):
+    given["data"] = {"script": "prepare_la.py", "options": ["--x", "{data}/x.txt"], "order_by_seed": True}
+    given["rows"] = [given["rows"][0], {**given["rows"][3], "labeled": "all"}]
+    given["budgets"] = [{"steps": 80}]
+    data, scripts = tmp_path / "DATA", tmp_path / "scripts"
+    options = ["--data", data, "--scripts", scripts, "--until", "dataset"]  # one of Snakemake's own
+    found = commands(given, *options)
+    make = f"nnUNet_results=HOME/results python {scripts}/prepare_la.py --labeled"
+    end = f"--data {data} --x {data}/x.txt -np 2"
+    assert {name: command.partition(" || ")[2] for name, command in found.items()} == {
+        "done/dataset_500": f"{make} 2 -d 500 --seed 0 {end}",
+        "done/dataset_501": f"{make} 2 -d 501 --seed 1 {end}",
+        "done/dataset_502": f"{make} all -d 502 --seed 0 {end}",  # they have no order
+    }
