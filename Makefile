@@ -1,5 +1,6 @@
 # make demo       the whole way on made-up data, from preprocessing to a figure, in less than 15 minutes on 2 CPU cores
 # make test       the tests that take seconds each;  make test-slow: every test;  make lint
+# make docs       the tables of docs/settings.md, from the settings that the trainers declare
 # make bench      seconds a step and peak memory of each trainer, against nnUNetTrainer
 #
 # Each of them first makes a virtual environment in .venv and installs the package there, if that is still to be done.
@@ -16,7 +17,7 @@ BENCH ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench
+.PHONY: demo test test-slow lint docs bench
 
 # One thread for each process: the tests' networks are tiny, and 2 cores shared by many threads are slower than 1.
 test test-slow: export OMP_NUM_THREADS ?= 1
@@ -34,6 +35,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	$(BIN)/python scripts/settings_page.py
 
 bench: $(INSTALLED)
 	$(BIN)/python scripts/benchmark_trainers.py $(BENCH)

@@ -2,6 +2,7 @@
 
 Settings and protocols are dataclasses made by :data:`declared`, with fields of the types below. pydantic checks a value
 wherever one is made, defaults and :func:`dataclasses.replace` included; :func:`build` turns its errors into sentences.
+A setting of a method says by :func:`setting` what stands in docs/settings.md too.
 Arguments of commands use the same types (``commands/arguments.py``).
 """
 
@@ -50,6 +51,36 @@ Text = Annotated[str, Field(pattern=r"\S", description="a text")]
 
 Counts = Annotated[tuple[Count, ...], Field(description="a list of whole numbers from 1 and below 1e9")]
 Decays = Annotated[tuple[Decay, ...], Field(description="a list of numbers from 0 and below 1")]
+
+
+def setting(default: Any, meaning: str, *, symbol: str = "", paper: Any = None) -> Any:
+    """The default of a setting, and what docs/settings.md says of it: the page's tables are made from this.
+
+    Args:
+        default: the value that trains where no file says otherwise.
+        meaning: one line of Markdown.
+        symbol: what the paper calls it.
+        paper: the paper's own value, where it is another one than the default.
+    """
+    return Field(default=default, json_schema_extra={"meaning": meaning, "symbol": symbol, "paper": paper})
+
+
+def about(field: FieldInfo) -> dict[str, Any]:
+    """What :func:`setting` was told: ``meaning``, ``symbol`` and ``paper``; nothing of a field made without it."""
+    told = field.json_schema_extra
+    return told if isinstance(told, dict) else {}
+
+
+def papers_values(cls: type) -> dict[str, Any]:
+    """The papers' own values of a declared class, of the fields where they are not the default."""
+    return {
+        name: told["paper"] for name, field in fields_of(cls).items() if (told := about(field)).get("paper") is not None
+    }
+
+
+def must_be(field: FieldInfo) -> str:
+    """What the value of a field must be."""
+    return field.description or words(field.annotation)
 
 
 def words(kind: Any) -> str:
@@ -118,15 +149,14 @@ def _refusal(cls: type, given: Any, source: str, what: str, error: ValidationErr
             near = difflib.get_close_matches(str(name), fields, n=1)
             remedy = f"did you mean '{near[0]}'?" if near else f"there are {', '.join(fields)}."
             return UserError(f"{source} sets '{name}', which is not {what}; {remedy}")
-        must_be = fields[name].description or words(fields[name].annotation)
         if first["type"] == "missing" and not steps:
-            return UserError(f"{source} lacks '{name}'; give {must_be}.")
+            return UserError(f"{source} lacks '{name}'; give {must_be(fields[name])}.")
         inner, place = _declared_in(fields[name].annotation), name
         item = value = given.get(name, fields[name].default)
         if inner and steps and isinstance(steps[0], int):
             place, item = f"{name}[{steps[0]}]", value[steps.pop(0)]
         if inner is None or not isinstance(item, Mapping):
-            return UserError(f"{source} sets '{name}' to {shown(value)}; it must be {must_be}.")
+            return UserError(f"{source} sets '{name}' to {shown(value)}; it must be {must_be(fields[name])}.")
         cls, given, source = inner, item, f"{source.removesuffix(',')}, {place},"
     reason = first["ctx"]["error"]
     if first["type"] == "json_invalid":  # nested deeper than pydantic goes, or text that is no Unicode

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
 from pathlib import Path
 
@@ -53,36 +52,6 @@ def test_readme_lists_every_trainer():
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [name for name in TRAINERS if name != "nnUNetTrainerSSL" and f"`{name}`" not in readme] == []
-
-
-def settings_tables() -> set[tuple[str, str, str, str]]:
-    """Setting, default, paper's value and range, as docs/settings.md has them: twice where a trainer has its own."""
-    text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
-    return {(name.strip("`"), default, paper, must_be) for name, default, paper, must_be, _ in rows}
-
-
-def as_json(value: object) -> str:
-    return f"`{json.dumps(value)}`"
-
-
-def test_settings_have_the_defaults_presets_and_ranges_that_are_documented():
-    from nnunet_ssl import trainers
-    from nnunet_ssl.declared import fields_of, words
-    from nnunet_ssl.trainers.settings import all_presets
-
-    documented, seen = settings_tables(), set()
-    for name in trainers.TRAINERS:
-        cls = getattr(trainers, name).Settings
-        paper = all_presets(cls).get("paper", {})
-        assert set(all_presets(cls)) <= {"nnunet", "paper"}, "document the new preset"
-        for field, declared in fields_of(cls).items():
-            must_be = declared.description or words(declared.annotation)
-            must_be = "one of 'nnunet', 'paper'" if field == "preset" else must_be
-            wanted = (field, as_json(declared.default), as_json(paper[field]) if field in paper else "", must_be)
-            assert wanted in documented, f"{field} of {name} in docs/settings.md"
-            seen.add(wanted)
-    assert documented == seen
 
 
 def test_files_and_columns_of_a_run_are_documented(tiny, make_trainer):

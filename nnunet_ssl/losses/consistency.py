@@ -24,12 +24,7 @@ def sharpen(prob: Tensor, temperature: float) -> Tensor:
 
     Returns:
         ``[B, K, *spatial]`` float32, sums to 1 over dim 1. Gradients are finite everywhere; an exact 0 gets none.
-
-    Raises:
-        ValueError: if the temperature is not positive.
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature is {temperature}; it must be positive")
     prob = prob.float()
     return F.softmax(prob.clamp(min=torch.finfo(prob.dtype).tiny).log() / temperature, dim=1)
 

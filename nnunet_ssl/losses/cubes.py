@@ -152,7 +152,7 @@ def location_loss(logits: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().flatten(0, 1), positions.flatten())
 
 
-def class_weights(counts: Tensor, temperature: float = 1.0) -> Tensor:
+def class_weights(counts: Tensor, temperature: float) -> Tensor:
     """omega of each class: its frequency relative to the most frequent class's, to the power of 1 / T_dist.
 
     Args:

@@ -100,17 +100,10 @@ class GACELoss(nn.Module):
             voxel is, if there is one.
         gamma: share of the whole number in the mix, in [0, 1].
         ignore_label: voxels with this value are removed first: they are neither ranked nor counted.
-
-    Raises:
-        ValueError: for ``k`` or ``gamma`` out of range.
     """
 
-    def __init__(self, k: float = 10.0, gamma: float = 0.5, ignore_label: int | None = None) -> None:
+    def __init__(self, k: float, gamma: float, ignore_label: int | None = None) -> None:
         super().__init__()
-        if not 0 < k <= 100:
-            raise ValueError(f"k is {k}; it must be in (0, 100]")
-        if not 0 <= gamma <= 1:
-            raise ValueError(f"gamma is {gamma}; it must be in [0, 1]")
         self.k = k
         self.gamma = gamma
         self.ignore_label = ignore_label
@@ -171,7 +164,7 @@ class GALoss(nn.Module):
         ignore_label: voxels with this value take no part.
     """
 
-    def __init__(self, k: float = 10.0, gamma: float = 0.5, ignore_label: int | None = None) -> None:
+    def __init__(self, k: float, gamma: float, ignore_label: int | None = None) -> None:
         super().__init__()
         self.ce = GACELoss(k, gamma, ignore_label)
         self.dice = GADiceLoss(ignore_label)

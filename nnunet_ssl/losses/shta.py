@@ -2,7 +2,7 @@
 
 Source: Zhang, Zhong, Zhang, Liu, "SHTA: Semantic Hard Token Correction and Center Alignment for Semi-Supervised
 Medical Image Segmentation". Equation numbers are the paper's. Its code is not public; where the paper leaves a choice
-open, the choice is a named setting of :class:`SHTALoss`.
+open, the choice is a named setting, of :class:`SHTALossSettings`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,51 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnunet_ssl.declared import Part, Positive, Share, Weight, declared, setting
 from nnunet_ssl.losses.class_counts import class_counts
 from nnunet_ssl.losses.masked import masked_mean
+
+
+@declared
+class SHTALossSettings:
+    """Settings of the losses, under the names that they have as settings of a trainer."""
+
+    shta_min_valid_fraction: Share = setting(
+        0.5, "Tokens with a smaller share of voxels that are not ignored are left out"
+    )
+    # Table IV (correction loss 0.054 at K = 14) excludes values above 0.2 to 0.37
+    shta_temperature: Positive = setting(0.1, "Of Eq. 3", symbol="tau_sa")
+    # 0 does not bind: Table IV's equal supply in two settings whose q differ says that the paper's does not either
+    shta_conf_threshold: Share = setting(0.0, "Of Eq. 7, on the confidence", symbol="T_conf")
+    shta_fg_threshold: Share = setting(0.5, "Of Eq. 7, on the share of foreground", symbol="T_fg")
+    shta_purity_threshold: Share = setting(
+        0.5, "Of Eq. 7, on the share of the most frequent foreground class", symbol="T_pur"
+    )
+    # of 8 to 10 % eligible tokens, 3.8 % were selected
+    shta_hard_ratio: Part = setting(0.5, "Of Eq. 7, the share of the candidates that is taken, rounded up", symbol="r")
+    # so losses of different settings are means over equally many tokens ("matched-hard", Table IV)
+    shta_matched_hard: bool = setting(
+        False, "Candidates follow from the labels alone, without T_conf: every ablation selects equally many tokens"
+    )
+    shta_selection: Literal["global", "per_class"] = setting(  # Eq. 7 names one set
+        "global", '`"global"` ranks all candidates together, `"per_class"` takes the share of each class'
+    )
+    shta_assign_weight: Weight = setting(1.0, "Weight of L_assign in Eq. 11", symbol="alpha_as")
+    shta_anchor_weight: Weight = setting(1.0, "Weight of L_anchor", symbol="alpha_a")
+    shta_hard_weight: Weight = setting(1.0, "Weight of L_hard", symbol="alpha_h")
+    shta_center_weight: Weight = setting(1.0, "Weight of L_center", symbol="alpha_c")
+    # L_anchor "calibrates" the proxies, so it moves them alone
+    shta_detach_reference_in_anchor: bool = setting(True, "No gradient through the class means in Eq. 5")
+    shta_detach_reference_in_center: bool = setting(True, "No gradient through the class means in Eq. 10")
+    shta_normalize_embeddings: bool = setting(False, "Unit embeddings in Eq. 4 and 9, which are written with raw ones")
+    shta_min_class_mass: Weight = setting(0.0, "Tokens' worth of a class above which it counts as present in Eq. 4")
+    # gradients do not cross ranks, and Omega_hard is each rank's own
+    shta_sync_references: bool = setting(
+        True, "Sum Eq. 4 over the GPUs of a run, while neither reference has a gradient"
+    )
+
+
+DEFAULTS = SHTALossSettings()
 
 
 def token_class_distribution(
@@ -25,7 +68,7 @@ def token_class_distribution(
     stride: Sequence[int],
     num_classes: int,
     ignore_label: int | None = None,
-    min_valid_fraction: float = 0.5,
+    min_valid_fraction: float = DEFAULTS.shta_min_valid_fraction,
 ) -> tuple[Tensor, Tensor]:
     """TokDist of Eq. 1: the share of each class among the voxels of each token, exactly.
 
@@ -130,84 +173,29 @@ class SHTALoss(nn.Module):
     Args:
         num_classes: K, with background as class 0.
         embedding_dim: C_z.
-        temperature: tau_sa of Eq. 3. Table IV (correction loss 0.054 at K = 14) excludes values above 0.2 to 0.37.
-        conf_threshold: T_conf of Eq. 7. 0 does not bind: Table IV's equal supply in two settings whose q differ says
-            that the paper's does not either.
-        fg_threshold: T_fg of Eq. 7, on the share of foreground.
-        purity_threshold: T_pur of Eq. 7, on the share of the most frequent foreground class.
-        hard_ratio: r of Eq. 7, a share of the candidates; ``ceil(r * candidates)`` are taken, so at least one.
-        matched_hard: T_conf excludes nothing, so how many tokens are selected follows from the labels alone, and losses
-            of different settings are means over equally many tokens ("matched-hard", Table IV).
-        assign_weight: alpha_as of Eq. 11.
-        anchor_weight: alpha_a.
-        hard_weight: alpha_h.
-        center_weight: alpha_c.
-        selection: ``"global"`` ranks all candidates of the batch together (Eq. 7 names one set), ``"per_class"`` takes
-            the share r of each class, which keeps large organs from taking every place.
-        detach_reference_in_anchor: c_k gets no gradient in L_anchor, which "calibrates" the proxies.
-        detach_reference_in_center: c_k gets no gradient in L_center, where it is the reference.
-        normalize_embeddings: use unit z in Eq. 4 and 9; the equations are written with raw z.
-        min_class_mass: a class enters K' when its mass (in tokens) is above this; 0 as in Eq. 4.
-        sync_references: in DDP, sum Eq. 4 over the ranks, so that c_k and K' are those of one GPU with the whole batch.
-            Only while both references are detached: gradients do not cross ranks. Omega_hard is each rank's own.
+        settings: thresholds, weights and choices.
         eps: epsilon of Eq. 4 (Eq. 5's is replaced by a log-softmax, which needs none).
 
     Attributes:
         proxies: ``[K, C_z]`` parameter mu, unit length at the start, normalised on use.
 
     Raises:
-        ValueError: for settings out of range.
+        ValueError: for fewer than two classes.
     """
 
     def __init__(
         self,
         num_classes: int,
         embedding_dim: int,
-        *,
-        temperature: float = 0.1,
-        conf_threshold: float = 0.0,
-        fg_threshold: float = 0.5,
-        purity_threshold: float = 0.5,
-        hard_ratio: float = 0.5,
-        matched_hard: bool = False,
-        assign_weight: float = 1.0,
-        anchor_weight: float = 1.0,
-        hard_weight: float = 1.0,
-        center_weight: float = 1.0,
-        selection: Literal["global", "per_class"] = "global",
-        detach_reference_in_anchor: bool = True,
-        detach_reference_in_center: bool = True,
-        normalize_embeddings: bool = False,
-        min_class_mass: float = 0.0,
-        sync_references: bool = True,
+        settings: SHTALossSettings = DEFAULTS,
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
         if num_classes < 2:
             raise ValueError(f"num_classes is {num_classes}; SHTA needs background and at least one foreground class")
-        if temperature <= 0:
-            raise ValueError(f"temperature is {temperature}; it must be positive")
-        if not 0 < hard_ratio <= 1:
-            raise ValueError(f"hard_ratio is {hard_ratio}; it must be in (0, 1]")
-        if selection not in ("global", "per_class"):
-            raise ValueError(f"selection is {selection!r}; it must be 'global' or 'per_class'")
         self.num_classes = num_classes
-        self.temperature = temperature
-        self.conf_threshold = conf_threshold
-        self.fg_threshold = fg_threshold
-        self.purity_threshold = purity_threshold
-        self.hard_ratio = hard_ratio
-        self.matched_hard = matched_hard
-        self.assign_weight = assign_weight
-        self.anchor_weight = anchor_weight
-        self.hard_weight = hard_weight
-        self.center_weight = center_weight
-        self.selection = selection
-        self.detach_reference_in_anchor = detach_reference_in_anchor
-        self.detach_reference_in_center = detach_reference_in_center
-        self.normalize_embeddings = normalize_embeddings
-        self.min_class_mass = min_class_mass
-        self.sync_references = sync_references
+        self.settings = settings
+        self.temperature = settings.shta_temperature
         self.eps = eps
         self.proxies = nn.Parameter(F.normalize(torch.randn(num_classes, embedding_dim), dim=1))
         self.proxies.no_weight_decay = True  # type: ignore[attr-defined]  # only their direction matters
@@ -231,10 +219,10 @@ class SHTALoss(nn.Module):
         tokens = self._hard_token_refinement(assignment, Y)
         centers = self._center_alignment(z, assignment, tokens)
         total = (
-            self.assign_weight * assignment.assign
-            + self.anchor_weight * assignment.anchor
-            + self.hard_weight * tokens.hard
-            + self.center_weight * centers.center
+            self.settings.shta_assign_weight * assignment.assign
+            + self.settings.shta_anchor_weight * assignment.anchor
+            + self.settings.shta_hard_weight * tokens.hard
+            + self.settings.shta_center_weight * centers.center
         )  # Eq. 11
         return SHTATerms(
             assignment.assign,
@@ -250,8 +238,10 @@ class SHTALoss(nn.Module):
         s = self._scores(z)
         log_q = F.log_softmax(s, 1)
         c, mass = self._class_references(z, Y)
-        present = mass > self.min_class_mass  # K'
-        proxy_cosine = F.cosine_similarity(c.detach() if self.detach_reference_in_anchor else c, self.proxies, dim=1)
+        present = mass > self.settings.shta_min_class_mass  # K'
+        proxy_cosine = F.cosine_similarity(
+            c.detach() if self.settings.shta_detach_reference_in_anchor else c, self.proxies, dim=1
+        )
         assign = masked_mean(-(Y * log_q).sum(1), omega_l)
         anchor = masked_mean(1 - proxy_cosine, present)
         return Assignment(s, log_q, c, present, proxy_cosine, assign, anchor)
@@ -261,7 +251,9 @@ class SHTALoss(nn.Module):
         eligible, y = self.eligible(Y)
         with torch.no_grad():
             confidence = confidence_logit(assignment.s)  # orders as h_i does
-            candidates = eligible & (self.matched_hard | (confidence.sigmoid() >= self.conf_threshold))
+            candidates = eligible & (
+                self.settings.shta_matched_hard | (confidence.sigmoid() >= self.settings.shta_conf_threshold)
+            )
             selected = self._top_r(candidates, confidence, y)
         hard = masked_mean(F.nll_loss(assignment.log_q, y, reduction="none"), selected)
         return HardTokens(candidates, selected, y, hard)
@@ -275,7 +267,7 @@ class SHTALoss(nn.Module):
         members = F.one_hot(tokens.y, self.num_classes) * tokens.selected[:, None]  # Omega_k
         size = members.sum(0)
         cc = members.to(z.dtype).T @ self._embedding(z) / size.clamp(min=1)[:, None]  # Eq. 9
-        c = assignment.c.detach() if self.detach_reference_in_center else assignment.c
+        c = assignment.c.detach() if self.settings.shta_detach_reference_in_center else assignment.c
         return Centers(masked_mean(1 - F.cosine_similarity(cc, c, dim=1), size > 0), cc, size)  # K_h, Eq. 10
 
     @torch.no_grad()
@@ -301,7 +293,7 @@ class SHTALoss(nn.Module):
 
     def _embedding(self, z: Tensor) -> Tensor:
         """z as Eq. 4 and 9 take it."""
-        return F.normalize(z, dim=1) if self.normalize_embeddings else z
+        return F.normalize(z, dim=1) if self.settings.shta_normalize_embeddings else z
 
     def _scores(self, z: Tensor) -> Tensor:
         """s of Eq. 3, ``[N, K]``."""
@@ -324,16 +316,16 @@ class SHTALoss(nn.Module):
         dominant_share, dominant = y_tok[:, 1:].max(1)
         mask = (
             (y_tok.sum(1) > 0)
-            & (y_tok[:, 1:].sum(1) >= self.fg_threshold)  # m_i
-            & (dominant_share >= self.purity_threshold)  # p_i
+            & (y_tok[:, 1:].sum(1) >= self.settings.shta_fg_threshold)  # m_i
+            & (dominant_share >= self.settings.shta_purity_threshold)  # p_i
         )
         return mask, dominant + 1
 
     def _class_references(self, z: Tensor, Y: Tensor) -> tuple[Tensor, Tensor]:
         """Eq. 4: c_k ``[K, C_z]`` and the mass ``[K]`` of each class in tokens, of all ranks where they are synced."""
         weighted_sum, mass = Y.T @ self._embedding(z), Y.sum(0)
-        detached = self.detach_reference_in_anchor and self.detach_reference_in_center
-        if self.sync_references and detached and dist.is_available() and dist.is_initialized():
+        detached = self.settings.shta_detach_reference_in_anchor and self.settings.shta_detach_reference_in_center
+        if self.settings.shta_sync_references and detached and dist.is_available() and dist.is_initialized():
             weighted_sum, mass = weighted_sum.detach().clone(), mass.clone()
             dist.all_reduce(weighted_sum)
             dist.all_reduce(mass)
@@ -341,11 +333,11 @@ class SHTALoss(nn.Module):
 
     def _top_r(self, candidates: Tensor, confidence: Tensor, y: Tensor) -> Tensor:
         """Top_r of Eq. 7: the most confident share r of the candidates, as a mask ``[N]``."""
-        if self.selection == "global":
-            return top_share(candidates, confidence, self.hard_ratio)
+        if self.settings.shta_selection == "global":
+            return top_share(candidates, confidence, self.settings.shta_hard_ratio)
         selected = torch.zeros_like(candidates)
         for k in range(1, self.num_classes):
-            selected |= top_share(candidates & (y == k), confidence, self.hard_ratio)
+            selected |= top_share(candidates & (y == k), confidence, self.settings.shta_hard_ratio)
         return selected
 
 

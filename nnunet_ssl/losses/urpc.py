@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 def uncertainty_rectified_consistency(
     logits: Sequence[Tensor],
-    kl: Literal["mean_to_scale", "scale_to_mean"] = "mean_to_scale",
+    kl: Literal["mean_to_scale", "scale_to_mean"],
     detach_mean: bool = False,
     regions: bool = False,
 ) -> Tensor:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nnunet_ssl.losses.shta import SHTALoss, SHTATerms, token_class_distribution
+from nnunet_ssl.losses.shta import DEFAULTS, SHTALoss, SHTALossSettings, SHTATerms, token_class_distribution
 
 
 def token_stride(patch_size: Sequence[int], spacing: Sequence[float], batch_size: int, max_tokens: int) -> list[int]:
@@ -63,8 +62,7 @@ class SHTABranch(nn.Module):
         hidden_dim: width of g.
         embedding_dim: C_z.
         ignore_label: label that is not counted, if any.
-        min_valid_fraction: tokens with fewer labelled voxels are left out.
-        loss_settings: keyword arguments of :class:`nnunet_ssl.losses.shta.SHTALoss`.
+        settings: of the losses.
     """
 
     def __init__(
@@ -75,21 +73,20 @@ class SHTABranch(nn.Module):
         hidden_dim: int,
         embedding_dim: int,
         ignore_label: int | None = None,
-        min_valid_fraction: float = 0.5,
-        **loss_settings: Any,
+        settings: SHTALossSettings = DEFAULTS,
     ) -> None:
         super().__init__()
         self.stride = tuple(stride)
         self.num_classes = num_classes
         self.ignore_label = ignore_label
-        self.min_valid_fraction = min_valid_fraction
+        self.min_valid_fraction = settings.shta_min_valid_fraction
         self.embed = nn.Sequential(
             nn.LayerNorm(in_channels),
             nn.Linear(in_channels, hidden_dim),
             nn.GELU(),
             nn.Linear(hidden_dim, embedding_dim),
         )
-        self.loss = SHTALoss(num_classes, embedding_dim, **loss_settings)
+        self.loss = SHTALoss(num_classes, embedding_dim, settings)
 
     def forward(self, feature: Tensor, labels: Tensor) -> SHTATerms:
         """Compute the SHTA terms of a labelled batch.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch
 from dynamic_network_architectures.initialization.weight_init import InitWeights_XavierUniform
 from torch import Tensor, nn
 
-from nnunet_ssl.declared import Share, Weight, declared
+from nnunet_ssl.declared import Share, Weight, declared, setting
 from nnunet_ssl.losses.pseudo_labels import hard_pseudo_labels, pseudo_label_cross_entropy
 from nnunet_ssl.trainers.base import Batch, Stream, full_resolution, nnUNetTrainerSSL
 from nnunet_ssl.trainers.settings import SSLSettings
@@ -20,21 +20,21 @@ from nnunet_ssl.trainers.settings import SSLSettings
 class CrossSupervisionSettings(SSLSettings):
     """Settings of two networks that teach each other, whatever their losses."""
 
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"cps_weight": 0.1, "cps_rampup": 1.0}}
-
-    cps_weight: Weight = 1.0  # weight of the cross term; 0.1 in DHC's and GA's code, for other networks
-    cps_rampup: Share = 0.4  # share of the training over which the weight grows
-    cps_on_labeled: bool = True  # the cross term also on labelled images, as in the paper
-    cps_init: Literal["xavier", "he"] = "xavier"  # of the second network, beside a seed of its own; nnU-Net's is "he"
+    cps_weight: Weight = setting(1.0, "Full weight of the cross term", symbol="lambda", paper=0.1)
+    cps_rampup: Share = setting(0.4, "Share of the training over which that weight grows", paper=1.0)
+    cps_on_labeled: bool = setting(True, "Whether the cross term is taken on labelled patches as well")
+    cps_init: Literal["xavier", "he"] = setting(
+        "xavier", "How the second network's weights are drawn; the first has nnU-Net's own `\"he\"`"
+    )
 
 
 @declared
 class CPSSettings(CrossSupervisionSettings):
     """Settings of CPS."""
 
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"cps_loss": "ce"}}
-
-    cps_loss: Literal["dice_ce", "ce"] = "dice_ce"  # nnU-Net's own loss, or its cross-entropy alone as in the paper
+    cps_loss: Literal["dice_ce", "ce"] = setting(
+        "dice_ce", "Cross term: nnU-Net's Dice and cross-entropy, or cross-entropy alone", paper="ce"
+    )
 
 
 class nnUNetTrainerCPS(nnUNetTrainerSSL):  # noqa: N801

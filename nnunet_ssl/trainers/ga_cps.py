@@ -6,7 +6,7 @@ import torch.distributed as dist
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor
 
-from nnunet_ssl.declared import Percentage, Share, declared
+from nnunet_ssl.declared import Percentage, Share, declared, setting
 from nnunet_ssl.losses.ga import GACELoss, GALoss, present_classes
 from nnunet_ssl.trainers.base import full_resolution
 from nnunet_ssl.trainers.cps import CrossSupervisionSettings, nnUNetTrainerCPS
@@ -16,8 +16,18 @@ from nnunet_ssl.trainers.cps import CrossSupervisionSettings, nnUNetTrainerCPS
 class GACPSSettings(CrossSupervisionSettings):
     """Settings of GA-CPS; weight and ramp-up as in CPS, so that the two differ by their losses alone."""
 
-    ga_topk: Percentage = 10.0  # k: percentage of labelled voxels, the hardest, in the cross-entropy with labels
-    ga_gamma: Share = 0.5  # gamma: share of the whole number of voxels in a class's normaliser
+    ga_topk: Percentage = setting(
+        10.0,
+        "Percentage of labelled voxels, the hardest, that the cross-entropy with labels takes; `100` takes all. "
+        "Pseudo-labels take all in any case",
+        symbol="k",
+    )
+    ga_gamma: Share = setting(
+        0.5,
+        "Share of the whole number of voxels in the normaliser of a class: `1` is the plain mean, `0` the sum of the "
+        "class means",
+        symbol="gamma",
+    )
 
 
 class nnUNetTrainerGACPS(nnUNetTrainerCPS):  # noqa: N801

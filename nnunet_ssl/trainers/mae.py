@@ -19,7 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from nnunet_ssl.declared import Counts, declared
+from nnunet_ssl.declared import Counts, declared, setting
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.masked import masked_mean
 from nnunet_ssl.trainers.base import Batch, nnUNetTrainerSSL
@@ -35,8 +35,13 @@ Ratio = Annotated[float, Field(gt=0, lt=1, description="a number above 0 and bel
 class MAESettings(SSLSettings):
     """Settings of MAE."""
 
-    mae_mask_ratio: Ratio = 0.75  # share of the blocks that is hidden, as in both papers
-    mae_block_size: Counts = ()  # voxels of a block along each axis; () is the total stride, at most 16
+    mae_mask_ratio: Ratio = setting(
+        0.75, "Share of the blocks of a patch that is hidden, as in both papers; at least one block, and not all"
+    )
+    mae_block_size: Counts = setting(
+        (),
+        "Voxels of a block along each axis, divisors of the patch; `[]` is the network's total stride, at most 16",
+    )
 
     @model_validator(mode="after")
     def _no_warps(self) -> MAESettings:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nnunet_ssl.declared import Count, Counts, Decay, Positive, Share, Weight, Whole, declared
+from nnunet_ssl.declared import Count, Counts, Decay, Positive, Share, Weight, Whole, declared, setting
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.class_counts import class_counts
 from nnunet_ssl.losses.cubes import (
@@ -41,34 +41,42 @@ from nnunet_ssl.trainers.settings import SSLSettings
 class MagicNetSettings(SSLSettings):
     """Settings of MagicNet. The five weights are the authors' times four, so that nnU-Net's own loss keeps weight 1."""
 
-    presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "paper": {
-            "magicnet_direct_weight": 0.25,
-            "magicnet_cross_weight": 0.25,
-            "magicnet_within_weight": 0.25,
-            "magicnet_location_weight": 0.1,
-            "magicnet_weight": 0.1,
-            "magicnet_dice": "squared",
-            "magicnet_mirroring": False,
-            "magicnet_location_dim": 4096,
-        }
-    }
-
-    magicnet_cubes: Counts = ()  # cubes along each axis, the paper's N; () is up to three, as the plans allow
-    magicnet_direct_weight: Weight = 1.0  # of nnU-Net's loss on o[l]; 1/4 in the code
-    magicnet_cross_weight: Weight = 1.0  # of Dice on o_c[l], cubes exchanged across images; 1/4 in the code
-    magicnet_within_weight: Weight = 1.0  # of Dice on o_w[l], cubes seen one by one; 1/4 in the code
-    magicnet_location_weight: Weight = 0.4  # of the location of cubes; 0.1 in the code
-    magicnet_weight: Weight = 0.4  # full w(t), consistency of o_c[u] with the pseudo-labels; 0.1 in the code
-    magicnet_rampup: Share = 1.0  # share of the training over which w grows
-    magicnet_ema_decay: Decay = 0.99  # alpha of the teacher
-    magicnet_noise: Weight = 0.1  # standard deviation of the noise on the teacher's images, cut at twice this
-    magicnet_blend_start: Whole = 100  # steps before pseudo-labels are blended: the histogram must fill
-    magicnet_blend_temperature: Positive = 1.0  # T_dist; larger ones take more of rare classes from the cubes
-    magicnet_histogram_decay: Decay = 0.95  # of the class counts; averages over 20 steps, the code's window
-    magicnet_dice: Literal["nnunet", "squared"] = "nnunet"  # of cross, within and consistency; the paper's is squared
-    magicnet_mirroring: bool = True  # nnU-Net's mirroring, in training and prediction; the paper has none
-    magicnet_location_dim: Count = 512  # width of the location head
+    magicnet_cubes: Counts = setting(
+        (),
+        "Cubes along each axis, for both branches; `[]` is up to three, as the patch and the network's strides allow. "
+        "`[1, 1, 1]` leaves a mean teacher",
+        symbol="N",
+    )
+    magicnet_direct_weight: Weight = setting(1.0, "Weight of nnU-Net's loss on whole labelled patches", paper=0.25)
+    magicnet_cross_weight: Weight = setting(
+        1.0, "Weight of Dice on labelled patches whose cubes were exchanged across images", paper=0.25
+    )
+    magicnet_within_weight: Weight = setting(1.0, "Weight of Dice on labelled patches seen cube by cube", paper=0.25)
+    magicnet_location_weight: Weight = setting(0.4, "Weight of the location of cubes", paper=0.1)
+    magicnet_weight: Weight = setting(
+        0.4, "Full weight of the consistency with the pseudo-labels", symbol="w", paper=0.1
+    )
+    magicnet_rampup: Share = setting(1.0, "Share of the training over which w grows")
+    magicnet_ema_decay: Decay = setting(
+        0.99, "Share of its weights that the teacher keeps at a step; less in the first steps", symbol="alpha"
+    )
+    magicnet_noise: Weight = setting(
+        0.1, "Standard deviation of the noise on the teacher's images, which is cut at twice this; 0 is none"
+    )
+    magicnet_blend_start: Whole = setting(100, "Steps before the pseudo-labels are blended")  # the histogram must fill
+    magicnet_blend_temperature: Positive = setting(
+        1.0, "Larger ones take more of rare classes from the cubes", symbol="T_dist"
+    )
+    # averages over 20 steps, the code's window
+    magicnet_histogram_decay: Decay = setting(0.95, "Of the running class counts that give omega")
+    magicnet_dice: Literal["nnunet", "squared"] = setting(
+        "nnunet",
+        "Dice of the cross, within and consistency terms: nnU-Net's, or the one with squared denominators over all "
+        "classes and the whole batch",
+        paper="squared",
+    )
+    magicnet_mirroring: bool = setting(True, "nnU-Net's mirroring, in training and so in prediction", paper=False)
+    magicnet_location_dim: Count = setting(512, "Width of the location head", paper=4096)
 
 
 class nnUNetTrainerMagicNet(nnUNetTrainerSSL):  # noqa: N801

@@ -14,8 +14,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
 from nnunet_ssl import trainers
-from nnunet_ssl.declared import Count, Counts, Part, Positive, Share, Weight, declared
+from nnunet_ssl.declared import Count, Counts, Share, Weight, declared, setting
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.losses.shta import SHTALossSettings
 from nnunet_ssl.networks.shta_branch import SHTABranch, token_stride
 from nnunet_ssl.trainers.base import nnUNetTrainerSSL
 from nnunet_ssl.trainers.settings import SSLSettings
@@ -25,40 +26,23 @@ PAPER = "Zhang et al., SHTA: Semantic Hard Token Correction and Center Alignment
 
 
 @declared
-class SHTASettings(SSLSettings):
-    """Settings of SHTA. The paper states neither weights nor thresholds; each default says why it is what it is."""
+class SHTASettings(SHTALossSettings, SSLSettings):
+    """Settings of SHTA. The paper states neither weights nor thresholds; docs/methods.md says where they come from."""
 
-    shta_weight: Weight = 0.1  # lambda, Eq. 2: an auxiliary gradient well below the host's; 0 removes the branch
-    shta_warmup: Share = 0.0  # share of the training over which lambda grows linearly; the paper has no ramp-up
-    shta_attach: Literal["first", "all"] = "first"  # F_A is one network's: Table IV counts one network's tokens
-    shta_stride: Counts = ()  # voxels per token and axis; () is about three, as Table IV implies
-    shta_max_tokens: Count = 262144  # labelled tokens in a step at most; larger strides keep to it
-    shta_min_valid_fraction: Share = 0.5  # tokens with fewer voxels that are not ignored are left out
-    shta_hidden_dim: Count = 256  # width of g; the paper's parameter ratio asks for more than the feature's channels
-    shta_embedding_dim: Count = 128  # C_z: room for many classes' directions, and cheap
-    shta_temperature: Positive = 0.1  # tau_sa, Eq. 3: Table IV's losses exclude 0.2 to 0.37 and above
-    shta_conf_threshold: Share = 0.0  # T_conf, Eq. 7: does not bind, as Table IV's equal supplies imply
-    shta_fg_threshold: Share = 0.5  # T_fg, Eq. 7: mostly foreground
-    shta_purity_threshold: Share = 0.5  # T_pur, Eq. 7: mostly one class
-    shta_hard_ratio: Part = 0.5  # r, Eq. 7: of 8 to 10 % eligible tokens, 3.8 % were selected
-    shta_matched_hard: bool = False  # candidates by label alone, without T_conf: their number is equal in all ablations
-    shta_selection: Literal["global", "per_class"] = "global"  # Top_r, Eq. 7: the paper names one candidate set
-    shta_assign_weight: Weight = 1.0  # alpha_as, Eq. 11: not stated, so equal
-    shta_anchor_weight: Weight = 1.0  # alpha_a
-    shta_hard_weight: Weight = 1.0  # alpha_h
-    shta_center_weight: Weight = 1.0  # alpha_c
-    shta_detach_reference_in_anchor: bool = True  # c_k in Eq. 5: the loss calibrates proxies, so it moves them alone
-    shta_detach_reference_in_center: bool = True  # c_k in Eq. 10: the reference stands still
-    shta_normalize_embeddings: bool = False  # unit z in Eq. 4 and 9; the equations are written with raw z
-    shta_min_class_mass: Weight = 0.0  # tokens' worth of a class before it enters K'; Eq. 4 says more than none
-    shta_sync_references: bool = True  # sum Eq. 4 over DDP ranks, while both references are detached
+    shta_weight: Weight = setting(
+        0.1, "Of Eq. 2; with `0` there is no branch, and the run is the host's, bit for bit", symbol="lambda"
+    )
+    shta_warmup: Share = setting(0.0, "Share of the training over which lambda grows linearly")
+    shta_attach: Literal["first", "all"] = setting("first", 'Networks that carry a branch: `"first"`, or `"all"`')
+    shta_stride: Counts = setting((), "Voxels of a token along each axis, divisors of the patch; `[]` is three or four")
+    shta_max_tokens: Count = setting(
+        262144, "Labelled tokens of a step at most; the default stride grows to keep to it"
+    )
+    # the paper's ratio of parameters asks for more than the feature's channels
+    shta_hidden_dim: Count = setting(256, "Width of g of Eq. 1")
+    shta_embedding_dim: Count = setting(128, "Dimensions of an embedding", symbol="C_z")  # room for many classes, cheap
 
 
-LOSS_SETTINGS = (
-    "temperature conf_threshold fg_threshold purity_threshold hard_ratio matched_hard selection assign_weight "
-    "anchor_weight hard_weight center_weight detach_reference_in_anchor detach_reference_in_center "
-    "normalize_embeddings min_class_mass sync_references"
-).split()
 READOUTS = "assign anchor hard center hard_share candidate_share token_accuracy proxy_cosine center_gap".split()
 
 
@@ -168,8 +152,7 @@ def build_branch(
         settings.shta_hidden_dim,
         settings.shta_embedding_dim,
         label_manager.ignore_label,
-        settings.shta_min_valid_fraction,
-        **{key: getattr(settings, f"shta_{key}") for key in LOSS_SETTINGS},
+        settings,
     )
 
 

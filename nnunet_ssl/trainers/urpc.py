@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
 import torch.nn.functional as F
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
 
-from nnunet_ssl.declared import Decays, Share, TwoOrMore, Weight, declared
+from nnunet_ssl.declared import Decays, Share, TwoOrMore, Weight, declared, setting
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.urpc import uncertainty_rectified_consistency
 from nnunet_ssl.trainers.base import Batch, nnUNetTrainerSSL
@@ -21,14 +21,22 @@ from nnunet_ssl.trainers.settings import SSLSettings
 class URPCSettings(SSLSettings):
     """Settings of URPC."""
 
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"urpc_dropout": (0.5, 0.3, 0.2, 0.1)}}
-
-    urpc_weight: Weight = 0.1  # lambda
-    urpc_rampup: Share = 1.0  # share of the training over which lambda grows: all of it in every released variant
-    urpc_scales: TwoOrMore = 4  # S; fewer where the network has fewer
-    urpc_kl: Literal["mean_to_scale", "scale_to_mean"] = "mean_to_scale"  # the code's KL(pbar || p_s); the paper's
-    urpc_detach_mean: bool = False  # no gradient through pbar
-    urpc_dropout: Decays = ()  # before the heads of the scales in training, the last is full resolution's
+    urpc_weight: Weight = setting(0.1, "Full weight of the consistency", symbol="lambda")
+    urpc_rampup: Share = setting(1.0, "Share of the training over which that weight grows")
+    urpc_scales: TwoOrMore = setting(
+        4, "Number of resolutions that shall agree; fewer where the network gives fewer", symbol="S"
+    )
+    urpc_kl: Literal["mean_to_scale", "scale_to_mean"] = setting(
+        "mean_to_scale",
+        'Uncertainty: KL(pbar, p_s) as in the code; `"scale_to_mean"` is KL(p_s, pbar), as the paper writes it',
+    )
+    urpc_detach_mean: bool = setting(False, "No gradient through the mean of the scales")
+    urpc_dropout: Decays = setting(
+        (),
+        "Dropout of whole channels before the heads of the scales, from deep to shallow, in training only; a shorter "
+        "list is for the shallowest",
+        paper=(0.5, 0.3, 0.2, 0.1),
+    )
 
 
 class nnUNetTrainerURPC(nnUNetTrainerSSL):  # noqa: N801

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nnunet_ssl.declared import Share, declared
+from nnunet_ssl.declared import Share, declared, setting
 from nnunet_ssl.trainers.labeled_only import nnUNetTrainerLabeledOnly
 from nnunet_ssl.trainers.settings import SSLSettings
 
@@ -11,7 +11,7 @@ from nnunet_ssl.trainers.settings import SSLSettings
 class WarpsSettings(SSLSettings):
     """Half of the labelled patches are of warps."""
 
-    warped_share: Share = 0.5
+    warped_share: Share = setting(0.5, "As for all trainers")
 
 
 class nnUNetTrainerWarps(nnUNetTrainerLabeledOnly):  # noqa: N801

@@ -68,12 +68,6 @@ def test_the_gradient_of_sharpening_is_that_of_the_formula():
     torch.testing.assert_close(mine.grad, oracle.grad.float(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("temperature", [0, -0.1])
-def test_a_temperature_that_is_not_positive_is_refused(temperature):
-    with pytest.raises(ValueError, match="temperature"):
-        sharpen(some_probabilities((1, 2, 2, 2)), temperature)
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 def test_plc_is_the_sum_over_ordered_pairs(shape):
     low, high = some_probabilities(shape, 0), some_probabilities(shape, 1)

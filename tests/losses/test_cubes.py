@@ -179,10 +179,10 @@ def test_location_loss_is_the_mean_over_cubes_and_images():
 
 def test_class_weights():
     counts = torch.tensor([6.0, 0.0, 3.0, 1.0, 0.0])
-    assert class_weights(counts).tolist() == pytest.approx([1, 0, 1 / 2, 1 / 6, 0])
-    assert class_weights(7.3 * counts).tolist() == pytest.approx([1, 0, 1 / 2, 1 / 6, 0])
+    assert class_weights(counts, 1.0).tolist() == pytest.approx([1, 0, 1 / 2, 1 / 6, 0])
+    assert class_weights(7.3 * counts, 1.0).tolist() == pytest.approx([1, 0, 1 / 2, 1 / 6, 0])
     assert class_weights(counts, 2.0).tolist() == pytest.approx([1, 0, 0.5**0.5, (1 / 6) ** 0.5, 0])
-    assert class_weights(torch.zeros(3)).tolist() == [0, 0, 0]
+    assert class_weights(torch.zeros(3), 1.0).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("shape", [(5, 6), (3, 4, 5)])
@@ -190,7 +190,7 @@ def test_class_weights():
 def test_blending_voxel_by_voxel(shape, classes):
     torch.manual_seed(0)
     teacher, cubes = torch.randn(2, 2, classes, *shape).unbind(0)
-    omega = class_weights(torch.rand(classes))
+    omega = class_weights(torch.rand(classes), 1.0)
     labels = blended_pseudo_labels(teacher.requires_grad_(), cubes, omega)
     assert labels.shape == (2, 1, *shape)
     assert labels.dtype == torch.int16

@@ -8,9 +8,22 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from nnunet_ssl.losses.shta import SHTALoss, SHTATerms, confidence_logit, token_class_distribution, top_share
+from nnunet_ssl.losses.shta import (
+    SHTALoss,
+    SHTALossSettings,
+    SHTATerms,
+    confidence_logit,
+    token_class_distribution,
+    top_share,
+)
 
 LOSSES = SHTATerms._fields[:5]
+
+
+def shta_loss(num_classes, embedding_dim, **settings):
+    return SHTALoss(
+        num_classes, embedding_dim, SHTALossSettings(**{f"shta_{name}": value for name, value in settings.items()})
+    )
 
 
 # ------------------------------------------------------------------------------------------- token_class_distribution
@@ -103,25 +116,30 @@ def oracle(loss, z, y):
         q[i] = [math.exp(s) / total for s in scores]
     mass = [sum(y[i, k].item() for i in omega) for k in range(num_classes)]
     c = [sum(y[i, k] * z[i] for i in omega) / (mass[k] + 1e-6) if omega else None for k in range(num_classes)]  # 4
-    present = [k for k in range(num_classes) if mass[k] > loss.min_class_mass]
+    present = [k for k in range(num_classes) if mass[k] > loss.settings.shta_min_class_mass]
     mean = lambda values: sum(values) / len(values) if values else 0.0  # noqa: E731
     assign = mean([-sum(y[i, k].item() * math.log(q[i][k]) for k in range(num_classes)) for i in omega])  # 5
     anchor = mean([1 - cosine(c[k], mu[k]) for k in present])
     candidates = [
         i
         for i in omega
-        if max(q[i]) >= loss.conf_threshold
-        and y[i, 1:].sum() >= loss.fg_threshold
-        and y[i, 1:].max() >= loss.purity_threshold
+        if max(q[i]) >= loss.settings.shta_conf_threshold
+        and y[i, 1:].sum() >= loss.settings.shta_fg_threshold
+        and y[i, 1:].max() >= loss.settings.shta_purity_threshold
     ]  # 6, 7
-    wanted = math.ceil(round(loss.hard_ratio * len(candidates), 6))
+    wanted = math.ceil(round(loss.settings.shta_hard_ratio * len(candidates), 6))
     hard_set = sorted(candidates, key=lambda i: -max(q[i]))[:wanted]
     label = {i: 1 + y[i, 1:].argmax().item() for i in hard_set}  # 8
     hard = mean([-math.log(q[i][label[i]]) for i in hard_set])
     groups = {k: [z[i] for i in hard_set if label[i] == k] for k in range(1, num_classes)}
     centers = {k: sum(g) / len(g) for k, g in groups.items() if g}  # 9
     center = mean([1 - cosine(centers[k], c[k]) for k in centers])  # 10
-    weights = (loss.assign_weight, loss.anchor_weight, loss.hard_weight, loss.center_weight)
+    weights = (
+        loss.settings.shta_assign_weight,
+        loss.settings.shta_anchor_weight,
+        loss.settings.shta_hard_weight,
+        loss.settings.shta_center_weight,
+    )
     total = sum(w * term for w, term in zip(weights, (assign, anchor, hard, center), strict=True))  # 11
     return {
         "assign": assign, "anchor": anchor, "hard": hard, "center": center, "total": total,
@@ -157,7 +175,7 @@ def some_tokens(num_classes, num_tokens=60, dim=8, absent=(), seed=0):
 )
 @pytest.mark.parametrize(("num_classes", "absent"), [(2, ()), (5, (2, 4)), (14, (1, 7))])
 def test_losses_equal_the_oracle(num_classes, absent, settings):
-    loss = SHTALoss(num_classes, 8, **settings)
+    loss = shta_loss(num_classes, 8, **settings)
     z, y = some_tokens(num_classes, absent=absent)
     expected = oracle(loss, z, y)
     terms = loss(z, y)
@@ -169,23 +187,32 @@ def test_losses_equal_the_oracle(num_classes, absent, settings):
 
 
 def test_the_settings_in_force_are_attributes():
-    loss = SHTALoss(3, 4, temperature=0.2, hard_ratio=0.25)
-    assert (loss.temperature, loss.hard_ratio) == (0.2, 0.25)
-    assert (loss.conf_threshold, loss.fg_threshold, loss.purity_threshold) == (0.0, 0.5, 0.5)
-    assert [loss.assign_weight, loss.anchor_weight, loss.hard_weight, loss.center_weight] == [1, 1, 1, 1]
+    loss = shta_loss(3, 4, temperature=0.2, hard_ratio=0.25)
+    assert (loss.temperature, loss.settings.shta_hard_ratio) == (0.2, 0.25)
+    assert (
+        loss.settings.shta_conf_threshold,
+        loss.settings.shta_fg_threshold,
+        loss.settings.shta_purity_threshold,
+    ) == (0.0, 0.5, 0.5)
+    assert [
+        loss.settings.shta_assign_weight,
+        loss.settings.shta_anchor_weight,
+        loss.settings.shta_hard_weight,
+        loss.settings.shta_center_weight,
+    ] == [1, 1, 1, 1]
     assert loss.proxies.shape == (3, 4)
     torch.testing.assert_close(loss.proxies.norm(dim=1), torch.ones(3))
 
 
 def test_the_order_of_tokens_does_not_matter():
-    loss, (z, y) = SHTALoss(5, 8), some_tokens(5)
+    loss, (z, y) = shta_loss(5, 8), some_tokens(5)
     order = torch.randperm(len(z))
     for a, b in zip(loss(z, y), loss(z[order], y[order]), strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_perfect_embeddings_of_pure_tokens_leave_nothing_to_lose():
-    loss = SHTALoss(4, 4, temperature=0.05)
+    loss = shta_loss(4, 4, temperature=0.05)
     loss.proxies.data = torch.eye(4)
     labels = torch.arange(4).repeat(10)
     terms = loss(torch.eye(4)[labels], torch.nn.functional.one_hot(labels, 4).float())
@@ -196,7 +223,7 @@ def test_perfect_embeddings_of_pure_tokens_leave_nothing_to_lose():
 
 
 def test_the_length_of_embeddings_and_proxies_is_irrelevant_to_assignment():
-    loss, (z, y) = SHTALoss(5, 8), some_tokens(5)
+    loss, (z, y) = shta_loss(5, 8), some_tokens(5)
     before = loss(z, y)
     loss.proxies.data *= 3
     after = loss(z * 7, y)
@@ -223,7 +250,7 @@ def test_the_logit_of_the_confidence_is_that_of_the_largest_probability(num_clas
 
 def test_saturated_tokens_are_ranked_and_not_taken_from_the_first_image():
     """Two classes at a small temperature: h is exactly 1 for all tokens, and the surest are of the second image."""
-    loss = SHTALoss(2, 2, temperature=0.02, hard_ratio=0.25)
+    loss = shta_loss(2, 2, temperature=0.02, hard_ratio=0.25)
     loss.proxies.data = torch.eye(2)
     angle = torch.cat([torch.linspace(0.2, 0.3, 20), torch.linspace(0.0, 0.1, 20)])  # of two images, from the proxy
     z = torch.stack([angle.sin(), angle.cos()], 1)
@@ -236,15 +263,15 @@ def test_saturated_tokens_are_ranked_and_not_taken_from_the_first_image():
 
 def test_who_is_eligible_follows_from_the_shares_alone():
     shares = torch.tensor([[1, 0, 0], [0, 0, 1], [0.5, 0.5, 0], [0.3, 0.2, 0.5], [0.2, 0.4, 0.4], [0, 0, 0]])
-    mask, dominant = SHTALoss(3, 4, fg_threshold=0.6).eligible(shares)
+    mask, dominant = shta_loss(3, 4, fg_threshold=0.6).eligible(shares)
     assert mask.tolist() == [False, True, False, True, False, False]
     assert dominant[mask].tolist() == [2, 2]
-    assert SHTALoss(3, 4, purity_threshold=0.4).eligible(shares)[0].tolist() == [False, True, True, True, True, False]
-    assert not SHTALoss(3, 4, fg_threshold=0, purity_threshold=0).eligible(shares)[0][5]
+    assert shta_loss(3, 4, purity_threshold=0.4).eligible(shares)[0].tolist() == [False, True, True, True, True, False]
+    assert not shta_loss(3, 4, fg_threshold=0, purity_threshold=0).eligible(shares)[0][5]
 
 
 def test_the_assignment_is_a_softmax_of_cosines():
-    loss, (z, _) = SHTALoss(3, 8), some_tokens(3)
+    loss, (z, _) = shta_loss(3, 8), some_tokens(3)
     q = loss.log_assignment(z).exp()
     for i in range(len(z)):
         odds = [math.exp(cosine(z[i], mu) / loss.temperature) for mu in loss.proxies.detach()]
@@ -253,7 +280,7 @@ def test_the_assignment_is_a_softmax_of_cosines():
 
 def test_a_quota_per_class_gives_every_class_its_share():
     z, y = some_tokens(4, num_tokens=200)
-    loss = SHTALoss(4, 8, selection="per_class", hard_ratio=0.5)
+    loss = shta_loss(4, 8, selection="per_class", hard_ratio=0.5)
     dominant = 1 + y[:, 1:].argmax(1)
     eligible = (y[:, 1:].sum(1) >= 0.5) & (y[:, 1:].max(1)[0] >= 0.5)
     expected = sum(math.ceil(0.5 * (eligible & (dominant == k)).sum().item()) for k in (1, 2, 3))
@@ -280,13 +307,13 @@ def gradients_of(loss, term, z, y):
     ],
 )
 def test_gradients_flow_where_they_should_and_nowhere_else(term, settings, moves_z, moves_proxies):
-    loss, (z, y) = SHTALoss(5, 8, **settings), some_tokens(5)
+    loss, (z, y) = shta_loss(5, 8, **settings), some_tokens(5)
     assert gradients_of(loss, term, z, y) == (moves_z, moves_proxies)
 
 
 @pytest.mark.parametrize("detach", [True, False])
 def test_the_center_loss_moves_hard_tokens_and_through_its_reference_all_of_their_classes(detach):
-    loss, (z, y) = SHTALoss(5, 8, detach_reference_in_center=detach), some_tokens(5)
+    loss, (z, y) = shta_loss(5, 8, detach_reference_in_center=detach), some_tokens(5)
     z.requires_grad_()
     terms = loss(z, y)
     terms.center.backward()
@@ -301,7 +328,7 @@ def test_the_center_loss_moves_hard_tokens_and_through_its_reference_all_of_thei
 def test_normalized_embeddings_count_alike_whatever_their_length():
     z, y = some_tokens(5)
     longer = z * torch.linspace(0.5, 5, len(z))[:, None]
-    raw, unit = SHTALoss(5, 8), SHTALoss(5, 8, normalize_embeddings=True)
+    raw, unit = shta_loss(5, 8), shta_loss(5, 8, normalize_embeddings=True)
     unit.load_state_dict(raw.state_dict())
     for name in LOSSES:
         torch.testing.assert_close(getattr(unit(longer, y), name), getattr(unit(z, y), name))
@@ -323,8 +350,8 @@ def test_empty_sets_give_zero_and_zero_gradients(empty):
     elif empty == "background only":
         y = torch.eye(3)[torch.zeros(len(y), dtype=torch.long)]
     else:
-        settings = {"conf_threshold": 1.1}
-    loss = SHTALoss(3, 8, **settings)
+        settings = {"conf_threshold": 1.0, "temperature": 1.0}
+    loss = shta_loss(3, 8, **settings)
     z = z.clone().requires_grad_()
     terms = loss(z, y)
     assert terms.hard == 0
@@ -340,7 +367,7 @@ def test_empty_sets_give_zero_and_zero_gradients(empty):
 
 
 def test_autocast_does_not_reach_the_losses():
-    loss, (z, y) = SHTALoss(5, 8), some_tokens(5)
+    loss, (z, y) = shta_loss(5, 8), some_tokens(5)
     plain = loss(z.bfloat16(), y)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under_autocast = loss(z.bfloat16(), y)
@@ -352,13 +379,13 @@ def test_autocast_does_not_reach_the_losses():
 @pytest.mark.parametrize("settings", [{"temperature": 0}, {"hard_ratio": 0}, {"hard_ratio": 1.5}, {"selection": "all"}])
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
-        SHTALoss(3, 8, **settings)
+        shta_loss(3, 8, **settings)
 
 
 def _reference_on_rank(rank, folder, z, y):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     torch.manual_seed(0)
-    loss = SHTALoss(4, 8)
+    loss = shta_loss(4, 8)
     half = slice(rank, None, 2)
     reference, mass = loss._class_references(z[half], y[half])
     torch.save((reference, mass), os.path.join(folder, f"rank{rank}.pt"))
@@ -368,7 +395,7 @@ def _reference_on_rank(rank, folder, z, y):
 def test_synchronised_references_are_those_of_all_ranks_tokens(tmp_path):
     z, y = some_tokens(4)
     mp.start_processes(_reference_on_rank, (str(tmp_path), z, y), nprocs=2, start_method="fork")
-    expected = SHTALoss(4, 8, sync_references=False)._class_references(z, y)
+    expected = shta_loss(4, 8, sync_references=False)._class_references(z, y)
     for rank in range(2):
         for a, b in zip(torch.load(tmp_path / f"rank{rank}.pt"), expected, strict=True):
             torch.testing.assert_close(a, b)
@@ -376,7 +403,7 @@ def test_synchronised_references_are_those_of_all_ranks_tokens(tmp_path):
 
 def _gradient_on_rank(rank, folder, z, y):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    loss = SHTALoss(4, 8, detach_reference_in_center=False)
+    loss = shta_loss(4, 8, detach_reference_in_center=False)
     loss.load_state_dict(torch.load(os.path.join(folder, "loss.pt")))
     z = z.clone().requires_grad_()
     loss(z, y).center.backward()
@@ -386,7 +413,7 @@ def _gradient_on_rank(rank, folder, z, y):
 
 def test_a_reference_with_a_gradient_stays_on_its_rank(tmp_path):
     z, y = some_tokens(4)
-    loss = SHTALoss(4, 8, detach_reference_in_center=False)
+    loss = shta_loss(4, 8, detach_reference_in_center=False)
     torch.save(loss.state_dict(), tmp_path / "loss.pt")
     mp.start_processes(_gradient_on_rank, (str(tmp_path), z, y), nprocs=2, start_method="fork")
     z = z.clone().requires_grad_()

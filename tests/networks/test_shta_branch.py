@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from nnunet_ssl.losses.shta import SHTALoss
+from nnunet_ssl.losses.shta import SHTALossSettings
 from nnunet_ssl.networks.shta_branch import SHTABranch, token_stride
 
 CAP = 262144
@@ -81,6 +81,6 @@ def test_under_autocast_everything_after_the_pooling_is_fp32():
 
 
 def test_every_loss_setting_reaches_the_loss():
-    branch = SHTABranch(6, (2, 2), 3, 8, 4, temperature=0.3, hard_ratio=0.2, selection="per_class")
-    assert isinstance(branch.loss, SHTALoss)
-    assert (branch.loss.temperature, branch.loss.hard_ratio, branch.loss.selection) == (0.3, 0.2, "per_class")
+    settings = SHTALossSettings(shta_temperature=0.3, shta_hard_ratio=0.2, shta_min_valid_fraction=0.75)
+    branch = SHTABranch(6, (2, 2), 3, 8, 4, settings=settings)
+    assert (branch.loss.settings, branch.loss.temperature, branch.min_valid_fraction) == (settings, 0.3, 0.75)

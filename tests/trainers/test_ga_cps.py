@@ -111,7 +111,7 @@ def test_without_deep_supervision_the_losses_are_those_of_the_only_scale(tiny, m
     batch["target"] = batch["target"][0]
     with torch.no_grad():
         outputs = trainer.plans_network(batch["data"])
-    expected = GACELoss(10)(outputs, batch["target"]) + GADiceLoss()(outputs, batch["target"])
+    expected = GACELoss(10, 0.5)(outputs, batch["target"]) + GADiceLoss()(outputs, batch["target"])
     assert next(iter(trainer.losses(trainer._to_device(batch))))["sup"].item() == pytest.approx(expected.item())
     assert trainer.train_step(batch)["loss"].isfinite()
 

@@ -201,7 +201,7 @@ def test_pseudo_labels_blend_the_cubes_of_the_same_unlabelled_images(magicnet):
             assert (labels[b : b + 1] == expected).float().mean() > 0.999  # ties in float32
             assert (labels[b : b + 1] != t.argmax(1, keepdim=True)).float().mean() > 0.01
         foreign = hand_recovered(trainer.plans_network, batch["data"], trainer.within_counts)
-        wrong = blended_pseudo_labels(teacher(batch["unlabeled"]), foreign, class_weights(counts))
+        wrong = blended_pseudo_labels(teacher(batch["unlabeled"]), foreign, class_weights(counts, 1.0))
         assert (labels != wrong).float().mean() > 0.01
 
 

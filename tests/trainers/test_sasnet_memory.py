@@ -425,8 +425,6 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match="must be one of"):
-        ConfidenceMemory({"a": (2,)}, "median")
     with pytest.raises(ValueError, match="on the CPU"):
         ConfidenceMemory({"a": (2,)}, device="cuda", folder=str(tmp_path))
     memory = ConfidenceMemory({"a": (2, 3)})

@@ -149,7 +149,7 @@ def test_tokens_that_are_mostly_ignored_take_part_only_if_asked_for(tiny, make_t
 def test_normalized_embeddings_are_asked_for(tiny, make_trainer):
     for asked in (False, True):
         trainer = make_trainer(ON_LABELS, tiny(), settings={"shta_normalize_embeddings": asked})
-        assert branch_of(trainer).loss.normalize_embeddings == asked
+        assert branch_of(trainer).loss.settings.shta_normalize_embeddings == asked
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs

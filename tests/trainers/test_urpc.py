@@ -77,7 +77,9 @@ def test_the_pyramid_is_what_deep_supervision_trains(tiny, make_trainer, stages,
     assert terms[0]["sup"].item() == pytest.approx(supervised.item(), rel=1e-5)
     expected = uncertainty_rectified_consistency(unlabeled[:scales], "scale_to_mean")
     assert terms[1]["urpc"].item() == pytest.approx(expected.item(), rel=1e-5)
-    assert terms[1]["urpc"].item() != pytest.approx(uncertainty_rectified_consistency(unlabeled[:scales]).item())
+    assert terms[1]["urpc"].item() != pytest.approx(
+        uncertainty_rectified_consistency(unlabeled[:scales], "mean_to_scale").item()
+    )
 
 
 def test_regions_have_a_sigmoid_each(tiny, make_trainer):
@@ -85,7 +87,9 @@ def test_regions_have_a_sigmoid_each(tiny, make_trainer):
     trainer.on_train_start()
     batch = trainer._to_device(next(trainer.dataloader_train))
     with torch.no_grad():
-        expected = uncertainty_rectified_consistency(trainer.plans_network(batch.unlabeled.images), regions=True)
+        expected = uncertainty_rectified_consistency(
+            trainer.plans_network(batch.unlabeled.images), "mean_to_scale", regions=True
+        )
         terms = list(trainer.losses(batch))
     assert terms[1]["urpc"].item() == pytest.approx(expected.item(), rel=1e-5)
 

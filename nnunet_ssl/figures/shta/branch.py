@@ -182,7 +182,7 @@ def preparation(model: TrainedModel, branch: SHTABranch) -> list:
         plans["transpose_forward"],
         plans["image_reader_writer"],
         [branch.stride, branch.ignore_label, branch.min_valid_fraction],
-        [branch.loss.fg_threshold, branch.loss.purity_threshold],
+        [branch.loss.settings.shta_fg_threshold, branch.loss.settings.shta_purity_threshold],
     ]
 
 

@@ -44,7 +44,7 @@ class ConfidenceMemory:
             no name, and so vanish with the process, even with one that is killed.
 
     Raises:
-        ValueError: for another rule, or for a folder with a device that is not the CPU.
+        ValueError: for a folder with a device that is not the CPU.
         OSError: if the folder cannot be written or is too small.
     """
 
@@ -56,8 +56,6 @@ class ConfidenceMemory:
         device: torch.device | str = "cpu",
         folder: str | None = None,
     ) -> None:
-        if rule not in SLOTS:
-            raise ValueError(f"the rule is {rule!r}; it must be one of {sorted(SLOTS)}")
         self.device = torch.device(device)
         if folder is not None and self.device.type != "cpu":
             raise ValueError(f"a memory in files is used on the CPU, not on {self.device}")

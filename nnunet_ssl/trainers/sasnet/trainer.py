@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor, nn
 
 from nnunet_ssl.checkpoints import read_checkpoint
-from nnunet_ssl.declared import Angle, Positive, Share, Weight, Whole, declared
+from nnunet_ssl.declared import Angle, Positive, Share, Weight, Whole, declared, setting
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.branches import Branches
 from nnunet_ssl.losses.consistency import pseudo_label_consistency, segmentation_regression_consistency
@@ -42,22 +42,47 @@ LATEST = "checkpoint_latest.pth"  # nnU-Net's name of the checkpoint that --c go
 class SASNetSettings(SSLSettings):
     """Settings of SASNet."""
 
-    presets: ClassVar[dict[str, dict[str, Any]]] = {"paper": {"sasnet_rampup": 0.15}}  # 6,000 of their 40,000 steps
-
-    sasnet_beta: Weight = 0.5  # beta, weight of L_seg of each branch
-    sasnet_gamma: Weight = 1.0  # gamma, full weight of L_plc and L_src
-    sasnet_rampup: Share = 0.4  # share of the training over which gamma grows, as in CPS
-    sasnet_low_level_start: Whole = 1  # stages above the bottleneck where the low-level decoder starts; 0: no such one
-    sasnet_sar: Literal["last_two", "running", "off"] = "last_two"  # memory of confidence: Eq. 4-5, or the code's blend
-    sasnet_alpha: Share = 0.5  # alpha, Eq. 4-5
-    sasnet_memory_share: Share = 0.25  # of what is free on the GPU, else of RAM, that the memory may take
-    sasnet_sdm: bool = True  # regression heads and L_src
-    sasnet_plc: Literal["sharpened", "plain", "off"] = "sharpened"  # L_plc: as implemented, or as Eq. 15
-    sasnet_temperature: Positive = 0.1  # T of the sharpening
-    sasnet_detach_target: bool = False  # whether the sharpened target stands still; the authors' code lets it move
-    sasnet_views: Literal["permute", "rotate", "off"] = "permute"  # view variance: as the authors' code, or Eq. 9-11
-    sasnet_view_angle: Angle = 30.0  # largest theta, Eq. 10, in degrees; nnU-Net's own rotations go as far
-    sasnet_validate_branches: bool = False  # whether the final validation is done for each branch alone as well
+    sasnet_beta: Weight = setting(0.5, "Weight of SEG of each branch", symbol="beta")
+    sasnet_gamma: Weight = setting(1.0, "Full weight of PLC and SRC", symbol="gamma")
+    # the paper's: 6,000 of their 40,000 steps
+    sasnet_rampup: Share = setting(
+        0.4, "Share of the training over which gamma grows; `0` starts at its full value", paper=0.15
+    )
+    sasnet_low_level_start: Whole = setting(
+        1,
+        "Stages above the bottleneck where the low-level decoder starts; `0` is no such branch, and so is `1` in a "
+        "network of two stages",
+    )
+    sasnet_sar: Literal["last_two", "running", "off"] = setting(
+        "last_two",
+        'Memory of confidence: `"last_two"` visits as in Eq. 4 and 5, `"running"` as in the code, `"off"`',
+    )
+    sasnet_alpha: Share = setting(0.5, "Of Eq. 4 and 5", symbol="alpha")
+    sasnet_memory_share: Share = setting(
+        0.25,
+        "Share of what is free on the GPU after the first step, else of the RAM (of the container's or job's, if that "
+        "is less), that the memory of confidence may take; what needs more is on disk",
+    )
+    sasnet_sdm: bool = setting(
+        True, "Whether there are regression heads, distance maps and SRC; without them SAR has no effect"
+    )
+    sasnet_plc: Literal["sharpened", "plain", "off"] = setting(
+        "sharpened", 'PLC with a sharpened target as in the code, `"plain"` as in Eq. 15, or `"off"`'
+    )
+    sasnet_temperature: Positive = setting(0.1, "Temperature of the sharpening", symbol="T")
+    sasnet_detach_target: bool = setting(False, "No gradient through the sharpened target")
+    sasnet_views: Literal["permute", "rotate", "off"] = setting(
+        "permute",
+        'View variance: exchange axes (or rotate, if none can be exchanged), `"rotate"` in the frequency domain, or '
+        '`"off"`',
+    )
+    sasnet_view_angle: Angle = setting(
+        30.0, "Largest angle of a rotation (Eq. 10), in degrees; nnU-Net's own rotations go as far", symbol="theta"
+    )
+    sasnet_validate_branches: bool = setting(
+        False,
+        "Whether the final validation is done for each branch alone as well ([outputs](outputs.md#ssl_logcsv))",
+    )
 
 
 class nnUNetTrainerSASNet(nnUNetTrainerSSL):  # noqa: N801

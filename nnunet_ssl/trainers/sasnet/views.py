@@ -130,15 +130,13 @@ class FrequencyRotation(BasicTransform):
         max_angle: degrees, above 0.
 
     Raises:
-        ValueError: if there is no plane, or ``max_angle`` is not positive.
+        ValueError: if there is no plane.
     """
 
     def __init__(self, planes: Sequence[tuple[int, int]], max_angle: float) -> None:
         super().__init__()
         if not planes:
             raise ValueError("there is no plane to rotate in")
-        if max_angle <= 0:
-            raise ValueError(f"max_angle is {max_angle}; it must be positive")
         self.planes = tuple(planes)
         self.max_angle = max_angle
 
@@ -183,21 +181,18 @@ def view_transform(
 
     Raises:
         UserError: if the patch cannot be turned that far, see :func:`rotate_in_frequency`.
-        ValueError: for another ``kind``, or if ``max_angle`` is not positive.
     """
     if kind == "off":
         return None
     if kind == "permute" and (axes := interchangeable_axes(patch_size, spacing)):
         return TransposeAxesTransform(axes)
-    if kind in ("permute", "rotate"):
-        planes = rotation_planes(spacing)
-        if max_angle > 45 and any((patch_size[a] - patch_size[b]) % 2 for a, b in planes):
-            raise UserError(
-                f"Views are to be rotated by up to {max_angle} degrees, but a patch of {tuple(patch_size)} voxels can "
-                "only be turned by up to 45: some axes are even, others odd. Set the angle to 45 or less."
-            )
-        return FrequencyRotation(planes, max_angle) if planes else None
-    raise ValueError(f"view variance is {kind!r}; it must be 'permute', 'rotate' or 'off'")
+    planes = rotation_planes(spacing)
+    if max_angle > 45 and any((patch_size[a] - patch_size[b]) % 2 for a, b in planes):
+        raise UserError(
+            f"Views are to be rotated by up to {max_angle} degrees, but a patch of {tuple(patch_size)} voxels can "
+            "only be turned by up to 45: some axes are even, others odd. Set the angle to 45 or less."
+        )
+    return FrequencyRotation(planes, max_angle) if planes else None
 
 
 def _rotate(
