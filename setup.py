@@ -110,6 +110,7 @@ setup(
         "dev": [
             *BENCHMARK,
             "h5py",
+            "import-linter",
             "pytest",
             "pytest-timeout",
             "pytest-xdist",
