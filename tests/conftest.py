@@ -2,7 +2,7 @@
 
 | fixture | gives |
 | --- | --- |
-| ``tiny(kind)`` | a prepared dataset shared by the session: read it, do not change it; kinds: ``datasets.RECIPES`` |
+| ``tiny(kind)`` | a prepared dataset shared by the session: not to be changed; kinds: ``helpers.datasets.RECIPES`` |
 | ``tiny_copy(kind)`` | a copy of one in this test's own folders, which nnU-Net's variables point at |
 | ``fresh_folders`` | three empty nnU-Net folders for this test, set in the environment |
 | ``make_trainer(name, dataset, ...)`` | a trainer in this process, results in this test's own folder |
@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # `import datasets` from any test
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # `from helpers import ...` in any test
 
 # Read by nnU-Net when it is imported, so set before that.
 os.environ.update(
@@ -39,8 +39,10 @@ os.environ.update(
 for variable in ("nnUNet_ssl_config", "nnUNet_wandb_enabled"):
     os.environ.pop(variable, None)
 
-import datasets  # noqa: E402
-from datasets import Folders, TinyDataset  # noqa: E402
+pytest.register_assert_rewrite("helpers")
+
+from helpers import datasets  # noqa: E402
+from helpers.datasets import Folders, TinyDataset  # noqa: E402
 
 SHORT = {"num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1, "seed": 0}
 

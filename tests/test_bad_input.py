@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from datasets import Folders, TinyDataset, environment, write_images
+from helpers.datasets import Folders, TinyDataset, environment, write_images
 
 from nnunet_ssl.commands import preprocess, split
 from nnunet_ssl.locks import take

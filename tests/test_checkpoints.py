@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from damage import RunsCode
+from helpers.damage import RunsCode
 
 from nnunet_ssl.checkpoints import TRUST, read_checkpoint
 from nnunet_ssl.errors import UserError

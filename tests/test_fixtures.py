@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import datasets
 import pytest
+from helpers import datasets
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 

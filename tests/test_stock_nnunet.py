@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
+from helpers import datasets
 from nnunetv2.evaluation.find_best_configuration import find_best_configuration
 from nnunetv2.model_sharing.model_export import export_pretrained_model
 from nnunetv2.run.run_training import run_training

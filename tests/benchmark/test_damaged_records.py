@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from damage import JSON_DAMAGE, with_byte_order_mark
+from helpers.damage import JSON_DAMAGE, with_byte_order_mark
 
 from nnunet_ssl.benchmark.folder import begun_with, claimed, known_ids, refuse_other
 from nnunet_ssl.benchmark.numbers import read_summary

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from label_maps import write_dataset
+from helpers.label_maps import write_dataset
 
 from nnunet_ssl.commands.evaluate import main, method_names
 from nnunet_ssl.errors import UserError

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from damage import JSON_DAMAGE, RunsCode, with_byte_order_mark
+from helpers.damage import JSON_DAMAGE, RunsCode, with_byte_order_mark
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from figure_folders import TRAINERS, MadeUp, make_folders, set_environment
+from helpers.figure_folders import TRAINERS, MadeUp, make_folders, set_environment
 
 from nnunet_ssl.commands.figures import FIGURES, main
 from nnunet_ssl.errors import UserError

@@ -19,8 +19,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from damage import JSON_DAMAGE
-from datasets import TinyDataset
+from helpers.damage import JSON_DAMAGE
+from helpers.datasets import TinyDataset
 
 from nnunet_ssl import self_training
 from nnunet_ssl.commands.pseudolabel import main

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from damage import JSON_DAMAGE, with_byte_order_mark
+from helpers.damage import JSON_DAMAGE, with_byte_order_mark
 from matplotlib.image import imread
 
 from nnunet_ssl.commands.demo import main

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from damage import JSON_DAMAGE, with_byte_order_mark
+from helpers.damage import JSON_DAMAGE, with_byte_order_mark
 
 from nnunet_ssl.demo.plans import main, shrink_plans
 from nnunet_ssl.errors import UserError

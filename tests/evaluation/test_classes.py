@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from label_maps import write_dataset
+from helpers.label_maps import write_dataset
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 

@@ -6,7 +6,7 @@ import gzip
 
 import numpy as np
 import pytest
-from label_maps import SHAPE, SPACING, labels, write, write_dataset
+from helpers.label_maps import SHAPE, SPACING, labels, write, write_dataset
 
 from nnunet_ssl import pools
 from nnunet_ssl.errors import UserError

@@ -8,8 +8,8 @@ import math
 
 import numpy as np
 import pytest
-from datasets import threads_for_processes
-from label_maps import labels, write, write_dataset
+from helpers.datasets import threads_for_processes
+from helpers.label_maps import labels, write, write_dataset
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder, load_summary_json
 
 from nnunet_ssl.evaluation.classes import read_dataset

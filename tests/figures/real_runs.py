@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import TinyDataset
+from helpers.datasets import TinyDataset
 
 from nnunet_ssl.figures.runs import Case, FigureOptions, TrainedRun, find_classes
 from nnunet_ssl.figures.shta.branch import cut_patches, load_branch, load_model, read_tokens

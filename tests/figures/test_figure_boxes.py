@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from figure_folders import TRAINERS, MadeUp, everything, make_folders, set_environment
+from helpers.figure_folders import TRAINERS, MadeUp, everything, make_folders, set_environment
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.figures.boxes import boxes_figure, draw_boxes, evaluate

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from figure_folders import SPACING, TRAINERS, MadeUp, everything, make_folders, set_environment, write
+from helpers.figure_folders import SPACING, TRAINERS, MadeUp, everything, make_folders, set_environment, write
 from matplotlib.colors import to_rgb
 
 from nnunet_ssl.errors import UserError

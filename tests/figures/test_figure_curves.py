@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from damage import RunsCode
+from helpers.damage import RunsCode
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.figures.curves import PANELS, curves_figure, draw_curves, read_curves

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from figure_folders import MadeUp, everything, make_folders, set_environment
+from helpers.figure_folders import MadeUp, everything, make_folders, set_environment
 from real_runs import Maker, options_of, some_cases, train
 
 from nnunet_ssl.errors import UserError

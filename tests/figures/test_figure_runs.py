@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from damage import JSON_DAMAGE, RunsCode, with_byte_order_mark
-from figure_folders import TRAINERS, MadeUp, make_folders, set_environment, write
+from helpers.damage import JSON_DAMAGE, RunsCode, with_byte_order_mark
+from helpers.figure_folders import TRAINERS, MadeUp, make_folders, set_environment, write
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.figures import runs as module

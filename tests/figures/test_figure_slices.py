@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from figure_folders import SHAPE, TRAINERS, MadeUp, everything, make_folders, set_environment, write
+from helpers.figure_folders import SHAPE, TRAINERS, MadeUp, everything, make_folders, set_environment, write
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.figures.runs import Case, with_predictions

@@ -6,10 +6,10 @@ import dataclasses
 import json
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import torch
+from helpers import datasets
 from real_runs import Maker, counted, options_of, some_cases, train, train_and_keep
 
 from nnunet_ssl.commands.figures import draw_figures

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from test_feature_tap import a_network
+from helpers.networks import a_network
 from torch import nn
 
 from nnunet_ssl.errors import UserError

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import TinyDataset, make_case, write_images
-from wishes import manifest, unlabeled, warped_in, warps
+from helpers.datasets import TinyDataset, make_case, write_images
+from helpers.wishes import manifest, unlabeled, warped_in, warps
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.shapes import targets, warped

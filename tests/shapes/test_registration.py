@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from phantoms import dice, phantom
+from helpers.phantoms import dice, phantom
 from scipy import ndimage
 
 from nnunet_ssl.shapes import registration

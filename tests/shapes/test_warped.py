@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from datasets import TinyDataset
+from helpers.datasets import TinyDataset
+from helpers.wishes import files, manifest, warped_in, warps, wish
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from wishes import files, manifest, warped_in, warps, wish
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import stamp

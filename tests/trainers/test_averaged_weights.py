@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.runs import assert_equal, assert_resumed_equals_uninterrupted, train
+from helpers.steps import a_batch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainerBN import nnUNetTrainerBN
-from test_resume import assert_equal, assert_resumed_equals_uninterrupted, train
-from test_step import a_batch
 
 from nnunet_ssl import trainers
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from damage import RunsCode
-from test_resume import NAME, resumed, train
+from helpers.damage import RunsCode
+from helpers.runs import NAME, resumed, train
 
 from nnunet_ssl.errors import UserError
 

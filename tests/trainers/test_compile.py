@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from test_step import a_batch, gradients
+from helpers.steps import a_batch, gradients
 
 
 @pytest.mark.parametrize("passes", ["lean", "joint"])

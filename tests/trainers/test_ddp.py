@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from helpers.steps import a_batch, all_weights, half_a_step, on_two_ranks
 from torch import nn
 
 from nnunet_ssl.trainers.step import average_gradients
-
-
-def _in_group(rank, folder, work, *arguments):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(work(rank, *arguments), os.path.join(folder, f"rank{rank}.pt"))
-    dist.destroy_process_group()
-
-
-def on_two_ranks(folder, work, *arguments):
-    """What ``work(rank, *arguments)`` gives on each of two ranks."""
-    mp.start_processes(_in_group, (str(folder), work, *arguments), nprocs=2, start_method="fork")
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
 def _average(rank):
@@ -67,29 +52,12 @@ def test_a_class_that_another_rank_has_is_not_pushed_down(tiny, make_trainer, tm
     assert not torch.allclose(gradients[1], expected[False])
 
 
-def _step(rank, trainer, batch):
-    trainer.is_ddp = True
-    wrapped = nn.parallel.DistributedDataParallel(trainer.plans_network)  # as nnU-Net wraps it; a step goes around it
-    assert wrapped.module is trainer.plans_network
-    half = slice(rank, rank + 1)
-    share = {k: [t[half] for t in v] if isinstance(v, list) else v[half] for k, v in batch.items()}
-    loss = trainer.train_step(share)["loss"]
-    values = trainer._mean_values()
-    return {"weights": {n: p.detach() for n, p in weights(trainer)}, "loss": loss, "values": values}
-
-
-def weights(trainer):
-    yield from trainer.plans_network.named_parameters()
-    yield from trainer.training_modules.named_parameters("training")
-
-
 @pytest.mark.parametrize(
     "more",
     [{}, {"passes": "joint"}, {"predict_with": "ema"}],
     ids=["lean", "joint", "average"],
 )
 def test_two_ranks_with_half_a_batch_step_like_one_with_all_of_it(tiny, make_trainer, tmp_path, more):
-    from test_step import a_batch
 
     settings = {"cps_rampup": 0.0, **more}
     together = make_trainer("nnUNetTrainerCPS", tiny(), settings=settings)
@@ -99,10 +67,10 @@ def test_two_ranks_with_half_a_batch_step_like_one_with_all_of_it(tiny, make_tra
     for trainer in (together, apart):
         trainer.on_train_start()
         assert ("average" in trainer.training_modules) == ("predict_with" in more)
-    ranks = on_two_ranks(tmp_path, _step, apart, batch)
+    ranks = on_two_ranks(tmp_path, half_a_step, apart, batch)
     loss = together.train_step(batch)["loss"]
     values = together._mean_values()
-    for n, p in weights(together):
+    for n, p in all_weights(together):
         torch.testing.assert_close(ranks[0]["weights"][n], p.detach(), rtol=1e-4, atol=1e-6, msg=n)
         assert torch.equal(ranks[0]["weights"][n], ranks[1]["weights"][n])
     torch.testing.assert_close((ranks[0]["loss"] + ranks[1]["loss"]) / 2, loss)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-
 import pytest
 import torch
-from test_resume import assert_resumed_equals_uninterrupted, weights
-from test_step import a_batch, gradients, parameters
-from test_urpc import with_stages
+from helpers.runs import assert_resumed_equals_uninterrupted, commands_work
+from helpers.steps import a_batch, gradients, parameters, with_stages
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.ga import GACELoss, GADiceLoss, present_classes
@@ -141,31 +138,3 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tiny, make_
 def test_nnunets_commands_train_continue_validate_and_predict(tiny_copy, run_nnunet, tmp_path, kind):
     dataset = tiny_copy(kind)
     commands_work(dataset, run_nnunet, tmp_path, f"{NAME}_2epochs", {"loss_sup", "loss_sup_second", "loss_cps"})
-
-
-def commands_work(dataset, run_nnunet, tmp_path, name, terms):
-    """Train two epochs, as if killed after the first; continue, validate, and predict with the plain checkpoint."""
-    job = [dataset.id, dataset.configuration, 0, "-tr", name, "-device", "cpu"]
-    run_nnunet("nnUNetv2_train", *job, settings={"keep_epochs": [1]})
-    fold = next(dataset.folders.results.glob(f"{dataset.name}/{name}__*/fold_0"))
-    finished = weights(fold)
-    for stem in ("", "_ssl"):
-        (fold / f"checkpoint_epoch1{stem}.pth").rename(fold / f"checkpoint_latest{stem}.pth")
-        (fold / f"checkpoint_final{stem}.pth").unlink()
-    run_nnunet("nnUNetv2_train", *job, "--c")
-    continued = weights(fold)
-    assert all(torch.equal(w, continued[n]) for n, w in finished.items())
-    with open(fold / "ssl_log.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == ["0", "1"]
-    assert terms <= set(rows[0])
-    (fold / "validation" / "summary.json").unlink()
-    run_nnunet("nnUNetv2_train", *job, "--val")
-    assert (fold / "validation" / "summary.json").is_file()
-    assert torch.load(fold / "checkpoint_final.pth", weights_only=False)["trainer_name"] == "nnUNetTrainer"
-    run_nnunet(
-        "nnUNetv2_predict", "-d", dataset.id, "-c", dataset.configuration, "-f", 0, "-tr", name, "-device", "cpu",
-        "-i", dataset.raw / "imagesTs", "-o", tmp_path / "out", "--disable_tta", "-npp", 1, "-nps", 1,
-        env={"nnUNet_extTrainer": ""},
-    )  # fmt: skip
-    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == dataset.recipe.test

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import ImageOnlyTransform
+from helpers.runs import assert_equal, assert_resumed_equals_uninterrupted, train
+from helpers.steps import a_batch, gradients, parameters, with_stages
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from test_resume import assert_equal, assert_resumed_equals_uninterrupted, train
-from test_step import a_batch, gradients, parameters, with_stages
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.trainers.mae import hidden_voxels, number_hidden

@@ -9,10 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_ddp import on_two_ranks
-from test_ga_cps import commands_work
-from test_resume import assert_equal, assert_resumed_equals_uninterrupted, weights
-from test_step import a_batch, gradients, parameters
+from helpers.runs import assert_equal, assert_resumed_equals_uninterrupted, commands_work, weights
+from helpers.steps import a_batch, gradients, on_two_ranks, parameters
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.cubes import blended_pseudo_labels, class_weights, partition, recover

@@ -14,66 +14,10 @@ import psutil
 import pytest
 import SimpleITK as sitk
 import torch
+from helpers.runs import NAME, assert_equal, assert_resumed_equals_uninterrupted, resumed, train, weights
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.trainers.resuming import find_training_state, fingerprint, training_state_file
-
-NAME = "nnUNetTrainerSHTA_CPS_3epochs"
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """All weights of a finished run."""
-    checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=False)
-    state = torch.load(folder / "checkpoint_final_ssl.pth", weights_only=True)
-    return {**checkpoint["network_weights"], **{f"training.{n}": t for n, t in state["modules"].items()}}
-
-
-def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
-
-def train(trainer, until: int | None = None) -> None:
-    """nnU-Net's training loop, stopped after an epoch as a kill would stop it: nothing is closed or saved."""
-    trainer.on_train_start()
-    for epoch in range(trainer.current_epoch, trainer.num_epochs):
-        if epoch == until:
-            return
-        trainer.on_epoch_start()
-        trainer.on_train_epoch_start()
-        outputs = [trainer.train_step(next(trainer.dataloader_train)) for _ in range(trainer.num_iterations_per_epoch)]
-        trainer.on_train_epoch_end(outputs)
-        with torch.no_grad():
-            trainer.on_validation_epoch_start()
-            trainer.on_validation_epoch_end([trainer.validation_step(next(trainer.dataloader_val))])
-        trainer.on_epoch_end()
-    trainer.on_train_end()
-
-
-def assert_resumed_equals_uninterrupted(make, until: int = 1) -> Path:
-    """A run that stops, and one that goes on from its latest checkpoint, end as a run that does not stop.
-
-    Args:
-        make: makes a trainer that saves each epoch, always into the same folder.
-        until: epoch before which the first one stops.
-
-    Returns:
-        The folder of the whole run.
-    """
-    stopped = make()
-    train(stopped, until)
-    folder = Path(stopped.output_folder)
-    resumed = make()
-    resumed.load_checkpoint(str(folder / "checkpoint_latest.pth"))
-    assert resumed.current_epoch == until
-    train(resumed)
-    at_the_end, log = weights(folder), (folder / "ssl_log.csv").read_text()
-    shutil.rmtree(folder)
-    train(make())
-    assert_equal(weights(folder), at_the_end)
-    assert (folder / "ssl_log.csv").read_text() == log
-    return folder
 
 
 @pytest.fixture
@@ -82,12 +26,6 @@ def stopped(tiny, make_trainer):
     trainer = make_trainer(NAME, tiny(), settings={"save_every": 1})
     train(trainer, until=1)
     return Path(trainer.output_folder)
-
-
-def resumed(make_trainer, tiny, folder: Path, name: str = NAME, **settings):
-    trainer = make_trainer(name, tiny(), settings={"save_every": 1, **settings})
-    trainer.load_checkpoint(str(folder / "checkpoint_latest.pth"))
-    return trainer
 
 
 def test_a_checkpoint_is_what_nnunet_would_have_written(tiny, make_trainer, stopped):

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import torch
 from batchgeneratorsv2.transforms.spatial.transpose import TransposeAxesTransform
+from helpers.runs import assert_resumed_equals_uninterrupted, train
+from helpers.steps import a_batch, half_a_step, on_two_ranks, with_stages
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from test_ddp import _step, on_two_ranks
-from test_resume import assert_resumed_equals_uninterrupted, train
-from test_step import a_batch, with_stages
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.branches import Branches
@@ -432,7 +431,7 @@ def test_two_ranks_with_half_a_batch_step_like_one_with_all_of_it(tiny, make_tra
     settings = {**FULL, "sasnet_sdm": False}
     together, apart = (started(make_trainer(NAME, tiny(), settings=settings)) for _ in range(2))
     batch = a_batch(together)
-    ranks = on_two_ranks(tmp_path, _step, apart, batch)
+    ranks = on_two_ranks(tmp_path, half_a_step, apart, batch)
     together.train_step(batch)
     for name, p in parameters(together).items():
         torch.testing.assert_close(ranks[0]["weights"][name], p.detach(), rtol=1e-4, atol=1e-6, msg=name)

@@ -7,22 +7,14 @@ import itertools
 
 import pytest
 import torch
-from test_ga_cps import commands_work
-from test_step import a_batch
+from helpers.runs import commands_work
+from helpers.steps import a_batch, stepped
 
 import nnunet_ssl.trainers as trainers
 from nnunet_ssl.errors import UserError
 
 HOSTS = ["LabeledOnly", "CPS", "GACPS", "URPC", "MagicNet"]
 CLUSTER = ("assign", "anchor"), ("hard",), ("center",)  # semantic assignment, hard token refinement, center alignment
-
-
-def stepped(trainer, steps: int = 2):
-    trainer.on_train_start()
-    trainer.on_train_epoch_start()
-    for _ in range(steps):
-        assert trainer.train_step(next(trainer.dataloader_train))["loss"].isfinite()
-    return dict(trainer.plans_network.named_parameters()) | dict(trainer.training_modules.named_parameters("training"))
 
 
 @pytest.mark.parametrize("host", HOSTS)

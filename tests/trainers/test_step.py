@@ -4,52 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.steps import a_batch, gradients, parameters, with_stages
 
 TRAINERS = ["nnUNetTrainerLabeledOnly", "nnUNetTrainerCPS", "nnUNetTrainerSHTA_CPS"]
-
-
-def a_batch(trainer, seed=0):
-    """A random batch with every class, in the form in which the loader gives it."""
-    rng = torch.Generator().manual_seed(seed)
-    patch = trainer.configuration_manager.patch_size
-    shape = (trainer.batch_size, trainer.num_input_channels, *patch)
-    labels = torch.randint(
-        0, trainer.label_manager.num_segmentation_heads, (trainer.batch_size, 1, *patch), generator=rng
-    )
-    scales = trainer._get_deep_supervision_scales()
-    target = [
-        torch.nn.functional.interpolate(
-            labels.float(), size=[round(n * s) for n, s in zip(patch, scale, strict=True)]
-        ).to(torch.int16)
-        for scale in scales
-    ]
-    return {
-        "data": torch.randn(shape, generator=rng),
-        "target": target,
-        "unlabeled": torch.randn(shape, generator=rng),
-    }
-
-
-def with_stages(dataset, stages):
-    """The dataset, with plans of a network of so many stages."""
-    plans = dataset.plans
-    arguments = plans["configurations"][dataset.configuration]["architecture"]["arch_kwargs"]
-    for name, value in arguments.items():
-        if isinstance(value, list):
-            wanted = stages - (name == "n_conv_per_stage_decoder")
-            arguments[name] = (value + value[-1:] * wanted)[:wanted]
-    arguments["n_stages"] = stages
-
-    class Changed:
-        def __getattr__(self, name):
-            return plans if name == "plans" else getattr(dataset, name)
-
-    return Changed()
-
-
-def parameters(trainer):
-    named = dict(trainer.plans_network.named_parameters())
-    return named | {f"training.{n}": p for n, p in trainer.training_modules.named_parameters()}
 
 
 @pytest.mark.parametrize("kind", ["3d", "2d"])
@@ -73,13 +30,6 @@ def test_a_network_of_two_stages_learns(tiny, make_trainer, name):
     for n, p in trainer.plans_network.named_parameters():
         assert p.isfinite().all(), n
         assert not torch.equal(p, before[n]), n
-
-
-def gradients(trainer, batch):
-    """The gradients of one step, before clipping, by parameter."""
-    trainer._update = lambda: None
-    trainer.train_step(batch)
-    return {n: p.grad for n, p in parameters(trainer).items()}
 
 
 @pytest.mark.parametrize("settings", [{}, {"cps_on_labeled": False}, {"preset": "paper"}, {"shta_attach": "all"}])

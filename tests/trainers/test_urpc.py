@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import pytest
 import torch
-from datasets import TinyDataset
-from test_resume import assert_resumed_equals_uninterrupted
-from test_step import a_batch, gradients, parameters
+from helpers.runs import assert_resumed_equals_uninterrupted, commands_work
+from helpers.steps import a_batch, gradients, parameters, with_stages
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.urpc import uncertainty_rectified_consistency
 
 NAME = "nnUNetTrainerURPC"
-
-
-@dataclasses.dataclass(frozen=True)
-class WithStages(TinyDataset):
-    """A tiny dataset whose plans have a network of another depth, as far as its patches allow it."""
-
-    stages: int = 3
-
-    @property
-    def plans(self):
-        """The plans of the dataset without its deepest stages, or with more like them; a fifth does not pool."""
-        plans = super().plans
-        kwargs = plans["configurations"][self.configuration]["architecture"]["arch_kwargs"]
-        depth, kwargs["n_stages"] = kwargs["n_stages"], self.stages
-        for key, value in kwargs.items():
-            if isinstance(value, list):
-                of_decoder = 1 if len(value) < depth else 0
-                kwargs[key] = (value + value[-1:] * self.stages)[: self.stages - of_decoder]
-        kwargs["strides"][4:] = [[1] * len(stride) for stride in kwargs["strides"][4:]]
-        return plans
-
-
-def with_stages(dataset, stages):
-    return WithStages(*(getattr(dataset, field.name) for field in dataclasses.fields(dataset)), stages)
 
 
 @pytest.mark.parametrize("kind", ["3d", "2d", "multichannel", "anisotropic", "ignore", "regions", "resenc"])
@@ -238,6 +212,5 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tiny, make_
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["3d", "2d"])
 def test_nnunets_commands_train_continue_validate_and_predict(tiny_copy, run_nnunet, tmp_path, kind):
-    from test_ga_cps import commands_work
 
     commands_work(tiny_copy(kind), run_nnunet, tmp_path, f"{NAME}_2epochs", {"loss_sup", "loss_urpc"})

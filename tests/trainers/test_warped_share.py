@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_resume import assert_equal, assert_resumed_equals_uninterrupted, resumed, train, weights
-from test_shta_hosts import stepped
+from helpers.runs import assert_equal, assert_resumed_equals_uninterrupted, resumed, train, weights
+from helpers.steps import stepped
 
 import nnunet_ssl.trainers as trainers
 from nnunet_ssl.errors import UserError
@@ -182,7 +182,7 @@ def test_it_goes_on_though_an_image_has_come_that_it_does_not_use(tiny_copy, mak
     """It has learnt from its warps alone; a method that takes unlabelled images themselves is refused."""
     dataset = tiny_copy()
     folder, warps = stopped_run(dataset, make_trainer)
-    from datasets import make_case, write_images
+    from helpers.datasets import make_case, write_images
 
     image = make_case(dataset.recipe, np.random.default_rng(9))[0]
     write_images(dataset.recipe, dataset.raw / "imagesUn", "zz_new", image)

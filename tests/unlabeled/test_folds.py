@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from damage import JSON_DAMAGE, with_byte_order_mark
+from helpers.damage import JSON_DAMAGE, with_byte_order_mark
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_ssl.errors import UserError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -15,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from datasets import TinyDataset, write_images
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetNumpy
+from helpers.datasets import TinyDataset, write_images
+from helpers.prepared import add_images, fingerprint, image, load, made, on_disk, prepare, prepared_in, recorded
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetNumpy
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.errors import UserError
@@ -26,54 +26,6 @@ from nnunet_ssl.unlabeled.prepare import prepare_unlabeled, wait_until_prepared
 from nnunet_ssl.unlabeled.store import PreparedFolder
 
 COMMAND = "from nnunet_ssl.commands.preprocess import main; main()"
-
-
-def prepare(
-    dataset: TinyDataset, num_processes: int = 1, plans: dict | None = None, reading: bool = False
-) -> PreparedFolder:
-    return prepare_unlabeled(
-        dataset.name,
-        PlansManager(plans or dataset.plans),
-        dataset.configuration,
-        dataset.dataset_json,
-        dataset.cases("imagesTr"),
-        num_processes,
-        reading,
-    )
-
-
-def load(folder: Path | str, case: str) -> tuple[np.ndarray, np.ndarray, dict]:
-    data, seg, _, properties = infer_dataset_class(str(folder))(str(folder), [case]).load_case(case)
-    return data[:], seg[:], properties
-
-
-def prepared_in(dataset: TinyDataset) -> Path:
-    return dataset.preprocessed / f"{dataset.plans_name}_{dataset.configuration}_unlabeled"
-
-
-def fingerprint(folder: Path | str) -> dict[str, tuple]:
-    """Place, inode, mtime and size of each prepared file that is listed: one that was made again has others."""
-    files = [Path(folder) / e["part"] / case / name for case, e in recorded(folder).items() for name in e["files"]]
-    return {f.name: (str(f), f.stat().st_ino, f.stat().st_mtime_ns, f.stat().st_size) for f in files}
-
-
-def recorded(folder: Path | str) -> dict[str, dict]:
-    """The manifest's cases."""
-    manifest = Path(folder) / "manifest.json"
-    return json.loads(manifest.read_text())["cases"] if manifest.exists() else {}
-
-
-def made(*cases: str) -> set[str]:
-    return {f"{case}{end}" for case in cases for end in (".b2nd", "_seg.b2nd", ".pkl")}
-
-
-def on_disk(folder: Path | str) -> set[str]:
-    """What there is of cases, listed or not."""
-    return {file.name for file in Path(folder).glob("part_*/*/*")}
-
-
-def image(dataset: TinyDataset, case: str, folder: str = "imagesUn") -> Path:
-    return dataset.raw / folder / f"{case}_0000{dataset.recipe.file_ending}"
 
 
 def child(dataset: TinyDataset, np: int = 1, before: str = "", **popen: object) -> subprocess.Popen:
@@ -89,13 +41,6 @@ def child(dataset: TinyDataset, np: int = 1, before: str = "", **popen: object) 
         encoding="utf-8",
         **popen,
     )
-
-
-def add_images(dataset: TinyDataset, number: int, shape: tuple[int, ...] | None = None, prefix: str = "extra") -> None:
-    rng = np.random.default_rng(7)
-    for i in range(number):
-        image = rng.normal(100, 20, (1, *(shape or dataset.recipe.shape))).astype(np.float32)
-        write_images(dataset.recipe, dataset.raw / "imagesUn", f"{prefix}{i:03d}", image)
 
 
 @pytest.mark.parametrize("kind", ["3d", "multichannel", "anisotropic", "png"])

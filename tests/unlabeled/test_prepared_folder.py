@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from datasets import TinyDataset
+from helpers.datasets import TinyDataset
+from helpers.prepared import add_images, fingerprint, image, load, made, on_disk, prepare, prepared_in, recorded
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from test_prepare import add_images, fingerprint, image, load, made, on_disk, prepare, prepared_in, recorded
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.locks import share

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from batchgenerators.utilities.file_and_folder_operations import save_pickle
-from damage import JSON_DAMAGE
-from datasets import TinyDataset
+from helpers.damage import JSON_DAMAGE
+from helpers.datasets import TinyDataset
 from matplotlib.image import imread
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.label_handling.label_handling import LabelManager

@@ -8,10 +8,10 @@ import json
 import os
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
-from datasets import TinyDataset
+from helpers import datasets
+from helpers.datasets import TinyDataset
 
 from nnunet_ssl.commands import split as command
 from nnunet_ssl.errors import UserError

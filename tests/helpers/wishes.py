@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from datasets import TinyDataset
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from helpers.datasets import TinyDataset
 from nnunet_ssl.shapes.warped import WarpedFolder, Wish, prepare_warps
 from nnunet_ssl.unlabeled.prepare import prepare_unlabeled
 from nnunet_ssl.unlabeled.store import PreparedFolder

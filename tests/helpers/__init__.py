@@ -1,0 +1,1 @@
+"""What tests share: tiny datasets, damage, and steps and runs of trainers. No module here is a test."""

@@ -1,0 +1,112 @@
+"""Steps of a trainer in this process, on one rank and on two."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from helpers.datasets import TinyDataset
+
+
+def a_batch(trainer, seed=0):
+    """A random batch with every class, in the form in which the loader gives it."""
+    rng = torch.Generator().manual_seed(seed)
+    patch = trainer.configuration_manager.patch_size
+    shape = (trainer.batch_size, trainer.num_input_channels, *patch)
+    labels = torch.randint(
+        0, trainer.label_manager.num_segmentation_heads, (trainer.batch_size, 1, *patch), generator=rng
+    )
+    scales = trainer._get_deep_supervision_scales()
+    target = [
+        torch.nn.functional.interpolate(
+            labels.float(), size=[round(n * s) for n, s in zip(patch, scale, strict=True)]
+        ).to(torch.int16)
+        for scale in scales
+    ]
+    return {
+        "data": torch.randn(shape, generator=rng),
+        "target": target,
+        "unlabeled": torch.randn(shape, generator=rng),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class WithStages(TinyDataset):
+    """A tiny dataset whose plans have a network of another depth, as far as its patches allow it."""
+
+    stages: int = 3
+
+    @property
+    def plans(self):
+        """The plans of the dataset without its deepest stages, or with more like them; a fifth does not pool."""
+        plans = super().plans
+        kwargs = plans["configurations"][self.configuration]["architecture"]["arch_kwargs"]
+        depth, kwargs["n_stages"] = kwargs["n_stages"], self.stages
+        for key, value in kwargs.items():
+            if isinstance(value, list):
+                of_decoder = 1 if len(value) < depth else 0
+                kwargs[key] = (value + value[-1:] * self.stages)[: self.stages - of_decoder]
+        kwargs["strides"][4:] = [[1] * len(stride) for stride in kwargs["strides"][4:]]
+        return plans
+
+
+def with_stages(dataset, stages):
+    """The dataset, with plans of a network of so many stages."""
+    return WithStages(*(getattr(dataset, field.name) for field in dataclasses.fields(dataset)), stages)
+
+
+def parameters(trainer):
+    """What trains: the network that predicts, and what only training needs."""
+    named = dict(trainer.plans_network.named_parameters())
+    return named | {f"training.{n}": p for n, p in trainer.training_modules.named_parameters()}
+
+
+def gradients(trainer, batch):
+    """The gradients of one step, before clipping, by parameter."""
+    trainer._update = lambda: None
+    trainer.train_step(batch)
+    return {n: p.grad for n, p in parameters(trainer).items()}
+
+
+def stepped(trainer, steps: int = 2):
+    """The weights after so many steps on the loaders' batches."""
+    trainer.on_train_start()
+    trainer.on_train_epoch_start()
+    for _ in range(steps):
+        assert trainer.train_step(next(trainer.dataloader_train))["loss"].isfinite()
+    return dict(trainer.plans_network.named_parameters()) | dict(trainer.training_modules.named_parameters("training"))
+
+
+def _in_group(rank, folder, work, *arguments):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    torch.save(work(rank, *arguments), os.path.join(folder, f"rank{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def on_two_ranks(folder, work, *arguments):
+    """What ``work(rank, *arguments)`` gives on each of two ranks."""
+    mp.start_processes(_in_group, (str(folder), work, *arguments), nprocs=2, start_method="fork")
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def half_a_step(rank, trainer, batch):
+    """The step of one of two ranks, with its half of the batch: new weights, loss, logged values."""
+    trainer.is_ddp = True
+    wrapped = nn.parallel.DistributedDataParallel(trainer.plans_network)  # as nnU-Net wraps it; a step goes around it
+    assert wrapped.module is trainer.plans_network
+    half = slice(rank, rank + 1)
+    share = {k: [t[half] for t in v] if isinstance(v, list) else v[half] for k, v in batch.items()}
+    loss = trainer.train_step(share)["loss"]
+    values = trainer._mean_values()
+    return {"weights": {n: p.detach() for n, p in all_weights(trainer)}, "loss": loss, "values": values}
+
+
+def all_weights(trainer):
+    """Names and weights of what predicts and of what only trains."""
+    yield from trainer.plans_network.named_parameters()
+    yield from trainer.training_modules.named_parameters("training")
