@@ -74,10 +74,9 @@ def test_full_disk(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, encoding="utf-8")
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert done.stderr.strip().splitlines()[-1] == (
-        f"nnunet_ssl: {tmp_path}/out/summary.json cannot be written (File too large). Make room, or name another "
-        "folder with -o."
-    )
+    said = done.stderr.strip().splitlines()[-1]
+    assert f"{tmp_path}/out/summary.json" in said
+    assert "room" in said
     assert not names_in(tmp_path / "out")
 
 
