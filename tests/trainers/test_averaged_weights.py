@@ -80,15 +80,15 @@ def test_the_average_validates_is_saved_and_predicts_and_training_is_what_it_was
     assert not any(name.startswith("average.") for name in kept)  # of the run with "last", in the same folder
 
 
-BATCH_NORM = type("NormalisedByBatch", (trainers.nnUNetTrainerCPS, nnUNetTrainerBN), {"epochs": 3})
+BATCH_NORM = type("NormalisedByBatch", (trainers.nnUNetTrainerCPS, nnUNetTrainerBN), {"epochs": 2})
 
 
-@pytest.mark.parametrize("name", ["batch norm", "nnUNetTrainerMagicNet_3epochs", "nnUNetTrainerSASNet_3epochs"])
+@pytest.mark.parametrize("name", ["batch norm", "nnUNetTrainerMagicNet_2epochs", "nnUNetTrainerSASNet_2epochs"])
 def test_resumed_it_ends_as_if_uninterrupted(tiny, make_trainer, monkeypatch, name):
     if name == "batch norm":
         name = BATCH_NORM.__name__
         monkeypatch.setattr(trainers, name, BATCH_NORM, raising=False)
-    folder = assert_resumed_equals_uninterrupted(lambda: make_trainer(name, tiny(), settings=EMA), until=2)
+    folder = assert_resumed_equals_uninterrupted(lambda: make_trainer(name, tiny(), settings=EMA))
     state = torch.load(folder / "checkpoint_final_ssl.pth", weights_only=True)
     raw = [t for n, t in state["modules"].items() if n.startswith("average.")]
     final = torch.load(folder / "checkpoint_final.pth", weights_only=False)["network_weights"]

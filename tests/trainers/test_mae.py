@@ -239,7 +239,7 @@ def test_labels_change_nothing(tiny_copy, make_trainer, kind):
 
 
 def test_resumed_it_ends_with_the_weights_of_an_uninterrupted_run(tiny, make_trainer):
-    assert_resumed_equals_uninterrupted(lambda: make_trainer(NAME + "_3epochs", tiny(), settings={"save_every": 1}))
+    assert_resumed_equals_uninterrupted(lambda: make_trainer(NAME + "_2epochs", tiny(), settings={"save_every": 1}))
 
 
 @pytest.fixture

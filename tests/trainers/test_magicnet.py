@@ -450,7 +450,7 @@ def test_shta_hangs_on_the_direct_forward_of_labelled_images(tiny, make_trainer)
 
 def test_resumed_it_ends_with_the_weights_of_an_uninterrupted_run(tiny, make_trainer):
     settings = {"save_every": 1, "magicnet_blend_start": 1}
-    folder = assert_resumed_equals_uninterrupted(lambda: make_trainer(f"{NAME}_3epochs", tiny(), settings=settings))
+    folder = assert_resumed_equals_uninterrupted(lambda: make_trainer(f"{NAME}_2epochs", tiny(), settings=settings))
     assert weights(folder)["training.teacher.class_counts"].sum() > 0
     log = (folder / "ssl_log.csv").read_text()
     assert all(f"loss_{term}" in log for term in TERMS)

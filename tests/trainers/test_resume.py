@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -212,7 +213,7 @@ def killed_runs():
 
 @pytest.mark.parametrize("moment", killed_runs())
 def test_kill_9_and_continue_ends_with_the_weights_of_an_uninterrupted_run(
-    moment, tiny_copy, run_nnunet, tmp_path, monkeypatch
+    moment, tiny_copy, make_trainer, run_nnunet, monkeypatch
 ):
     dataset = tiny_copy()
     settings = {"save_every": 1, "num_iterations_per_epoch": 6}
@@ -240,7 +241,11 @@ def test_kill_9_and_continue_ends_with_the_weights_of_an_uninterrupted_run(
     run_nnunet("nnUNetv2_train", *command, "--c", settings=settings, env={"nnUNet_n_proc_DA": "2"})
     continued = weights(fold)
     shutil.rmtree(fold)
-    run_nnunet("nnUNetv2_train", *command, settings=settings)
+    # in this process, without workers: the batches are the same; so are sums, with as many threads as the command takes
+    threads = torch.get_num_threads()
+    torch.set_num_threads(multiprocessing.cpu_count())
+    train(make_trainer(NAME, dataset, settings=settings))
+    torch.set_num_threads(threads)
     assert_equal(weights(fold), continued)
 
 
