@@ -1,11 +1,13 @@
 # make demo       the whole way on made-up data, from preprocessing to a figure, in less than 15 minutes on 2 CPU cores
 # make test       the tests that take seconds each;  make test-slow: every test;  make lint
 # make docs       the tables of docs/settings.md, from the settings that the trainers declare
+# make wheel      the wheel, in build/wheel, installed where nothing else is, where it checks itself
 # make bench      seconds a step and peak memory of each trainer, against nnUNetTrainer
 #
-# Each of them first makes a virtual environment in .venv and installs the package there, if that is still to be done.
-# PYTHON=python3.12 picks the interpreter, VENV=folder the place, TESTS=tests/losses a part of the tests,
-# PARALLEL= runs them in one process, DEMO="--epochs 5" and BENCH="..." add options.
+# Each of them but wheel first makes a virtual environment in .venv and installs the package there, if that is still
+# to be done. PYTHON=python3.12 picks the interpreter, VENV=folder the place, NNUNET=nnunetv2==2.8.0 another nnU-Net,
+# TESTS=tests/losses a part of the tests; PARALLEL= runs them in one process, DEMO="--epochs 5" and BENCH="..." add
+# options.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -14,10 +16,11 @@ TESTS ?= tests
 PARALLEL ?= -n auto --dist loadfile
 DEMO ?=
 BENCH ?=
+NNUNET ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint docs bench
+.PHONY: demo test test-slow lint docs wheel bench
 
 # One thread for each process: the tests' networks are tiny, and 2 cores shared by many threads are slower than 1.
 test test-slow: export OMP_NUM_THREADS ?= 1
@@ -40,6 +43,14 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/python scripts/settings_page.py
 
+wheel:
+	rm -rf build/wheel build/clean
+	$(PYTHON) -m pip wheel --quiet --no-deps --wheel-dir build/wheel .
+	$(PYTHON) -m venv build/clean
+	build/clean/bin/python -m pip install --quiet build/wheel/*.whl
+	cd / && nnUNet_raw=/tmp nnUNet_preprocessed=/tmp nnUNet_results=/tmp \
+		$(CURDIR)/build/clean/bin/nnUNetv2_ssl_trainers --check
+
 bench: $(INSTALLED)
 	$(BIN)/python scripts/benchmark_trainers.py $(BENCH)
 
@@ -47,4 +58,5 @@ bench: $(INSTALLED)
 $(INSTALLED): setup.py pyproject.toml $(wildcard startup/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	$(if $(NNUNET),$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(NNUNET)')
 	touch $(INSTALLED)
