@@ -30,7 +30,7 @@ BASE = "nnunet_ssl/trainers/base.py"
 STEP = "nnunet_ssl/trainers/step.py"
 DATA = "nnunet_ssl/trainers/data.py"
 RESUMING = "nnunet_ssl/trainers/resuming.py"
-SASNET = "nnunet_ssl/trainers/sasnet/trainer.py"
+SASNET = "nnunet_ssl/trainers/sasnet"
 MAE = "nnunet_ssl/trainers/mae.py"
 
 
@@ -71,7 +71,7 @@ BODIES = [
     Body(f"{TRAINER}.load_checkpoint", f"{RESUMING}: load_checkpoint", ("032f47b8c9595665",)),
     Body(
         f"{TRAINER}.build_network_architecture",
-        f"{SASNET}: dual_branch_network; {MAE}: the same name",
+        f"{SASNET}/trainer.py: dual_branch_network; {MAE}: the same name",
         ("67303549563758cc",),
     ),
     Body(f"{TRAINER}.validation_step", f"{SASNET}, {MAE}: validation_step", ("34e6c04ac4bb718f",)),
