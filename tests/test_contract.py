@@ -28,6 +28,8 @@ LOADER = "nnunetv2.training.dataloading.data_loader:nnUNetDataLoader"
 PREDICTOR = "nnunetv2.inference.predict_from_raw_data:nnUNetPredictor"
 BASE = "nnunet_ssl/trainers/base.py"
 STEP = "nnunet_ssl/trainers/step.py"
+EPOCH = "nnunet_ssl/trainers/epoch.py"
+OPTIMIZERS = "nnunet_ssl/trainers/optimizers.py"
 DATA = "nnunet_ssl/trainers/data.py"
 RESUMING = "nnunet_ssl/trainers/resuming.py"
 SASNET = "nnunet_ssl/trainers/sasnet"
@@ -52,20 +54,20 @@ BODIES = [
     Body(f"{TRAINER}.__init__", f"{BASE}: __init__; {RESUMING}: _settings_in_force", ("8fc3b9d802cde1fc",)),
     Body(f"{TRAINER}.initialize", f"{BASE}: initialize", ("a9025b1eee2b13bb",)),
     Body(f"{TRAINER}._build_loss", f"{BASE}: _build_loss", ("c58eb7adf857f962",)),
-    Body(f"{TRAINER}.configure_optimizers", f"{BASE}: _configure_training_optimizer", ("16b2fdcadbd08caf",)),
+    Body(f"{TRAINER}.configure_optimizers", f"{OPTIMIZERS}: _configure_training_optimizer", ("16b2fdcadbd08caf",)),
     Body(f"{TRAINER}.get_dataloaders", f"{DATA}, {MAE}: get_dataloaders, _start", ("e6db45e63de3541d",)),
     Body(
         f"{TRAINER}.configure_rotation_dummyDA_mirroring_and_inital_patch_size",
         "nnunet_ssl/trainers/magicnet.py: the same name",
         ("6baa6c01eef90f7d",),
     ),
-    Body(f"{TRAINER}.run_training", f"{BASE}: once an epoch; {DATA}: the same name", ("99cbe91840533f19",)),
+    Body(f"{TRAINER}.run_training", f"{EPOCH}; {DATA}: the same name", ("99cbe91840533f19",)),
     Body(f"{TRAINER}.on_train_start", f"{BASE}: on_train_start", ("6a393021a4206d6f",)),
     Body(f"{TRAINER}.on_train_end", f"{RESUMING}: on_train_end", ("208921d5b434ffd7",)),
-    Body(f"{TRAINER}.on_train_epoch_start", f"{BASE}: on_train_epoch_start", ("c26c11b5c3c434a0",)),
-    Body(f"{TRAINER}.train_step", f"{STEP}: train_step, _update, autocast", ("dc057463f20b4b0d",)),
-    Body(f"{TRAINER}.on_train_epoch_end", f"{BASE}: on_train_epoch_end", ("c87d0887bc8d4989",)),
-    Body(f"{TRAINER}.on_epoch_end", f"{BASE}: on_epoch_end", ("c49850ef9e895f5a",)),
+    Body(f"{TRAINER}.on_train_epoch_start", f"{EPOCH}: on_train_epoch_start", ("c26c11b5c3c434a0",)),
+    Body(f"{TRAINER}.train_step", f"{STEP}: train_step, autocast; {OPTIMIZERS}: _update", ("dc057463f20b4b0d",)),
+    Body(f"{TRAINER}.on_train_epoch_end", f"{EPOCH}: on_train_epoch_end", ("c87d0887bc8d4989",)),
+    Body(f"{TRAINER}.on_epoch_end", f"{EPOCH}: on_epoch_end", ("c49850ef9e895f5a",)),
     Body(f"{TRAINER}.set_deep_supervision_enabled", f"{BASE}: forward; {STEP}: full_resolution", ("0276e71584011600",)),
     Body(f"{TRAINER}.save_checkpoint", f"{RESUMING}: save_checkpoint", ("7b22f7066419c20d",)),
     Body(f"{TRAINER}.load_checkpoint", f"{RESUMING}: load_checkpoint", ("032f47b8c9595665",)),
@@ -75,7 +77,7 @@ BODIES = [
         ("67303549563758cc",),
     ),
     Body(f"{TRAINER}.validation_step", f"{SASNET}, {MAE}: validation_step", ("34e6c04ac4bb718f",)),
-    Body(f"{TRAINER}.on_validation_epoch_start", f"{BASE}: the same name", ("db6d0a16a9f84fff",)),
+    Body(f"{TRAINER}.on_validation_epoch_start", f"{EPOCH}: the same name", ("db6d0a16a9f84fff",)),
     Body(f"{TRAINER}.on_validation_epoch_end", f"{SASNET}, {MAE}: on_validation_epoch_end", ("a84111b14ea1708d",)),
     Body(f"{TRAINER}.perform_actual_validation", f"{SASNET}, {MAE}: perform_actual_validation", ("c3b109421a9c74cf",)),
     Body(

@@ -7,7 +7,6 @@ A method is a subclass with a ``Settings`` dataclass and a ``losses`` generator.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -19,7 +18,6 @@ import torch.distributed as dist
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from filelock import BaseFileLock
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
-from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -32,11 +30,13 @@ from nnunet_ssl.locks import take
 from nnunet_ssl.losses.ramps import sigmoid_rampup
 from nnunet_ssl.networks.average import WeightAverage
 from nnunet_ssl.networks.feature_tap import FeatureTap
-from nnunet_ssl.randomness import derived_seed, seeded
+from nnunet_ssl.randomness import seeded
 from nnunet_ssl.shapes.warped import WarpedFolder
 from nnunet_ssl.surroundings import surroundings
 from nnunet_ssl.trainers.data import Data
+from nnunet_ssl.trainers.epoch import Epoch
 from nnunet_ssl.trainers.log import SSLLog
+from nnunet_ssl.trainers.optimizers import Optimizers
 from nnunet_ssl.trainers.prediction import Prediction, unwrapped
 from nnunet_ssl.trainers.resuming import Resuming, training_state_file
 from nnunet_ssl.trainers.settings import ENVIRONMENT_VARIABLE, SSLSettings, load_settings
@@ -48,7 +48,7 @@ LOCK = ".lock"  # in the fold's folder, held by who trains or validates there
 PATIENCE = 10.0  # seconds for a run that was killed to be gone: it may still have to give its memory back
 
 
-class nnUNetTrainerSSL(Step, Data, Resuming, Prediction):  # noqa: N801
+class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # noqa: N801
     """Base of the semi-supervised trainers; not for use by itself.
 
     A subclass writes ``losses``, and where it needs them ``build_training_modules``, ``term_weights`` and
@@ -262,10 +262,10 @@ class nnUNetTrainerSSL(Step, Data, Resuming, Prediction):  # noqa: N801
                 "exclude each other; write dataset.json with plain labels, or use nnUNetTrainerCPS."
             )
 
-    # ------------------------------------------------------------------ networks and optimisers
+    # ------------------------------------------------------------------ networks
 
     def initialize(self) -> None:
-        """Build what nnU-Net builds, then the modules that only training needs, and their optimiser."""
+        """Build what nnU-Net builds, then the modules that only training needs, and what trains them."""
         with self.seeded("first"):
             super().initialize()
         compiled = self.network.module if self.is_ddp else self.network
@@ -274,9 +274,7 @@ class nnUNetTrainerSSL(Step, Data, Resuming, Prediction):  # noqa: N801
         self.training_modules = nn.ModuleDict(self.build_training_modules()).to(self.device)
         if self.is_ddp:  # as nnU-Net does with its network
             self.training_modules = nn.SyncBatchNorm.convert_sync_batchnorm(self.training_modules)
-        self.training_optimizer = self.training_lr_scheduler = None
-        if any(p.requires_grad for p in self.training_modules.parameters()):
-            self.training_optimizer, self.training_lr_scheduler = self._configure_training_optimizer()
+        self._configure_training_optimizer()
         self._runnable = nn.ModuleDict()
         for name, network in self.networks().items():
             if name in self.tapped_networks():
@@ -293,25 +291,6 @@ class nnUNetTrainerSSL(Step, Data, Resuming, Prediction):  # noqa: N801
         if self.enable_deep_supervision and len(loss.weight_factors) == 1:
             loss.weight_factors = (1.0,)
         return loss
-
-    def _configure_training_optimizer(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
-        """nnU-Net's optimiser and schedule, for the modules that only training needs.
-
-        An optimiser of their own, with the same rule: what nnU-Net saves in its checkpoint stays what it saves for a
-        plain trainer. (With half precision an overflow skips the step of the optimiser that it is in, not the other's.)
-        Parameters marked ``no_weight_decay`` get none.
-        """
-        parameters = [p for p in self.training_modules.parameters() if p.requires_grad]  # a teacher's are not
-        network = self.network
-        self.network = nn.ParameterList(p for p in parameters if not hasattr(p, "no_weight_decay"))
-        try:
-            optimizer, scheduler = self.configure_optimizers()
-        finally:
-            self.network = network
-        free = [p for p in parameters if hasattr(p, "no_weight_decay")]
-        if free:
-            optimizer.add_param_group({"params": free, "weight_decay": 0.0})
-        return optimizer, scheduler
 
     # ------------------------------------------------------------------ data
 
@@ -359,83 +338,3 @@ class nnUNetTrainerSSL(Step, Data, Resuming, Prediction):  # noqa: N801
                 f"{list(self.settings.keep_epochs)}, but this training ends with epoch {self.num_epochs}; leave out "
                 f"{beyond[0]}, or train longer with -tr <trainer>_<N>epochs."
             )
-
-    # ------------------------------------------------------------------ the step
-
-    def on_train_epoch_start(self) -> None:
-        """As nnU-Net; and seed what the step itself may draw, such as dropout."""
-        super().on_train_epoch_start()
-        self.training_modules.train()
-        if self.average is not None:
-            self.average.exchange(self.plans_network, in_network=False)
-        if self.training_lr_scheduler is not None:
-            self.training_lr_scheduler.step(self.current_epoch)
-        self.global_step = self.current_epoch * self.num_iterations_per_epoch
-        torch.manual_seed(derived_seed(self.settings.seed, "epoch", self.current_epoch, self.local_rank))
-
-    # ------------------------------------------------------------------ once an epoch
-
-    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        """Read the epoch's losses from the device, all at once, and give them to nnU-Net's log."""
-        losses = torch.stack([output["loss"] for output in train_outputs])
-        self._end_if_lost(losses)
-        super().on_train_epoch_end([{"loss": loss} for loss in losses.cpu().numpy()])
-
-    def _end_if_lost(self, losses: Tensor) -> None:
-        """End a training that will not recover, before it overwrites a checkpoint.
-
-        With half precision a step may overflow, and is left out; a whole epoch of them is no training, and weights that
-        are not finite stay so.
-
-        Raises:
-            UserError: on all ranks, if it is lost on any.
-        """
-        parameters = [*self.plans_network.parameters(), *self.training_modules.parameters()]
-        broken = ~torch.stack([p.detach().isfinite().all() for p in parameters]).all()
-        lost = torch.stack([~losses.isfinite().any(), broken]).int()
-        if self.is_ddp:
-            dist.all_reduce(lost, dist.ReduceOp.MAX)
-        no_loss, broken = lost.tolist()
-        if not (no_loss or broken):
-            return
-        terms = [name for name, value in self._mean_values().items() if not math.isfinite(value)]
-        message = (
-            f"{self.output_folder}: in epoch {self.current_epoch} "
-            + ("no step had a finite loss" if no_loss else "the weights became NaN or infinite")
-            + (f" ({', '.join(terms)})" if terms else "")
-            + f". The training ends here; checkpoints of earlier epochs stay. Look at {self.settings_file}, and start "
-            "anew with smaller weights of the terms, or with a smaller initial_lr in a trainer of your own."
-        )
-        self.print_to_log_file(message)
-        raise UserError(message)
-
-    def on_validation_epoch_start(self) -> None:
-        """As nnU-Net, with the weights that predict; they stay until training goes on."""
-        super().on_validation_epoch_start()
-        if self.average is not None:
-            self.average.exchange(self.plans_network, in_network=True)
-
-    def on_epoch_end(self) -> None:
-        """Log the terms; let nnU-Net log, save and draw; keep the checkpoints that the settings name."""
-        epoch, values = self.current_epoch, self._mean_values()
-        if self.local_rank == 0:
-            with self._writing():
-                self.ssl_log.add(epoch, values)
-            for logger in self.logger.loggers:
-                for name, value in values.items():
-                    logger.log(name, value, epoch)
-            self.print_to_log_file(", ".join(f"{name} {value:.4g}" for name, value in values.items()))
-        if epoch + 1 in self.settings.keep_epochs:  # before the latest one, or a kill in between would skip it
-            self.save_checkpoint(os.path.join(self.output_folder, f"checkpoint_epoch{epoch + 1}.pth"))
-        with self._writing():  # nnU-Net's own curves
-            super().on_epoch_end()
-
-    def _mean_values(self) -> dict[str, float]:
-        """The means of what ``log_value`` was given in this epoch, over the ranks as well."""
-        sums = [torch.as_tensor(total / count, device=self.device) for total, count in self._sums.values()]
-        names, self._sums = list(self._sums), {}
-        means = torch.stack([s.float() for s in sums])
-        if self.is_ddp:
-            dist.all_reduce(means)
-            means /= dist.get_world_size()
-        return dict(zip(names, means.tolist(), strict=True))

@@ -6,11 +6,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from torch import Tensor, nn
-
-CLIP_NORM = 12  # nnU-Net's
+from torch import Tensor
 
 
 class Stream(NamedTuple):
@@ -100,50 +97,10 @@ class Step(nnUNetTrainer):
             None if unlabeled is None else Stream(move(unlabeled), None),
         )
 
-    def _optimizers(self) -> list[torch.optim.Optimizer]:
-        return [o for o in (self.optimizer, self.training_optimizer) if o is not None]
-
     def _backward(self, loss: Tensor) -> None:
         (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
-
-    def _update(self) -> None:
-        """Average over ranks, unscale, clip each module by itself as nnU-Net clips its network, step."""
-        modules = [self.plans_network, *self.training_modules.values()]
-        if self.is_ddp:
-            average_gradients([p for module in modules for p in module.parameters()])
-        if self.grad_scaler is not None:
-            for optimizer in self._optimizers():
-                self.grad_scaler.unscale_(optimizer)
-        for module in modules:
-            torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)
-        for optimizer in self._optimizers():
-            if self.grad_scaler is None:
-                optimizer.step()
-            else:
-                self.grad_scaler.step(optimizer)
-        if self.grad_scaler is not None:
-            self.grad_scaler.update()
 
 
 def full_resolution(target: list[Tensor] | Tensor) -> Tensor:
     """The full-resolution entry of nnU-Net's outputs or target."""
     return target[0] if isinstance(target, (list, tuple)) else target
-
-
-def average_gradients(parameters: list[nn.Parameter]) -> None:
-    """Average gradients over the ranks, in one all-reduce for each dtype.
-
-    By hand, once a step, rather than by DistributedDataParallel: a step has several forward and backward passes, and
-    not every pass touches every parameter. Each rank has gradients for the same parameters, since each runs the same
-    passes.
-    """
-    by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-    for gradients in by_dtype.values():
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        parts = flat.split([gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])

@@ -7,7 +7,7 @@ import torch
 from helpers.steps import a_batch, all_weights, half_a_step, on_two_ranks
 from torch import nn
 
-from nnunet_ssl.trainers.step import average_gradients
+from nnunet_ssl.trainers.optimizers import average_gradients
 
 
 def _average(rank):

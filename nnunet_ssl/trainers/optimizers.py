@@ -1,0 +1,75 @@
+"""Who learns by which rule: optimisers, and how gradients reach them."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor, nn
+
+CLIP_NORM = 12  # nnU-Net's
+
+
+class Optimizers(nnUNetTrainer):
+    """nnU-Net's optimiser for the network, and another one for the modules that only training needs."""
+
+    def _configure_training_optimizer(self) -> None:
+        """nnU-Net's optimiser and schedule, for the modules that only training needs.
+
+        An optimiser of their own, with the same rule: what nnU-Net saves in its checkpoint stays what it saves for a
+        plain trainer. (With half precision an overflow skips the step of the optimiser that it is in, not the other's.)
+        Parameters marked ``no_weight_decay`` get none.
+        """
+        self.training_optimizer = self.training_lr_scheduler = None
+        parameters = [p for p in self.training_modules.parameters() if p.requires_grad]  # a teacher's are not
+        if not parameters:
+            return
+        network = self.network
+        self.network = nn.ParameterList(p for p in parameters if not hasattr(p, "no_weight_decay"))
+        try:
+            self.training_optimizer, self.training_lr_scheduler = self.configure_optimizers()
+        finally:
+            self.network = network
+        free = [p for p in parameters if hasattr(p, "no_weight_decay")]
+        if free:
+            self.training_optimizer.add_param_group({"params": free, "weight_decay": 0.0})
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return [o for o in (self.optimizer, self.training_optimizer) if o is not None]
+
+    def _update(self) -> None:
+        """Average over ranks, unscale, clip each module by itself as nnU-Net clips its network, step."""
+        modules = [self.plans_network, *self.training_modules.values()]
+        if self.is_ddp:
+            average_gradients([p for module in modules for p in module.parameters()])
+        if self.grad_scaler is not None:
+            for optimizer in self._optimizers():
+                self.grad_scaler.unscale_(optimizer)
+        for module in modules:
+            torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)
+        for optimizer in self._optimizers():
+            if self.grad_scaler is None:
+                optimizer.step()
+            else:
+                self.grad_scaler.step(optimizer)
+        if self.grad_scaler is not None:
+            self.grad_scaler.update()
+
+
+def average_gradients(parameters: list[nn.Parameter]) -> None:
+    """Average gradients over the ranks, in one all-reduce for each dtype.
+
+    By hand, once a step, rather than by DistributedDataParallel: a step has several forward and backward passes, and
+    not every pass touches every parameter. Each rank has gradients for the same parameters, since each runs the same
+    passes.
+    """
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in by_dtype.values():
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
