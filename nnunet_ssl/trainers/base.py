@@ -125,16 +125,21 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
         return {"first": self.plans_network}
 
     def tapped_networks(self) -> set[str]:
-        """Names of the networks whose last decoder feature ``on_labeled_feature`` wants to see."""
+        """Names of the networks whose last decoder feature is wanted: see ``forward_with_feature``, ``on_feature``."""
         return set()
 
-    def on_labeled_feature(self, name: str, feature: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Terms to add to the current pass, from the last decoder feature of labelled images of a tapped network.
+    def on_feature(self, name: str, stream: Stream, feature: Tensor) -> dict[str, Tensor]:
+        """Terms that hang on the last decoder feature of a tapped network, whichever method has it run.
+
+        For what is added to a method, as SHTA is; a method itself calls ``forward_with_feature``.
 
         Args:
             name: of the network.
+            stream: what it ran on, in a pass with gradient; with a target if the images are labelled.
             feature: ``[B, C, *patch]``.
-            target: ``[B, 1, *patch]``, nnU-Net's full-resolution target.
+
+        Returns:
+            Terms, which are added to those that the method yields next.
         """
         return {}
 
@@ -166,7 +171,7 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
     # ------------------------------------------------------------------ what a method calls
 
     def forward(self, name: str, stream: Stream) -> list[Tensor] | Tensor:
-        """Run a network on a stream, and let what hangs on labelled features see them.
+        """Run a network on a stream. With gradient, the terms of ``on_feature`` join those that are yielded next.
 
         Args:
             name: a name of ``networks()``.
@@ -175,13 +180,27 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
         Returns:
             The network's outputs: with deep supervision a list, full resolution first.
         """
+        return self.forward_with_feature(name, stream)[0]
+
+    def forward_with_feature(self, name: str, stream: Stream) -> tuple[list[Tensor] | Tensor, Tensor | None]:
+        """As ``forward``; and the last decoder feature ``[B, C, *patch]``, None if the network is not tapped."""
         if name not in self.tapped_networks():
-            return self._runnable[name](stream.images)
+            return self._runnable[name](stream.images), None
         outputs, feature = self._runnable[name](stream.images)
-        if stream.target is not None and torch.is_grad_enabled():
-            for term, value in self.on_labeled_feature(name, feature, full_resolution(stream.target)).items():
+        if torch.is_grad_enabled():
+            for term, value in self.on_feature(name, stream, feature).items():
                 self._terms_of_features[term] = self._terms_of_features.get(term, 0.0) + value
-        return outputs
+        return outputs, feature
+
+    def probabilities(self, outputs: list[Tensor] | Tensor) -> Tensor:
+        """What a network's outputs say at full resolution, float32 ``[B, K, *patch]``: softmax, of regions sigmoid."""
+        logits = full_resolution(outputs).float()
+        return logits.sigmoid() if self.label_manager.has_regions else logits.softmax(1)
+
+    @property
+    def full_resolution_loss(self) -> nn.Module:
+        """nnU-Net's loss of one output ``[B, K, *patch]`` and its target, without deep supervision."""
+        return self.loss.loss if self.enable_deep_supervision else self.loss
 
     def log_value(self, name: str, value: Tensor | float) -> None:
         """Add ``value`` to the epoch's mean of ``name``. Tensors stay on their device until the epoch ends."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from nnunet_ssl.declared import Counts, declared, setting
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.masked import masked_mean
-from nnunet_ssl.trainers.base import Batch, nnUNetTrainerSSL
+from nnunet_ssl.trainers.base import Batch, Stream, nnUNetTrainerSSL
 from nnunet_ssl.trainers.settings import SSLSettings
 from nnunet_ssl.unlabeled.loader import UnlabeledDataset, UnlabeledLoader
 
@@ -192,7 +192,7 @@ class nnUNetTrainerMAE(nnUNetTrainerSSL):  # noqa: N801
         hidden = hidden_voxels(
             len(images), images.shape[2:], self.block_size, self.settings.mae_mask_ratio, images.device
         )
-        _, feature = self._runnable["first"](images.masked_fill(hidden, 0.0))
+        _, feature = self.forward_with_feature("first", Stream(images.masked_fill(hidden, 0.0), None))
         filled_in = self.training_modules["reconstruction"](feature).float()
         return masked_mean((filled_in - images).square(), hidden.expand_as(images))
 

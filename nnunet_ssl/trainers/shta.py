@@ -18,7 +18,7 @@ from nnunet_ssl.declared import Count, Counts, Share, Weight, declared, setting
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.shta import SHTALossSettings
 from nnunet_ssl.networks.shta_branch import SHTABranch, token_stride
-from nnunet_ssl.trainers.base import nnUNetTrainerSSL
+from nnunet_ssl.trainers.base import Stream, full_resolution, nnUNetTrainerSSL
 from nnunet_ssl.trainers.settings import SSLSettings
 
 PREFIX = "nnUNetTrainerSHTA_"
@@ -102,10 +102,12 @@ class SHTAMixin(nnUNetTrainerSSL):
             weights["shta"] = self.settings.shta_weight * min(1.0, self.global_step / length if length > 0 else 1.0)
         return weights
 
-    def on_labeled_feature(self, name: str, feature: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """L_SHTA of one network; the readouts of Table IV go to the log."""
-        terms = super().on_labeled_feature(name, feature, target)
-        shta = self.training_modules[f"shta_{name}"](feature, target)
+    def on_feature(self, name: str, stream: Stream, feature: Tensor) -> dict[str, Tensor]:
+        """L_SHTA of one network on labelled images; the readouts of Table IV go to the log."""
+        terms = super().on_feature(name, stream, feature)
+        if stream.target is None or name not in self.networks_with_shta():
+            return terms
+        shta = self.training_modules[f"shta_{name}"](feature, full_resolution(stream.target))
         for readout in READOUTS:
             self.log_value(f"shta_{readout}", getattr(shta, readout))
         # panels of their own: counts among shares
