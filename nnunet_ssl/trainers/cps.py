@@ -126,5 +126,4 @@ class nnUNetTrainerCPS(nnUNetTrainerSSL):  # noqa: N801
         """What one network learns from the other's pseudo-labels, at full resolution."""
         if self.settings.cps_loss == "ce":
             return pseudo_label_cross_entropy(logits, labels, self.label_manager.has_regions)
-        at_full_resolution = self.loss.loss if self.enable_deep_supervision else self.loss
-        return at_full_resolution(logits, labels)
+        return self.full_resolution_loss(logits, labels)

@@ -277,8 +277,7 @@ class nnUNetTrainerMagicNet(nnUNetTrainerSSL):  # noqa: N801
 
     def _dice(self, logits: Tensor, target: Tensor) -> Tensor:
         """Dice alone, at full resolution: nnU-Net's (which is negative) or the paper's."""
-        loss = self.loss.loss if self.enable_deep_supervision else self.loss
-        mask = None
+        loss, mask = self.full_resolution_loss, None
         if loss.ignore_label is not None:
             mask = target != loss.ignore_label
             target = torch.where(mask, target, 0)

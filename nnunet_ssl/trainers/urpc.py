@@ -72,7 +72,7 @@ class nnUNetTrainerURPC(nnUNetTrainerSSL):  # noqa: N801
             )
         self.num_scales = max(2, min(self.settings.urpc_scales, outputs - 1))
         if self.num_scales == outputs:
-            self.loss = DeepSupervisionWrapper(self.loss.loss, (2 / 3, 1 / 3))
+            self.loss = DeepSupervisionWrapper(self.full_resolution_loss, (2 / 3, 1 / 3))
         if self.settings.urpc_dropout:
             self._drop_features()
 

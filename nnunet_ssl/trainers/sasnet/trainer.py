@@ -315,7 +315,7 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
             for name, branch in outputs.items():
                 terms[f"seg_{name}"] = self._segmentation_loss(branch.logits, stream.target)
 
-        prob = Branches(**{n: torch.softmax(full_resolution(b.logits).float(), 1) for n, b in outputs.items()})
+        prob = Branches(**{name: self.probabilities(branch.logits) for name, branch in outputs.items()})
         if self.settings.sasnet_plc != "off" and prob.low is not None:  # L_plc, Eq. 15
             temperature = self.settings.sasnet_temperature if self.settings.sasnet_plc == "sharpened" else None
             terms["plc"] = 0.5 * pseudo_label_consistency(prob, temperature, self.settings.sasnet_detach_target)
