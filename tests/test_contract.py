@@ -54,7 +54,7 @@ BODIES = [
     Body(f"{TRAINER}.__init__", f"{BASE}: __init__; {RESUMING}: _settings_in_force", ("8fc3b9d802cde1fc",)),
     Body(f"{TRAINER}.initialize", f"{BASE}: initialize", ("a9025b1eee2b13bb",)),
     Body(f"{TRAINER}._build_loss", f"{BASE}: _build_loss", ("c58eb7adf857f962",)),
-    Body(f"{TRAINER}.configure_optimizers", f"{OPTIMIZERS}: _configure_training_optimizer", ("16b2fdcadbd08caf",)),
+    Body(f"{TRAINER}.configure_optimizers", f"{OPTIMIZERS}: _configure_training_optimizers", ("16b2fdcadbd08caf",)),
     Body(f"{TRAINER}.get_dataloaders", f"{DATA}, {MAE}: get_dataloaders, _start", ("e6db45e63de3541d",)),
     Body(
         f"{TRAINER}.configure_rotation_dummyDA_mirroring_and_inital_patch_size",

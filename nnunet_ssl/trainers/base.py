@@ -51,8 +51,8 @@ PATIENCE = 10.0  # seconds for a run that was killed to be gone: it may still ha
 class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # noqa: N801
     """Base of the semi-supervised trainers; not for use by itself.
 
-    A subclass writes ``losses``, and where it needs them ``build_training_modules``, ``term_weights`` and
-    ``training_state``.
+    A subclass writes ``losses``, and where it needs them ``term_weights``, ``build_training_modules``,
+    ``build_own_optimizers`` and ``training_state``.
 
     What is repeatable: with the same seed, software and device, initial weights and the content and order of all
     batches are the same, whatever the number of workers and wherever a run was interrupted. So on the CPU, with the
@@ -114,9 +114,20 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
         return {}
 
     def build_training_modules(self) -> dict[str, nn.Module]:
-        """Modules that only training needs, by name. They are optimised, clipped each by itself, saved and resumed.
+        """Modules that only training needs, by name, in ``self.training_modules`` from then on.
 
-        Build each under ``self.seeded(name)``, so that one module does not change the initial weights of another.
+        They go to the device, learn by nnU-Net's rule unless ``build_own_optimizers`` says otherwise, are clipped each
+        by itself, saved beside the checkpoint and resumed. What predicts never sees them. Build each under
+        ``self.seeded(name)``, so that one module does not change the initial weights of another.
+        """
+        return {}
+
+    def build_own_optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """Optimisers of parameters of ``self.training_modules`` that shall not have nnU-Net's, by a name for each.
+
+        The base steps them with its own, after the same clipping and under the same scaler, saves and resumes them. It
+        leaves out one whose parameters got no gradient in a step. Learning rates stay as they are built, unless the
+        method changes them. An adversary that judges takes no gradient: see :func:`nnunet_ssl.networks.frozen.frozen`.
         """
         return {}
 
@@ -293,7 +304,7 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
         self.training_modules = nn.ModuleDict(self.build_training_modules()).to(self.device)
         if self.is_ddp:  # as nnU-Net does with its network
             self.training_modules = nn.SyncBatchNorm.convert_sync_batchnorm(self.training_modules)
-        self._configure_training_optimizer()
+        self._configure_training_optimizers()
         self._runnable = nn.ModuleDict()
         for name, network in self.networks().items():
             if name in self.tapped_networks():

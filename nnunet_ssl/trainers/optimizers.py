@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -11,17 +13,20 @@ CLIP_NORM = 12  # nnU-Net's
 
 
 class Optimizers(nnUNetTrainer):
-    """nnU-Net's optimiser for the network, and another one for the modules that only training needs."""
+    """nnU-Net's optimiser for the network, its twin for the modules that only training needs, and methods' own."""
 
-    def _configure_training_optimizer(self) -> None:
-        """nnU-Net's optimiser and schedule, for the modules that only training needs.
+    def _configure_training_optimizers(self) -> None:
+        """The method's own optimisers; for the other modules that only training needs, nnU-Net's rule and schedule.
 
-        An optimiser of their own, with the same rule: what nnU-Net saves in its checkpoint stays what it saves for a
-        plain trainer. (With half precision an overflow skips the step of the optimiser that it is in, not the other's.)
+        Apart from the network's optimiser: what nnU-Net saves in its checkpoint stays what it saves for a plain
+        trainer. (With half precision an overflow skips the step of the optimiser that it is in, not the others'.)
         Parameters marked ``no_weight_decay`` get none.
         """
+        self.own_optimizers = self.build_own_optimizers()
+        owned = {id(p) for optimizer in self.own_optimizers.values() for p in parameters_of(optimizer)}
         self.training_optimizer = self.training_lr_scheduler = None
-        parameters = [p for p in self.training_modules.parameters() if p.requires_grad]  # a teacher's are not
+        # without a teacher's, which follow and do not learn
+        parameters = [p for p in self.training_modules.parameters() if p.requires_grad and id(p) not in owned]
         if not parameters:
             return
         network = self.network
@@ -35,25 +40,33 @@ class Optimizers(nnUNetTrainer):
             self.training_optimizer.add_param_group({"params": free, "weight_decay": 0.0})
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
-        return [o for o in (self.optimizer, self.training_optimizer) if o is not None]
+        shared = [o for o in (self.optimizer, self.training_optimizer) if o is not None]
+        return [*shared, *self.own_optimizers.values()]
 
     def _update(self) -> None:
         """Average over ranks, unscale, clip each module by itself as nnU-Net clips its network, step."""
         modules = [self.plans_network, *self.training_modules.values()]
         if self.is_ddp:
             average_gradients([p for module in modules for p in module.parameters()])
+        # one without gradients in this step has nothing to do, and the scaler would not have it
+        optimizers = [o for o in self._optimizers() if any(p.grad is not None for p in parameters_of(o))]
         if self.grad_scaler is not None:
-            for optimizer in self._optimizers():
+            for optimizer in optimizers:
                 self.grad_scaler.unscale_(optimizer)
         for module in modules:
             torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)
-        for optimizer in self._optimizers():
+        for optimizer in optimizers:
             if self.grad_scaler is None:
                 optimizer.step()
             else:
                 self.grad_scaler.step(optimizer)
         if self.grad_scaler is not None:
             self.grad_scaler.update()
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
+    """What an optimiser moves."""
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def average_gradients(parameters: list[nn.Parameter]) -> None:

@@ -120,6 +120,7 @@ class Resuming(nnUNetTrainer):
             "warps": None if self.warps is None else self.warps.contents,
             "modules": self.training_modules.state_dict(),
             "optimizer": None if self.training_optimizer is None else self.training_optimizer.state_dict(),
+            "own_optimizers": {name: own.state_dict() for name, own in self.own_optimizers.items()},
             "method": self.training_state(filename),
         }
         state_file = training_state_file(filename)
@@ -207,9 +208,11 @@ class Resuming(nnUNetTrainer):
             self.training_modules.load_state_dict(state["modules"])
             if self.average is not None:
                 self.average.in_network = True  # as the checkpoint was saved
+            # copied: what they keep as it is must not be a view of the file, which the next save replaces
             if self.training_optimizer is not None:
-                # copied: what it keeps as it is must not be a view of the file, which the next save replaces
                 self.training_optimizer.load_state_dict(deepcopy(state["optimizer"]))
+            for name, own in self.own_optimizers.items():
+                own.load_state_dict(deepcopy(state["own_optimizers"][name]))
             self.load_training_state(state["method"])
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
