@@ -19,6 +19,10 @@ def register() -> None:
     hide ours, while ours answers for its own names only. An entry that another environment's copy of this package
     left in an inherited variable is dropped.
     """
+    os.environ[VARIABLE] = os.pathsep.join([EXT_FOLDER, *folders_of_the_user()])
+
+
+def folders_of_the_user() -> list[str]:
+    """The folders of ``nnUNet_extTrainer`` that are of no copy of this package."""
     copies = os.path.join("nnunet_ssl", "_ext")
-    others = [f for f in os.environ.get(VARIABLE, "").split(os.pathsep) if f.strip() and not f.endswith(copies)]
-    os.environ[VARIABLE] = os.pathsep.join([EXT_FOLDER, *others])
+    return [f for f in os.environ.get(VARIABLE, "").split(os.pathsep) if f.strip() and not f.endswith(copies)]

@@ -31,7 +31,8 @@ from nnunet_ssl.commands.preprocess import main as prepare
 
 pytestmark = pytest.mark.slow
 
-OURS = ("nnUNetTrainerCPS_2epochs", "nnUNetTrainerSHTA_CPS_2epochs")
+# the last is a user's own, with an adversary and its optimiser
+OURS = ("nnUNetTrainerCPS_2epochs", "nnUNetTrainerSHTA_CPS_2epochs", "nnUNetTrainerAdversarial_2epochs")
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth", "checkpoint_epoch1.pth")
 EXPECTED_KEYS = {
     "network_weights",
@@ -135,7 +136,9 @@ def trained(tiny: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     variables = {
         "nnUNet_results": str(folder),
         "nnUNet_ssl_config": str(config),
-        "nnUNet_extTrainer": str(Path(nnunet_ssl.__file__).parent / "_ext"),
+        "nnUNet_extTrainer": os.pathsep.join(
+            map(str, (Path(nnunet_ssl.__file__).parent / "_ext", Path(__file__).parent / "own_trainers"))
+        ),
     }
     prepare(["-d", str(dataset.id), "-c", dataset.configuration, "-np", "1"])
     with datasets.environment(variables), datasets.threads_for_processes():

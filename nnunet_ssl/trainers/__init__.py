@@ -1,15 +1,20 @@
 """The trainers, found by name: nnU-Net looks them up here, through ``nnunet_ssl/_ext``.
 
-A name is imported when it is asked for. ``<any trainer>_<N>epochs`` is a trainer too, with N epochs, from 1.
+A name is imported when it is asked for. ``<any trainer>_<N>epochs`` is a trainer too, with N epochs, from 1. So it is
+with a class of a user's own, derived from one of these, in a folder of ``nnUNet_extTrainer``; and for such a
+``nnUNetTrainer<X>`` there is ``nnUNetTrainerSHTA_<X>``.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import re
 
+from nnunet_ssl._startup import folders_of_the_user
 from nnunet_ssl.errors import UserError
 
+SHTA = "nnUNetTrainerSHTA_"
 TRAINERS = {
     "nnUNetTrainerLabeledOnly": "labeled_only",
     "nnUNetTrainerWarps": "warps",
@@ -18,7 +23,7 @@ TRAINERS = {
     "nnUNetTrainerURPC": "urpc",
     "nnUNetTrainerMagicNet": "magicnet",
     "nnUNetTrainerSASNet": "sasnet.trainer",
-    **{f"nnUNetTrainerSHTA_{host}": "shta" for host in ("LabeledOnly", "CPS", "GACPS", "URPC", "MagicNet")},
+    **{f"{SHTA}{host}": "shta" for host in ("LabeledOnly", "CPS", "GACPS", "URPC", "MagicNet")},
     "nnUNetTrainerMAE": "mae",
 }
 BASES = {"nnUNetTrainerSSL": "base"}
@@ -27,14 +32,18 @@ BASES = {"nnUNetTrainerSSL": "base"}
 def __getattr__(name: str) -> type:
     with_epochs = re.fullmatch(r"(nnUNetTrainer\w+?)_([0-9]+)epochs", name)
     base = with_epochs[1] if with_epochs else name
-    module = (TRAINERS | BASES).get(base)
-    if module is None:
+    if module := (TRAINERS | BASES).get(base):
+        trainer = getattr(importlib.import_module(f"{__name__}.{module}"), base)
+    elif (with_epochs or base.startswith(SHTA)) and not of_the_user(name):  # else nnU-Net will find it itself
+        trainer = derived_by_the_user(base)
+    else:
+        trainer = None
+    if trainer is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if with_epochs and not re.fullmatch("0*[1-9][0-9]{0,8}", with_epochs[2]):
-        # no AttributeError: nnU-Net's hasattr would hide it and say that there is no such trainer
-        raise UserError(f"-tr {base}_<N>epochs: N must be a whole number from 1 and below 1e9. Choose another.")
-    trainer = getattr(importlib.import_module(f"{__name__}.{module}"), base)
     if with_epochs:
+        if not re.fullmatch("0*[1-9][0-9]{0,8}", with_epochs[2]):
+            # no AttributeError: nnU-Net's hasattr would hide it and say that there is no such trainer
+            raise UserError(f"-tr {base}_<N>epochs: N must be a whole number from 1 and below 1e9. Choose another.")
         body = {"epochs": int(with_epochs[2]), "__module__": __name__, "__doc__": trainer.__doc__}
         trainer = type(name, (trainer,), body)
     globals()[name] = trainer  # the same class at every look-up, and picklable by name
@@ -43,3 +52,24 @@ def __getattr__(name: str) -> type:
 
 def __dir__() -> list[str]:
     return sorted(set(globals()) | set(TRAINERS) | set(BASES))
+
+
+def of_the_user(name: str) -> type | None:
+    """The class of this name in the user's folders of ``nnUNet_extTrainer``, where nnU-Net looks after ours."""
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+    for folder in filter(os.path.isdir, folders_of_the_user()):
+        if found := recursive_find_python_class(folder, name, None, cleanup_imports_from_base_folder=True):
+            return found
+    return None
+
+
+def derived_by_the_user(name: str) -> type | None:
+    """A user's class that derives from ours, or SHTA on one; None where there is none."""
+    from nnunet_ssl.trainers.base import nnUNetTrainerSSL
+
+    found = of_the_user(name)
+    if found is None and name.startswith(SHTA):
+        host = derived_by_the_user(f"nnUNetTrainer{name.removeprefix(SHTA)}")
+        return host and importlib.import_module(f"{__name__}.shta").on_host(host)
+    return found if isinstance(found, type) and issubclass(found, nnUNetTrainerSSL) else None

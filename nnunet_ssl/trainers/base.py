@@ -88,8 +88,6 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
         self.num_iterations_per_epoch = self.settings.num_iterations_per_epoch
         self.num_val_iterations_per_epoch = self.settings.num_val_iterations_per_epoch
         self.save_every = self.settings.save_every
-        if self.epochs is not None:
-            self.num_epochs = self.epochs
         self.global_step = 0
         self.average: WeightAverage | None = None
         self.unlabeled: PreparedFolder | None = None
@@ -296,6 +294,8 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
 
     def initialize(self) -> None:
         """Build what nnU-Net builds, then the modules that only training needs, and what trains them."""
+        if self.epochs is not None:  # here, where a derived class's __init__ has said what else it wants
+            self.num_epochs = self.epochs
         with self.seeded("first"):
             super().initialize()
         compiled = self.network.module if self.is_ddp else self.network
@@ -326,9 +326,9 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
 
     def on_train_start(self) -> None:
         """Check and prepare all that can fail, then start as nnU-Net does."""
-        self._refuse_epochs_that_will_not_be()
         if not self.was_initialized:
             self.initialize()
+        self._refuse_epochs_that_will_not_be()
         self._refuse_another_network()
         if type(self).do_split is nnUNetTrainer.do_split:
             cases = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)

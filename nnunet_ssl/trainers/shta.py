@@ -21,7 +21,6 @@ from nnunet_ssl.networks.shta_branch import SHTABranch, token_stride
 from nnunet_ssl.trainers.base import Stream, full_resolution, nnUNetTrainerSSL
 from nnunet_ssl.trainers.settings import SSLSettings
 
-PREFIX = "nnUNetTrainerSHTA_"
 PAPER = "Zhang et al., SHTA: Semantic Hard Token Correction and Center Alignment"
 
 
@@ -158,14 +157,18 @@ def build_branch(
     )
 
 
-def __getattr__(name: str) -> type:
+def on_host(host: type[nnUNetTrainerSSL]) -> type[SHTAMixin]:
     """``nnUNetTrainerSHTA_<X>``: SHTA on ``nnUNetTrainer<X>``, whatever its losses are."""
-    if not name.startswith(PREFIX):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    host = getattr(trainers, f"nnUNetTrainer{name.removeprefix(PREFIX)}")
+    name = f"{trainers.SHTA}{host.__name__.removeprefix('nnUNetTrainer')}"
     body = {"__module__": __name__, "__doc__": f"Settings of SHTA on {host.__name__}."}
     settings = declared(type(f"{name}Settings", (SHTASettings, host.Settings), body))
     what = f"SHTA on {host.__name__}: token embeddings of the labelled images are tied to class proxies and centers."
-    made = type(name, (SHTAMixin, host), {**body, "__doc__": what, "paper": PAPER, "Settings": settings})
-    globals()[name] = made  # the same class at every look-up, and picklable by name
+    body = {"__module__": trainers.__name__, "__doc__": what, "paper": PAPER, "Settings": settings}
+    return type(name, (SHTAMixin, host), body)
+
+
+def __getattr__(name: str) -> type:
+    if not name.startswith(trainers.SHTA):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = made = on_host(getattr(trainers, f"nnUNetTrainer{name.removeprefix(trainers.SHTA)}"))
     return made
