@@ -130,7 +130,10 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
         return {}
 
     def networks(self) -> dict[str, nn.Module]:
-        """The networks that ``forward`` may run, by name; ``first`` is the plans' own, which predicts."""
+        """The networks that ``forward`` may run, by name, compiled where nnU-Net compiles its own.
+
+        ``first`` is the plans' own, which predicts; others, twins and teachers, are of ``self.training_modules``.
+        """
         return {"first": self.plans_network}
 
     def tapped_networks(self) -> set[str]:

@@ -102,13 +102,16 @@ class nnUNetTrainerMagicNet(nnUNetTrainerSSL):  # noqa: N801
     # ------------------------------------------------------------------ what is built
 
     def initialize(self) -> None:
-        """Beside the whole network its two halves are run, on cubes, and the teacher; compiled as nnU-Net compiles."""
+        """Beside the whole network its two halves are run, on cubes; compiled as nnU-Net compiles."""
         super().initialize()
-        network, teacher = self.plans_network, self.training_modules["teacher"]
-        self._encode, self._decode, self._teach = (
+        self._encode, self._decode = (
             torch.compile(module) if self._do_i_compile() else module
-            for module in (network.encoder, network.decoder, teacher)
+            for module in (self.plans_network.encoder, self.plans_network.decoder)
         )
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The student and its teacher."""
+        return {**super().networks(), "teacher": self.training_modules["teacher"]}
 
     def build_training_modules(self) -> dict[str, nn.Module]:
         """The teacher, with the class counts of its pseudo-labels, and the location head if there are cubes."""
@@ -262,7 +265,7 @@ class nnUNetTrainerMagicNet(nnUNetTrainerSSL):  # noqa: N801
         noise = (settings.magicnet_noise * torch.randn_like(images)).clamp(
             -2 * settings.magicnet_noise, 2 * settings.magicnet_noise
         )
-        teacher_logits = self._teach(images + noise)
+        teacher_logits = self.forward("teacher", Stream(images + noise, None))
         labels = hard_pseudo_labels(teacher_logits)
         if of_cubes is not None and self.global_step >= settings.magicnet_blend_start:
             omega = class_weights(counts, settings.magicnet_blend_temperature)

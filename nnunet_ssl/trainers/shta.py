@@ -57,10 +57,12 @@ class SHTAMixin(nnUNetTrainerSSL):
     settings: SHTASettings
 
     def networks_with_shta(self) -> list[str]:
-        """Names of the networks that carry a branch."""
+        """Names of the networks that carry a branch; a teacher, which does not learn, never does."""
         if self.settings.shta_weight == 0:
             return []
-        return ["first"] if self.settings.shta_attach == "first" else list(self.networks())
+        if self.settings.shta_attach == "first":
+            return ["first"]
+        return [name for name, network in self.networks().items() if next(network.parameters()).requires_grad]
 
     def tapped_networks(self) -> set[str]:
         """SHTA reads the last decoder feature of the networks that carry it."""

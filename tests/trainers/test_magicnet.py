@@ -237,7 +237,7 @@ def test_class_counts_are_a_running_mean_of_the_pseudo_labels(magicnet):
 def test_the_teacher_sees_noise_that_is_cut_at_twice_its_deviation(magicnet):
     trainer = magicnet(magicnet_noise=0.5)
     seen = []
-    trainer._teach = lambda x: seen.append(x) or torch.zeros(len(x), 3, *x.shape[2:])
+    trainer.training_modules["teacher"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     images = a_batch(trainer)["unlabeled"]
     trainer._pseudo_labels(images, None)
     noise = seen[0] - images
