@@ -138,6 +138,11 @@ BODIES = [
         "nnunet_ssl/_ext/nnunet_ssl_ext.py, nnunet_ssl/trainers/__init__.py: __getattr__",
         ("b34ed8ba0d48b62b",),
     ),
+    Body(
+        "nnunetv2.utilities.find_class_by_name:temporarily_cleanup_imports_from_path",
+        "nnunet_ssl/trainers/__init__.py: of_the_user",
+        ("45c481e7afe21458",),
+    ),
 ]
 
 CONSTRUCTOR = ["plans", "configuration", "fold", "dataset_json", "device"]

@@ -13,14 +13,21 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_ssl import _startup, trainers
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.trainers.settings import settings_from_dict
 
 FOLDER = Path(__file__).parent / "own_trainers"
 OWN = """
+from __future__ import annotations
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunet_ssl.declared import Weight, declared
 from nnunet_ssl.trainers import nnUNetTrainerCPS
 
+@declared
+class MineSettings(nnUNetTrainerCPS.Settings):
+    mine_weight: Weight = 1.0
+
 class nnUNetTrainerMine(nnUNetTrainerCPS):
-    pass
+    Settings = MineSettings
 
 class nnUNetTrainerMine_4epochs(nnUNetTrainerMine):
     of_the_user = True
@@ -60,6 +67,9 @@ def test_a_users_class_has_them_too(own: Path, name: str, base: str, epochs: int
     assert issubclass(found, trainers.nnUNetTrainerCPS)
     assert find(name) is found
     assert pickle.loads(pickle.dumps(found)) is found
+    assert settings_from_dict(found.Settings, {"mine_weight": 2}, "mine.json").mine_weight == 2
+    with pytest.raises(UserError, match="mine_weight"):
+        settings_from_dict(found.Settings, {"mine_weight": -2}, "mine.json")
     assert ("shta_weight" in found.Settings.__dataclass_fields__) == ("SHTA" in name)
     assert found.trainer_of_checkpoints() == "nnUNetTrainer"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+from collections.abc import Callable
 
 from nnunet_ssl._startup import folders_of_the_user
 from nnunet_ssl.errors import UserError
@@ -54,22 +55,33 @@ def __dir__() -> list[str]:
     return sorted(set(globals()) | set(TRAINERS) | set(BASES))
 
 
-def of_the_user(name: str) -> type | None:
-    """The class of this name in the user's folders of ``nnUNet_extTrainer``, where nnU-Net looks after ours."""
-    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+def of_the_user(name: str, use: Callable[[type], type | None] = lambda found: found) -> type | None:
+    """The class of this name in the user's folders of ``nnUNet_extTrainer``, where nnU-Net looks after ours.
+
+    Args:
+        name: of the class.
+        use: makes of it what is returned, while its module is still known: nnU-Net forgets it after a search.
+    """
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class, temporarily_cleanup_imports_from_path
 
     for folder in filter(os.path.isdir, folders_of_the_user()):
-        if found := recursive_find_python_class(folder, name, None, cleanup_imports_from_base_folder=True):
-            return found
+        with temporarily_cleanup_imports_from_path(folder):
+            if found := recursive_find_python_class(folder, name, None):
+                return use(found)
     return None
 
 
 def derived_by_the_user(name: str) -> type | None:
     """A user's class that derives from ours, or SHTA on one; None where there is none."""
     from nnunet_ssl.trainers.base import nnUNetTrainerSSL
+    from nnunet_ssl.trainers.shta import on_host
 
-    found = of_the_user(name)
-    if found is None and name.startswith(SHTA):
-        host = derived_by_the_user(f"nnUNetTrainer{name.removeprefix(SHTA)}")
-        return host and importlib.import_module(f"{__name__}.shta").on_host(host)
-    return found if isinstance(found, type) and issubclass(found, nnUNetTrainerSSL) else None
+    def is_ours(found: type) -> bool:
+        return isinstance(found, type) and issubclass(found, nnUNetTrainerSSL)
+
+    if found := of_the_user(name):
+        return found if is_ours(found) else None
+    if not name.startswith(SHTA):
+        return None
+    # its settings are made of the host's, whose types pydantic looks up in the host's module
+    return of_the_user(f"nnUNetTrainer{name.removeprefix(SHTA)}", lambda host: on_host(host) if is_ours(host) else None)
