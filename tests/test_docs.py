@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -47,11 +48,21 @@ def test_every_page_is_listed():
     assert [p.name for p in (ROOT / "docs").glob("*.md") if p.name != "index.md" and f"({p.name})" not in index] == []
 
 
-def test_readme_lists_every_trainer():
+def test_every_trainer_has_a_section():
     from nnunet_ssl.trainers import TRAINERS
 
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [name for name in TRAINERS if name != "nnUNetTrainerSSL" and f"`{name}`" not in readme] == []
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    sections = re.findall(r"^## (nnUNetTrainer[\w*]+): ", page, re.M)
+    assert [name for name in TRAINERS if not any(fnmatch(name, section) for section in sections)] == []
+    assert [section for section in sections if not any(fnmatch(name, section) for name in TRAINERS)] == []
+
+
+def test_readme_lists_trainers_that_there_are():
+    from nnunet_ssl.trainers import TRAINERS
+
+    rows = re.findall(r"^\| `(nnUNetTrainer\w+)` ", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert rows
+    assert set(rows) <= set(TRAINERS)
 
 
 def test_files_and_columns_of_a_run_are_documented(tiny, make_trainer):
