@@ -1,7 +1,7 @@
 """SHTA on each of its hosts, organ by organ, on the demo's made-up dataset with its small and thin organs.
 
     python scripts/demo_hosts.py --dir runs/demo_hosts --jobs 2
-    python scripts/demo_hosts.py --dir runs/demo_hosts --report --page docs/results.md
+    python scripts/demo_hosts.py --dir runs/demo_hosts --report --page docs/results/demo.md
     python scripts/demo_hosts.py --rows-of docs/results/hippocampus_choices_protocol.json --dir runs/demo_choices
 
 Draws the demo's cases with all their labels, writes a protocol, and leaves the rest to ``nnUNetv2_ssl_benchmark``: it

@@ -1,4 +1,4 @@
-"""Parts of SHTA and of SASNet one by one, on the hippocampus: the ablation tables of ``docs/results.md``.
+"""Parts of SHTA and of SASNet one by one, on the hippocampus: the ablation tables of ``docs/results/parts.md``.
 
     python scripts/hippocampus_parts.py prepare --dir runs/parts --data DIR
     python scripts/hippocampus_parts.py run     --dir runs/parts --table shta_parts --seeds 0 --jobs 2
@@ -328,7 +328,7 @@ def table(results: dict[str, Any], rows: Sequence[Row]) -> Iterator[str]:
 
 
 def report(results: dict[str, Any], docs: Path, name: str) -> None:
-    """Write the results file, and the table into ``docs/results.md`` between its marks.
+    """Write the results file, and the table into ``docs/results/parts.md`` between its marks.
 
     Args:
         results: of :func:`collect`.
@@ -338,12 +338,11 @@ def report(results: dict[str, Any], docs: Path, name: str) -> None:
     Raises:
         UserError: the page has no marks.
     """
-    page = docs / "results.md"
+    page = docs / "results" / "parts.md"
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     lines = [*table(results, TABLES[name]), "", f"{results['steps']:,} steps. Versions: {versions}."]
     page.write_text(fill(page, name, lines, WRITER), encoding="utf-8")
-    (docs / "results").mkdir(parents=True, exist_ok=True)
-    (docs / "results" / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (page.parent / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     print("\n".join(lines))
 
 

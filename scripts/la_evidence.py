@@ -1,4 +1,4 @@
-"""The left atrium table of ``docs/results.md``: three trainers with 8 labelled cases of 80, the same time for each.
+"""The left atrium table of ``docs/results/la.md``: three trainers with 8 labelled cases of 80, the same time for each.
 
     python scripts/la_evidence.py prepare --dir runs/la --data DIR
     python scripts/la_evidence.py measure --dir runs/la
@@ -111,7 +111,7 @@ def run(home: Path, minutes: float, jobs: int) -> None:
 
 
 def report(home: Path, page: Path) -> None:
-    """Write the table into ``docs/results.md``."""
+    """Write the table into ``docs/results/la.md``."""
     budget = json.loads((home / "iterations.json").read_text())
     lines = ["| trained with | steps | Dice | Jaccard | HD95, mm | ASD, mm |"]
     lines += ["| --- | ---: | ---: | ---: | ---: | ---: |"]
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.what == "run":
         run(home, args.minutes, args.jobs)
     else:
-        report(home, ROOT / "docs" / "results.md")
+        report(home, ROOT / "docs" / "results" / "la.md")
 
 
 if __name__ == "__main__":

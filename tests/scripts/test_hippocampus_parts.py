@@ -61,15 +61,15 @@ def test_finished_runs_are_not_run_again_and_failed_ones_are_named(home, monkeyp
 @pytest.mark.parametrize("name", list(parts.TABLES))
 def test_report_writes_table_and_results(home, tmp_path, name):
     docs = tmp_path / "docs"
-    docs.mkdir()
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    (docs / "results.md").write_text(page)
+    (docs / "results").mkdir(parents=True)
+    page = (ROOT / "docs" / "results" / "parts.md").read_text(encoding="utf-8")
+    (docs / "results" / "parts.md").write_text(page)
     runs = parts.plan_runs(home, 400, [0, 1], name, "cpu")
     for run in runs[:-1]:  # one is not finished
         write_summary(run)
     parts.report(parts.collect(runs), docs, name)
 
-    written = (docs / "results.md").read_text(encoding="utf-8")
+    written = (docs / "results" / "parts.md").read_text(encoding="utf-8")
     assert written.startswith(page[: page.index(f"<!-- {name}: written")])
     assert written.endswith(page[page.index(f"<!-- {name}: end") :])
     # Dice of the first class 0.5, 0.6 by seed, of the second 0.1 more
@@ -80,7 +80,7 @@ def test_report_writes_table_and_results(home, tmp_path, name):
     assert len(json.loads((docs / "results" / f"{name}.json").read_text())["runs"]) == 9
 
     parts.report(parts.collect(runs), docs, name)  # a second time replaces the first
-    assert (docs / "results.md").read_text(encoding="utf-8") == written
+    assert (docs / "results" / "parts.md").read_text(encoding="utf-8") == written
 
 
 def test_settings_are_the_trainers():
