@@ -44,8 +44,15 @@ def test_commands_that_are_named_exist(page):
 
 
 def test_every_page_is_listed():
-    index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
-    assert [p.name for p in (ROOT / "docs").glob("*.md") if p.name != "index.md" and f"({p.name})" not in index] == []
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert [p.name for p in (ROOT / "docs").glob("*.md") if f"(docs/{p.name})" not in readme] == []
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    assert [p.name for p in (ROOT / "docs" / "results").glob("*.md") if f"(results/{p.name})" not in results] == []
+
+
+def test_every_command_has_its_help_on_the_site():
+    page = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)`", page, re.M)) == commands_of_setup()
 
 
 def test_every_trainer_has_a_section():
