@@ -1,8 +1,9 @@
 # make demo       the whole way on made-up data, from preprocessing to a figure, in less than 15 minutes on 2 CPU cores
 # make test       the tests that take seconds each;  make test-slow: every test;  make lint
-# make docs       the tables of docs/settings.md, from the settings that the trainers declare
+# make settings   the tables of docs/settings.md, from the settings that the trainers declare
 # make wheel      the wheel, in build/wheel, installed where nothing else is, where it checks itself
-# make bench      seconds a step and peak memory of each trainer, against nnUNetTrainer
+# make docs       the documentation's site, in site/
+# make bench      time per step and peak memory of each trainer, against nnUNetTrainer
 #
 # Each of them but wheel first makes a virtual environment in .venv and installs the package there, if that is still
 # to be done. PYTHON=python3.12 picks the interpreter, VENV=folder the place, NNUNET=nnunetv2==2.8.0 another nnU-Net,
@@ -20,7 +21,7 @@ NNUNET ?=
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint docs wheel bench
+.PHONY: demo test test-slow lint docs settings wheel bench
 
 # One thread for each process: the tests' networks are tiny, and 2 cores shared by many threads are slower than 1.
 test test-slow: export OMP_NUM_THREADS ?= 1
@@ -34,13 +35,13 @@ test: $(INSTALLED)
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest $(PARALLEL) --durations=10 -m "slow or not slow" $(TESTS)
 
-lint: $(INSTALLED)
+lint: $(INSTALLED) docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
 
-docs: $(INSTALLED)
+settings: $(INSTALLED)
 	$(BIN)/python scripts/settings_page.py
 
 wheel:
@@ -50,6 +51,9 @@ wheel:
 	build/clean/bin/python -m pip install --quiet build/wheel/*.whl
 	cd / && nnUNet_raw=/tmp nnUNet_preprocessed=/tmp nnUNet_results=/tmp \
 		$(CURDIR)/build/clean/bin/nnUNetv2_ssl_trainers --check
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(INSTALLED)
 	$(BIN)/python scripts/benchmark_trainers.py $(BENCH)

@@ -118,6 +118,9 @@ setup(
             "mypy>=2,<3",
             "pre-commit",
             "setuptools>=77",
+            "mkdocs>=1.6,<2",
+            "mkdocs-material>=9.6",
+            "mkdocstrings[python]>=0.29",
         ],
     },
     entry_points={
