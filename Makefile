@@ -53,7 +53,7 @@ wheel:
 		$(CURDIR)/build/clean/bin/nnUNetv2_ssl_trainers --check
 
 docs: $(INSTALLED)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(INSTALLED)
 	$(BIN)/python scripts/benchmark_trainers.py $(BENCH)
