@@ -1,4 +1,4 @@
-"""Writes the tables of docs/settings.md from the settings that the trainers declare: ``make docs``.
+"""Writes the tables of docs/settings.md from the settings that the trainers declare: ``make settings``.
 
 A table stands between ``<!-- settings: CLASS ... -->``, which names the classes whose own settings it lists, and
 ``<!-- end -->``. The rest of the page is written by hand.

@@ -9,7 +9,7 @@ TEXT = settings_page.PAGE.read_text(encoding="utf-8")
 
 
 def test_the_page_is_current() -> None:
-    assert settings_page.with_tables(TEXT) == TEXT, "run `make docs`"
+    assert settings_page.with_tables(TEXT) == TEXT, "run `make settings`"
 
 
 def test_a_changed_default_is_put_right() -> None:
