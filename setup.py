@@ -13,6 +13,7 @@ COMMANDS = (
     "preprocess",
     "warp",
     "split",
+    "dataset",
     "trainers",
     "export",
     "demo",

@@ -126,6 +126,7 @@ def write_dataset(
     unlabeled: int = UNLABELED,
     test: int = TEST,
     shape: tuple[int, int, int] = SHAPE,
+    name: str = DATASET,
 ) -> Path:
     """Write the dataset as nnU-Net's raw format with ``imagesUn``, complete or not at all.
 
@@ -136,12 +137,13 @@ def write_dataset(
         seed: the same seed gives the same dataset.
         labeled, unlabeled, test: numbers of cases in imagesTr, imagesUn and imagesTs.
         shape: of the images.
+        name: of the dataset.
 
     Returns:
         The dataset's folder.
     """
-    target = raw / DATASET
-    partial = raw / f".{DATASET}.partial"
+    target = raw / name
+    partial = raw / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     number = 0
     for suffix, count in (("Tr", labeled), ("Un", unlabeled), ("Ts", test)):

@@ -321,23 +321,24 @@ def _already_unlabeled(source_folder: str, dataset_json: dict, images: dict[str,
     return found
 
 
-def refuse_existing(target_id: int, target: str | None = None) -> None:
+def refuse_existing(target_id: int, target: str | None = None, option: str = "-o") -> None:
     """Refuse an id that no new dataset can have.
 
     Args:
         target_id: the id.
         target: the name that the new dataset will have; what a killed run has left of it is no obstacle.
+        option: the command's option that gives the id, for messages.
 
     Raises:
         UserError: it is none, or one of nnU-Net's three folders knows a dataset of this id.
     """
     if not 1 <= target_id <= 999:
-        raise UserError(f"-o {target_id} is not a dataset id. Give a number from 1 to 999.")
+        raise UserError(f"{option} {target_id} is not a dataset id. Give a number from 1 to 999.")
     existing = [name for name in find_candidate_datasets(target_id) if name != target or not is_unfinished(name)]
     if existing:
         raise UserError(
-            f"-o {target_id}: {existing[0]} exists already, among the raw or preprocessed data or the results. Choose "
-            "another id, or remove it from all three folders."
+            f"{option} {target_id}: {existing[0]} exists already, among the raw or preprocessed data or the results. "
+            "Choose another id, or remove it from all three folders."
         )
 
 

@@ -1,4 +1,4 @@
-"""``scripts/prepare_la.py`` on made-up NRRD and h5 files with the challenge's names, and on the real folder."""
+"""``nnUNetv2_ssl_dataset la`` on made-up NRRD and h5 files with the challenge's names, and on the real folder."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import json
 import sys
 
 import numpy as np
-import prepare_la
 import pytest
 import SimpleITK as sitk
-from prepare_la import RECIPE, SOME_TEST, TRAIN, crop, main
-from raw_dataset import Case, crop_in_plane, load
 from raw_files import REAL, array, cases, fold, image, label, nothing_written, write
 
+from nnunet_ssl.commands.dataset import main
+from nnunet_ssl.datasets import writing
+from nnunet_ssl.datasets.cases import Case
+from nnunet_ssl.datasets.editing import crop_in_plane
+from nnunet_ssl.datasets.la import RECIPE, SOME_TEST, TRAIN, crop
+from nnunet_ssl.datasets.reading import load
 from nnunet_ssl.errors import UserError
 
 ISO = (0.625, 0.625, 0.625)
@@ -36,7 +39,7 @@ def data(tmp_path):
 
 
 def run(data, *more):
-    main(["--data", str(data), "-d", "650", "--train-list", str(data / "few.txt"), *more])
+    main(["la", "--data", str(data), "-d", "650", "--train-list", str(data / "few.txt"), *more])
 
 
 def test_the_list_is_the_literatures():
@@ -72,7 +75,7 @@ def test_without_the_twenty_test_cases(data, fresh_folders):
 
 def test_missing_training_cases_are_named(data, fresh_folders):
     with pytest.raises(UserError, match=f"{TRAIN[9]}/lgemri.nrrd is missing") as error:
-        main(["--data", str(data), "-d", "650"])
+        main(["la", "--data", str(data), "-d", "650"])
     assert len(str(error.value).splitlines()) == 1 + 71
 
 
@@ -179,16 +182,33 @@ def test_h5_files(data, fresh_folders):
     assert f"{FEW[1]}/mri_norm2.h5 cannot be read" in str(error.value)
 
 
+def test_a_protocol_says_which_case_is_what(tmp_path, fresh_folders):
+    data, (labeled, test, unlabeled) = tmp_path / "data", TRAIN[:3]
+    for case in (labeled, test, unlabeled):
+        write(data / "images" / f"{case}.nii.gz", image(np.uint8, 0, 255), spacing=(1.0, 1.0, 1.0))
+        write(data / "labels" / f"{case}.nii.gz", label(0, 255), spacing=(1.0, 1.0, 1.0))
+    protocol = {"train": [unlabeled, labeled], "test": [test], "labelled_order": [[labeled, unlabeled]]}
+    (data / "protocol.json").write_text(json.dumps(protocol))
+    options = ["la", "--data", str(data), "-d", "650", "--labeled", "1"]
+    with pytest.raises(UserError, match=r"protocol.json says .*: leave out --test-list and --crop-to-label"):
+        main([*options, "--crop-to-label", "--test-list", "x.txt"])
+    main(options)
+    dataset = fresh_folders.raw / "Dataset650_LALabeled1"
+    assert cases(dataset / "labelsTr") == [labeled]
+    assert cases(dataset / "imagesUn") == [unlabeled]
+    written = sitk.ReadImage(str(dataset / "labelsTr" / f"{labeled}.nii.gz"))
+    assert written.GetSpacing() == (1, 1, 1)  # the voxel sizes of such files are taken at their word
+    assert (sitk.GetArrayFromImage(written) == label(0, 1)).all()
+
+
 @pytest.mark.skipif(not (REAL / "la").is_dir(), reason="the left atrium data are not beside the project")
 def test_real_data(fresh_folders, monkeypatch):
     """A few cases of the real folder, with the literature's order."""
-    import raw_dataset
-
     assert [name[3:] for name in json.loads((REAL / "la" / "protocol.json").read_text())["labelled_order"][0]] == TRAIN
     checked = []
-    monkeypatch.setattr(raw_dataset, "_check", lambda case, recipe: checked.append(case) or [])
-    monkeypatch.setattr(raw_dataset, "_write", lambda case, recipe, target: None)
-    prepare_la.main(["--data", str(REAL / "la"), "--labeled", "16", "-d", "650"])
+    monkeypatch.setattr(writing, "_check", lambda case, recipe: checked.append(case) or [])
+    monkeypatch.setattr(writing, "_write", lambda case, recipe, target: None)
+    main(["la", "--data", str(REAL / "la"), "--labeled", "16", "-d", "650"])
     assert len(checked) == 90
     assert fold(fresh_folders, "Dataset650_LALabeled16")["train"] == sorted(f"la_{case}" for case in TRAIN[:16])
     for case in (checked[0], checked[-1]):

@@ -1,13 +1,14 @@
-"""``scripts/prepare_acdc.py``: lists of patients, of whom each has several cases."""
+"""``nnUNetv2_ssl_dataset acdc``: lists of patients, of whom each has several cases."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-from prepare_acdc import main
 from raw_files import REAL, cases, fold, image, label, nothing_written, write
 
+from nnunet_ssl.commands.dataset import main
+from nnunet_ssl.datasets.protocol_json import read_protocol
 from nnunet_ssl.errors import UserError
 
 TRAIN, TEST = ["p1", "p2", "p3"], ["p4"]
@@ -32,7 +33,7 @@ def data(tmp_path):
 
 
 def test_all_cases_of_a_patient_are_in_one_part(data, fresh_folders):
-    main(["--data", str(data), "--seed", "1", "--labeled", "2", "-d", "780"])
+    main(["acdc", "--data", str(data), "--seed", "1", "--labeled", "2", "-d", "780"])
     dataset = fresh_folders.raw / "Dataset780_ACDCSeed1Labeled2"
     labeled = sorted(CASES["p3"] + CASES["p2"])
     assert cases(dataset / "imagesTr") == cases(dataset / "labelsTr") == labeled
@@ -46,7 +47,7 @@ def test_all_cases_of_a_patient_are_in_one_part(data, fresh_folders):
 @pytest.mark.parametrize("labeled", ["3", "0"])
 def test_numbers_are_of_patients(data, fresh_folders, labeled):
     with pytest.raises(UserError, match=rf"--labeled {labeled}: expected 1 to 2 or all"):
-        main(["--data", str(data), "--labeled", labeled, "-d", "780"])
+        main(["acdc", "--data", str(data), "--labeled", labeled, "-d", "780"])
 
 
 @pytest.mark.parametrize(
@@ -63,21 +64,19 @@ def test_wrong_cases_of_patients(data, fresh_folders, change, message):
     patients = CASES | change if isinstance(change, dict) else change
     (data / "protocol.json").write_text(json.dumps(PROTOCOL | {"cases_of_patient": patients}))
     with pytest.raises(UserError, match=message):
-        main(["--data", str(data), "--labeled", "2", "-d", "780"])
+        main(["acdc", "--data", str(data), "--labeled", "2", "-d", "780"])
     assert nothing_written(fresh_folders)
 
 
 def test_lists_of_cases_would_split_patients(data, fresh_folders):
     (data / "protocol.json").unlink()
     with pytest.raises(UserError, match=r"protocol\.json with 'cases_of_patient' is needed"):
-        main(["--data", str(data), "-d", "780"])
+        main(["acdc", "--data", str(data), "-d", "780"])
 
 
 @pytest.mark.skipif(not (REAL / "acdc").is_dir(), reason="the ACDC data are not beside the project")
 def test_real_protocol(fresh_folders):
     """Eight orders of 60 patients; the images are left alone, since reading them takes long."""
-    from raw_dataset import _read_protocol
-
-    train, test, several, cases_of = _read_protocol(REAL / "acdc" / "protocol.json", 7)
+    train, test, several, cases_of = read_protocol(REAL / "acdc" / "protocol.json", 7)
     assert (len(train), len(test), several) == (60, 20, True)
     assert {len(cases_of[patient]) for patient in train + test} == {2}

@@ -1,4 +1,4 @@
-"""``scripts/prepare_amos.py`` on made-up files with the challenge's folders and numbers."""
+"""``nnUNetv2_ssl_dataset amos`` on made-up files with the challenge's folders and numbers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import raw_dataset
-from prepare_amos import LABELED, VALIDATION, main
 from raw_files import array, cases, fold, image, label, nothing_written, write
 
+from nnunet_ssl.commands.dataset import main
+from nnunet_ssl.datasets import writing
+from nnunet_ssl.datasets.amos import LABELED, VALIDATION
 from nnunet_ssl.errors import UserError
 
 CT, MRI = "0078", "0514"  # labelled ones
@@ -50,7 +51,7 @@ def published(tmp_path_factory):
 
 
 def run(data, *more):
-    main(["--data", str(data), "-d", "711", *more])
+    main(["amos", "--data", str(data), "-d", "711", *more])
 
 
 def test_the_made_up_numbers_are_like_the_published_ones():
@@ -63,8 +64,8 @@ def test_the_made_up_numbers_are_like_the_published_ones():
 def names_only(monkeypatch):
     """Which case becomes what, without reading 360 files; ``test_files`` reads some."""
     made = []
-    monkeypatch.setattr(raw_dataset, "_check", lambda case, recipe: made.append(case) or [])
-    monkeypatch.setattr(raw_dataset, "_write", lambda case, recipe, target: None)
+    monkeypatch.setattr(writing, "_check", lambda case, recipe: made.append(case) or [])
+    monkeypatch.setattr(writing, "_write", lambda case, recipe, target: None)
     return made
 
 

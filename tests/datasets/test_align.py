@@ -1,16 +1,18 @@
-"""What all scripts share: labels on the grid of their images."""
+"""What all datasets share: labels on the grid of their images."""
 
 from __future__ import annotations
 
 import pytest
 import SimpleITK as sitk
-from raw_dataset import CaseError, align_by_header, align_by_voxels
+
+from nnunet_ssl.datasets.recipe import align_by_header, align_by_voxels
+from nnunet_ssl.volumes import VolumeError
 
 
 def test_a_slice_too_many_is_another_size_however_many_there_are():
     image, label = sitk.Image(2, 2, 2000, sitk.sitkInt16), sitk.Image(2, 2, 2001, sitk.sitkUInt8)
     for align in (align_by_header, align_by_voxels):
-        with pytest.raises(CaseError, match="differ in size: 2 x 2 x 2000 and 2 x 2 x 2001"):
+        with pytest.raises(VolumeError, match="differ in size: 2 x 2 x 2000 and 2 x 2 x 2001"):
             align(label, image)
 
 
@@ -23,5 +25,5 @@ def test_origins_may_differ_by_half_a_voxel_of_each_axis(shift, fits):
     if fits:
         assert align_by_header(label, image).GetOrigin() == image.GetOrigin()
     else:
-        with pytest.raises(CaseError, match="differ in origin"):
+        with pytest.raises(VolumeError, match="differ in origin"):
             align_by_header(label, image)

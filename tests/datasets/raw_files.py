@@ -1,4 +1,4 @@
-"""Small files as the owners of datasets publish them, for the tests of ``scripts/prepare_*.py``."""
+"""Small files as the owners of datasets publish them, for the tests of ``nnUNetv2_ssl_dataset``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-ROOT = Path(__file__).resolve().parents[2]
-REAL = ROOT.parent / "shared" / "data"
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 SHAPE = (4, 5, 6)  # z, y, x
 

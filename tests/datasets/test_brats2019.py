@@ -1,12 +1,12 @@
-"""``scripts/prepare_brats2019.py`` on made-up files with the challenge's folders and names."""
+"""``nnUNetv2_ssl_dataset brats2019`` on made-up files with the challenge's folders and names."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from prepare_brats2019 import main
 from raw_files import array, cases, fold, label, write
 
+from nnunet_ssl.commands.dataset import main
 from nnunet_ssl.errors import UserError
 
 CASES = [f"BraTS19_TCIA01_{number}_1" for number in range(4)] + ["BraTS19_2013_10_1", "BraTS19_CBICA_AAP_1"]
@@ -36,7 +36,7 @@ def data(tmp_path):
 def run(data, *more):
     lists = [("train", "train"), ("validation", "val"), ("test", "test")]
     options = [text for option, name in lists for text in (f"--{option}-list", str(data / f"{name}.txt"))]
-    main(["--data", str(data), "-d", "731", "--labeled", "2", *options, *more])
+    main(["brats2019", "--data", str(data), "-d", "731", "--labeled", "2", *options, *more])
 
 
 def test_challenge_files(data, fresh_folders):
@@ -67,7 +67,7 @@ def test_h5_files_of_ssl4mis(data, fresh_folders, tmp_path):
 
 def test_lists_are_needed_and_must_fit_the_files(data, fresh_folders):
     with pytest.raises(UserError, match="--train-list, --validation-list and --test-list are needed"):
-        main(["--data", str(data), "-d", "731"])
+        main(["brats2019", "--data", str(data), "-d", "731"])
     (data / "test.txt").write_text("BraTS19_CBICA_XYZ_1\n")
     with pytest.raises(UserError, match=r"BraTS19_CBICA_XYZ_1(_flair.nii.gz|.h5) is missing"):
         run(data)

@@ -1,4 +1,4 @@
-"""``scripts/prepare_pancreas_ct.py`` on made-up DICOM series and labels with the archive's names and quirks."""
+"""``nnUNetv2_ssl_dataset pancreas_ct`` on made-up DICOM series and labels with the archive's names and quirks."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from prepare_pancreas_ct import LABELED, LISTS, TEST, edit, main
-from raw_dataset import Case, resample
 from raw_files import array, cases, fold, nothing_written, write, write_dicom
 
+from nnunet_ssl.commands.dataset import main
+from nnunet_ssl.datasets.cases import Case
+from nnunet_ssl.datasets.pancreas_ct import LABELED, LISTS, TEST, edit, resample
 from nnunet_ssl.errors import UserError
 
 SHAPE, SPACING = (4, 8, 10), (0.8, 0.8, 1.0)
@@ -55,7 +56,7 @@ def data(tmp_path):
 
 def run(data, *more):
     lists = [f"--{name}-list={data.parent / name}.list" for name in FEW]
-    main(["--data", str(data), "-d", "721", *lists, *more])
+    main(["pancreas_ct", "--data", str(data), "-d", "721", *lists, *more])
 
 
 def label_file(data: Path, case: str) -> Path:

@@ -1,0 +1,45 @@
+"""ACDC (cine MRI of the heart, two frames a patient) as an nnU-Net raw dataset with few labels.
+
+    nnUNetv2_ssl_dataset acdc --data DIR --seed 0 --labeled 3 -d 780
+    nnUNetv2_ssl_dataset acdc --data DIR --labeled all -d 789
+
+DIR holds ``images`` and ``labels``, the same file names in both, ``<case>.nii.gz``, and ``protocol.json``, whose lists
+name patients:
+
+    {"train": ["p1", "p2", "p3"], "test": ["p4"], "labelled_order": [["p2", "p1", "p3"], ["p3", "p2", "p1"]],
+     "cases_of_patient": {"p1": ["p1_frame01", "p1_frame12"], "p2": ...}}
+
+``--labeled n`` counts patients: all cases of the first n patients of the order (``--seed``, from 0) keep their labels,
+and no patient is in two parts. ``groups.json`` in the dataset says whose case each one is.
+
+There is no validation list; the fold trains on all labelled cases and validates on the first five of them, by which
+nothing is to be chosen. What else holds is said by ``nnUNetv2_ssl_dataset hippocampus -h``.
+
+The data ask for registration and for the citation: O. Bernard et al., Deep learning techniques for automatic MRI
+cardiac multi-structures segmentation and diagnosis, IEEE Transactions on Medical Imaging 37(11), 2018.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from nnunet_ssl.datasets.protocol_json import add_order, from_protocol
+from nnunet_ssl.datasets.recipe import Recipe
+
+RECIPE = Recipe(
+    labels={"background": 0, "right ventricle": 1, "myocardium": 2, "left ventricle": 3},
+    channel="MRI",
+    reference="ACDC, Bernard et al. 2018",
+    licence="registration and citation asked, non-commercial",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this dataset alone."""
+    add_order(parser)
+    parser.add_argument("--labeled", default="3", help="Training patients that keep labels, or 'all'. Default: 3")
+
+
+def make(args: argparse.Namespace) -> None:
+    """Check the data, then write the dataset and its one fold."""
+    from_protocol(args, "ACDC", RECIPE, patients=True)

@@ -1,0 +1,82 @@
+"""A case, the part that it has in a dataset, and where its published files are."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nnunet_ssl.errors import UserError
+
+Part = Literal["labeled", "validation", "unlabeled", "test"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A case and its files; ``label`` is None where it is not to be opened."""
+
+    name: str
+    part: Part
+    image: Path
+    label: Path | None
+
+
+class Files:
+    """Where a dataset's files are, by case; the ``._*`` files that macOS puts into archives are none.
+
+    Args:
+        root: folder that is searched with all that is below it.
+        template: the end of a file's path, the case in braces: ``img{}.nii.gz``, ``{}/lgemri.nrrd``. A template that
+            ends in ``.gz`` also finds the unpacked file.
+        folders: look for folders that hold such a file, not for the file itself (DICOM).
+
+    Raises:
+        UserError: there is no such folder.
+    """
+
+    def __init__(self, root: Path, template: str, folders: bool = False) -> None:
+        if not root.is_dir():
+            raise UserError(f"{root} is not a folder.")
+        self.root, self.template = root, template
+        pattern = re.escape(template).replace(r"\{\}", "(?P<case>[^/]+)").replace(r"\*\*/", "(?:.*/)?")
+        pattern = pattern.replace(r"\*", "[^/]*")
+        pattern = pattern.removesuffix(r"\.gz") + r"(?:\.gz)?" if pattern.endswith(r"\.gz") else pattern
+        self.found: dict[str, set[Path]] = defaultdict(set)
+        for file in root.rglob("*"):
+            match = re.fullmatch(f"(?:.*/)?{pattern}", file.relative_to(root).as_posix())
+            if match and not file.name.startswith("._"):
+                self.found[match["case"]].add(file.parent if folders else file)
+
+    def one(self, case: str, problems: list[str]) -> Path | None:
+        """The one file of a case; where there is none or more than one, that is added to ``problems``."""
+        files, name = sorted(self.found.get(case, ())), self.template.replace("{}", case)
+        if not files:
+            problems.append(f"{name} is missing below {self.root}.")
+        elif len(files) > 1:
+            problems.append(f"{name} is there {len(files)} times: {', '.join(map(str, files))}. Keep one.")
+        return files[0] if len(files) == 1 else None
+
+
+def make_cases(
+    parts: dict[str, Part], images: Files, labels: Files, problems: list[str], prefix: str = "", open_all: bool = False
+) -> list[Case]:
+    """The cases with their files; missing and doubled files are added to ``problems``.
+
+    Args:
+        parts: what ``Lists.parts`` gave.
+        images: the images' files.
+        labels: the labels' files.
+        problems: is added to.
+        prefix: before a case's name in nnU-Net's files.
+        open_all: whether labels of unlabelled cases are opened.
+    """
+    cases = []
+    for case, part in parts.items():
+        image = images.one(case, problems)
+        wanted = part != "unlabeled" or open_all
+        label = labels.one(case, problems) if wanted else None
+        if image and (label or not wanted):
+            cases.append(Case(f"{prefix}{case}", part, image, label))
+    return cases

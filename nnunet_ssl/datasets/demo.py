@@ -1,0 +1,36 @@
+"""The demo's made-up anatomy, five organs, with the labels of all its 55 cases.
+
+    nnUNetv2_ssl_dataset demo -d 1
+
+The cases are those of ``nnUNetv2_ssl_demo`` with seed 0. Nothing has to be there for it; ``nnUNetv2_ssl_split`` hides
+labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nnunet_ssl.demo.dataset import LABELED, TEST, UNLABELED, write_dataset
+from nnunet_ssl.files import writing
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """It has no options of its own."""
+
+
+def make(args: argparse.Namespace) -> None:
+    """Draw the cases.
+
+    Raises:
+        UserError: the id is taken, or the dataset cannot be written.
+    """
+    # heavy: only once the arguments are known to be good
+    from nnunet_ssl.unlabeled.find import required_folder
+    from nnunet_ssl.unlabeled.split import refuse_existing
+
+    raw, name = Path(required_folder("nnUNet_raw")), f"Dataset{args.d:03d}_SSLDemoAllLabels"
+    refuse_existing(args.d, option="-d")
+    with writing("Make room, or let nnUNet_raw name another folder."):
+        write_dataset(raw, seed=0, labeled=LABELED + UNLABELED + TEST, unlabeled=0, test=0, name=name)
+    print(f"{raw / name}: {LABELED + UNLABELED + TEST} labelled cases")
