@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
+from nnunet_ssl.datasets import PUBLISHED
 from nnunet_ssl.declared import (
     Count,
     DatasetId,
@@ -31,7 +32,6 @@ OURS = ("seed", "num_iterations_per_epoch", "save_every", "keep_epochs")  # sett
 Word = Annotated[str, Field(pattern=r"^[\w-]+$", description="letters, digits, - and _")]
 Plans = Annotated[str, Field(pattern=r"^[\w.-]+$", description="letters, digits, -, _ and .")]
 Name = Annotated[str, Field(pattern=r"^\w[\w +.,()%-]*$", description="a name of letters, digits, spaces and +-_.,()%")]
-Script = Annotated[str, Field(pattern=r"^\w+\.py$", description="the name of a script, prepare_<dataset>.py")]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Labeled = Annotated[
     Literal["all"] | Count | Fraction, Field(description='a number of cases, a fraction below 1, or "all"')
@@ -138,17 +138,17 @@ class Budget:
 
 @declared
 class Data:
-    """Where the datasets with few labels come from: a script of ``scripts/``, or a raw dataset that is split.
+    """Where the datasets with few labels come from: a published one, or a raw dataset that is split.
 
     Attributes:
-        script, options: ``prepare_*.py`` and what it is called with besides ``--data``, ``--labeled`` and ``-d``;
-            ``{data}`` stands for the folder of the published data.
+        published, options: of ``nnUNetv2_ssl_dataset``: the dataset's name, and what the command is called with besides
+            ``--data``, ``--labeled`` and ``-d``; ``{data}`` stands for the folder of the published data.
         dataset, test, validation: of ``nnUNetv2_ssl_split``: the labelled dataset, the file that lists the test cases,
             and the validation cases.
         order_by_seed: whether each seed has labelled cases of its own.
     """
 
-    script: Script | None = None
+    published: Literal[PUBLISHED] | None = None
     options: Arguments = ()
     dataset: Dataset | None = None
     test: Text | None = None
@@ -292,16 +292,14 @@ def read_protocol(which: str) -> Protocol:
 
 def _data(data: Data, file: Path) -> Data:
     """Check what belongs together, and find the files beside the protocol."""
-    if (data.script is None) == (data.dataset is None):
-        raise UserError(f"{file}, data, needs either 'script' or 'dataset': a script that makes it, or one to split.")
+    if (data.published is None) == (data.dataset is None):
+        raise UserError(f"{file}, data, needs either 'published' or 'dataset': one to make, or one to split.")
     if data.dataset is None:
         if data.test or data.validation:
-            raise UserError(
-                f"{file}, data, has 'test' or 'validation', which are for 'dataset'; use the script's options."
-            )
+            raise UserError(f"{file}, data, has 'test' or 'validation', which are for 'dataset'; use 'options'.")
         return data
     if data.options:
-        raise UserError(f"{file}, data, has 'options', which are for 'script'; remove them.")
+        raise UserError(f"{file}, data, has 'options', which are for 'published'; remove them.")
     if data.test is None:
         raise UserError(f"{file}, data, lacks 'test'; give a file that lists the test cases, one a line.")
     test = (file.parent / data.test).resolve()

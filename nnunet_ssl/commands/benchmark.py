@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from nnunet_ssl.benchmark.runs import Benchmark
 
 SNAKEFILE = Path(__file__).resolve().parents[1] / "benchmark" / "Snakefile"
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"  # in a checkout; an installation has none
 CANCELLED = 60  # seconds that Snakemake has to end its jobs, on a cluster as well
 
 
@@ -51,7 +51,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "-np", type=count, help="Processes that prepare and evaluate. Default: 8, or the number of cores"
     )
-    parser.add_argument("--scripts", type=Path, metavar="DIR", help="Folder of prepare_*.py. Default: the checkout's")
     parser.add_argument("--page", type=Path, metavar="FILE", help="A Markdown file that gets the report between marks")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="Print the commands, and do nothing")
@@ -90,40 +89,22 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError('Snakemake is missing; pip install "nnunet-ssl[benchmark]", in Python 3.11 or newer.')
     processes = args.np or min(8, os.cpu_count() or 1)
     words = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE), "--directory", str(home)]
-    words += [
-        "--cores",
-        str(max(args.jobs, processes)),
-        "--jobs",
-        str(args.jobs),
-        "--resources",
-        f"training={args.jobs}",
-    ]
+    words += f"--cores {max(args.jobs, processes)} --jobs {args.jobs} --resources training={args.jobs}".split()
     # a file that is newer, or another list of them, is a reason to do a step again; another number of processes is not
-    words += [
-        "--rerun-triggers",
-        "mtime",
-        "input",
-        "--rerun-incomplete",
-        "--keep-going",
-        "--nolock",
-        "--printshellcmds",
-    ]
+    words += "--rerun-triggers mtime input --rerun-incomplete --keep-going --nolock --printshellcmds".split()
     words += [*passed_on, "--config", f"protocol={file.resolve()}", f"device={device}", f"processes={processes}"]
     words += [f"jobs={args.jobs}", f"data={args.data.resolve() if args.data else 'DATA'}"]
     words += [f"page={args.page.resolve()}"] if args.page else []
-    words += [f"scripts={(args.scripts or SCRIPTS).resolve()}"]
     if args.dry_run:
         existed = home.exists()
         code = run([*words, "--dry-run"])
         if not existed and home.is_dir():
-            import shutil
-
             shutil.rmtree(home)  # Snakemake works in it
         if code:
             raise UserError("Snakemake cannot plan this; its message is above.")
         return
     with claimed(home, given, device):
-        check_source(benchmark, args.data, args.scripts or SCRIPTS)
+        check_source(benchmark, args.data)
         write_json(str(home / IDS), benchmark.ids)
         code = run(words)
         if code and any(map(benchmark.is_finished, benchmark.queue())):
@@ -135,26 +116,18 @@ def main(argv: list[str] | None = None) -> None:
         )
 
 
-def check_source(benchmark: Benchmark, data: Path | None, scripts: Path) -> None:
+def check_source(benchmark: Benchmark, data: Path | None) -> None:
     """What the published datasets are made from is there, where one is still to be made.
 
     Raises:
-        UserError: the script or the data are not.
+        UserError: it is not.
     """
-    protocol = benchmark.protocol
+    published = benchmark.protocol.data.published
     made = all((benchmark.home / "done" / f"dataset_{number}").exists() for number in benchmark.sources())
-    if protocol.data.script is None or made:
-        return
-    script = scripts.resolve() / protocol.data.script
-    if not script.is_file():
-        raise UserError(
-            f"{script} does not exist, which makes the datasets of {protocol.name}. It is part of a checkout, not "
-            "of an installation: name the checkout's folder with --scripts."
-        )
-    if data is None or not data.is_dir():
+    if published is not None and not made and (data is None or not data.is_dir()):
         raise UserError(
             f"{data or 'DATA'} is no folder; name the folder of the published data with --data. What it has to hold "
-            f"is said by python {script} --help"
+            f"is said by nnUNetv2_ssl_dataset {published} --help"
         )
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from nnunet_ssl.benchmark.protocol import read_protocol, shipped
+from nnunet_ssl.commands import dataset
 from nnunet_ssl.errors import UserError
 
-SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
 
 
 def test_fields_and_defaults(given, write_protocol, tmp_path):
@@ -52,13 +53,13 @@ def set_(*path):
         (set_("labeled", ["all"]), "for a dataset that is split, give the number of cases"),
         (set_("metrics", ["dise"]), "sets 'metrics'"),
         (set_("name", "a/b"), "sets 'name' to 'a/b'"),
-        (set_("data", {}), "needs either 'script' or 'dataset'"),
-        (set_("data", "script", "prepare_la.py"), "needs either 'script' or 'dataset'"),
+        (set_("data", {}), "needs either 'published' or 'dataset'"),
+        (set_("data", "published", "la"), "needs either 'published' or 'dataset'"),
         (set_("data", {"dataset": 1}), "lacks 'test'"),
         (set_("data", "test", "no.txt"), "no.txt does not exist"),
-        (set_("data", "options", ["--x"]), "'options', which are for 'script'"),
-        (set_("data", {"script": "prepare_la.py", "validation": 2}), "which are for 'dataset'"),
-        (set_("data", {"script": "../evil.py"}), "it must be the name of a script"),
+        (set_("data", "options", ["--x"]), "'options', which are for 'published'"),
+        (set_("data", {"published": "la", "validation": 2}), "which are for 'dataset'"),
+        (set_("data", {"published": "lung"}), "sets 'published' to 'lung'; it must be one of 'acdc', 'amos'"),
         (set_("rows", 1, "name", "labels ONLY"), r"rows\[1\], is named 'labels ONLY', as another row is"),
         (set_("rows", 1, "name", "a|b"), r"rows\[1\], sets 'name'"),
         (set_("rows", 1, "trainer", "nnUNetTrainerCPSS"), r"rows\[1\], .* did you mean nnUNetTrainerCPS\?"),
@@ -157,14 +158,12 @@ def test_an_unknown_name_is_told_the_known_ones():
 
 @pytest.mark.parametrize("name", shipped())
 def test_protocols_that_ship(name):
-    """Each is sound, named as its file, and its script exists and knows the options."""
+    """Each is sound, named as its file, and the command that makes its dataset knows the options."""
     protocol = read_protocol(name)
     assert protocol.name == name
-    script = (SCRIPTS / protocol.data.script).read_text(encoding="utf-8")
-    known = script + (SCRIPTS / "raw_dataset.py").read_text(encoding="utf-8")
-    for option in protocol.data.options:
-        name_in_code = option.replace("-list", "") if option.endswith("-list") else option
-        assert not option.startswith("--") or name_in_code.removeprefix("--") in known
+    order = ["--seed", "0"] if protocol.data.order_by_seed else []
+    with pytest.raises(UserError, match=r"no_such_folder (is not a folder|holds neither)|does not exist"):
+        dataset.main([protocol.data.published, "--data", "no_such_folder", "-d", "1", *order, *protocol.data.options])
     assert protocol.rows[0].trainer == "nnUNetTrainerLabeledOnly"  # the baseline
     if name.endswith("_shapes"):  # equal time alone, in which offline work counts
         assert all(budget.minutes for budget in protocol.budgets)
@@ -184,7 +183,7 @@ def test_every_protocol_of_the_papers_ships():
 
 def test_the_protocol_of_the_docs_gives_the_steps_that_the_results_name(make_benchmark):
     """As long as CPS + SHTA took for 2,560 steps, by the seconds that the shipped protocol measured."""
-    file = SCRIPTS.parent / "docs" / "results" / "hippocampus_equal_time_protocol.json"
+    file = RESULTS / "hippocampus_equal_time_protocol.json"
     assert read_protocol(str(file)).shrink == read_protocol("hippocampus").shrink
     benchmark = make_benchmark(json.loads(file.read_text()))
     steps = {run.row.name: run.iterations * 40 * run.row.trainings for run in benchmark.queue()}

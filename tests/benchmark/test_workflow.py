@@ -134,13 +134,12 @@ def test_several_trainings_and_measured_time(given, commands, tmp_path):
 
 
 def test_published_data_and_what_snakemake_is_told(given, commands, tmp_path):
-    given["data"] = {"script": "prepare_la.py", "options": ["--x", "{data}/x.txt"], "order_by_seed": True}
+    given["data"] = {"published": "la", "options": ["--x", "{data}/x.txt"], "order_by_seed": True}
     given["rows"] = [given["rows"][0], {**given["rows"][3], "labeled": "all"}]
     given["budgets"] = [{"steps": 80}]
-    data, scripts = tmp_path / "DATA", tmp_path / "scripts"
-    options = ["--data", data, "--scripts", scripts, "--until", "dataset"]  # one of Snakemake's own
-    found = commands(given, *options)
-    make = f"nnUNet_results=HOME/results python {scripts}/prepare_la.py --labeled"
+    data = tmp_path / "DATA"
+    found = commands(given, "--data", data, "--until", "dataset")  # the last is one of Snakemake's own
+    make = "nnUNet_results=HOME/results nnUNetv2_ssl_dataset la --labeled"
     end = f"--data {data} --x {data}/x.txt -np 2"
     assert {name: command.partition(" || ")[2] for name, command in found.items()} == {
         "done/dataset_500": f"{make} 2 -d 500 --seed 0 {end}",

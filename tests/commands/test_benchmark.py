@@ -63,7 +63,6 @@ def test_list(capsys):
         (["la", "--jobs", "0"], "--jobs: '0' must be"),
         (["la", "-np", "0"], "-np: '0' must be"),
         (["la", "--device", "cpu", "--data", "nowhere", "-o", "out"], "nowhere is no folder"),
-        (["la", "--device", "cpu", "--scripts", "nowhere", "-o", "out"], "prepare_la.py does not exist"),
         (["la", "--device", "cpu", "--report", "-o", "out"], "no run in .* is finished yet"),
     ],
 )
