@@ -85,7 +85,10 @@ setup(
     # every start of Python ten times what our own files do.
     package_dir={"": "."},
     packages=find_packages(include=["nnunet_ssl", "nnunet_ssl.*"]),
-    package_data={"nnunet_ssl": ["py.typed"], "nnunet_ssl.benchmark": ["Snakefile", "protocols/*.json"]},
+    package_data={
+        "nnunet_ssl": ["py.typed"],
+        "nnunet_ssl.benchmark": ["Snakefile", "protocols/*.json", "protocols/*.txt"],
+    },
     python_requires=">=3.10",
     install_requires=[
         "nnunetv2>=2.8.0,<2.9",

@@ -4,8 +4,8 @@
     python scripts/compare_registration.py --data ../shared/data/la --spacing 2.5 2.5 2.5 --pairs 8
     python scripts/compare_registration.py --data ../shared/data/acdc --spacing 3 3 0 --pairs 12
 
-The folder holds ``images``, ``labels`` and ``protocol.json`` (see ``prepare_hippocampus.py``). Moving images are the
-first five of the first order, fixed ones are drawn from the rest; their labels are read to judge, and for nothing else.
+The folder holds ``images``, ``labels`` and ``protocol.json``, as ``nnUNetv2_ssl_dataset hippocampus -h`` has it. Moving
+images are the first five of the first order, fixed ones are drawn from the rest; their labels are read to judge alone.
 Images are resampled to ``--spacing`` (x, y, z in mm, 0 leaves an axis), z-scored, and share their middles. Seconds are
 CPU seconds a pair; set OMP_NUM_THREADS=1 and ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS=1. Libraries that are not installed
 are left out. ``ours`` is ``nnunet_ssl.shapes``.

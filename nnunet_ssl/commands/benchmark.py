@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 
     if args.list:
         for name, file in shipped().items():
-            print(f"{name:<13} {load_json(str(file))[0]['about']}")
+            print(f"{name:<18} {load_json(str(file))[0]['about']}")
         return
     if args.protocol is None:
         raise UserError(f"name a protocol: a JSON file, or one of {', '.join(shipped())}.")

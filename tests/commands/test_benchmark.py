@@ -50,8 +50,8 @@ def protocol(fresh_folders, tmp_path):
 def test_list(capsys):
     main(["--list"])
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
-        "acdc_shapes", "amos", "brats2019", "hippocampus", "hippocampus_shapes", "la", "la_shapes", "pancreas_ct",
-        "synapse",
+        "acdc_shapes", "amos", "brats2019", "demo_choices", "demo_hosts", "hippocampus", "hippocampus_shapes", "la",
+        "la_equal_time", "la_shapes", "pancreas_ct", "sasnet_parts", "shta_parts", "synapse",
     ]  # fmt: skip
 
 
