@@ -71,26 +71,24 @@ def main(argv: list[str] | None = None) -> None:
     # heavy: only once the arguments are known to be good
     import torch
     from nnunetv2.configuration import default_num_processes
+    from nnunetv2.utilities.file_path_utilities import get_output_folder
 
-    from nnunet_ssl.figures.runs import (
-        FigureOptions,
-        find_classes,
-        find_models,
-        find_runs,
-        refuse_other_labels,
-        test_cases,
-        with_given_predictions,
-    )
+    from nnunet_ssl.figures.options import FigureOptions, find_classes
+    from nnunet_ssl.figures.predictions import with_given_predictions
+    from nnunet_ssl.figures.runs import find_runs, refuse_other_labels
+    from nnunet_ssl.figures.test_set import find_cases
     from nnunet_ssl.unlabeled.find import read_dataset_json, required_folder, resolve_dataset
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("-device cuda: torch sees no GPU here; leave -device out to use the CPU.")
-    if args.tr:
-        runs = find_runs(args.d, args.tr, args.p, args.c, args.f, args.chk, args.names)
-    else:
-        runs = find_models(args.m, args.f, args.chk, args.names)
-    cases = test_cases(args.d, args.f)
     dataset = resolve_dataset(args.d)
+    if args.tr:
+        required_folder("nnUNet_results")
+        folders = [Path(get_output_folder(dataset, trainer, args.p, args.c)) for trainer in args.tr]
+    else:
+        folders = args.m
+    runs = find_runs(folders, args.f, args.chk, args.names, "-tr" if args.tr else "-m")
+    cases = find_cases(args.d, args.f)
     dataset_json = read_dataset_json(str(Path(required_folder("nnUNet_raw")) / dataset))
     refuse_other_labels(runs, dataset_json)
     labels, classes = find_classes(dataset_json, args.classes)
@@ -124,7 +122,7 @@ def draw_figures(which: list[str] | None, runs: list, cases: list, out: Path, op
     Raises:
         UserError: after all others are drawn, says which are not, and why.
     """
-    from nnunet_ssl.figures.runs import with_predictions
+    from nnunet_ssl.figures.predictions import with_predictions
 
     figures = [figure for figure in FIGURES if which is None or figure in which]
     failed: dict[str, str] = {}  # figure -> why
@@ -148,7 +146,7 @@ def draw_figures(which: list[str] | None, runs: list, cases: list, out: Path, op
 @contextmanager
 def _noting(figures: list[str], failed: dict[str, str], skip: bool = False) -> Iterator[None]:
     """Note what goes wrong with figures, and go on; ``skip`` those that these runs cannot give."""
-    from nnunet_ssl.figures.runs import NotApplicable
+    from nnunet_ssl.figures.options import NotApplicable
 
     try:
         with writing(REMEDY):

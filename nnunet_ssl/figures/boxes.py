@@ -19,6 +19,7 @@ from nnunet_ssl.evaluation.folders import Case as EvaluatedCase
 from nnunet_ssl.evaluation.folders import evaluate_case
 from nnunet_ssl.evaluation.metrics import Options
 from nnunet_ssl.evaluation.summary import Evaluation, nanmean, summary_markdown
+from nnunet_ssl.figures.options import FigureOptions
 from nnunet_ssl.figures.page import (
     class_colors,
     column_width,
@@ -28,14 +29,9 @@ from nnunet_ssl.figures.page import (
     save_figure,
     wrapped,
 )
-from nnunet_ssl.figures.runs import (
-    Case,
-    FigureOptions,
-    TrainedRun,
-    cases_in_words,
-    models_in_words,
-    with_predictions,
-)
+from nnunet_ssl.figures.predictions import models_in_words, with_predictions
+from nnunet_ssl.figures.runs import TrainedRun
+from nnunet_ssl.figures.test_set import Case, cases_in_words
 from nnunet_ssl.pools import all_outcomes
 
 BOXES_A_ROW = 36  # with the gaps between the groups

@@ -11,10 +11,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nnunet_ssl.checkpoints import read_checkpoint
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.summary import table
+from nnunet_ssl.figures.options import FigureOptions
 from nnunet_ssl.figures.page import class_colors, column_width, legend_columns, new_figure, paper_style, save_figure
-from nnunet_ssl.figures.runs import FINAL, Case, FigureOptions, TrainedRun, settings_of
+from nnunet_ssl.figures.runs import FINAL, TrainedRun, settings_of
+from nnunet_ssl.figures.test_set import Case
 from nnunet_ssl.trainers.log import read_rows
 
 LINES = ("-", "--", "-.", ":")
@@ -95,8 +98,6 @@ def read_curves(run: TrainedRun) -> dict[str, Curve]:
 
 def nnunet_log(run: TrainedRun) -> dict[str, list]:
     """What nnU-Net logged an epoch each, from the final checkpoint; from the run's own if there is none."""
-    from nnunet_ssl.checkpoints import read_checkpoint  # torch is heavy
-
     final = run.fold_folder / FINAL
     file = final if final.is_file() else run.checkpoint_file
     remedy = "Leave out the curves with --which: exported models have no log of nnU-Net's."

@@ -12,7 +12,6 @@ from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 
 from nnunet_ssl.evaluation.metrics import Label
-from nnunet_ssl.figures.runs import class_mask
 
 TRUTH = "white"  # of outlines
 
@@ -76,5 +75,5 @@ def overlay(label_map: np.ndarray, colors: Mapping[Label, tuple[str, float]]) ->
     """
     drawn = np.zeros((*label_map.shape, 4), np.uint8)
     for label, color in colors.items():
-        drawn[class_mask(label_map, label)] = np.round(255 * np.array(to_rgba(color)))
+        drawn[np.isin(label_map, label)] = np.round(255 * np.array(to_rgba(color)))
     return drawn

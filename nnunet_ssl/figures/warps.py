@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from nnunet_ssl.figures.outlines import draw_outline
 from nnunet_ssl.figures.page import column_width, new_figure, paper_style, save_figure, wrapped
-from nnunet_ssl.figures.slices import slice_axis
+from nnunet_ssl.figures.planes import slice_axis
 from nnunet_ssl.shapes.case import load, spacing_of, structures_of
 from nnunet_ssl.shapes.warped import WarpManifest, Wish
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from raw_files import REAL, cases, fold, image, label, nothing_written, write
+from helpers.raw_files import REAL, cases, fold, image, label, nothing_written, write
 
 from nnunet_ssl.commands.dataset import main
 from nnunet_ssl.datasets.protocol_json import read_protocol

@@ -8,7 +8,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from raw_files import array, cases, fold, image, label, nothing_written, write
+from helpers.raw_files import array, cases, fold, image, label, nothing_written, write
 
 from nnunet_ssl.commands.dataset import main
 from nnunet_ssl.datasets import writing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from raw_files import array, cases, fold, label, write
+from helpers.raw_files import array, cases, fold, label, write
 
 from nnunet_ssl.commands.dataset import main
 from nnunet_ssl.errors import UserError

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from raw_files import REAL, fold, nothing_written, write
+from helpers.raw_files import REAL, fold, nothing_written, write
 
 from nnunet_ssl.commands.dataset import main
 from nnunet_ssl.datasets.protocol_json import draw_lists

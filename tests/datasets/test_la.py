@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from raw_files import REAL, array, cases, fold, image, label, nothing_written, write
+from helpers.raw_files import REAL, array, cases, fold, image, label, nothing_written, write
 
 from nnunet_ssl.commands.dataset import main
 from nnunet_ssl.datasets import writing

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from raw_files import array, cases, fold, nothing_written, write, write_dicom
+from helpers.raw_files import array, cases, fold, nothing_written, write, write_dicom
 
 from nnunet_ssl.commands.dataset import main
 from nnunet_ssl.datasets.cases import Case

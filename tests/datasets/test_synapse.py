@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from raw_files import SHAPE, array, cases, fold, image, label, nothing_written, write
+from helpers.raw_files import SHAPE, array, cases, fold, image, label, nothing_written, write
 
 from nnunet_ssl import pools
 from nnunet_ssl.commands.dataset import main

@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from helpers.datasets import TinyDataset
 
-from nnunet_ssl.figures.runs import Case, FigureOptions, TrainedRun, find_classes
+from nnunet_ssl.figures.options import FigureOptions, find_classes
+from nnunet_ssl.figures.runs import TrainedRun
 from nnunet_ssl.figures.shta.branch import cut_patches, load_branch, load_model, read_tokens
+from nnunet_ssl.figures.test_set import Case
 
 
 def train(trainer: Any, name: str = "") -> TrainedRun:

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch, Rectangle
 from real_runs import Maker, counted, options_of, some_cases, train, train_and_keep
 
-from nnunet_ssl.figures.runs import FigureOptions, NotApplicable
+from nnunet_ssl.figures.options import FigureOptions, NotApplicable
 from nnunet_ssl.figures.shta.assignment import (
     NOT_CHOSEN,
     assignment_figure,

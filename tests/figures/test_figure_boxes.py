@@ -10,7 +10,7 @@ from helpers.figure_folders import TRAINERS, MadeUp, everything, make_folders, s
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.figures.boxes import boxes_figure, draw_boxes, evaluate
-from nnunet_ssl.figures.runs import with_predictions
+from nnunet_ssl.figures.predictions import with_predictions
 
 
 @pytest.fixture

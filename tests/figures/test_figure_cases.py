@@ -12,20 +12,14 @@ from helpers.figure_folders import SPACING, TRAINERS, MadeUp, everything, make_f
 from matplotlib.colors import to_rgb
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.figures.cases import (
-    Plane,
-    cases_figure,
-    draw_cases,
-    file_name,
-    in_grey,
-    read_planes,
-    upright,
-    window_around,
-)
+from nnunet_ssl.figures.cases import cases_figure, draw_cases, file_name, read_planes, window_around
+from nnunet_ssl.figures.options import FigureOptions
 from nnunet_ssl.figures.outlines import edges
 from nnunet_ssl.figures.page import class_colors
-from nnunet_ssl.figures.runs import Case, FigureOptions, with_predictions
+from nnunet_ssl.figures.planes import Plane, in_grey, upright
+from nnunet_ssl.figures.predictions import with_predictions
 from nnunet_ssl.figures.slices import choose_slices, measure_all_slices
+from nnunet_ssl.figures.test_set import Case
 
 
 @pytest.fixture
@@ -104,7 +98,7 @@ def test_an_image_of_another_shape_is_named(made: MadeUp) -> None:
     runs, cases, options = everything(made)
     for case in cases:
         write(np.zeros((3, 4, 5), np.float32), case.images[0])
-    with pytest.raises(UserError, match=r"_0000.nii.gz has the shape \(3, 4, 5\), the truth \(7, 12, 10\)"):
+    with pytest.raises(UserError, match=r"_0000.nii.gz has slices of the shape \(3, 4, 5\), the truth \(7, 12, 10\)"):
         draw_cases(runs, cases, made.out, options)
 
 

@@ -11,7 +11,8 @@ from helpers.damage import RunsCode
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.figures.curves import PANELS, curves_figure, draw_curves, read_curves
-from nnunet_ssl.figures.runs import FigureOptions, TrainedRun
+from nnunet_ssl.figures.options import FigureOptions
+from nnunet_ssl.figures.runs import TrainedRun
 
 OPTIONS = FigureOptions({}, {}, [])
 LOG = {

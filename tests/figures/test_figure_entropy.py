@@ -14,7 +14,9 @@ from helpers.figure_folders import MadeUp, everything, make_folders, set_environ
 from real_runs import Maker, options_of, some_cases, train
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.figures.runs import NotApplicable, prediction_folder
+from nnunet_ssl.figures.options import FigureOptions, NotApplicable
+from nnunet_ssl.figures.predictions import current_folder, prediction_folder, with_predictions
+from nnunet_ssl.figures.runs import load_predictor
 from nnunet_ssl.figures.shta import entropy as module
 from nnunet_ssl.figures.shta.entropy import (
     best_window,
@@ -22,7 +24,6 @@ from nnunet_ssl.figures.shta.entropy import (
     draw_entropy,
     entropy_figure,
     normalized_entropy,
-    predict_entropy,
     read_row,
     window_side,
 )
@@ -65,21 +66,22 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MadeUp:
 
 def test_cases_are_those_in_which_the_runs_disagree_most(made: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, cases, options = everything(made)
+    runs = with_predictions(runs, cases, made.out, options)
     counts, size = {}, {}
     for label, case in itertools.product((1, 2), cases):
         truth = made.truth(case.name)
         one, other = (made.prediction(run.trainer, case.name) == label for run in runs)
         counts[label, case.name] = ((one ^ other) & (truth != 3)).sum()
         size[label] = size.get(label, 0) + (truth == label).sum()
-    found = choose_cases(runs, cases, made.out, options)
+    found = choose_cases(runs, cases, options)
     assert {label: case.name for label, case in found.items()} == {
         label: max("abc", key=lambda name: counts[label, name]) for label in (1, 2)
     }
-    assert choose_cases(runs[::-1], cases[::-1], made.out, options) == found  # whoever comes first
-    assert choose_cases([runs[0], runs[0]], cases, made.out, options) == {}
+    assert choose_cases(runs[::-1], cases[::-1], options) == found  # whoever comes first
+    assert choose_cases([runs[0], runs[0]], cases, options) == {}
     monkeypatch.setattr(module, "MAX_ROWS", 1)
     share = {label: sum(counts[label, name] for name in "abc") / size[label] for label in (1, 2)}
-    assert list(choose_cases(runs, cases, made.out, options)) == [max(share, key=share.get)]
+    assert list(choose_cases(runs, cases, options)) == [max(share, key=share.get)]
 
 
 def test_what_this_figure_cannot_show(made: MadeUp, tmp_path: Path) -> None:
@@ -98,27 +100,19 @@ def test_with_one_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     set_environment(monkeypatch, tmp_path)
     made = make_folders(tmp_path, labels={"background": 0, "organ": 1})
     runs, cases, options = everything(made)
-    monkeypatch.setattr(module, "predict", lambda *_: None)  # all that follows was predicted before
-    for case in cases:
-        with_probabilities(made, runs, case.name)
+    with_entropies(made, runs, cases, options)
     draw_entropy(runs, cases, made.out, options)
     assert "| organ |" in (made.out / "entropy.md").read_text(encoding="utf-8")
 
 
-def with_probabilities(made: MadeUp, runs: list, case: str, seed: int = 0) -> dict[str, np.ndarray]:
-    """Write made-up probabilities where nnU-Net does; gives them back by trainer."""
-    rng = np.random.default_rng(seed)
+def with_entropies(made: MadeUp, runs: list, cases: list, options: FigureOptions) -> dict[str, np.ndarray]:
+    """Write made-up entropies where those of predictions lie; gives back the last case's by trainer."""
+    rng = np.random.default_rng(0)
     stored = {}
-    for run in runs:
-        folder = prediction_folder(run, made.out)
-        folder.mkdir(parents=True, exist_ok=True)
-        p = rng.dirichlet([0.3] * 3, made.truth(case).shape)
-        p = np.moveaxis(p, -1, 0).astype(np.float32)
-        np.savez(folder / f"{case}.npz", probabilities=p)
-        image = sitk.GetImageFromArray(p.argmax(0).astype(np.uint8))
-        image.CopyInformation(sitk.ReadImage(str(made.raw / f"labelsTr/{case}.nii.gz")))
-        sitk.WriteImage(image, str(folder / f"{case}.nii.gz"))
-        stored[run.trainer] = p
+    for run, case in itertools.product(runs, cases):
+        stored[run.trainer] = rng.random(made.truth(case.name).shape).astype(np.float16)
+        folder = current_folder(run, cases, made.out, options)
+        np.savez(folder / f"{case.name}.npz", entropy=stored[run.trainer])
     return stored
 
 
@@ -126,25 +120,23 @@ def with_probabilities(made: MadeUp, runs: list, case: str, seed: int = 0) -> di
 def test_the_window_shows_what_the_caption_names(made: MadeUp, monkeypatch: pytest.MonkeyPatch, turned: bool) -> None:
     monkeypatch.setattr(module, "MIN_WINDOW", 4)
     if turned:  # the patient's head is at the other end of the array's axes, front at the back, left on the right
-        for file in made.raw.glob("*/*.nii.gz"):
+        for file in (*made.raw.rglob("*.nii.gz"), *made.results.rglob("*.nii.gz")):
             image = sitk.ReadImage(str(file))
             image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
             sitk.WriteImage(image, str(file))
     runs, cases, options = everything(made)
-    stored = with_probabilities(made, runs, "b")
-    monkeypatch.setattr(module, "predict", lambda *_: None)
-    for run in runs:
-        predict_entropy(run, cases[1:2], made.out, options)
+    runs = with_predictions(runs, cases, made.out, options)
+    stored = with_entropies(made, runs, cases[1:2], options)
     row = read_row(2, cases[1], runs, made.out, options)
-    zoom, truth = row.zoom, made.truth("b")
-    maps = [stored[run.trainer].argmax(0) for run in runs]
-    entropies = [normalized_entropy(stored[run.trainer]) for run in runs]
+    truth = made.truth("b")
+    maps = [made.prediction(run.trainer, "b") for run in runs]
+    entropies = [stored[run.trainer].astype(np.float32) for run in runs]
     concerned = ((truth == 2) | (maps[0] == 2) | (maps[1] == 2)) & (truth != 3)
     difference = np.abs(entropies[0] - entropies[1]) * concerned
-    assert zoom.axis == 0  # the largest spacing
-    assert zoom.side == (5, 2)  # 5 mm of 20 are 5 rows of 1 and 2 columns of 2
-    (r, c), (rows, columns) = zoom.start, zoom.side
-    box = (zoom.index, slice(r, r + rows), slice(c, c + columns))
+    assert (row.place[0], row.place[1][-3:], row.place[3]) == ("b", "(0)", "5 x 2")
+    # 0 is the axis with the largest spacing; 5 mm of 20 are 5 rows of 1 and 2 columns of 2
+    index, (r, c), (rows, columns) = int(row.place[1][:-4]), map(int, row.place[2].split(", ")), (5, 2)
+    box = (index, slice(r, r + rows), slice(c, c + columns))
     every = itertools.product(range(7), range(12 - rows + 1), range(10 - columns + 1))
     best = max(difference[z, i : i + rows, j : j + columns].sum() for z, i, j in every)
     assert difference[box].sum() == pytest.approx(best, rel=1e-3)  # what is kept has half the digits
@@ -152,44 +144,28 @@ def test_the_window_shows_what_the_caption_names(made: MadeUp, monkeypatch: pyte
     figure = entropy_figure([row], [run.name for run in runs], options)
     axes = figure.axes[:6]
     turn = (slice(None, None, -1),) * 2 if turned else (slice(None),) * 2
+    x, y = (round(v / s) for v, s in zip(axes[0].patches[0].get_xy(), (2, 1), strict=True))
+    window = (slice(y, y + rows), slice(x, x + columns))
+    assert np.array_equal(truth[index][turn][window], truth[box][turn])
     for panel, wanted in zip(axes[4:], entropies, strict=True):
-        np.testing.assert_allclose(panel.images[0].get_array(), wanted[box][turn], rtol=1e-3)
+        np.testing.assert_allclose(panel.images[0].get_array()[window], wanted[box][turn], rtol=1e-3)
     for panel, wanted in zip(axes[1:4], (truth, *maps), strict=True):
         colored = panel.images[1].get_array()[..., 3] > 0
-        assert np.array_equal(colored, np.isin(wanted[box][turn], (1, 2)))
+        assert np.array_equal(colored[window], np.isin(wanted[box][turn], (1, 2)))
     (frame,) = axes[0].patches
-    x, y = (round(v / s) for v, s in zip(frame.get_xy(), (2, 1), strict=True))
     assert (frame.get_width(), frame.get_height()) == (2 * columns, rows)
-    assert [panel.images[0].get_extent() for panel in axes[1:]] == [[2 * x, 2 * (x + columns), y + rows, y]] * 5
-    whole = entropies[0][zoom.index][turn]
-    np.testing.assert_allclose(whole[y : y + rows, x : x + columns], entropies[0][box][turn])
+    limits = [(*panel.get_xlim(), *panel.get_ylim()) for panel in axes[1:]]
+    assert limits == [(2 * x, 2 * (x + columns), y + rows, y)] * 5
 
 
-def test_only_the_entropy_is_kept(made: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damaged_files_are_named(made: MadeUp) -> None:
     runs, cases, options = everything(made)
-    stored = with_probabilities(made, runs, "a")[runs[0].trainer]
-    monkeypatch.setattr(module, "predict", lambda *_: None)
-    folder = prediction_folder(runs[0], made.out)
-    (folder / "a.pkl").touch()
-    predict_entropy(runs[0], cases[:1], made.out, options)
-    assert sorted(file.name for file in folder.iterdir()) == ["a.nii.gz", "a.npz"]
-    kept = (folder / "a.npz").read_bytes()
-    with np.load(folder / "a.npz") as arrays:
-        assert list(arrays) == ["entropy"]
-        assert arrays["entropy"].dtype == np.float16
-        np.testing.assert_allclose(arrays["entropy"], normalized_entropy(stored), atol=1e-3)
-    predict_entropy(runs[0], cases[:1], made.out, options)
-    assert (folder / "a.npz").read_bytes() == kept
-
-
-def test_damaged_files_are_named(made: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs, cases, options = everything(made)
-    with_probabilities(made, runs, "a")
-    monkeypatch.setattr(module, "predict", lambda *_: None)
+    runs = with_predictions(runs, cases, made.out, options)
+    with_entropies(made, runs, cases[:1], options)
     file = prediction_folder(runs[1], made.out) / "a.npz"
     file.write_bytes(file.read_bytes()[:300])
     with pytest.raises(UserError, match=r"a\.npz cannot be read"):
-        predict_entropy(runs[1], cases[:1], made.out, options)
+        read_row(1, cases[0], runs, made.out, options)
 
 
 @pytest.mark.parametrize("kind", ["3d", "png"])
@@ -211,7 +187,17 @@ def test_real_runs(tiny, make_trainer: Maker, tmp_path: Path, kind: str) -> None
         assert f"- {run.name}: `{prediction_folder(run, out)}`, `{run.checkpoint_file}`" in caption
         kept = list(prediction_folder(run, out).glob("*.npz"))
         assert 1 <= len(kept) <= 2  # of the chosen cases alone
-        entropy = np.load(kept[0])["entropy"]
+        others = {file.name for file in prediction_folder(run, out).iterdir()} - {file.name for file in kept}
+        assert all(name.endswith((dataset.recipe.file_ending, ".json")) for name in others)
+        with np.load(kept[0]) as stored:
+            assert list(stored) == ["entropy"]
+            entropy = stored["entropy"]
+        assert entropy.dtype == np.float16
+        (case,) = (case for case in some_cases(dataset) if case.name == kept[0].stem)
+        image, properties = run.reader.read_images(list(map(str, case.images)))
+        predictor = load_predictor(run, "cpu", False)
+        _, probabilities = predictor.predict_single_npy_array(image, properties, None, None, True)
+        np.testing.assert_allclose(entropy, normalized_entropy(probabilities), atol=1e-3)
         assert 0 <= entropy.min() < entropy.max() <= 1.001
     before = {file: file.stat().st_mtime_ns for file in (out / "predictions").rglob("*.n*")}
     draw_entropy(runs, some_cases(dataset), out, options_of(dataset))

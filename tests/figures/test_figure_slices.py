@@ -10,14 +10,10 @@ import SimpleITK as sitk
 from helpers.figure_folders import SHAPE, TRAINERS, MadeUp, everything, make_folders, set_environment, write
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.figures.runs import Case, with_predictions
-from nnunet_ssl.figures.slices import (
-    Measured,
-    choose_slices,
-    confusion_of_slices,
-    measure_all_slices,
-    slice_axis,
-)
+from nnunet_ssl.figures.planes import slice_axis
+from nnunet_ssl.figures.predictions import with_predictions
+from nnunet_ssl.figures.slices import Measured, choose_slices, measure_all_slices
+from nnunet_ssl.figures.test_set import Case
 
 
 @pytest.mark.parametrize(
@@ -109,20 +105,6 @@ def test_no_slice_is_shown_twice() -> None:
     assert chosen([[4, 4]], [[0.5, 0.4]]) == [("worst", "a", 1), ("best", "a", 0)]
     assert [s[1:] for s in chosen([[4]], [[0.5]])] == [("a", 0)]
     assert chosen([[0, 0]], [[np.nan, 0.0]]) == []
-
-
-@pytest.mark.parametrize("axis", [0, 1, 2])
-@pytest.mark.parametrize("ignore", [None, 7])
-def test_confusion_of_slices_is_a_count_of_pairs(axis: int, ignore: int | None) -> None:
-    """Labels that are not asked for count as one, also negative and large ones."""
-    rng = np.random.default_rng(0)
-    truth, prediction = rng.choice([-1, 0, 1, 4, 5, 7, 300], (2, 3, 4, 5))
-    labels = [1, 5]
-    wanted = np.zeros((truth.shape[axis], 3, 3), int)
-    for place in np.ndindex(truth.shape):
-        t, p = (labels.index(x[place]) + 1 if x[place] in labels else 0 for x in (truth, prediction))
-        wanted[place[axis], t, p] += truth[place] != ignore
-    assert np.array_equal(confusion_of_slices(truth, prediction, axis, labels, ignore), wanted)
 
 
 def test_a_prediction_on_another_grid_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

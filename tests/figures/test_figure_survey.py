@@ -26,13 +26,11 @@ def some_tokens(case: str, num: int, seed: int = 0) -> dict[str, Tokens]:
     """As two runs see them. The feature tells one token from all others."""
     generator = torch.Generator().manual_seed(seed)
     classes = torch.randint(1, 4, (num,), generator=generator)
-    shares = torch.nn.functional.one_hot(classes, 4).float()
     identity = torch.stack([torch.full((num,), float(seed)), torch.arange(num)], 1)
-    position = torch.zeros(num, 3)
     embedding = torch.randn(num, 5, generator=generator)
     return {
-        "host": Tokens(case, identity, shares, classes, position),
-        "shta": Tokens(case, -identity, shares, classes, position, embedding, shares),
+        "host": Tokens(case, identity, classes),
+        "shta": Tokens(case, -identity, classes, embedding),
     }
 
 

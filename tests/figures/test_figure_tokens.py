@@ -10,9 +10,11 @@ import pytest
 from matplotlib.colors import to_rgb
 from real_runs import Maker, options_of, some_cases, train
 
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.figures.options import FigureOptions, NotApplicable
 from nnunet_ssl.figures.page import class_colors, paper_style
-from nnunet_ssl.figures.runs import FigureOptions, NotApplicable
 from nnunet_ssl.figures.shta import survey as module
+from nnunet_ssl.figures.shta import tokens
 from nnunet_ssl.figures.shta.branch import BACKGROUND
 from nnunet_ssl.figures.shta.tokens import (
     Space,
@@ -96,6 +98,12 @@ def zip_points(scatter) -> list[tuple[np.ndarray, tuple]]:
     faces = scatter.get_facecolors()[:, :3]
     points = np.asarray(scatter.get_offsets())
     return list(zip(points, np.broadcast_to(faces, (len(points), 3)), strict=True))
+
+
+def test_without_scikit_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'scikit-learn.* pip install "nnunet-ssl\[figures\]"'):
+        draw_tokens([], [], tmp_path, options())
 
 
 def test_real_runs(tiny, make_trainer: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_ssl.figures.runs import Case, FigureOptions, TrainedRun, find_classes, find_runs, test_cases
+from nnunet_ssl.figures.options import FigureOptions, find_classes
+from nnunet_ssl.figures.runs import TrainedRun, find_runs
+from nnunet_ssl.figures.test_set import Case, find_cases
 
 SPACING = (4.0, 1.0, 2.0)  # z y x
 SHAPE = (7, 12, 10)
@@ -91,5 +93,5 @@ def set_environment(monkeypatch: object, folder: Path) -> None:
 def everything(made: MadeUp, chosen: Sequence[str] | None = None) -> tuple[list[TrainedRun], list[Case], FigureOptions]:
     """Runs, cases and options as the command makes them; nnU-Net's variables must be set."""
     content = json.loads((made.raw / "dataset.json").read_text())
-    runs = find_runs(990, TRAINERS, "nnUNetPlans", "3d_fullres", "0")
-    return runs, test_cases(990, "0"), FigureOptions(content, *find_classes(content, chosen), dataset=made.raw.name)
+    runs = find_runs([made.fold(trainer).parent for trainer in TRAINERS], "0")
+    return runs, find_cases(990, "0"), FigureOptions(content, *find_classes(content, chosen), dataset=made.raw.name)

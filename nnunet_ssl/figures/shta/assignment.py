@@ -16,10 +16,12 @@ from matplotlib.patches import PathPatch, Rectangle
 from matplotlib.path import Path as Outline
 
 from nnunet_ssl.evaluation.summary import table
+from nnunet_ssl.figures.options import FigureOptions, NotApplicable
 from nnunet_ssl.figures.page import CHARACTER, column_width, new_figure, paper_style, save_figure, wrapped
-from nnunet_ssl.figures.runs import Case, FigureOptions, NotApplicable, TrainedRun, cases_in_words
+from nnunet_ssl.figures.runs import TrainedRun
 from nnunet_ssl.figures.shta.branch import BACKGROUND
 from nnunet_ssl.figures.shta.survey import RULE, survey
+from nnunet_ssl.figures.test_set import Case, cases_in_words
 
 NOT_CHOSEN = "#dddddd"
 GAP = 0.35  # between nodes at least, of a line of text

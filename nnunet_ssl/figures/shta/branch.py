@@ -8,17 +8,19 @@ lie side by side and do not overlap, so each token is seen once.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import Tensor, nn
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from torch import Tensor
 
 from nnunet_ssl.declared import build
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.figures.runs import Case, TrainedRun, load_predictor, reason, settings_of, without_epochs
+from nnunet_ssl.figures.runs import TrainedRun, load_predictor, reason, settings_of, without_epochs
+from nnunet_ssl.figures.test_set import Case
 from nnunet_ssl.losses.shta import token_class_distribution
 from nnunet_ssl.networks.feature_tap import FeatureTap
 from nnunet_ssl.networks.shta_branch import SHTABranch
@@ -33,68 +35,32 @@ PREPARED_BY = ("preprocessor_name", "patch_size", "spacing", "normalization_sche
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained network, and how nnU-Net prepares images for it.
+    """A trained network in evaluation mode, and how nnU-Net prepares images for it."""
 
-    Attributes:
-        tap: the network, in evaluation mode; gives the last decoder feature as well.
-        plans_manager, configuration_manager, dataset_json: of the model's folder.
-    """
-
-    tap: FeatureTap
-    plans_manager: PlansManager
-    configuration_manager: ConfigurationManager
-    dataset_json: dict
-
-    @property
-    def network(self) -> nn.Module:
-        """The network without its tap."""
-        return self.tap.network
+    tap: FeatureTap  # gives the last decoder feature as well
+    predictor: nnUNetPredictor
 
 
 @dataclass(frozen=True)
 class Patches:
-    """The patches of one case that hold eligible tokens, P of them with L tokens each.
+    """The patches of one case that hold eligible tokens, P of them with L tokens each."""
 
-    Attributes:
-        case: its name.
-        images: ``[P, C, *patch]``.
-        shares: ``[P, L, K]``, the classes' shares of each token (TokDist of Eq. 1).
-        classes: ``[P, L]`` int64, of eligible tokens the most frequent foreground class (y_i of Eq. 8), of wholly
-            background ones 0 where they are wanted, of all others ``NOT_SHOWN``.
-        position: ``[P, L, dim]``, the tokens' centres in voxels of the preprocessed image.
-    """
-
-    case: str
-    images: Tensor
-    shares: Tensor
+    case: str  # its name
+    images: Tensor  # [P, C, *patch]
+    # [P, L] int64, of eligible tokens the most frequent foreground class (y_i of Eq. 8), of wholly background ones 0
+    # where they are wanted, of all others NOT_SHOWN
     classes: Tensor
-    position: Tensor
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The N tokens of one case that are shown, as one network sees them, all on the CPU.
+    """The N tokens of one case that are shown, as one network sees them, all on the CPU."""
 
-    Attributes:
-        case: its name.
-        feature: ``[N, C]``, T of Eq. 1.
-        shares: ``[N, K]``.
-        classes: ``[N]``, see :class:`Patches`.
-        position: ``[N, dim]``, see :class:`Patches`.
-        embedding: ``[N, C_z]``, Z of Eq. 1; None of a network without a branch.
-        assignment: ``[N, K]``, q of Eq. 3; None of a network without a branch.
-    """
-
-    case: str
-    feature: Tensor
-    shares: Tensor
-    classes: Tensor
-    position: Tensor
-    embedding: Tensor | None = None
-    assignment: Tensor | None = None
-
-
-# ------------------------------------------------------------------------------------------------------------- runs
+    case: str  # its name
+    feature: Tensor  # [N, C], T of Eq. 1
+    classes: Tensor  # [N], as of Patches
+    embedding: Tensor | None = None  # [N, C_z], Z of Eq. 1; None of a network without a branch
+    assignment: Tensor | None = None  # [N, K], q of Eq. 3; likewise
 
 
 def has_branch(run: TrainedRun) -> bool:
@@ -130,7 +96,7 @@ def load_model(run: TrainedRun, device: str) -> TrainedModel:
         tap = FeatureTap(network.to(device).eval())
     except TypeError as error:
         raise UserError(f"{run.checkpoint_file}: {error}. Leave {run.trainer} out.") from error
-    return TrainedModel(tap, predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json)
+    return TrainedModel(tap, predictor)
 
 
 def load_branch(run: TrainedRun, model: TrainedModel) -> SHTABranch:
@@ -144,7 +110,7 @@ def load_branch(run: TrainedRun, model: TrainedModel) -> SHTABranch:
         UserError: the training state is missing, or of another checkpoint, or holds no branch.
     """
     file = training_state_file(str(run.checkpoint_file))
-    _, state = find_training_state(file, model.network, "cpu")
+    _, state = find_training_state(file, model.tap.network, "cpu")
     weights = {} if state is None else state["modules"]
     weights = {name.removeprefix(BRANCH): w for name, w in weights.items() if name.startswith(BRANCH)}
     if not weights:
@@ -157,26 +123,24 @@ def load_branch(run: TrainedRun, model: TrainedModel) -> SHTABranch:
         ours = {field.name for field in dataclasses.fields(SHTASettings)}
         stored = {name: value for name, value in stored.items() if name in ours}
         settings = build(SHTASettings, stored, f"{file}, settings,", "a setting of SHTA")
+        network, configuration = model.tap.network, model.predictor.configuration_manager
         branch = build_branch(
             settings,
-            getattr(model.network, "decoder", model.network).seg_layers[-1].in_channels,
-            model.configuration_manager,
-            model.plans_manager.get_label_manager(model.dataset_json),
-            model.configuration_manager.batch_size,
+            getattr(network, "decoder", network).seg_layers[-1].in_channels,
+            configuration,
+            model.predictor.label_manager,
+            configuration.batch_size,
         )
         branch.load_state_dict(weights)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{file} holds no SHTA branch that can be built ({reason(error)}). Restore it.") from error
-    return branch.to(next(model.network.parameters()).device).eval()
+    return branch.to(next(model.tap.parameters()).device).eval()
 
 
-# ----------------------------------------------------------------------------------------------------------- tokens
-
-
-def preparation(model: TrainedModel, branch: SHTABranch) -> list:
+def preparation(model: TrainedModel, branch: SHTABranch) -> str:
     """What decides how ``cut_patches`` prepares and cuts a case: models in which it is equal can share the patches."""
-    plans, configuration = model.plans_manager.plans, model.configuration_manager.configuration
-    return [
+    plans, configuration = model.predictor.plans_manager.plans, model.predictor.configuration_manager.configuration
+    parts = [
         {key: value for key, value in configuration.items() if key in PREPARED_BY or key.startswith("resampling")},
         plans["foreground_intensity_properties_per_channel"],
         plans["transpose_forward"],
@@ -184,6 +148,7 @@ def preparation(model: TrainedModel, branch: SHTABranch) -> list:
         [branch.stride, branch.ignore_label, branch.min_valid_fraction],
         [branch.loss.settings.shta_fg_threshold, branch.loss.settings.shta_purity_threshold],
     ]
+    return json.dumps(parts, sort_keys=True)
 
 
 def cut_patches(model: TrainedModel, branch: SHTABranch, case: Case, background: bool = False) -> Patches:
@@ -197,17 +162,17 @@ def cut_patches(model: TrainedModel, branch: SHTABranch, case: Case, background:
         case: image and truth.
         background: whether the wholly background tokens of these patches are wanted as well.
     """
-    configuration = model.configuration_manager
+    predictor, configuration = model.predictor, model.predictor.configuration_manager
     image, labels, _ = configuration.preprocessor_class(verbose=False).run_case(
         [str(file) for file in case.images],
         str(case.label),
-        model.plans_manager,
+        predictor.plans_manager,
         configuration,
-        model.dataset_json,
+        predictor.dataset_json,
     )
     outside = branch.num_classes if branch.ignore_label is None else branch.ignore_label
-    images, origins = side_by_side(torch.as_tensor(image), configuration.patch_size, 0)
-    labels, _ = side_by_side(torch.as_tensor(labels), configuration.patch_size, outside)
+    images = side_by_side(torch.as_tensor(image), configuration.patch_size, 0)
+    labels = side_by_side(torch.as_tensor(labels), configuration.patch_size, outside)
     # a few patches at a time: counting takes several times the memory of the labels
     counts = [
         token_class_distribution(few[:, 0], branch.stride, branch.num_classes, outside, branch.min_valid_fraction)[0]
@@ -218,16 +183,11 @@ def cut_patches(model: TrainedModel, branch: SHTABranch, case: Case, background:
     classes = classes.masked_fill(~eligible, NOT_SHOWN)
     if background:
         classes[shares[..., 0] == 1] = 0
-    # a slice of a volume, in a 2D configuration, is one voxel thick
-    stride = (1,) * (origins.shape[1] - len(branch.stride)) + branch.stride
-    patch = (1,) * (origins.shape[1] - len(branch.stride)) + tuple(configuration.patch_size)
-    centers = torch.cartesian_prod(*[torch.arange(0, n, s) + (s - 1) / 2 for n, s in zip(patch, stride, strict=True)])
     keep = eligible.any(1)
-    position = origins[keep, None] + centers
-    return Patches(case.name, images[keep], shares[keep], classes[keep], position)
+    return Patches(case.name, images[keep], classes[keep])
 
 
-def side_by_side(volume: Tensor, patch_size: Sequence[int], fill: float) -> tuple[Tensor, Tensor]:
+def side_by_side(volume: Tensor, patch_size: Sequence[int], fill: float) -> Tensor:
     """Pad a volume to whole patches, as nnU-Net pads, and cut it into them.
 
     Args:
@@ -236,17 +196,14 @@ def side_by_side(volume: Tensor, patch_size: Sequence[int], fill: float) -> tupl
         fill: value of the padding.
 
     Returns:
-        ``[P, C, *patch]``, and ``[P, dim]`` int64, where in the volume each patch starts (below 0 in the padding).
+        ``[P, C, *patch]``.
     """
-    padded, inside = pad_nd_image(volume, patch_size, "constant", {"value": fill}, True, tuple(patch_size))
-    spatial = padded.ndim - 1
-    patch = (1,) * (spatial - len(patch_size)) + tuple(patch_size)
-    grid = [n // p for n, p in zip(padded.shape[1:], patch, strict=True)]
-    # [C, g1, p1, g2, p2, ...] -> [g1, g2, ..., C, p1, p2, ...]
-    cut = padded.reshape(padded.shape[0], *(size for pair in zip(grid, patch, strict=True) for size in pair))
-    cut = cut.permute(*range(1, 2 * spatial, 2), 0, *range(2, 2 * spatial + 1, 2))
-    starts = [torch.arange(0, g * p, p) - place.start for g, p, place in zip(grid, patch, inside[1:], strict=True)]
-    return cut.reshape(-1, padded.shape[0], *patch_size), torch.cartesian_prod(*starts)
+    patches = pad_nd_image(volume, patch_size, "constant", {"value": fill}, False, tuple(patch_size))
+    first = patches.ndim - len(patch_size)
+    for axis, size in enumerate(patch_size, first):
+        patches = patches.unfold(axis, size, size)
+    grid = volume.ndim - 1  # [C, *grid, *patch] -> [*grid, C, *patch]
+    return patches.movedim(0, grid).flatten(0, grid - 1)
 
 
 @torch.inference_mode()
@@ -259,8 +216,8 @@ def read_tokens(model: TrainedModel, branch: SHTABranch, patches: Patches, embed
         patches: of one case, at least one.
         embed: whether the branch was trained with this very network.
     """
-    device = next(model.network.parameters()).device
-    batch_size = model.configuration_manager.batch_size
+    device = next(model.tap.parameters()).device
+    batch_size = model.predictor.configuration_manager.batch_size
     shown = patches.classes != NOT_SHOWN
     features, embeddings, assignments = [], [], []
     for images, here in zip(patches.images.split(batch_size), shown.split(batch_size), strict=True):
@@ -275,9 +232,7 @@ def read_tokens(model: TrainedModel, branch: SHTABranch, patches: Patches, embed
     return Tokens(
         patches.case,
         torch.cat(features),
-        patches.shares[shown],
         patches.classes[shown],
-        patches.position[shown],
         torch.cat(embeddings) if embed else None,
         torch.cat(assignments) if embed else None,
     )

@@ -6,16 +6,17 @@ import dataclasses
 import functools
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch.nn.functional as F
-from sklearn.metrics import confusion_matrix
 from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.figures.runs import Case, NotApplicable, TrainedRun
+from nnunet_ssl.figures.options import NotApplicable
+from nnunet_ssl.figures.runs import TrainedRun
 from nnunet_ssl.figures.shta.branch import (
     Patches,
     Tokens,
@@ -27,6 +28,7 @@ from nnunet_ssl.figures.shta.branch import (
     preparation,
     read_tokens,
 )
+from nnunet_ssl.figures.test_set import Case
 from nnunet_ssl.files import read_json
 from nnunet_ssl.randomness import derived_seed
 from nnunet_ssl.trainers.resuming import training_state_file
@@ -41,23 +43,15 @@ RULE = (
 
 @dataclass(frozen=True)
 class Survey:
-    """What the runs say of the tokens of all cases.
+    """What the runs say of the tokens of all cases."""
 
-    Attributes:
-        compared: the runs of ``sample``: SHTA's host, where it is among the runs and sees the same patches, and SHTA.
-        left_out: the host that does not.
-        sample: tokens of the chosen classes; of the only one and of the background, where one is chosen.
-        proxies: ``[K, C_z]``, of unit length, of the last of ``compared``.
-        stride: voxels of a token, of the same.
-        counts: each checkpoint with SHTA, earliest ones before their run -> eligible tokens ``[K, K]``: rows are
-            classes by the truth, those not chosen are empty; columns are the classes whose proxies are nearest.
-    """
-
-    compared: tuple[TrainedRun, ...]
-    left_out: TrainedRun | None
-    sample: ClassSample
-    proxies: np.ndarray
-    stride: tuple[int, ...]
+    compared: tuple[TrainedRun, ...]  # SHTA's host, where it is among the runs and sees the same patches, and SHTA
+    left_out: TrainedRun | None  # the host that does not
+    sample: ClassSample  # of the chosen classes; of the only one and of the background, where one is chosen
+    proxies: np.ndarray  # [K, C_z], of unit length, of the last of ``compared``
+    stride: tuple[int, ...]  # voxels of a token, of the same
+    # each checkpoint with SHTA, earliest ones before their run -> eligible tokens [K, K]: rows are classes by the
+    # truth, those not chosen are empty; columns are the classes whose proxies are nearest
     counts: dict[TrainedRun, np.ndarray]
 
 
@@ -94,19 +88,17 @@ def survey(
     num_classes = branches[shta].num_classes
     counts = {run: np.zeros((num_classes, num_classes), int) for run in asked}
     for case in tqdm(cases, "Reading tokens"):
-        cut: list[tuple[list, Patches]] = []
+        cut: dict[str, Patches] = {}
         seen = {}
         for run in dict.fromkeys([*compared, *asked]):
             branch = branches.get(run, branches[shta])
-            patches = next((patches for way, patches in cut if way == ways[run]), None)
-            if patches is None:
-                patches = cut_patches(models[run], branch, case, background=len(classes) == 1)
-                cut.append((ways[run], patches))
-            if not len(patches.images):
+            if ways[run] not in cut:
+                cut[ways[run]] = cut_patches(models[run], branch, case, background=len(classes) == 1)
+            if not len(cut[ways[run]].images):
                 continue
-            tokens = read_tokens(models[run], branch, patches, embed=run in branches)
+            tokens = read_tokens(models[run], branch, cut[ways[run]], embed=run in branches)
             if run in branches:
-                counts[run] += confusion_matrix(tokens.classes, tokens.assignment.argmax(1), labels=range(num_classes))
+                np.add.at(counts[run], (tokens.classes.numpy(), tokens.assignment.argmax(1).numpy()), 1)
             if run in compared:
                 seen[run.name] = tokens
         if seen:
@@ -119,15 +111,16 @@ def survey(
 
 def earliest_kept(run: TrainedRun) -> list[TrainedRun]:
     """The same run after the first of the epochs that its setting ``keep_epochs`` kept, or nothing."""
-    kept = {}
-    for file in run.fold_folder.glob("checkpoint_epoch*.pth"):
-        match = re.fullmatch(r"checkpoint_epoch(\d+)\.pth", file.name)
-        if match and os.path.isfile(training_state_file(str(file))):
-            kept[int(match[1])] = file.name
-    if not kept or kept[min(kept)] == run.checkpoint:
+    kept = [
+        (int(match[1]), file.name)
+        for file in run.fold_folder.iterdir()
+        if (match := re.fullmatch(r"checkpoint_epoch(\d+)\.pth", file.name))
+        and os.path.isfile(training_state_file(str(file)))
+    ]
+    epoch, checkpoint = min(kept, default=(0, run.checkpoint))
+    if checkpoint == run.checkpoint:
         return []
-    epoch = min(kept)
-    return [dataclasses.replace(run, name=f"{run.name}, epoch {epoch}{_of_all(run, epoch)}", checkpoint=kept[epoch])]
+    return [dataclasses.replace(run, name=f"{run.name}, epoch {epoch}{_of_all(run, epoch)}", checkpoint=checkpoint)]
 
 
 def _of_all(run: TrainedRun, epoch: int) -> str:
@@ -158,18 +151,14 @@ class ClassSample:
 
     def __init__(self, size: int, seed: int) -> None:
         self.size, self.seed = size, seed
-        self.classes = np.empty(0, int)
-        self.draws = np.empty(0)
-        self.features: dict[str, np.ndarray] = {}
-        self.embedding: np.ndarray | None = None
-        self.total: dict[int, int] = {}
+        self.total: Counter[int] = Counter()
+        self.classes, self.draws, self.embedding, self.features = np.empty(0, int), np.empty(0), None, {}
 
     def add(self, seen: Mapping[str, Tokens]) -> None:
         """Take the tokens of one case, as each run sees them; the last one has the embedding."""
         last = list(seen.values())[-1]
         classes = last.classes.numpy()
-        for label, count in zip(*np.unique(classes, return_counts=True), strict=True):
-            self.total[int(label)] = self.total.get(int(label), 0) + int(count)
+        self.total.update(classes.tolist())
         rng = np.random.default_rng(derived_seed(self.seed, "tokens", last.case))
         self.classes = np.concatenate([self.classes, classes])
         self.draws = np.concatenate([self.draws, rng.random(len(classes))])
@@ -192,8 +181,6 @@ def lowest_of_each_class(classes: np.ndarray, draws: np.ndarray, size: int) -> n
         draws: ``[N]`` float.
         size: at most so many of a class.
     """
-    kept = [
-        members[np.argsort(draws[members], kind="stable")[:size]]
-        for members in (np.flatnonzero(classes == label) for label in np.unique(classes))
-    ]
-    return np.sort(np.concatenate(kept)) if kept else np.empty(0, int)
+    order = np.lexsort((draws, classes))
+    rank = np.arange(len(order)) - np.searchsorted(classes[order], classes[order])
+    return np.sort(order[rank < size])

@@ -7,30 +7,24 @@ where there are. One class alone would show nothing, so it is shown beside the b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from sklearn.decomposition import PCA
-from sklearn.manifold import TSNE
-from sklearn.metrics import silhouette_samples
 
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.summary import table
-from nnunet_ssl.figures.page import (
-    column_width,
-    legend_columns,
-    new_figure,
-    paper_style,
-    save_figure,
-    wrapped,
-)
-from nnunet_ssl.figures.runs import Case, FigureOptions, NotApplicable, TrainedRun, cases_in_words
+from nnunet_ssl.figures.options import FigureOptions, NotApplicable
+from nnunet_ssl.figures.page import column_width, legend_columns, new_figure, paper_style, save_figure, wrapped
+from nnunet_ssl.figures.runs import TrainedRun
 from nnunet_ssl.figures.shta.branch import BACKGROUND
 from nnunet_ssl.figures.shta.survey import RULE, TOKENS_PER_CLASS, Survey, survey
+from nnunet_ssl.figures.test_set import Case, cases_in_words
 
 PERPLEXITY = 30
 METHODS = {"pca": "PCA", "tsne": "t-SNE"}
@@ -41,17 +35,11 @@ MARKERS = "osD^vP"  # beside colour, for readers without it; the background's is
 
 @dataclass(frozen=True)
 class Space:
-    """The same N tokens in one space.
+    """The same N tokens in one space."""
 
-    Attributes:
-        title: in the figure.
-        points: ``[N, C]``.
-        proxies: ``[classes, C]``, or None where the space has none.
-    """
-
-    title: str
-    points: np.ndarray
-    proxies: np.ndarray | None = None
+    title: str  # in the figure
+    points: np.ndarray  # [N, C]
+    proxies: np.ndarray | None = None  # [classes, C], where the space has any
 
 
 def draw_tokens(runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path, options: FigureOptions) -> None:
@@ -59,8 +47,10 @@ def draw_tokens(runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path, op
 
     Raises:
         NotApplicable: no run was trained with SHTA, or fewer than two classes have tokens.
-        UserError: a model or its branch cannot be read.
+        UserError: a model or its branch cannot be read, or there is no scikit-learn.
     """
+    if find_spec("sklearn") is None:
+        raise UserError('tokens need scikit-learn, which is not installed: pip install "nnunet-ssl[figures]".')
     found = survey(tuple(runs), tuple(cases), tuple(options.names), options.device, options.seed)
     sample, shta = found.sample, found.compared[-1]
     if found.left_out is not None:
@@ -95,6 +85,9 @@ def in_two_dimensions(space: Space, method: str, seed: int) -> tuple[np.ndarray,
         ``[N, 2]``, and the proxies' places ``[classes, 2]`` where the method has a place for them: PCA is a projection
         and shows them where they are, t-SNE has none for points that it did not lay out.
     """
+    from sklearn.decomposition import PCA  # of the extra "figures"
+    from sklearn.manifold import TSNE
+
     if method == "pca":
         pca = PCA(2, random_state=seed).fit(space.points)
         return pca.transform(space.points), None if space.proxies is None else pca.transform(space.proxies)
@@ -122,11 +115,20 @@ def tokens_figure(spaces: Sequence[Space], classes: np.ndarray, shown: Sequence[
     grid = figure.subplots(num_rows, len(spaces), squeeze=False)
     colors = {**options.colors, 0: BACKGROUND}
     markers = {**{label: MARKERS[i % len(MARKERS)] for i, label in enumerate(options.names)}, 0: "X"}
+    # all classes in mixed order, so that none hides another
+    parts = np.array_split(np.random.default_rng(options.seed).permutation(len(classes)), min(20, len(classes)))
     for row, method in zip(grid, options.embedding, strict=True):
         row[0].set_ylabel(METHODS[method])
         for axes, space in zip(row, spaces, strict=True):
             points, proxies = in_two_dimensions(space, method, options.seed)
-            _scatter(axes, points, classes, shown, colors, markers, options.seed)
+            for part, label in itertools.product(parts, shown):
+                mine = part[classes[part] == label]
+                axes.scatter(
+                    *points[mine].T, s=5, marker=markers[label], c=colors[label], alpha=0.7, linewidths=0,
+                    rasterized=True,
+                )  # fmt: skip
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(True)
             if proxies is not None:
                 axes.scatter(
                     *proxies.T, s=70, marker="*", c=[colors[label] for label in shown], edgecolors="black",
@@ -143,29 +145,10 @@ def tokens_figure(spaces: Sequence[Space], classes: np.ndarray, shown: Sequence[
     return figure
 
 
-def _scatter(
-    axes: Axes,
-    points: np.ndarray,
-    classes: np.ndarray,
-    shown: Sequence[int],
-    colors: Mapping[int, str],
-    markers: Mapping[int, str],
-    seed: int,
-) -> None:
-    """Points of all classes in mixed order, so that no class hides another."""
-    order = np.random.default_rng(seed).permutation(len(points))
-    for part in np.array_split(order, min(20, len(order))):
-        for label in shown:
-            mine = part[classes[part] == label]
-            axes.scatter(
-                *points[mine].T, s=5, marker=markers[label], c=colors[label], alpha=0.7, linewidths=0, rasterized=True
-            )
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(True)
-
-
 def silhouettes(points: np.ndarray, classes: np.ndarray, shown: Sequence[int]) -> list[float]:
     """Mean silhouette of each class in the full space, from -1 (among others) to 1 (compact and apart)."""
+    from sklearn.metrics import silhouette_samples
+
     values = silhouette_samples(points, classes)
     return [float(values[classes == label].mean()) for label in shown]
 
