@@ -9,6 +9,7 @@ from setuptools import Command, find_packages, setup
 from setuptools.command.build import build
 
 ROOT = Path(__file__).parent
+FIGURES = ["scikit-learn"]  # PCA, t-SNE and silhouettes of SHTA's tokens
 COMMANDS = (
     "preprocess",
     "warp",
@@ -100,7 +101,6 @@ setup(
         "SimpleITK",
         "acvl-utils",
         "scipy>=1.15",  # stats.bootstrap(rng=...)
-        "scikit-learn",
         "tqdm",
         "matplotlib",
         "nibabel",  # reads NIfTI headers and data to the end: SimpleITK passes over truncated files in silence
@@ -111,8 +111,10 @@ setup(
     ],
     extras_require={
         "benchmark": BENCHMARK,
+        "figures": FIGURES,
         "dev": [
             *BENCHMARK,
+            *FIGURES,
             "h5py",
             "import-linter",
             "pytest",
