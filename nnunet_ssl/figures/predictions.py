@@ -108,7 +108,7 @@ def predict(run: TrainedRun, cases: Sequence[Case], out: Path, options: FigureOp
         for start in tqdm(range(0, len(missing), at_a_time), f"Predicting, {run.name}"):
             batch = missing[start : start + at_a_time]
             files = [list(map(str, case.images)) for case in batch], [str(building / case.name) for case in batch]
-            with naming(run, batch):
+            with predicting(run, batch):
                 if workers == 1:
                     predictor.predict_from_files_sequential(*files)
                 else:
@@ -123,7 +123,7 @@ def predict(run: TrainedRun, cases: Sequence[Case], out: Path, options: FigureOp
 
 
 @contextlib.contextmanager
-def naming(run: TrainedRun, cases: Sequence[Case]) -> Iterator[None]:
+def predicting(run: TrainedRun, cases: Sequence[Case]) -> Iterator[None]:
     """Around nnU-Net's predictor: says what cannot be predicted, and keeps several lines a case from the screen.
 
     Raises:
@@ -140,8 +140,13 @@ def naming(run: TrainedRun, cases: Sequence[Case]) -> Iterator[None]:
 
 
 def current_folder(run: TrainedRun, cases: Sequence[Case], out: Path, options: FigureOptions) -> Path:
-    """The folder for what a run predicts, made and without what it would not predict now: of another checkpoint,
-    of other images, or with the other setting of mirroring. What makes the rest is written down."""
+    """The folder for what a run predicts, without what it would not predict now.
+
+    That is what another checkpoint, other images or the other setting of mirroring gave.
+
+    Raises:
+        UserError: an image cannot be read.
+    """
     folder = prediction_folder(run, out)
     stored = _read_record(folder / RECORD)
     checkpoint = stamp(run.checkpoint_file, stored.get("checkpoint"))

@@ -26,7 +26,7 @@ from nnunet_ssl.figures.options import FigureOptions, NotApplicable
 from nnunet_ssl.figures.outlines import TRUTH, draw_outline, overlay, shadow
 from nnunet_ssl.figures.page import column_width, legend_columns, new_figure, paper_style, save_figure, wrapped
 from nnunet_ssl.figures.planes import OpenCase, Plane
-from nnunet_ssl.figures.predictions import current_folder, naming, prediction_folder, with_predictions
+from nnunet_ssl.figures.predictions import current_folder, predicting, prediction_folder, with_predictions
 from nnunet_ssl.figures.runs import TrainedRun, load_predictor
 from nnunet_ssl.figures.shta.branch import baseline_and_shta
 from nnunet_ssl.figures.test_set import Case, cases_in_words
@@ -119,7 +119,7 @@ def predict_entropy(run: TrainedRun, cases: Sequence[Case], out: Path, options: 
     missing = [case for case in cases if not (folder / f"{case.name}.npz").is_file()]
     predictor = load_predictor(run, options.device, options.tta) if missing else None
     for case in missing:
-        with naming(run, [case]):
+        with predicting(run, [case]):
             image, properties = read_volume(run.reader.read_images, list(map(str, case.images)))
             _, probabilities = predictor.predict_single_npy_array(image, properties, None, None, True)
         with replacing(folder / f"{case.name}.npz") as temporary, open(temporary, "wb") as stream:
