@@ -32,6 +32,7 @@ from nnunet_ssl.files import read_json, stamp, writing
 from nnunet_ssl.shapes.votes import Electorate, prepare_votes
 from nnunet_ssl.stock_commands import of_this_python, running
 from nnunet_ssl.unlabeled.find import (
+    PSEUDOLABELED,
     UNLABELED_FOLDER,
     read_dataset_json,
     read_plans,
@@ -41,7 +42,6 @@ from nnunet_ssl.unlabeled.find import (
 from nnunet_ssl.unlabeled.folds import SPLITS
 from nnunet_ssl.unlabeled.prepare import prepare_unlabeled
 from nnunet_ssl.unlabeled.pseudolabel import (
-    RECORD,
     REPORT,
     Predictions,
     Source,
@@ -50,7 +50,7 @@ from nnunet_ssl.unlabeled.pseudolabel import (
     stored_confidences,
     write_pseudolabeled,
 )
-from nnunet_ssl.unlabeled.split import refuse_existing
+from nnunet_ssl.unlabeled.raw_dataset import refuse_existing
 
 PREPARE = "An atlas needs the preprocessed labelled cases: run nnUNetv2_plan_and_preprocess, or name the plans with -p."
 ATTEMPTS = 2  # to predict a case
@@ -458,7 +458,7 @@ class SelfTraining:
         return " and ".join({NETWORK: network, ATLAS: atlas}[one] for one in self.teachers)
 
     def _record_file(self, target: str) -> Path:
-        return Path(required_folder("nnUNet_raw"), target, RECORD)
+        return Path(required_folder("nnUNet_raw"), target, PSEUDOLABELED)
 
     def _preprocessed_mark(self, target: str) -> Path:
         """An empty file that says that nnUNetv2_preprocess came to its end."""

@@ -27,7 +27,7 @@ def make(args: argparse.Namespace) -> None:
     """
     # heavy: only once the arguments are known to be good
     from nnunet_ssl.unlabeled.find import required_folder
-    from nnunet_ssl.unlabeled.split import refuse_existing
+    from nnunet_ssl.unlabeled.raw_dataset import refuse_existing
 
     raw, name = Path(required_folder("nnUNet_raw")), f"Dataset{args.d:03d}_SSLDemoAllLabels"
     refuse_existing(args.d, option="-d")

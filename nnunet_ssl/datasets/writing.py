@@ -48,7 +48,7 @@ def prepare(
     # heavy: only once the arguments are known to be good
     from nnunet_ssl.unlabeled.find import GROUPS, required_folder
     from nnunet_ssl.unlabeled.folds import SPLITS
-    from nnunet_ssl.unlabeled.split import new_dataset, refuse_existing
+    from nnunet_ssl.unlabeled.raw_dataset import new_dataset, refuse_existing
 
     raw, prepared = (Path(required_folder(variable)) for variable in ("nnUNet_raw", "nnUNet_preprocessed"))
     dataset = f"Dataset{args.d:03d}_{name}"

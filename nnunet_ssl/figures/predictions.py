@@ -18,7 +18,7 @@ from nnunet_ssl.figures.options import FigureOptions
 from nnunet_ssl.figures.runs import FINAL, TrainedRun, load_predictor, reason
 from nnunet_ssl.figures.test_set import Case
 from nnunet_ssl.files import read_json, same_content, stamp, write_json
-from nnunet_ssl.unlabeled.prepare import image_stamps, kept_stamps, same_images
+from nnunet_ssl.unlabeled.stamps import image_stamps, kept_stamps, same_images
 
 RECORD = "made_from.json"
 WORKERS_PAY_FROM = 2**26  # bytes of images; starting nnU-Net's workers takes half a minute

@@ -14,8 +14,7 @@ from nnunet_ssl.files import read_json, stamp
 from nnunet_ssl.names import a_few
 from nnunet_ssl.shapes.case import load
 from nnunet_ssl.shapes.pairs import description, spread_out
-from nnunet_ssl.unlabeled.find import GROUPS, UNLABELED_FOLDER, find_images
-from nnunet_ssl.unlabeled.pseudolabel import RECORD
+from nnunet_ssl.unlabeled.find import GROUPS, PSEUDOLABELED, UNLABELED_FOLDER, find_images
 from nnunet_ssl.unlabeled.store import PreparedFolder
 
 DESCRIBED = 200  # images among which those far apart are looked for
@@ -50,7 +49,7 @@ def test_images(dataset_name: str, ending: str) -> dict[str, list[str]]:
     A dataset with pseudo-labels has those of the dataset that it was made from.
     """
     raw = os.path.join(nnUNet_raw.get() or os.devnull, dataset_name)
-    folder, record = os.path.join(raw, "imagesTs"), os.path.join(raw, RECORD)
+    folder, record = os.path.join(raw, "imagesTs"), os.path.join(raw, PSEUDOLABELED)
     found = find_images(folder, ending)[0] if os.path.isdir(folder) else {}
     if os.path.isfile(record):
         made_with = read_json(record, "It says which dataset this one was made from.", keys={"made_with": dict})

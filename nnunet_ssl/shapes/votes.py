@@ -30,7 +30,8 @@ from nnunet_ssl.shapes.pairs import description
 from nnunet_ssl.shapes.quality import refuse_few
 from nnunet_ssl.shapes.registration import VERSION, one_thread, volume
 from nnunet_ssl.shapes.vote import Atlas, atlas, channels, vote
-from nnunet_ssl.unlabeled.prepare import labeled_folder, preprocessing_of
+from nnunet_ssl.unlabeled.case import preprocessing_of
+from nnunet_ssl.unlabeled.prepare import labeled_folder
 from nnunet_ssl.unlabeled.store import Manifest, Outcome, PreparedFolder, cannot_write, disk_failure
 
 ATLASES = 10  # that vote on an image: those most like it

@@ -29,8 +29,9 @@ from nnunet_ssl.shapes.quality import refuse_few
 from nnunet_ssl.shapes.registration import VERSION
 from nnunet_ssl.shapes.targets import find_targets, groups_of_dataset, of_patients, read_groups, test_images
 from nnunet_ssl.unlabeled import store
+from nnunet_ssl.unlabeled.case import preprocessing_of
 from nnunet_ssl.unlabeled.find import GROUPS
-from nnunet_ssl.unlabeled.prepare import labeled_folder, preprocessing_of
+from nnunet_ssl.unlabeled.prepare import labeled_folder
 from nnunet_ssl.unlabeled.store import Manifest, Outcome, PreparedFolder, cannot_write
 
 BUDGET = 10.0  # minutes that may be spent where no number of pairs is given

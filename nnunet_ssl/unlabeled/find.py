@@ -19,6 +19,7 @@ from nnunet_ssl.files import read_json
 from nnunet_ssl.names import file_ending, path_component
 
 GROUPS = "groups.json"  # beside dataset.json: case -> patient, where patients have several cases
+PSEUDOLABELED = "ssl_pseudolabel.json"  # likewise: what a dataset with pseudo-labels was made from
 UNLABELED_FOLDER = "imagesUn"
 
 
@@ -99,6 +100,12 @@ def find_images(folder: str, ending: str) -> tuple[dict[str, list[str]], list[st
         (cases[match[1]] if match and os.path.isfile(path) else others).append(path)
     spacing_files = {os.path.join(folder, f"{case}.json") for case in cases}
     return dict(sorted(cases.items())), [os.path.basename(path) for path in others if path not in spacing_files]
+
+
+def with_spacing(case: str, files: list[str]) -> list[str]:
+    """A case's files, and the one beside them that nnU-Net's TIFF reader takes the spacing from, if it is there."""
+    spacing = os.path.join(os.path.dirname(files[0]), f"{case}.json")
+    return [*files, spacing] if os.path.isfile(spacing) else files
 
 
 def find_labeled(raw_folder: str, dataset_json: dict) -> dict[str, list[str]]:

@@ -14,26 +14,20 @@ import contextlib
 import functools
 import hashlib
 import itertools
-import json
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import numpy as np
 from nnunetv2.paths import nnUNet_raw
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import same_content, stamp
-from nnunet_ssl.names import a_few, file_ending, path_component
+from nnunet_ssl.names import a_few, path_component
 from nnunet_ssl.unlabeled import store
-from nnunet_ssl.unlabeled.check import BadImageError, CheckingPlans
+from nnunet_ssl.unlabeled.case import Preparation, prepare_case
 from nnunet_ssl.unlabeled.find import (
     UNLABELED_FOLDER,
-    channel_names,
     find_labeled,
     find_unlabeled,
     is_labeled,
@@ -41,9 +35,8 @@ from nnunet_ssl.unlabeled.find import (
     refuse_labeled_names,
     required_folder,
 )
-from nnunet_ssl.unlabeled.store import Manifest, Outcome, PreparedFolder, cannot_write, disk_failure
-
-Stamps = dict[str, list[list]]  # case -> [file name, size in bytes, mtime in ns, SHA-256] of each raw file
+from nnunet_ssl.unlabeled.stamps import Stamps, image_stamps, same_images
+from nnunet_ssl.unlabeled.store import Manifest, PreparedFolder, cannot_write
 
 
 def prepare_unlabeled(
@@ -75,7 +68,7 @@ def prepare_unlabeled(
     Raises:
         UserError: an image, the plans or the disk stands in the way. What was finished is kept.
     """
-    task = _Task(plans_manager.plans, configuration, dataset_json)
+    task = Preparation(plans_manager.plans, configuration, dataset_json)
     folder = prepared_folder(dataset_name, task.configuration_manager)
     wanted = _wanted(dataset_name, dataset_json, labeled_cases, folder, task)
     if wanted is None:
@@ -135,7 +128,7 @@ def wait_until_prepared(
         UserError: not prepared in time.
         SystemExit: the images cannot be prepared; the rank that prepares them says why.
     """
-    task = _Task(plans_manager.plans, configuration, dataset_json)
+    task = Preparation(plans_manager.plans, configuration, dataset_json)
     folder = prepared_folder(dataset_name, task.configuration_manager)
     # once, as the rank that prepares: an image that comes while it does is not waited for
     wanted = functools.cache(lambda: _wanted(dataset_name, dataset_json, labeled_cases, folder, task))
@@ -171,113 +164,6 @@ def labeled_folder(dataset_name: str, configuration_manager: ConfigurationManage
 def prepared_folder(dataset_name: str, configuration_manager: ConfigurationManager) -> str:
     """The folder of a configuration's prepared unlabelled images; raises as ``labeled_folder``."""
     return f"{labeled_folder(dataset_name, configuration_manager)}_unlabeled"
-
-
-def image_stamps(images: dict[str, list[str]], kept: Stamps | None = None) -> Stamps:
-    """What tells that a raw image has changed; with it the file that nnU-Net's TIFF reader takes the spacing from.
-
-    Compare two of them with ``same_images``: the times of copies tell nothing.
-
-    Args:
-        images: case -> its channel files.
-        kept: what this said earlier, for some or all of the cases. Only files whose size or time is another are read.
-
-    Raises:
-        UserError: a file is not there or cannot be read.
-    """
-    stamps: Stamps = {}
-    for case, files in tqdm(images.items(), "Comparing images", disable=len(images) < 2, delay=3, leave=False):
-        earlier = {name: entry for name, *entry in (kept or {}).get(case, ())}
-        spacing_file = os.path.join(os.path.dirname(files[0]), f"{case}.json")
-        stamps[case] = []
-        for file in [*files, *([spacing_file] if os.path.isfile(spacing_file) else [])]:
-            name = os.path.basename(file)
-            try:
-                stamps[case].append([name, *stamp(file, earlier.get(name))])
-            except OSError as error:
-                raise UserError(
-                    f"{file} cannot be read ({error.strerror or error}). Make it readable, or remove it."
-                ) from error
-    return stamps
-
-
-def kept_stamps(content: dict, source: str) -> Stamps:
-    """What :func:`image_stamps` gave, from a record that somebody else may have written.
-
-    Raises:
-        UserError, LookupError, TypeError, ValueError, AttributeError: it is of another shape, or a case's name cannot
-            be a file's.
-    """
-    return {
-        path_component(case, "case", source): [
-            [path_component(name, "file", source), int(size), int(time_), str(digest)]
-            for name, size, time_, digest in files
-        ]
-        for case, files in content.items()
-    }
-
-
-def same_images(one: list[list], other: list[list]) -> bool:
-    """Whether the stamps of a case at two times are of the same content under the same names."""
-    return [entry[0] for entry in one] == [entry[0] for entry in other] and all(
-        same_content(now[1:], then[1:]) for now, then in zip(one, other, strict=True)
-    )
-
-
-def preprocessing_of(plans_manager: PlansManager, configuration: str, dataset_json: dict) -> dict:
-    """What in the plans and ``dataset.json`` determines a prepared image. Patch size, batch size and network do not.
-
-    Returns:
-        By name, in plain JSON types.
-    """
-    plans = plans_manager.plans
-    of_configuration = plans_manager.get_configuration(configuration).configuration
-    decisive = {
-        **{
-            key: of_configuration.get(key)
-            for key in (
-                "data_identifier",
-                "preprocessor_name",
-                "spacing",
-                "normalization_schemes",
-                "use_mask_for_norm",
-                "resampling_fn_data",
-                "resampling_fn_data_kwargs",
-                "resampling_fn_seg",
-                "resampling_fn_seg_kwargs",
-            )
-        },
-        "transpose_forward": plans_manager.transpose_forward,
-        "foreground_intensity_properties": plans_manager.foreground_intensity_properties_per_channel,
-        "image_reader_writer": plans["image_reader_writer"],
-        "channel_names": channel_names(dataset_json),
-        "file_ending": dataset_json["file_ending"],
-    }
-    return json.loads(json.dumps(decisive))
-
-
-@dataclass
-class _Task:
-    """How to prepare, in what a spawned worker can be sent."""
-
-    plans: dict
-    configuration: str
-    dataset_json: dict
-    preprocessing: dict = field(init=False)
-
-    def __post_init__(self) -> None:
-        plans_manager = PlansManager(self.plans)
-        file_ending(self.dataset_json.get("file_ending"), f"dataset.json of {plans_manager.dataset_name}")
-        if self.configuration not in plans_manager.available_configurations:
-            raise UserError(
-                f"the plans {plans_manager.plans_name} have no configuration {self.configuration}, but "
-                f"{', '.join(plans_manager.available_configurations)}."
-            )
-        self.preprocessing = preprocessing_of(plans_manager, self.configuration, self.dataset_json)
-
-    @property
-    def configuration_manager(self) -> ConfigurationManager:
-        return PlansManager(self.plans).get_configuration(self.configuration)
 
 
 class UnlabeledManifest(Manifest):
@@ -383,7 +269,7 @@ GONE = f"no longer in {UNLABELED_FOLDER}"
 
 
 def _wanted(
-    dataset_name: str, dataset_json: dict, labeled_cases: Collection[str], folder: str, task: _Task
+    dataset_name: str, dataset_json: dict, labeled_cases: Collection[str], folder: str, task: Preparation
 ) -> _Wanted | None:
     """The images to prepare, or None where they are not on this machine and the prepared folder has to do."""
     raw = os.path.join(nnUNet_raw.get() or os.devnull, dataset_name)
@@ -400,7 +286,7 @@ def _wanted(
 
 
 def _take_as_it_is(
-    folder: str, task: _Task, dataset_name: str, labeled_cases: Collection[str], reading: bool
+    folder: str, task: Preparation, dataset_name: str, labeled_cases: Collection[str], reading: bool
 ) -> PreparedFolder:
     while True:
         manifest = UnlabeledManifest.read(folder)
@@ -433,7 +319,11 @@ def _announce(difference: dict[str, list[str]], folder: str, num_images: int) ->
 
 
 def _complete(
-    manifest: UnlabeledManifest, difference: dict[str, list[str]], wanted: _Wanted, task: _Task, num_processes: int
+    manifest: UnlabeledManifest,
+    difference: dict[str, list[str]],
+    wanted: _Wanted,
+    task: Preparation,
+    num_processes: int,
 ) -> UnlabeledManifest:
     """Strike off what is not current, and make what is missing; returns the new manifest."""
     todo = sorted(set(itertools.chain(*difference.values())) & set(wanted.images))
@@ -444,7 +334,7 @@ def _complete(
     if not todo:
         return manifest
     problems = manifest.make(
-        _prepare_case,
+        prepare_case,
         [(task, case, wanted.images[case]) for case in todo],
         todo,
         num_processes,
@@ -456,48 +346,3 @@ def _complete(
         more = f" {len(problems) - 1} other image(s) cannot be used either." if len(problems) > 1 else ""
         raise UserError(sorted(problems)[0] + more)
     return manifest
-
-
-def _prepare_case(task: _Task, case: str, files: list[str], folder: str) -> Outcome:
-    """Prepare one image into a folder of its own. Errors come back as values: raising would break the pool."""
-    plans_manager = CheckingPlans(task.plans, len(channel_names(task.dataset_json)), task.configuration)
-    configuration_manager = plans_manager.get_configuration(task.configuration)
-    entry: dict = {"raw": []}
-    try:
-        entry["raw"] = image_stamps({case: files})[case]
-        os.makedirs(folder)
-        preprocessor = configuration_manager.preprocessor_class(verbose=False)
-        preprocessor.run_case_save(
-            os.path.join(folder, case), files, None, plans_manager, configuration_manager, task.dataset_json
-        )
-        try:
-            dataset_class = infer_dataset_class(folder)
-        except (AssertionError, LookupError):
-            written = ", ".join(sorted(os.listdir(folder))) or "nothing"
-            name = configuration_manager.preprocessor_name
-            problem = f"{name}, the preprocessor of the plans, writes what no dataset of nnU-Net reads ({written})."
-            return Outcome(case, entry, f"{problem} Plan with another one.", fatal=True)
-        _read_back(dataset_class, folder, case, files)
-        if image_stamps({case: files}, {case: entry["raw"]})[case] != entry["raw"]:
-            return Outcome(case, entry, f"{files[0]} changed while it was being prepared. Run the same command again.")
-    except UserError as error:
-        return Outcome(case, entry, error.args[0])
-    except BadImageError as error:
-        return Outcome(case, entry, str(error))
-    except Exception as error:
-        if lost := disk_failure(error, folder):
-            return Outcome(case, entry, lost, fatal=True)
-        problem = f"{files[0]} cannot be preprocessed ({type(error).__name__}: {error}). Replace or remove it."
-        return Outcome(case, entry, problem)
-    return Outcome(case, entry)
-
-
-def _read_back(dataset_class: type, folder: str, case: str, files: list[str]) -> None:
-    """Make sure that what was written can be read and trained on."""
-    data, seg, *_ = dataset_class(folder, [case]).load_case(case)
-    _ = seg[:]
-    if not np.isfinite(data[:]).all():
-        raise BadImageError(
-            f"{files[0]}: after normalisation and resampling the image has voxels that are NaN or infinite. "
-            "Look at its intensities, or remove it."
-        )

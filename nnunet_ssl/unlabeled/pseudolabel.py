@@ -36,6 +36,7 @@ from tqdm import tqdm
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_json, same_content, write_json
 from nnunet_ssl.unlabeled.find import (
+    PSEUDOLABELED,
     find_labeled,
     find_unlabeled,
     read_dataset_json,
@@ -43,12 +44,11 @@ from nnunet_ssl.unlabeled.find import (
     required_folder,
 )
 from nnunet_ssl.unlabeled.folds import SPLITS, read_splits
-from nnunet_ssl.unlabeled.prepare import image_stamps, kept_stamps, same_images
-from nnunet_ssl.unlabeled.split import Split, new_dataset, write_dataset
+from nnunet_ssl.unlabeled.raw_dataset import Split, new_dataset, write_dataset
+from nnunet_ssl.unlabeled.stamps import image_stamps, kept_stamps, same_images
 
 FORMAT = 2
 CONFIDENCES = "confidences.json"
-RECORD = "ssl_pseudolabel.json"
 SAVE_EVERY = 2.0  # seconds between two writes of what has been measured
 WHO_IS_BEST = {"confidence": "the most confident is", "agreement": "the teachers agree most on"}
 REPORT, PICTURE = "pseudolabels.csv", "pseudolabels.png"
@@ -477,7 +477,7 @@ def write_pseudolabeled(
             "pseudo_labeled": kept,
             "unlabeled": rest,
         }
-        write_json(os.path.join(building, RECORD), record)
+        write_json(os.path.join(building, PSEUDOLABELED), record)
     return split
 
 

@@ -11,24 +11,16 @@ list names. Labelled cases are taken from its front, validation cases from its e
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import re
-import secrets
-import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
 
 import numpy as np
-from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import read_text, replacing, write_json
+from nnunet_ssl.files import read_text, write_json
 from nnunet_ssl.unlabeled.find import (
-    GROUPS,
     UNLABELED_FOLDER,
     find_images,
     find_labeled,
@@ -36,18 +28,9 @@ from nnunet_ssl.unlabeled.find import (
     required_folder,
     resolve_dataset,
 )
-from nnunet_ssl.unlabeled.folds import SPLITS
+from nnunet_ssl.unlabeled.raw_dataset import Split, absent, new_dataset, refuse_existing, write_dataset
 
 RECORD = "ssl_split.json"
-
-
-class Split(NamedTuple):
-    """Who is what. ``unlabeled`` holds what the source already had in ``imagesUn``, too."""
-
-    labeled: list[str]
-    validation: list[str]
-    unlabeled: list[str]
-    test: list[str]
 
 
 def split_dataset(
@@ -108,46 +91,6 @@ def split_dataset(
     return target, split
 
 
-@contextmanager
-def new_dataset(raw: str, target: str, copy: bool, preprocessed: str | None = None) -> Iterator[str]:
-    """Yield a folder to write a raw dataset into; it gets its name when the body has ended well, or is removed.
-
-    Args:
-        raw: nnU-Net's folder of raw datasets.
-        target: the new dataset's name.
-        copy: whether files are copied rather than linked to, for the message.
-        preprocessed: nnU-Net's folder of that name; its folder of the dataset gets ``splits_final.json`` too.
-            nnUNetv2_plan_experiment would copy it there; this is for those who bring plans from elsewhere.
-
-    Raises:
-        UserError: something could not be written.
-    """
-    before = os.path.join(raw, f".{target}.")  # nnU-Net does not see names that begin with a dot
-    for left in glob.glob(f"{glob.escape(before)}*"):  # by a killed run
-        shutil.rmtree(left, ignore_errors=True)
-    building = before + secrets.token_hex(8)
-    made = None
-    try:
-        os.mkdir(building)
-        yield building
-        if preprocessed is not None:
-            folder = os.path.join(preprocessed, target)
-            made = None if os.path.isdir(folder) else folder
-            os.makedirs(folder, exist_ok=True)
-            with replacing(os.path.join(folder, SPLITS)) as temporary:
-                shutil.copyfile(os.path.join(building, SPLITS), temporary)
-        os.rename(building, os.path.join(raw, target))
-        made = None
-    except OSError as error:
-        hint = "" if copy else " Where links are not allowed, --copy copies the files."
-        file = error.filename2 or error.filename or building  # of a copy or link the second is the one to be written
-        raise UserError(f"{file} cannot be written ({error.strerror}). Nothing was kept.{hint}") from error
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
-
-
 def choose(cases: list[str], labeled: str, validation: str | None, test: str | None, seed: int, source: str) -> Split:
     """Divide the cases by the rule at the top of this file.
 
@@ -203,93 +146,6 @@ def write_record(folder: str, source: str, target: str, split: Split, seed: int)
     write_json(os.path.join(folder, RECORD), record)
 
 
-def write_dataset(
-    folder: str,
-    name: str,
-    source_folder: str,
-    dataset_json: dict,
-    images: dict[str, list[str]],
-    split: Split,
-    copy: bool,
-    labeled_elsewhere: Collection[str] = (),
-) -> None:
-    """Write the images, labels, ``dataset.json`` and ``splits_final.json`` of a new raw dataset.
-
-    Args:
-        folder: to write into, directly below ``nnUNet_raw``.
-        name: the new dataset's.
-        source_folder: the raw dataset that the labels come from.
-        dataset_json: the source's.
-        images: case -> channel files, of every case of ``split``.
-        split: who is what.
-        copy: copy the files instead of linking to them.
-        labeled_elsewhere: cases of ``split.labeled`` whose label the source does not have; the caller writes it.
-
-    Raises:
-        UserError: a case has no label that is to keep it.
-        OSError: a file cannot be written.
-    """
-    ending = dataset_json["file_ending"]
-
-    def put(file: str, *target: str) -> None:
-        path = os.path.join(folder, *target)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        if copy:
-            shutil.copy2(file, path)
-        else:
-            os.symlink(_link_text(file, os.path.dirname(folder)), path)
-
-    def put_image(case: str, image_folder: str) -> None:
-        for channel, file in enumerate(images[case]):
-            put(file, image_folder, f"{case}_{channel:04d}{ending}")
-        put_spacing(os.path.dirname(images[case][0]), case, image_folder)
-
-    def put_label(case: str, label_folder: str) -> None:
-        file = _label_file(source_folder, dataset_json, case)
-        put(file, label_folder, case + ending)
-        put_spacing(os.path.dirname(file), case, label_folder)
-
-    def put_spacing(file_folder: str, case: str, target_folder: str) -> None:
-        """The file that nnU-Net's TIFF reader takes the spacing from."""
-        file = os.path.join(file_folder, f"{case}.json")
-        if os.path.isfile(file):
-            put(file, target_folder, f"{case}.json")
-
-    if os.path.isfile(groups := os.path.join(source_folder, GROUPS)):
-        shutil.copyfile(groups, os.path.join(folder, GROUPS))
-    for case in {*split.labeled, *split.validation}:
-        put_image(case, "imagesTr")
-        if case not in labeled_elsewhere:
-            put_label(case, "labelsTr")
-    for case in split.unlabeled:
-        put_image(case, UNLABELED_FOLDER)
-    for case in split.test:
-        put_image(case, "imagesTs")
-        put_label(case, "labelsTs")
-
-    adapted = {key: value for key, value in dataset_json.items() if key != "dataset"}
-    adapted["name"] = name
-    adapted["numTraining"] = len({*split.labeled, *split.validation})
-    write_json(os.path.join(folder, "dataset.json"), adapted)
-    write_json(os.path.join(folder, SPLITS), [{"train": split.labeled, "val": split.validation or split.labeled}])
-
-
-def _label_file(source_folder: str, dataset_json: dict, case: str) -> str:
-    """The label of a case that keeps it."""
-    if "dataset" in dataset_json:
-        name = dataset_json["dataset"][case].get("label")
-        if not isinstance(name, str):
-            raise UserError(f"{source_folder}/dataset.json names no label of case {case}, which is to keep it. Add it.")
-        file = os.path.abspath(os.path.join(source_folder, os.path.expandvars(name)))
-    else:
-        file = os.path.join(source_folder, "labelsTr", case + dataset_json["file_ending"])
-    if not os.path.isfile(file):
-        raise UserError(
-            f"{file} {_absent(file)}, but case {case} is to keep its label. Choose another case with a list."
-        )
-    return file
-
-
 def _refuse_lost(source_folder: str, images: dict[str, list[str]]) -> None:
     """Refuse images that are named or linked to, and are not there: the split would be made without them."""
     folders = [os.path.join(source_folder, name) for name in ("imagesTr", UNLABELED_FOLDER)]
@@ -297,18 +153,7 @@ def _refuse_lost(source_folder: str, images: dict[str, list[str]]) -> None:
              if entry.is_symlink() and not entry.name.startswith(".")]  # fmt: skip
     named = [file for files in images.values() for file in files]
     if lost := [file for file in [*named, *sorted(links)] if not os.path.exists(file)]:
-        raise UserError(f"{lost[0]} {_absent(lost[0])}. Bring the image back, or remove the case from {source_folder}.")
-
-
-def _absent(file: str) -> str:
-    return f"is a link that leads nowhere ({os.readlink(file)})" if os.path.islink(file) else "does not exist"
-
-
-def _link_text(file: str, raw: str) -> str:
-    """What a link two folders below ``raw`` says: relative within ``raw``, so that it may be moved or mounted."""
-    if os.path.commonpath([os.path.abspath(raw), os.path.abspath(file)]) == os.path.abspath(raw):
-        return os.path.join(os.pardir, os.pardir, os.path.relpath(file, raw))
-    return os.path.abspath(file)
+        raise UserError(f"{lost[0]} {absent(lost[0])}. Bring the image back, or remove the case from {source_folder}.")
 
 
 def _already_unlabeled(source_folder: str, dataset_json: dict, images: dict[str, list[str]]) -> dict[str, list[str]]:
@@ -319,35 +164,6 @@ def _already_unlabeled(source_folder: str, dataset_json: dict, images: dict[str,
     if both:
         raise UserError(f"{found[both[0]][0]}: {both[0]} is also a labelled case. Remove one of the two.")
     return found
-
-
-def refuse_existing(target_id: int, target: str | None = None, option: str = "-o") -> None:
-    """Refuse an id that no new dataset can have.
-
-    Args:
-        target_id: the id.
-        target: the name that the new dataset will have; what a killed run has left of it is no obstacle.
-        option: the command's option that gives the id, for messages.
-
-    Raises:
-        UserError: it is none, or one of nnU-Net's three folders knows a dataset of this id.
-    """
-    if not 1 <= target_id <= 999:
-        raise UserError(f"{option} {target_id} is not a dataset id. Give a number from 1 to 999.")
-    existing = [name for name in find_candidate_datasets(target_id) if name != target or not is_unfinished(name)]
-    if existing:
-        raise UserError(
-            f"{option} {target_id}: {existing[0]} exists already, among the raw or preprocessed data or the results. "
-            "Choose another id, or remove it from all three folders."
-        )
-
-
-def is_unfinished(dataset: str) -> bool:
-    """Whether nothing but a ``splits_final.json`` is there, as :func:`new_dataset` leaves it when it is killed."""
-    if any(os.path.exists(os.path.join(os.environ.get(f"nnUNet_{name}", ""), dataset)) for name in ("raw", "results")):
-        return False
-    with os.scandir(os.path.join(required_folder("nnUNet_preprocessed"), dataset)) as entries:
-        return {entry.name for entry in entries if not entry.name.startswith(".")} <= {SPLITS}
 
 
 def _target_name(target_id: int, name: str | None, source: str, num_labeled: int) -> str:
