@@ -24,20 +24,22 @@ def main(argv: list[str] | None = None) -> None:
         "it, and repeat. Predicting, preprocessing and training are nnU-Net's own commands; a stopped run goes on "
         "where it was.",
     )
-    parser.add_argument("-d", required=True, help="Name or id of the dataset with imagesUn")
-    parser.add_argument("-c", required=True, help="Configuration, for instance 3d_fullres")
+    parser.add_argument("-d", dest="dataset", required=True, help="Name or id of the dataset with imagesUn")
+    parser.add_argument("-c", dest="configuration", required=True, help="Configuration, for instance 3d_fullres")
     parser.add_argument(
-        "-f", type=fold, nargs="+", default=["0"],
+        "-f", dest="folds", type=fold, nargs="+", default=["0"],
         help="Fold of the trained model: a number, or all; of several the mean predicts. Default: 0",
     )  # fmt: skip
     parser.add_argument(
-        "-tr", default="nnUNetTrainer", help="Trainer of the model, and of the students. Default: nnUNetTrainer"
-    )
+        "-tr", dest="trainer", default="nnUNetTrainer",
+        help="Trainer of the model, and of the students. Default: nnUNetTrainer",
+    )  # fmt: skip
     parser.add_argument("--student", metavar="TRAINER", help="Trainer of the students. Default: that of -tr")
-    parser.add_argument("-p", default="nnUNetPlans", help="Plans identifier. Default: nnUNetPlans")
+    parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="Plans identifier. Default: nnUNetPlans")
     parser.add_argument(
-        "-o", required=True, type=dataset_id, help="Id of the new dataset; further rounds take the next ids"
-    )
+        "-o", dest="target_id", required=True, type=dataset_id,
+        help="Id of the new dataset; further rounds take the next ids",
+    )  # fmt: skip
     parser.add_argument(
         "--teachers", choices=TEACHERS, default="network",
         help="Who labels the images: the trained model, an atlas (the labelled images, registered onto each one), or "
@@ -62,28 +64,36 @@ def main(argv: list[str] | None = None) -> None:
         "--finish", type=count, metavar="EPOCHS",
         help="Train the last student so many epochs more, on the labels alone; it becomes fold 1 of its dataset",
     )  # fmt: skip
-    parser.add_argument("-chk", default="checkpoint_final.pth", help="Checkpoint. Default: checkpoint_final.pth")
+    parser.add_argument(
+        "-chk", dest="checkpoint", default="checkpoint_final.pth", help="Checkpoint. Default: checkpoint_final.pth"
+    )
     parser.add_argument("-device", choices=("cpu", "cuda", "mps"), help="Default: cuda where there is a GPU, else cpu")
-    parser.add_argument("--disable_tta", action="store_true", help="Predict without mirroring: faster, less accurate")
+    parser.add_argument(
+        "--disable_tta", dest="mirroring", action="store_false", help="Predict without mirroring: faster, less accurate"
+    )
     parser.add_argument(
         "--parts", type=count, default=1, metavar="N",
         help="Predict in N parts: the probabilities of one part at a time are on the disk. Default: 1",
     )  # fmt: skip
-    parser.add_argument("-np", type=count, help="Processes to predict and preprocess with. Default: nnU-Net's own")
+    parser.add_argument(
+        "-np", dest="processes", type=count, help="Processes to predict and preprocess with. Default: nnU-Net's own"
+    )
     parser.add_argument("--copy", action="store_true", help="Copy the images instead of linking to them")
     parser.add_argument("--dry-run", action="store_true", help="Print the commands that are to be run, and do nothing")
     args = parser.parse_args(argv)
 
-    if args.o + args.rounds > 1000:
-        raise UserError(f"-o {args.o} --rounds {args.rounds}: each round takes an id, and ids end at 999. Lower one.")
-    teachers = TEACHERS[args.teachers]
-    if args.min_agreement is not None and len(teachers) < 2:
+    if args.target_id + args.rounds > 1000:
+        raise UserError(
+            f"-o {args.target_id} --rounds {args.rounds}: each round takes an id, and ids end at 999. Lower one."
+        )
+    args.folds, args.teachers = tuple(args.folds), TEACHERS[args.teachers]
+    if args.min_agreement is not None and len(args.teachers) < 2:
         raise UserError("--min-agreement: one teacher has nobody to agree with. Use --teachers network,atlas.")
-    if teachers == ("atlas",) and args.rounds > 1:
+    if args.teachers == ("atlas",) and args.rounds > 1:
         raise UserError(
             f"--teachers atlas --rounds {args.rounds}: an atlas labels alike in all rounds. Use --rounds 1."
         )
-    if teachers == ("atlas",) and args.warm:
+    if args.teachers == ("atlas",) and args.warm:
         raise UserError("--warm: an atlas has no weights. Use --teachers network or network,atlas.")
     for option, given in (("--finish", args.finish), ("--student", args.student)):
         if given and not args.rounds:
@@ -92,37 +102,17 @@ def main(argv: list[str] | None = None) -> None:
     # heavy: only once the arguments are known to be good
     import torch
 
-    from nnunet_ssl.self_training import SelfTraining
+    from nnunet_ssl.self_training.rounds import self_train
+    from nnunet_ssl.self_training.settings import Settings
 
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("-device cuda: torch sees no GPU here; leave -device out to use the CPU.")
-    by = "agreement" if len(teachers) > 1 and args.min_confidence is None else "confidence"
-    at_least = args.min_agreement if by == "agreement" else args.min_confidence
-    if at_least is None and args.keep is None:
-        at_least = MIN_AGREEMENT if by == "agreement" else MIN_CONFIDENCE
-    SelfTraining(
-        dataset=args.d,
-        configuration=args.c,
-        folds=tuple(args.f),
-        trainer=args.tr,
-        plans=args.p,
-        checkpoint=args.chk,
-        target_id=args.o,
-        student=args.student,
-        rounds=args.rounds,
-        by=by,
-        at_least=at_least,
-        keep=args.keep,
-        teachers=teachers,
-        warm=args.warm,
-        finish=args.finish,
-        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        mirroring=not args.disable_tta,
-        parts=args.parts,
-        processes=args.np,
-        copy=args.copy,
-        dry_run=args.dry_run,
-    ).run()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.by = "agreement" if len(args.teachers) > 1 and args.min_confidence is None else "confidence"
+    args.at_least = args.min_agreement if args.by == "agreement" else args.min_confidence
+    if args.at_least is None and args.keep is None:
+        args.at_least = MIN_AGREEMENT if args.by == "agreement" else MIN_CONFIDENCE
+    self_train(Settings(**{name: value for name, value in vars(args).items() if name in Settings._fields}))
 
 
 if __name__ == "__main__":

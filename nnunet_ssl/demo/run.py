@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +13,9 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_ssl.demo.dataset import DATASET, ORGANS, write_dataset
-from nnunet_ssl.demo.plans import shrink_plans
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_json, write_json, writing
-from nnunet_ssl.stock_commands import executable, running
+from nnunet_ssl.steps import Step, Steps, training
 
 TRAINERS = ("nnUNetTrainerLabeledOnly", "nnUNetTrainerWarps")
 CONFIGURATION, PLANS, FOLD = "3d_fullres", "nnUNetPlans", "all"
@@ -26,12 +24,14 @@ FEATURES = (8, 16, 32)
 PATCH_SIZE = (24, 28, 28)
 PAIRS = 10  # warps of each labelled case
 STEPS_AN_EPOCH = 50
+SETTINGS = {"num_iterations_per_epoch": STEPS_AN_EPOCH, "num_val_iterations_per_epoch": 2, "save_every": 5}
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 FIGURE_CASES = 3  # the first of the test set
 
 
 @dataclass(frozen=True)
 class Demo:
-    """A demo in a folder. Each step is skipped where its result is there, so a stopped demo goes on where it was.
+    """A demo in a folder, step by step; a stopped one goes on where it was.
 
     Attributes:
         folder: everything is written here.
@@ -57,30 +57,28 @@ class Demo:
     def _run(self) -> dict[str, Any]:
         start = time.time()
         self._claim_folder()
-        raw = self.folder / "nnUNet_raw" / DATASET
-        if not raw.is_dir():
-            self._say("Drawing the dataset: 5 labelled, 40 unlabelled and 10 test cases")
-            write_dataset(raw.parent, self.seed)
-        self._plan()
-        self._warp()
+        if not self._raw.is_dir():  # complete or not there
+            print("\nDrawing the dataset: 5 labelled, 40 unlabelled and 10 test cases", flush=True)
+            write_dataset(self._raw.parent, self.seed)
+        steps = self._steps()
+        steps.do(self._plan())
+        steps.do(self._warp())
         results: dict[str, Any] = {"epochs": self.epochs, "seed": self.seed, "device": self.device, "trainers": {}}
         for trainer in TRAINERS:
-            self._train(trainer)
-            results["trainers"][trainer] = {"test_dice": self._test(trainer)}
+            steps.do(self._train(trainer))
+            steps.do(self._test(trainer))
+            results["trainers"][trainer] = {"test_dice": read_dice(self._predictions(trainer) / "summary.json")}
         figure = self.folder / f"demo_{self.epochs}epochs.png"
-        draw_figure(raw, {trainer: self._predictions(trainer) for trainer in TRAINERS}, figure)
+        draw_figure(self._raw, {trainer: self._predictions(trainer) for trainer in TRAINERS}, figure)
         results_file = self.folder / f"results_{self.epochs}epochs.json"
         write_json(results_file, results)
-        self._say("")
-        print(dice_table(results), flush=True)
-        print(f"\nDice on {len(list((raw / 'labelsTs').iterdir()))} test cases, seed {self.seed}.")
+        print(f"\n{dice_table(results)}", flush=True)
+        print(f"\nDice on {len(list((self._raw / 'labelsTs').iterdir()))} test cases, seed {self.seed}.")
         print(f"Figure: {figure}\nResults: {results_file}\n{(time.time() - start) / 60:.1f} minutes.", flush=True)
         return results
 
-    # ------------------------------------------------------------------ steps
-
     def _claim_folder(self) -> None:
-        """Note what the folder is for; refuse one that holds something else.
+        """Note what the folder is for, and the settings; refuse one that holds something else.
 
         Raises:
             UserError: the folder belongs to another seed, or to something else.
@@ -92,59 +90,66 @@ class Demo:
                 raise UserError(f"{self.folder} holds the demo of seed {seed}; take another --dir, or --seed {seed}.")
         elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise UserError(f"{self.folder} exists and is no demo; take another --dir.")
-        try:
-            for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
-            write_json(note, {"seed": self.seed})
-        except OSError as error:
-            raise UserError(f"{self.folder} cannot be written ({error.strerror}); take another --dir.") from None
+        for name in FOLDERS:
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        write_json(note, {"seed": self.seed})
+        write_json(self.folder / "settings.json", {"seed": self.seed, **SETTINGS})
 
-    def _plan(self) -> None:
+    # ------------------------------------------------------------------ steps
+
+    def _steps(self) -> Steps:
+        """What does them; the commands' output goes to ``log.txt``, their epochs to the terminal."""
+        variables = {
+            "nnUNet_def_n_proc": "2",
+            # on the CPU the cores are for the network, and threads that wait must not spin: the worker needs a core too
+            **({"nnUNet_n_proc_DA": "1", "OMP_WAIT_POLICY": "PASSIVE"} if self.device == "cpu" else {}),
+            **os.environ,
+            **{name: str(self.folder / name) for name in FOLDERS},
+            "nnUNet_ssl_config": str(self.folder / "settings.json"),
+            "MPLBACKEND": "Agg",
+            "PYTHONUNBUFFERED": "1",
+        }
+        log = self.folder / "log.txt"
+        return Steps(self.device, "take another --dir", variables=variables, log=log, show=self._show_epoch)
+
+    def _step(self, name: str, title: str, makes: Path, *commands: list[Any]) -> Step:
+        words = tuple(list(map(str, command)) for command in commands)
+        return Step(self.folder / "steps" / f"{name}.json", (makes,), words, title=title)
+
+    def _plan(self) -> Step:
         """Fingerprint, plans, preprocessing; then the plans for a CPU."""
-        done = self.folder / "planned"
-        if done.exists():
-            return
-        self._say("Planning and preprocessing")
-        self._command("nnUNetv2_plan_and_preprocess", "-d", DATASET_ID, "-c", CONFIGURATION, "-npfp", 2, "-np", 2)
-        shrink_plans(self._prepared / f"{PLANS}.json", CONFIGURATION, FEATURES, patch_size=PATCH_SIZE, batch_size=2)
-        done.touch()
+        file = self._prepared / f"{PLANS}.json"
+        plan = ["nnUNetv2_plan_and_preprocess", "-d", DATASET_ID, "-c", CONFIGURATION, "-npfp", 2, "-np", 2]
+        shrink = ["python", "-m", "nnunet_ssl.demo.plans", file, CONFIGURATION, "--features", *FEATURES]
+        shrink += ["--patch-size", *PATCH_SIZE, "--batch-size", 2]
+        return self._step("plan", "Planning and preprocessing", file, plan, shrink)
 
-    def _warp(self) -> None:
+    def _warp(self) -> Step:
         """Labelled images in the shapes of unlabelled ones."""
-        if not any(self._prepared.glob("*_warped/warps.png")):
-            self._say("Registering labelled images onto unlabelled ones")
-            self._command("nnUNetv2_ssl_warp", "-d", DATASET_ID, "-c", CONFIGURATION, "--pairs", PAIRS, "-np", 2)
+        makes = self._prepared / f"{PLANS}_{CONFIGURATION}_warped" / "warps.png"
+        warp = ["nnUNetv2_ssl_warp", "-d", DATASET_ID, "-c", CONFIGURATION, "--pairs", PAIRS, "-np", 2]
+        return self._step("warp", "Registering labelled images onto unlabelled ones", makes, warp)
 
-    def _train(self, trainer: str) -> None:
-        """Train, or go on training."""
-        model = self._model(trainer) / f"fold_{FOLD}"
-        if (model / "validation" / "summary.json").is_file():
-            return
-        self._say(f"Training {trainer}, {self.epochs} epochs of {STEPS_AN_EPOCH} steps")
-        resume = ["--c"] if any(model.glob("checkpoint_*.pth")) else []
-        name = f"{trainer}_{self.epochs}epochs"
-        self._command("nnUNetv2_train", DATASET_ID, CONFIGURATION, FOLD, "-tr", name, "-device", self.device, *resume)
+    def _train(self, trainer: str) -> Step:
+        name, fold = f"{trainer}_{self.epochs}epochs", self._model(trainer) / f"fold_{FOLD}"
+        words = ["nnUNetv2_train", DATASET_ID, CONFIGURATION, FOLD, "-tr", name, "-device", self.device]
+        title = f"Training {trainer}, {self.epochs} epochs of {STEPS_AN_EPOCH} steps"
+        return self._step(f"train_{name}", title, fold / "validation" / "summary.json", training(words, fold))
 
-    def _test(self, trainer: str) -> dict[str, float]:
-        """Predict and evaluate the test cases; returns the mean Dice of each organ, and their mean."""
-        predictions = self._predictions(trainer)
-        summary = predictions / "summary.json"
-        raw = self.folder / "nnUNet_raw" / DATASET
-        if not summary.is_file():
-            self._say(f"Predicting the test cases with {trainer}")
-            which = ["-d", DATASET_ID, "-c", CONFIGURATION, "-f", FOLD, "-tr", f"{trainer}_{self.epochs}epochs"]
-            places = ["-i", raw / "imagesTs", "-o", predictions, "-npp", 1, "-nps", 1]
-            self._command("nnUNetv2_predict", *which, *places, "--disable_tta", "-device", self.device)
-            files = ["-djfile", raw / "dataset.json", "-pfile", self._model(trainer) / "plans.json", "-np", 1]
-            self._command("nnUNetv2_evaluate_folder", raw / "labelsTs", predictions, *files)
-        remedy = "Remove it, and the test cases are predicted and evaluated again."
-        metrics = read_json(summary, remedy, keys={"mean": dict, "foreground_mean": dict})
-        organs = {name: label for name, label in ORGANS.items() if label}
-        try:
-            dice = {name: float(metrics["mean"][str(label)]["Dice"]) for name, label in organs.items()}
-            return {**dice, "mean": float(metrics["foreground_mean"]["Dice"])}
-        except (LookupError, TypeError, ValueError) as error:
-            raise UserError(f"{summary} is not as nnUNetv2_evaluate_folder writes it ({error!r}). {remedy}") from error
+    def _test(self, trainer: str) -> Step:
+        """Predict and evaluate the test cases."""
+        name, predictions = f"{trainer}_{self.epochs}epochs", self._predictions(trainer)
+        predict = ["nnUNetv2_predict", "-d", DATASET_ID, "-c", CONFIGURATION, "-f", FOLD, "-tr", name]
+        predict += ["-i", self._raw / "imagesTs", "-o", predictions, "-npp", 1, "-nps", 1, "--disable_tta"]
+        evaluate = ["nnUNetv2_evaluate_folder", self._raw / "labelsTs", predictions, "-djfile"]
+        evaluate += [self._raw / "dataset.json", "-pfile", self._model(trainer) / "plans.json", "-np", 1]
+        title = f"Predicting the test cases with {trainer}"
+        commands = [*predict, "-device", self.device], evaluate
+        return self._step(f"test_{name}", title, predictions / "summary.json", *commands)
+
+    @property
+    def _raw(self) -> Path:
+        return self.folder / "nnUNet_raw" / DATASET
 
     @property
     def _prepared(self) -> Path:
@@ -157,43 +162,6 @@ class Demo:
     def _predictions(self, trainer: str) -> Path:
         return self.folder / "predictions" / f"{trainer}_{self.epochs}epochs"
 
-    # ------------------------------------------------------------------ commands
-
-    def _command(self, name: str, *args: Any) -> None:
-        """Run one of nnU-Net's commands; its output goes to ``log.txt``, its epochs to the terminal.
-
-        Raises:
-            UserError: it failed.
-        """
-        settings = self.folder / "settings.json"
-        given = {"num_iterations_per_epoch": STEPS_AN_EPOCH, "num_val_iterations_per_epoch": 2, "save_every": 5}
-        write_json(settings, {"seed": self.seed, **given})
-        variables = {
-            "nnUNet_def_n_proc": "2",
-            # on the CPU the cores are for the network, and threads that wait must not spin: the worker needs a core too
-            **({"nnUNet_n_proc_DA": "1", "OMP_WAIT_POLICY": "PASSIVE"} if self.device == "cpu" else {}),
-            **os.environ,
-            **{name: str(self.folder / name) for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
-            "nnUNet_ssl_config": str(settings),
-            "MPLBACKEND": "Agg",
-            "PYTHONUNBUFFERED": "1",
-        }
-        words = [executable(name), *map(str, args)]
-        print(f"  $ {name} {' '.join(map(str, args))}", flush=True)
-        log = self.folder / "log.txt"
-        with log.open("a") as stream:
-            stream.write(f"\n$ {' '.join(words)}\n")
-            with running(
-                words, env=variables, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            ) as process:
-                for line in process.stdout:
-                    stream.write(line)
-                    stream.flush()
-                    self._show_epoch(line)
-                process.wait()
-        if process.returncode != 0:
-            raise UserError(f"{name} ended with exit code {process.returncode}; its output is at the end of {log}.")
-
     def _show_epoch(self, line: str) -> None:
         """Print where a training is, from a line of nnU-Net's output."""
         if match := re.search(r": Epoch (\d+)\s*$", line):
@@ -201,8 +169,21 @@ class Demo:
             if epoch % max(1, self.epochs // 5) == 0:
                 print(f"  epoch {epoch + 1} of {self.epochs}", flush=True)
 
-    def _say(self, what: str) -> None:
-        print(f"\n{what}" if what else "", flush=True)
+
+def read_dice(summary: Path) -> dict[str, float]:
+    """The mean Dice of each organ, and their mean, from what ``nnUNetv2_evaluate_folder`` has written.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    remedy = "Remove it, and the test cases are predicted and evaluated again."
+    metrics = read_json(summary, remedy, keys={"mean": dict, "foreground_mean": dict})
+    organs = {name: label for name, label in ORGANS.items() if label}
+    try:
+        dice = {name: float(metrics["mean"][str(label)]["Dice"]) for name, label in organs.items()}
+        return {**dice, "mean": float(metrics["foreground_mean"]["Dice"])}
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{summary} is not as nnUNetv2_evaluate_folder writes it ({error!r}). {remedy}") from error
 
 
 def dice_table(results: dict[str, Any]) -> str:

@@ -22,7 +22,6 @@ import SimpleITK as sitk
 from helpers.damage import JSON_DAMAGE
 from helpers.datasets import TinyDataset
 
-from nnunet_ssl import self_training
 from nnunet_ssl.commands.pseudolabel import main
 from nnunet_ssl.errors import UserError
 
@@ -77,7 +76,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     commands = {entry.name: entry for entry in metadata.entry_points(group="console_scripts")}
 
     @contextmanager
-    def running(words: list[str]) -> Iterator[SimpleNamespace]:
+    def running(words: list[str], **options: object) -> Iterator[SimpleNamespace]:
         monkeypatch.setattr(sys, "argv", words)
         commands[words[0]].load()()
         yield SimpleNamespace(wait=lambda: 0)
@@ -86,8 +85,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         assert device == "cpu"  # by which the threads go
         return words
 
-    monkeypatch.setattr(self_training, "of_this_python", as_typed)
-    monkeypatch.setattr(self_training, "running", running)
+    monkeypatch.setattr("nnunet_ssl.steps.of_this_python", as_typed)
+    monkeypatch.setattr("nnunet_ssl.steps.running", running)
 
 
 def commands_in(output: str) -> list[str]:

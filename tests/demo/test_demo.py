@@ -11,7 +11,7 @@ from matplotlib.image import imread
 
 from nnunet_ssl.commands.demo import main
 from nnunet_ssl.demo.dataset import write_dataset
-from nnunet_ssl.demo.run import Demo, dice_table, draw_figure, figure_slice
+from nnunet_ssl.demo.run import Demo, dice_table, draw_figure, figure_slice, read_dice
 from nnunet_ssl.errors import UserError
 
 
@@ -76,7 +76,7 @@ def test_damaged_files_are_named(tmp_path):
         note: ({"seed": 0}, demo._claim_folder),
         summary: (
             {"mean": {str(label): dice for label in range(1, 6)}, "foreground_mean": dice},
-            lambda: demo._test("nnUNetTrainerCPS"),
+            lambda: read_dice(summary),
         ),
     }
     for file, (content, read) in contents.items():
