@@ -141,7 +141,7 @@ BODIES = [
     Body(
         "nnunetv2.utilities.find_class_by_name:temporarily_cleanup_imports_from_path",
         "nnunet_ssl/trainers/__init__.py: of_the_user",
-        ("45c481e7afe21458",),
+        ("4ce41574c24f5a09",),
     ),
 ]
 

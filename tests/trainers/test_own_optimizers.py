@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ddp import _step, on_two_ranks, weights
-from test_resume import assert_resumed_equals_uninterrupted, train
-from test_step import a_batch, gradients, parameters
+from helpers.runs import assert_resumed_equals_uninterrupted, train
+from helpers.steps import a_batch, all_weights, gradients, half_a_step, on_two_ranks, parameters
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.trainers import nnUNetTrainerSSL
@@ -115,9 +114,9 @@ def test_an_optimiser_without_gradients_is_left_out_of_a_step(tiny, make_trainer
 def test_two_ranks_with_half_a_batch_step_like_one_with_all_of_it(tiny, make_trainer, tmp_path):
     together, apart = (make_trainer(NAME, tiny()) for _ in range(2))
     batch = a_batch(together)
-    ranks = on_two_ranks(tmp_path, _step, apart, batch)
+    ranks = on_two_ranks(tmp_path, half_a_step, apart, batch)
     together.train_step(batch)
-    for n, p in weights(together):
+    for n, p in all_weights(together):
         torch.testing.assert_close(ranks[0]["weights"][n], p.detach(), rtol=1e-4, atol=1e-6, msg=n)
         assert torch.equal(ranks[0]["weights"][n], ranks[1]["weights"][n])
 
