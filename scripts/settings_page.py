@@ -1,4 +1,4 @@
-"""Writes the tables of docs/settings.md from the settings that the trainers declare: ``make settings``.
+"""Writes the tables of settings in docs/ from what the trainers declare: ``make settings``.
 
 A table stands between ``<!-- settings: CLASS ... -->``, which names the classes whose own settings it lists, and
 ``<!-- end -->``. The rest of the page is written by hand.
@@ -9,13 +9,14 @@ from __future__ import annotations
 import inspect
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nnunet_ssl import trainers
 from nnunet_ssl.declared import about, fields_of, must_be
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "settings.md"
+PAGES = [Path(__file__).resolve().parents[1] / "docs" / page for page in ("settings.md", "methods.md")]
 TABLE = re.compile(r"(<!-- settings: ([\w ]*) -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
 
 
@@ -49,18 +50,23 @@ def as_json(value: Any) -> str:
     return f"`{json.dumps(value)}`"
 
 
-def with_tables(page: str) -> str:
-    """The page with every table as the code has it.
+def with_tables(pages: Sequence[str]) -> list[str]:
+    """The pages with every table as the code has it.
 
     Raises:
         ValueError: a class with settings has no table, or a table is of a class that there is not.
     """
     classes = classes_with_settings()
-    shown = [name for table in TABLE.finditer(page) for name in table[2].split()]
+    shown = [name for page in pages for table in TABLE.finditer(page) for name in table[2].split()]
     if wrong := set(shown) ^ set(classes):
         raise ValueError(f"{', '.join(sorted(wrong))}: a class with settings and no table, or a table of no such class")
-    return TABLE.sub(lambda table: table[1] + table_of(*(classes[name] for name in table[2].split())), page)
+
+    def rewritten(table: re.Match[str]) -> str:
+        return table[1] + table_of(*(classes[name] for name in table[2].split()))
+
+    return [TABLE.sub(rewritten, page) for page in pages]
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page, text in zip(PAGES, with_tables([page.read_text(encoding="utf-8") for page in PAGES]), strict=True):
+        page.write_text(text, encoding="utf-8")

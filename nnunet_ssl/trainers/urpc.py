@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Literal
 
-import torch.nn.functional as F
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
-from torch import Tensor, nn
+from torch import Tensor
 
 from nnunet_ssl.declared import Decays, Share, TwoOrMore, Weight, declared, setting
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.urpc import uncertainty_rectified_consistency
+from nnunet_ssl.networks.dropout import drop_channels_in_training
 from nnunet_ssl.trainers.base import Batch, nnUNetTrainerSSL
 from nnunet_ssl.trainers.settings import SSLSettings
 
@@ -100,11 +100,3 @@ class nnUNetTrainerURPC(nnUNetTrainerSSL):  # noqa: N801
         pyramid = self.forward("first", batch.unlabeled)[: self.num_scales]
         settings, regions = self.settings, self.label_manager.has_regions
         yield {"urpc": uncertainty_rectified_consistency(pyramid, settings.urpc_kl, settings.urpc_detach_mean, regions)}
-
-
-def drop_channels_in_training(p: float, module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor | None:
-    """A forward pre-hook: dropout of whole channels of ``[B, C, *spatial]`` while ``module`` is in training."""
-    if not module.training:
-        return None
-    (feature,) = inputs
-    return (F.dropout3d if feature.ndim == 5 else F.dropout2d)(feature, p)
