@@ -16,6 +16,7 @@ from nnunet_ssl._startup import folders_of_the_user
 from nnunet_ssl.errors import UserError
 
 SHTA = "nnUNetTrainerSHTA_"
+SHTA_HOSTS = ("LabeledOnly", "CPS", "GACPS", "URPC", "MagicNet", "MeanTeacher", "UAMT", "ICT", "EntMin")
 TRAINERS = {
     "nnUNetTrainerLabeledOnly": "labeled_only",
     "nnUNetTrainerWarps": "warps",
@@ -24,7 +25,11 @@ TRAINERS = {
     "nnUNetTrainerURPC": "urpc",
     "nnUNetTrainerMagicNet": "magicnet",
     "nnUNetTrainerSASNet": "sasnet.trainer",
-    **{f"{SHTA}{host}": "shta" for host in ("LabeledOnly", "CPS", "GACPS", "URPC", "MagicNet")},
+    "nnUNetTrainerMeanTeacher": "mean_teacher",
+    "nnUNetTrainerUAMT": "ua_mt",
+    "nnUNetTrainerICT": "ict",
+    "nnUNetTrainerEntMin": "ent_min",
+    **{f"{SHTA}{host}": "shta" for host in SHTA_HOSTS},
     "nnUNetTrainerMAE": "mae",
 }
 BASES = {"nnUNetTrainerSSL": "base"}

@@ -18,8 +18,9 @@ def a_batch(trainer, seed=0):
     rng = torch.Generator().manual_seed(seed)
     patch = trainer.configuration_manager.patch_size
     shape = (trainer.batch_size, trainer.num_input_channels, *patch)
+    heads, regions = trainer.label_manager.num_segmentation_heads, trainer.label_manager.has_regions
     labels = torch.randint(
-        0, trainer.label_manager.num_segmentation_heads, (trainer.batch_size, 1, *patch), generator=rng
+        0, 2 if regions else heads, (trainer.batch_size, heads if regions else 1, *patch), generator=rng
     )
     scales = trainer._get_deep_supervision_scales()
     target = [

@@ -1,0 +1,57 @@
+"""ICT: Interpolation Consistency Training (Verma et al., IJCAI 2019)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nnunet_ssl.declared import Positive, declared, setting
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.trainers.mean_teacher import Taught, TeacherSettings
+
+
+@declared
+class ICTSettings(TeacherSettings):
+    """Settings of ICT."""
+
+    ict_beta: Positive = setting(
+        0.2,
+        "The share of each image is drawn from Beta of this twice: below 1 most mixes are nearly one image",
+        symbol="alpha",
+    )
+
+
+class nnUNetTrainerICT(Taught):  # noqa: N801
+    """ICT: of a mix of two unlabelled images the student says the same mix of what the teacher says of each.
+
+    Images are mixed in pairs of a batch, after nnU-Net's augmentation, each pair with a share of its own; of an odd
+    number the last is left out. The port that papers compare with takes the first two images of a batch whatever its
+    size.
+
+    Raises:
+        UserError: at the start, if a batch has a single image.
+    """
+
+    paper = "Verma et al., Interpolation Consistency Training for Semi-Supervised Learning, IJCAI 2019"
+    Settings = ICTSettings
+
+    def initialize(self) -> None:
+        """As the base; images are mixed in pairs."""
+        super().initialize()
+        if self.batch_size < 2:
+            raise UserError(
+                f"{type(self).__name__} mixes pairs of images, and a batch of '{self.configuration_name}' in "
+                f"{self.plans_manager.plans_name} has {self.batch_size} on this GPU; use plans with at least two, or "
+                "nnUNetTrainerMeanTeacher."
+            )
+
+    def consistency(self, images: Tensor) -> Tensor:
+        """The mean of (p_student(mix of images) - mix of p_teacher(images))^2."""
+        pairs = len(images) // 2
+        one, other = images[:pairs], images[pairs : 2 * pairs]
+        beta = torch.full((pairs,), self.settings.ict_beta, device=images.device)
+        share = torch.distributions.Beta(beta, beta, validate_args=False).sample()
+        share = share.reshape(-1, *[1] * (images.ndim - 1))
+        of_one, of_other = self.of_teacher(images[: 2 * pairs]).split(pairs)
+        return F.mse_loss(self.of_student(torch.lerp(one, other, share)), torch.lerp(of_one, of_other, share))

@@ -1,0 +1,105 @@
+"""Mean Teacher (Tarvainen and Valpola, NeurIPS 2017)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnunet_ssl.declared import Decay, Share, Weight, declared, setting
+from nnunet_ssl.networks.ema import EMATeacher
+from nnunet_ssl.trainers.base import Batch, Stream, nnUNetTrainerSSL
+from nnunet_ssl.trainers.settings import SSLSettings
+
+
+@declared
+class TeacherSettings(SSLSettings):
+    """Settings of every method with a mean teacher."""
+
+    teacher_weight: Weight = setting(0.1, "Full weight of the consistency with the teacher", symbol="w")
+    teacher_rampup: Share = setting(1.0, "Share of the training over which that weight grows")
+    teacher_decay: Decay = setting(
+        0.99, "Share of its weights that the teacher keeps at a step; less in the first steps", symbol="alpha"
+    )
+
+
+@declared
+class MeanTeacherSettings(TeacherSettings):
+    """Settings of Mean Teacher."""
+
+    teacher_noise: Weight = setting(
+        0.1,
+        "Standard deviation of the noise on the teacher's images, which is cut at twice this; 0 is none. Images are "
+        "normalised: 0.1 is small",
+    )
+
+
+class Taught(nnUNetTrainerSSL):
+    """A method whose student, the plans' network, follows an EMA copy of itself on unlabelled images.
+
+    The student predicts, as in the released code. A method writes ``consistency``.
+    """
+
+    Settings = TeacherSettings
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The student and its teacher."""
+        return {**super().networks(), "teacher": self.training_modules["teacher"]}
+
+    def build_training_modules(self) -> dict[str, nn.Module]:
+        """The teacher."""
+        teacher = EMATeacher(self.plans_network, self.settings.teacher_decay)
+        return {**super().build_training_modules(), "teacher": teacher}
+
+    def term_weights(self) -> dict[str, float]:
+        """The weight grows along a sigmoid."""
+        weight = self.settings.teacher_weight * self.rampup(self.settings.teacher_rampup)
+        return {**super().term_weights(), "consistency": weight}
+
+    def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        """A pass for the labels, one for what the teacher says of unlabelled images."""
+        if self.global_step == 0:
+            self.training_modules["teacher"].start(self.plans_network)  # -pretrained_weights are in by now
+        yield {"sup": self.loss(self.forward("first", batch.labeled), batch.labeled.target)}
+        yield {"consistency": self.consistency(batch.unlabeled.images)}
+
+    def consistency(self, images: Tensor) -> Tensor:
+        """How far the student is from its teacher on unlabelled images ``[B, C, *patch]``, 0-dim."""
+        raise NotImplementedError
+
+    def after_step(self) -> None:
+        """The teacher follows."""
+        super().after_step()
+        self.training_modules["teacher"].update(self.plans_network, self.global_step)
+
+    def of_student(self, images: Tensor) -> Tensor:
+        """The student's probabilities ``[B, K, *patch]``, float32."""
+        return self.probabilities(self.forward("first", Stream(images, None)))
+
+    @torch.no_grad()
+    def of_teacher(self, images: Tensor) -> Tensor:
+        """The teacher's probabilities ``[B, K, *patch]``, float32, without gradient."""
+        return self.probabilities(self.forward("teacher", Stream(images, None)))
+
+    def noisy(self, images: Tensor) -> Tensor:
+        """The images with Gaussian noise, cut at twice its standard deviation."""
+        sigma = self.settings.teacher_noise
+        return images + (sigma * torch.randn_like(images)).clamp(-2 * sigma, 2 * sigma)
+
+
+class nnUNetTrainerMeanTeacher(Taught):  # noqa: N801
+    """Mean Teacher: the student approaches what its EMA copy says of the same unlabelled images with noise.
+
+    The difference is squared and averaged over classes too, as in the ports to segmentation. Teacher and student see
+    the same augmented patch: nnU-Net's augmentation is no matter of the method.
+    """
+
+    paper = "Tarvainen and Valpola, Mean teachers are better role models, NeurIPS 2017"
+    Settings = MeanTeacherSettings
+
+    def consistency(self, images: Tensor) -> Tensor:
+        """The mean of (p_student - p_teacher)^2."""
+        target = self.of_teacher(self.noisy(images))
+        return F.mse_loss(self.of_student(images), target)
