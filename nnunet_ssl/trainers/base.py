@@ -101,9 +101,9 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         """Yield the named terms of one pass after the other; the base backpropagates each before it asks for more.
 
-        Each term is a 0-dim tensor, without its weight (see ``term_weights``). With ``passes: lean`` what is yielded is
-        backpropagated and freed at once, with ``joint`` all of it at the end. A term may come in several passes; the
-        parts add up.
+        Each term is a 0-dim tensor, without its weight (see ``term_weights``). What is yielded is backpropagated and
+        freed at once, so no two passes may share a graph; only with ``passes: joint`` is all of it held to the end. A
+        term may come in several passes; the parts add up.
         """
         raise NotImplementedError
 
@@ -203,6 +203,11 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
             for term, value in self.on_feature(name, stream, feature).items():
                 self._terms_of_features[term] = self._terms_of_features.get(term, 0.0) + value
         return outputs, feature
+
+    def take_terms_of_features(self) -> dict[str, Tensor]:
+        """The terms that would join those yielded next, for a method that runs another network before it yields."""
+        terms, self._terms_of_features = self._terms_of_features, {}
+        return terms
 
     def probabilities(self, outputs: list[Tensor] | Tensor) -> Tensor:
         """What a network's outputs say at full resolution, float32 ``[B, K, *patch]``: softmax, of regions sigmoid."""

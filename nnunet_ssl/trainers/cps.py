@@ -73,29 +73,35 @@ class nnUNetTrainerCPS(nnUNetTrainerSSL):  # noqa: N801
         return {**super().term_weights(), "cps": weight}
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
-        """A pass for each network and stream.
+        """For each stream a pass of each network.
 
-        Lean: the second network gives its pseudo-labels without gradient and runs again when its turn comes, so that
-        one pass of one network is all that is held at any time.
+        Paired: both networks run, then each is backpropagated. Lean: the second network gives its pseudo-labels without
+        gradient and runs again when its turn comes, so that one network's pass is all that is held at any time. Without
+        a cross term neither has to wait for the other.
         """
-        joint = self.settings.passes == "joint"
-        of_second, labels_of_first, labels_of_second = [], [], []
         for stream in batch:
-            with nullcontext() if joint else torch.no_grad():
-                outputs = self.forward("second", stream) if joint or self._crosses(stream) else None
-            labels_of_second.append(self._pseudo_labels(outputs))
-            of_second.append(outputs if joint else None)
-            del outputs  # before the next forward, here and below: a local name keeps logits alive
+            crosses = self._crosses(stream)
+            paired = crosses and self.settings.passes != "lean"
+            second = None
+            if crosses:
+                with nullcontext() if paired else torch.no_grad():
+                    second = self.forward("second", stream)
+            of_feature = self.take_terms_of_features()
+            labels_of_second = self._pseudo_labels(second)
+            if not paired:
+                second = None
 
-        for stream, labels in zip(batch, labels_of_second, strict=True):
-            outputs = self.forward("first", stream)
-            labels_of_first.append(self._pseudo_labels(outputs))
-            yield self._terms("sup", stream, outputs, labels)
-            del outputs
-        for stream, outputs, labels in zip(batch, of_second, labels_of_first, strict=True):
-            outputs = outputs if joint else self.forward("second", stream)
-            yield self._terms("sup_second", stream, outputs, labels)
-            del outputs
+            first = self.forward("first", stream)
+            labels_of_first = self._pseudo_labels(first)
+            terms = self._terms("sup", stream, first, labels_of_second)
+            del first  # before the pass is backpropagated, here and below: a local name keeps logits alive
+            yield terms
+
+            if second is None:
+                second = self.forward("second", stream)
+            terms = self._terms("sup_second", stream, second, labels_of_first)
+            del second
+            yield terms | of_feature
 
     def _terms(
         self, supervised: str, stream: Stream, outputs: list[Tensor] | Tensor, labels: Tensor | None

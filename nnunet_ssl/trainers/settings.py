@@ -30,10 +30,12 @@ class SSLSettings:
     seed: RunSeed | None = setting(
         None, "A whole number makes the run repeatable; `null` draws one and writes it to `ssl_settings.json`"
     )
-    passes: Literal["lean", "joint"] = setting(
-        "lean",
-        '`"lean"` backpropagates one pass after the other and holds one at a time in memory; `"joint"` holds all. '
-        "The gradients are the same sum",
+    passes: Literal["paired", "lean", "joint"] = setting(
+        "paired",
+        'Order of the passes of two networks that teach each other: `"paired"` runs both on labelled or unlabelled '
+        'images, then backpropagates both; `"lean"` holds one network at a time, in less memory, and runs the second '
+        'twice; `"joint"` holds all passes, of any method, to the end of the step, for tests. The gradients are the '
+        "same",
     )
     num_iterations_per_epoch: Count = setting(250, "Training steps of an epoch, nnU-Net's own number")
     num_val_iterations_per_epoch: Count = setting(50, "Validation steps of an epoch, nnU-Net's own number")

@@ -52,8 +52,7 @@ class Step(nnUNetTrainer):
                 terms = next(passes, None)
                 if terms is None:
                     break
-                terms = terms | self._terms_of_features
-                self._terms_of_features = {}
+                terms = terms | self.take_terms_of_features()
                 loss = sum(weights.get(name, 1.0) * term for name, term in terms.items())
             for name, term in terms.items():
                 terms_of_step[name] = terms_of_step.get(name, 0.0) + term.detach().float()

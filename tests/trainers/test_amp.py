@@ -11,7 +11,7 @@ from nnunet_ssl.trainers import TRAINERS
 
 CASES = [(name, {}) for name in TRAINERS] + [
     ("nnUNetTrainerMagicNet", {"magicnet_cubes": [1, 1, 1]}),  # no module learns but the network
-    ("nnUNetTrainerCPS", {"passes": "joint"}),
+    ("nnUNetTrainerCPS", {"passes": "lean"}),
     ("nnUNetTrainerURPC", {"urpc_dropout": [0.5, 0.5]}),
 ]
 

@@ -54,8 +54,8 @@ def test_a_class_that_another_rank_has_is_not_pushed_down(tiny, make_trainer, tm
 
 @pytest.mark.parametrize(
     "more",
-    [{}, {"passes": "joint"}, {"predict_with": "ema"}],
-    ids=["lean", "joint", "average"],
+    [{}, {"passes": "lean"}, {"passes": "joint"}, {"predict_with": "ema"}],
+    ids=["paired", "lean", "joint", "average"],
 )
 def test_two_ranks_with_half_a_batch_step_like_one_with_all_of_it(tiny, make_trainer, tmp_path, more):
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.runs import assert_resumed_equals_uninterrupted, commands_work
-from helpers.steps import a_batch, gradients, parameters, with_stages
+from helpers.steps import a_batch, parameters, with_stages
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.ga import GACELoss, GADiceLoss, present_classes
@@ -36,20 +36,6 @@ def test_a_step_moves_every_parameter_of_both_networks(tiny, make_trainer, kind)
     trainer.train_step(a_batch(trainer))
     still = [n for n, p in parameters(trainer).items() if torch.equal(p, before[n])]
     assert all("seg_layers.0." in n for n in still), still  # nnU-Net gives the lowest resolution no weight
-
-
-@pytest.mark.parametrize("settings", [{}, {"cps_on_labeled": False}])
-def test_lean_and_joint_passes_give_the_same_gradients(tiny, make_trainer, settings):
-    lean, joint = (
-        gradients(trainer, a_batch(trainer))
-        for trainer in (
-            make_trainer(NAME, tiny(), settings={"cps_rampup": 0.0, **settings, "passes": passes})
-            for passes in ("lean", "joint")
-        )
-    )
-    assert any(g is not None and g.abs().max() > 0 for n, g in lean.items() if "second" in n)
-    for name in lean:
-        torch.testing.assert_close(lean[name], joint[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def vanishing(trainer):
@@ -85,9 +71,9 @@ def test_both_networks_learn_what_the_losses_say(tiny, make_trainer, make_batch)
         for a, b in zip(first, second, strict=True)
     )
     terms = list(trainer.losses(trainer._to_device(batch)))
-    assert [sorted(t) for t in terms] == [["cps", "sup"], ["cps"], ["cps", "sup_second"], ["cps"]]
+    assert [sorted(t) for t in terms] == [["cps", "sup"], ["cps", "sup_second"], ["cps"], ["cps"]]
     assert terms[0]["sup"].item() == pytest.approx(supervised[0], rel=1e-5)
-    assert terms[2]["sup_second"].item() == pytest.approx(supervised[1], rel=1e-5)
+    assert terms[1]["sup_second"].item() == pytest.approx(supervised[1], rel=1e-5)
     assert sum(t["cps"] for t in terms).item() == pytest.approx(crossed.item() / 2, rel=1e-5)
 
 

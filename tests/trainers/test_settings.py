@@ -61,7 +61,7 @@ def test_a_file_of_a_windows_editor_is_read(tmp_path):
         ({"cps_weight": -1}, ["cps_weight", "-1", "a number from 0"]),
         ({"seed": 1.5}, ["seed", "1.5", "whole number"]),
         ({"num_iterations_per_epoch": True}, ["num_iterations_per_epoch", "True"]),
-        ({"passes": "both"}, ["passes", "'both'", "'lean', 'joint'"]),
+        ({"passes": "both"}, ["passes", "'both'", "'paired', 'lean', 'joint'"]),
         ({"keep_epochs": 5}, ["keep_epochs", "5", "list"]),
         ({"keep_epochs": [0]}, ["keep_epochs", "[0]", "from 1"]),
         ({"preset": "ours"}, ["preset", "'ours'", "'paper'"]),
