@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         setup = Setup(*which, args.device, args.threads, temporary, ((TRAINER, None),))
         trainer = build(setup, TRAINER, None, sasnet_views=args.views)
         spent: dict[str, float] = defaultdict(float)
-        sasnet.signed_distance_map = timed(sasnet.signed_distance_map, "SDM", spent, now)
+        sasnet.signed_distance_maps = timed(sasnet.signed_distance_maps, "SDM", spent, now)
         for name in ("true_class_confidence", "reweight"):
             setattr(sasnet, name, timed(getattr(sasnet, name), "SAR", spent, now))
         for name in ("read", "write"):

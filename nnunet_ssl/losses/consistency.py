@@ -57,9 +57,8 @@ def segmentation_regression_consistency(regression: Tensor, sdm: Tensor, present
 
     Args:
         regression: ``[B, K - 1, *spatial]`` output of the head after tanh, one map a foreground class, any float type.
-        sdm: ``[B, K - 1, *spatial]`` of :func:`~nnunet_ssl.losses.sdm.signed_distance_map`.
-        present: ``[B, K - 1]`` bool, which maps have a boundary and count
-            (:func:`~nnunet_ssl.losses.sdm.has_boundary`).
+        sdm: ``[B, K - 1, *spatial]`` of :func:`~nnunet_ssl.losses.sdm.signed_distance_maps`.
+        present: ``[B, K - 1]`` bool of the same function, which maps have a boundary and count.
 
     Returns:
         The loss, 0-dim float32: a mean over the voxels of the maps that count; 0, with zero gradients, if none does.

@@ -9,17 +9,32 @@ import torch
 from scipy.ndimage import distance_transform_edt
 
 from nnunet_ssl.losses import sdm as sdm_module
-from nnunet_ssl.losses.sdm import has_boundary, signed_distance_map
+from nnunet_ssl.losses.sdm import signed_distance_maps
 
 SHAPES = [(7, 5), (1, 6), (6, 1), (1, 1), (5, 4, 6), (4, 1, 5), (1, 5, 1), (1, 1, 6), (6, 1, 1), (11, 2, 3)]
 SPACINGS = [(1.0, 1.0, 1.0), (3.0, 0.7, 1.3), (0.5, 2.0, 4.0)]
+
+
+def by_torch(masks, present, step):
+    """The way of other devices for CPU tensors: a mask and its complement, where they are two classes."""
+    assert masks.shape[1] == 1
+    return sdm_module._distance(torch.cat((~masks, masks), 1), step)
+
+
+def signed_distance_map(mask: torch.Tensor, spacing=None) -> torch.Tensor:
+    """Of one class, the mask."""
+    return signed_distance_maps(mask, 2, spacing)[0][:, 0]
+
+
+def has_boundary(mask: torch.Tensor) -> torch.Tensor:
+    return signed_distance_maps(mask, 2)[1][:, 0]
 
 
 @pytest.fixture(params=["edt", "torch", *(["cuda"] if torch.cuda.is_available() else [])])
 def device(request, monkeypatch):
     """Where masks are put; with ``torch``, CPU tensors take the way of the other devices."""
     if request.param == "torch":
-        monkeypatch.setattr(sdm_module, "_distance_on_cpu", sdm_module._distance)
+        monkeypatch.setattr(sdm_module, "_distance_on_cpu", by_torch)
     return "cuda" if request.param == "cuda" else "cpu"
 
 
@@ -174,18 +189,62 @@ def test_all_paths_agree_on_larger_masks(spacing):
     masks = torch.stack([ellipsoid(shape, (c, 20 - c, 9), (c, 8, 3 + c)) for c in (4, 9, 13, 17, 20)])
     masks |= torch.rand(masks.shape, generator=torch.Generator().manual_seed(0)) < 1e-3
     step = [s / max(spacing) for s in spacing]
-    expected = sdm_module._distance_on_cpu(masks, step)
-    torch.testing.assert_close(sdm_module._distance(masks, step), expected, rtol=1e-5, atol=1e-6)
+    masks = masks[:, None]
+    expected = sdm_module._distance_on_cpu(masks, torch.ones(len(masks), 1, dtype=torch.bool), step)
+    classes = torch.cat((~masks, masks), 1)
+    torch.testing.assert_close(sdm_module._distance(classes, step), expected, rtol=1e-5, atol=1e-6)
     if torch.cuda.is_available():
-        torch.testing.assert_close(sdm_module._distance(masks.cuda(), step).cpu(), expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(sdm_module._distance(classes.cuda(), step).cpu(), expected, rtol=1e-5, atol=1e-6)
+
+
+def some_labels(shape, num_classes, count=6, seed=0) -> torch.Tensor:
+    """Blobs and single voxels; of one class alone in the first, and without the last class in the second."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(num_classes, (count, *(-(-n // 3) for n in shape)), generator=generator)
+    for axis, n in enumerate(shape, 1):
+        labels = labels.repeat_interleave(3, axis).narrow(axis, 0, n)
+    labels = torch.where(torch.rand(labels.shape, generator=generator) < 0.05, num_classes - 1, labels)
+    labels[0] = 1
+    labels[1].clamp_(max=num_classes - 2)
+    return labels
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize(("shape", "num_classes"), [((13, 10, 7), 2), ((13, 10, 7), 5), ((9, 1, 12), 4), ((11, 8), 3)])
+def test_classes_together_are_each_class_alone_bit_for_bit(device, monkeypatch, shape, num_classes, spacing):
+    """Inside, a class is as far from its complement as from the nearest other class."""
+    labels, spacing = some_labels(shape, num_classes).to(device), spacing[: len(shape)]
+    alone = [signed_distance_maps(labels == k, 2, spacing) for k in range(1, num_classes)]
+    if sdm_module._distance_on_cpu is by_torch:
+        step = [s / max(spacing) for s in spacing]
+        classes = torch.stack([labels == k for k in range(num_classes)], 1)
+        monkeypatch.setattr(sdm_module, "_distance_on_cpu", lambda *_: sdm_module._distance(classes, step))
+    sdm, present = signed_distance_maps(labels, num_classes, spacing)
+    assert torch.equal(sdm, torch.cat([maps for maps, _ in alone], 1))
+    assert torch.equal(present, torch.cat([some for _, some in alone], 1))
+    assert not present[0].any()
+    assert present.any()
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_each_class_is_scipys_distance(spacing):
+    labels = some_labels((13, 10, 7), 4)
+    classes = torch.stack([labels == k for k in range(4)], 1)
+    distance = sdm_module._distance(classes, [s / max(spacing) for s in spacing])
+    for b, k in np.ndindex(len(labels), 3):
+        mask = classes[b, k + 1].numpy()
+        if mask.any() and not mask.all():
+            inside, outside = (distance_transform_edt(m, sampling=spacing) for m in (mask, ~mask))
+            np.testing.assert_allclose(distance[b, k] * max(spacing), inside + outside, rtol=1e-6)
 
 
 def test_chunks_of_maps_change_nothing(monkeypatch):
-    masks = random_masks((6, 5, 4))
-    whole = sdm_module._distance(masks, (1.0, 0.5, 1.0))
+    labels = some_labels((6, 5, 4), 3)
+    classes = torch.stack([labels == k for k in range(3)], 1)
+    whole = sdm_module._distance(classes, (1.0, 0.5, 1.0))
     for maps in (1, 5):
-        monkeypatch.setattr(sdm_module, "_CHUNK_BYTES", maps * sdm_module._BLOCK * 8 * 120)
-        assert torch.equal(sdm_module._distance(masks, (1.0, 0.5, 1.0)), whole)
+        monkeypatch.setattr(sdm_module, "_CHUNK_BYTES", maps * sdm_module._BLOCK * 4 * 120)
+        assert torch.equal(sdm_module._distance(classes, (1.0, 0.5, 1.0)), whole)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -224,8 +283,8 @@ def test_an_empty_batch_stays_empty(device):
     ("mask", "spacing", "named"),
     [
         (torch.zeros(1, 4, 4), None, "float32"),
-        (torch.zeros(4, 4).bool(), None, "mask"),
-        (torch.zeros(1, 2, 2, 2, 2).bool(), None, "mask"),
+        (torch.zeros(4, 4).bool(), None, "labels"),
+        (torch.zeros(1, 2, 2, 2, 2).bool(), None, "labels"),
         (torch.zeros(1, 4, 4).bool(), (1.0, 1.0, 1.0), "spacing"),
         (torch.zeros(1, 4, 4).bool(), (1.0, 0.0), "spacing"),
         (torch.zeros(1, 4, 4).bool(), (1.0, float("nan")), "spacing"),
@@ -233,4 +292,4 @@ def test_an_empty_batch_stays_empty(device):
 )
 def test_what_does_not_fit_is_refused(mask, spacing, named):
     with pytest.raises(ValueError, match=named):
-        signed_distance_map(mask, spacing)
+        signed_distance_maps(mask, 2, spacing)

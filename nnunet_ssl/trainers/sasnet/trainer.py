@@ -21,7 +21,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.branches import Branches
 from nnunet_ssl.losses.consistency import pseudo_label_consistency, segmentation_regression_consistency
 from nnunet_ssl.losses.sar import reweight, true_class_confidence
-from nnunet_ssl.losses.sdm import has_boundary, signed_distance_map
+from nnunet_ssl.losses.sdm import signed_distance_maps
 from nnunet_ssl.networks.dual_branch import DualBranchUNet, low_level_start_of
 from nnunet_ssl.ram import ram_limit
 from nnunet_ssl.trainers.base import Batch, Stream, full_resolution, nnUNetTrainerSSL
@@ -339,11 +339,7 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
     def _distance_maps(self, stream: Stream, prob: Branches) -> tuple[Tensor, Tensor]:
         """P_sdm of each foreground class, ``[B, K - 1, *patch]``, and which of them have a boundary, ``[B, K - 1]``."""
         fused = self._fused_labels(stream, prob)
-        classes = torch.arange(1, prob.high.shape[1], device=fused.device)
-        masks = fused[:, None] == classes.view(-1, *[1] * (fused.ndim - 1))
-        flat = masks.flatten(0, 1)
-        sdm = signed_distance_map(flat, self.configuration_manager.spacing)
-        return sdm.view(masks.shape), has_boundary(flat).view(masks.shape[:2])
+        return signed_distance_maps(fused, prob.high.shape[1], self.configuration_manager.spacing)
 
 
 def dual_branch_network(
