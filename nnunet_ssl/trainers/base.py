@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
@@ -219,6 +219,13 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
         """nnU-Net's loss of one output ``[B, K, *patch]`` and its target, without deep supervision."""
         return self.loss.loss if self.enable_deep_supervision else self.loss
 
+    def compiled(self, function: Callable) -> Callable:
+        """``function``, compiled where nnU-Net compiles its network; call this once, in ``initialize``.
+
+        For networks, and for losses of some length, which then write and keep few of their maps.
+        """
+        return torch.compile(function) if self._do_i_compile() else function
+
     def log_value(self, name: str, value: Tensor | float) -> None:
         """Add ``value`` to the epoch's mean of ``name``. Tensors stay on their device until the epoch ends."""
         total = self._sums.setdefault(name, [0.0, 0])
@@ -320,14 +327,21 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
             elif name == "first":
                 self._runnable[name] = compiled
                 continue
-            self._runnable[name] = torch.compile(network) if self._do_i_compile() else network
+            self._runnable[name] = self.compiled(network)
 
     def _build_loss(self) -> nn.Module:
-        """nnU-Net's. Where the network has one output, of two stages, its weight is 1 and not nnU-Net's 0 / 0."""
+        """nnU-Net's, compiled as a whole where nnU-Net compiles its Dice alone.
+
+        Where the network has one output, of two stages, its weight is 1 and not nnU-Net's 0 / 0.
+        """
         with np.errstate(invalid="ignore"):
             loss = super()._build_loss()
         if self.enable_deep_supervision and len(loss.weight_factors) == 1:
             loss.weight_factors = (1.0,)
+        if self._do_i_compile():  # in place: with deep supervision, and that of one output, see full_resolution_loss
+            loss.compile()
+            if self.enable_deep_supervision:
+                loss.loss.compile()
         return loss
 
     # ------------------------------------------------------------------ data

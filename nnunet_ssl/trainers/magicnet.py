@@ -105,8 +105,7 @@ class nnUNetTrainerMagicNet(nnUNetTrainerSSL):  # noqa: N801
         """Beside the whole network its two halves are run, on cubes; compiled as nnU-Net compiles."""
         super().initialize()
         self._encode, self._decode = (
-            torch.compile(module) if self._do_i_compile() else module
-            for module in (self.plans_network.encoder, self.plans_network.decoder)
+            self.compiled(module) for module in (self.plans_network.encoder, self.plans_network.decoder)
         )
 
     def networks(self) -> dict[str, nn.Module]:

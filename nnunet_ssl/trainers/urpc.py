@@ -61,7 +61,7 @@ class nnUNetTrainerURPC(nnUNetTrainerSSL):  # noqa: N801
     Settings = URPCSettings
 
     def initialize(self) -> None:
-        """As the base; then the pyramid and the dropout before its heads."""
+        """As the base; then the pyramid, its consistency and the dropout before its heads."""
         super().initialize()
         outputs = len(self._get_deep_supervision_scales() or [])
         if outputs < 2:
@@ -70,6 +70,7 @@ class nnUNetTrainerURPC(nnUNetTrainerSSL):  # noqa: N801
                 f"'{self.configuration_name}' in {self.plans_manager.plans_name} gives {max(outputs, 1)}; use plans "
                 "with at least three stages, with deep supervision, or nnUNetTrainerCPS."
             )
+        self.consistency = self.compiled(uncertainty_rectified_consistency)
         self.num_scales = max(2, min(self.settings.urpc_scales, outputs - 1))
         if self.num_scales == outputs:
             self.loss = DeepSupervisionWrapper(self.full_resolution_loss, (2 / 3, 1 / 3))
@@ -99,4 +100,4 @@ class nnUNetTrainerURPC(nnUNetTrainerSSL):  # noqa: N801
 
         pyramid = self.forward("first", batch.unlabeled)[: self.num_scales]
         settings, regions = self.settings, self.label_manager.has_regions
-        yield {"urpc": uncertainty_rectified_consistency(pyramid, settings.urpc_kl, settings.urpc_detach_mean, regions)}
+        yield {"urpc": self.consistency(pyramid, settings.urpc_kl, settings.urpc_detach_mean, regions)}

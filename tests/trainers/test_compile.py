@@ -7,6 +7,7 @@ import functools
 import pytest
 import torch
 from helpers.steps import a_batch, gradients
+from torch._dynamo.testing import CompileCounterWithBackend
 
 
 @pytest.mark.parametrize("passes", ["paired", "lean", "joint"])
@@ -30,3 +31,50 @@ def test_compiled_networks_give_the_same_gradients_and_plain_names(tiny, make_tr
     compiled.on_validation_epoch_start()
     with torch.no_grad():
         compiled.validation_step(a_batch(compiled))
+
+
+@pytest.mark.parametrize("kind", ["3d", "2d", "regions", "ignore"])
+def test_compiled_losses_give_the_same_values_and_gradients(tiny, make_trainer, monkeypatch, kind):
+    """nnU-Net's loss of all outputs and of one, and URPC's consistency: each is traced, and tells the same."""
+    plain = make_trainer("nnUNetTrainerURPC", tiny(kind))
+    graphs = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=graphs))
+    monkeypatch.setattr(type(plain), "_do_i_compile", lambda self: True)
+    compiled = make_trainer("nnUNetTrainerURPC", tiny(kind))
+    target = a_batch(plain)["target"]
+    if kind == "regions":
+        target = [torch.cat([t > k for k in range(plain.label_manager.num_segmentation_heads)], 1) for t in target]
+    if kind == "ignore":
+        for t in target:
+            t[..., :3] = plain.label_manager.ignore_label
+    logits = [torch.randn(len(t), plain.label_manager.num_segmentation_heads, *t.shape[2:]) for t in target]
+
+    def all_outputs(trainer, x):
+        return trainer.loss(x, target)
+
+    def one_output(trainer, x):
+        return trainer.full_resolution_loss(x[0], target[0])
+
+    def consistency(trainer, x):
+        return trainer.consistency(x, "mean_to_scale", False, kind == "regions")
+
+    for loss in (all_outputs, one_output, consistency):
+        torch._dynamo.reset()
+        values, found, graphs.frame_count = [], [], 0
+        for trainer in (plain, compiled):
+            x = [scale.clone().requires_grad_() for scale in logits]
+            value = loss(trainer, x)
+            values.append(value)
+            found.append(torch.autograd.grad(value, x, allow_unused=True, materialize_grads=True))
+        assert graphs.frame_count > 0
+        torch.testing.assert_close(values[1], values[0])
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-8)
+
+
+def test_nothing_is_compiled_on_a_cpu(tiny, make_trainer, monkeypatch):
+    """As nnU-Net has it, whatever its variable says."""
+    monkeypatch.setenv("nnUNet_compile", "true")
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiled"))
+    trainer = make_trainer("nnUNetTrainerURPC", tiny())
+    assert trainer.train_step(a_batch(trainer))["loss"].isfinite()
