@@ -6,7 +6,7 @@ Source: the SASNet paper, the target of its regression heads (Eq. 16); normalise
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import edt
 import torch
@@ -19,7 +19,7 @@ _CHUNK_BYTES = 128 * 2**20  # intermediate sums at a time
 
 @torch.no_grad()
 def signed_distance_maps(
-    labels: Tensor, num_classes: int, spacing: Sequence[float] | None = None
+    labels: Tensor, num_classes: int, spacing: Sequence[float] | None = None, compiled: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Distance to the boundary of each class, scaled to [-1, 1] per sample: negative inside, positive outside.
 
@@ -36,6 +36,8 @@ def signed_distance_maps(
             leaves the device, and nothing waits for it.
         num_classes: K, with class 0, the background, which gets no map.
         spacing: distance between voxels along each axis, in any one unit (only ratios matter); None for voxel units.
+        compiled: whether to use ``torch.compile``, which saves nearly all of the memory traffic and changes no bit.
+            Nothing to labels on the CPU.
 
     Returns:
         The maps, ``[B, K - 1, *spatial]`` float32, and which of them have a boundary, ``[B, K - 1]`` bool; both on the
@@ -60,7 +62,10 @@ def signed_distance_maps(
     if labels.numel() == 0:
         return torch.zeros_like(masks, dtype=torch.float32), present
 
-    distance = _distance_on_cpu(masks, present, step) if labels.device.type == "cpu" else _distance(classes, step)
+    if labels.device.type == "cpu":
+        distance = _distance_on_cpu(masks, present, step)
+    else:
+        distance = _distance(classes, step, compiled)
     axes = list(range(2, dim + 2))
     farthest_in = distance.masked_fill(~masks, 0).amax(axes, keepdim=True)
     farthest_out = distance.masked_fill(masks, 0).amax(axes, keepdim=True)
@@ -91,7 +96,7 @@ def _distance_on_cpu(masks: Tensor, present: Tensor, step: Sequence[float]) -> T
     return distance
 
 
-def _distance(classes: Tensor, step: Sequence[float]) -> Tensor:
+def _distance(classes: Tensor, step: Sequence[float], compiled: bool = False) -> Tensor:
     """Of ``[B, K, *spatial]``, one-hot, the distance of each voxel to the other side of each class but the first.
 
     Outside a class that is the distance to it. Inside, it is the least of the distances to the others: one map for all
@@ -102,13 +107,15 @@ def _distance(classes: Tensor, step: Sequence[float]) -> Tensor:
     """
     sources = classes.flatten(0, 1)
     axes = sorted(range(1, sources.ndim), key=lambda axis: -sources.shape[axis])  # the cheap way along the longest
+    # Patches are of one size, so each axis is one graph.
+    least_of_sums = torch.compile(_least_of_sums, dynamic=False) if compiled else _least_of_sums_in_blocks
     maps_at_once = max(1, _CHUNK_BYTES // (_BLOCK * 4 * sources[0].numel()))
     to_class = torch.empty(classes.shape, device=classes.device)
     for part, target in zip(sources.split(maps_at_once), to_class.flatten(0, 1).split(maps_at_once), strict=True):
         squared = (_nearest_on_line(part, axes[0]) * step[axes[0] - 1]).square_()
         for axis in axes[1:]:
             if squared.shape[axis] > 1:
-                squared = _lower_envelope(squared, axis, step[axis - 1])
+                squared = _lower_envelope(squared, axis, step[axis - 1], least_of_sums)
         target.copy_(squared).sqrt_()
     to_another = to_class.masked_fill(classes, math.inf).amin(1, keepdim=True)
     return torch.where(classes, to_another, to_class)[:, 1:]
@@ -123,15 +130,26 @@ def _nearest_on_line(sources: Tensor, axis: int) -> Tensor:
     return torch.minimum(index - before, after - index)
 
 
-def _lower_envelope(f: Tensor, axis: int, step: float) -> Tensor:
-    """``min_j f(j) + (step (i - j))^2`` along ``axis``, a few j at a time: less traffic than one by one."""
+def _lower_envelope(f: Tensor, axis: int, step: float, least_of_sums: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """``min_j f(j) + (step (i - j))^2`` along ``axis``."""
     n = f.shape[axis]
     index = torch.arange(n, dtype=torch.float32, device=f.device) * step
-    cost = (index[:, None] - index).square_()  # [j, i]
-    cost = cost.view(n, *[1] * axis, n, *[1] * (f.ndim - 1 - axis))
-    lines = f.movedim(axis, 0).unsqueeze(axis + 1)  # [j, ..., 1, ...], the 1 in the place of i
+    cost = (index[:, None] - index).square_()  # a table, so that no compiler contracts its product with the sum
+    lines = f.reshape(math.prod(f.shape[:axis]), n, -1)
+    return least_of_sums(lines, cost).view(f.shape)
+
+
+def _least_of_sums(f: Tensor, cost: Tensor) -> Tensor:
+    """``min_j f[a, j, b] + cost[j, i]``, ``[a, i, b]``; to be compiled, for otherwise all sums are held at once."""
+    return (f[:, :, None] + cost[:, :, None]).amin(1)
+
+
+def _least_of_sums_in_blocks(f: Tensor, cost: Tensor) -> Tensor:
+    """The same, a few j at a time: less traffic than one by one."""
+    n = f.shape[1]
     sums = f.new_empty(min(n, _BLOCK), *f.shape)
-    envelope = torch.full_like(f, math.inf)
-    for line, c in zip(lines.split(_BLOCK), cost.split(_BLOCK), strict=True):
-        torch.minimum(envelope, torch.add(line, c, out=sums[: len(line)]).amin(0), out=envelope)
-    return envelope
+    least = torch.full_like(f, math.inf)
+    lines = f.movedim(1, 0)[:, :, None]  # [j, a, 1, b]
+    for line, c in zip(lines.split(_BLOCK), cost[:, None, :, None].split(_BLOCK), strict=True):
+        torch.minimum(least, torch.add(line, c, out=sums[: len(line)]).amin(0), out=least)
+    return least

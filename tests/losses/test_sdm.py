@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import edt
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import distance_transform_edt
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from nnunet_ssl.losses import sdm as sdm_module
 from nnunet_ssl.losses.sdm import signed_distance_maps
@@ -245,6 +248,18 @@ def test_chunks_of_maps_change_nothing(monkeypatch):
     for maps in (1, 5):
         monkeypatch.setattr(sdm_module, "_CHUNK_BYTES", maps * sdm_module._BLOCK * 4 * 120)
         assert torch.equal(sdm_module._distance(classes, (1.0, 0.5, 1.0)), whole)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_it_gives_the_same_bits(monkeypatch, backend):
+    graphs = CompileCounterWithBackend(backend)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=graphs))
+    labels = some_labels((19, 13, 10), 4)
+    classes = torch.stack([labels == k for k in range(4)], 1)
+    expected = sdm_module._distance(classes, (1.0, 0.37, 0.61))
+    assert graphs.frame_count == 0
+    assert torch.equal(sdm_module._distance(classes, (1.0, 0.37, 0.61), compiled=True), expected)
+    assert graphs.frame_count == 2  # one an axis
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

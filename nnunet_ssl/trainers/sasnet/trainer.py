@@ -122,6 +122,7 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
             build = functools.partial(dual_branch_network, low_level_start=None if start == 1 else start)
             self.build_network_architecture = build  # a class derived from this one may build another
         super().initialize()
+        self._compiles = self._do_i_compile()  # which may write to the log, so not in each step
         if start and self.plans_network.low_decoder is None:
             self.print_to_log_file(
                 f"WARNING: the network of '{self.configuration_name}' in {self.plans_manager.plans_name} has two "
@@ -339,7 +340,7 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
     def _distance_maps(self, stream: Stream, prob: Branches) -> tuple[Tensor, Tensor]:
         """P_sdm of each foreground class, ``[B, K - 1, *patch]``, and which of them have a boundary, ``[B, K - 1]``."""
         fused = self._fused_labels(stream, prob)
-        return signed_distance_maps(fused, prob.high.shape[1], self.configuration_manager.spacing)
+        return signed_distance_maps(fused, prob.high.shape[1], self.configuration_manager.spacing, self._compiles)
 
 
 def dual_branch_network(
