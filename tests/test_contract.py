@@ -25,6 +25,7 @@ from nnunet_ssl.commands.trainers import NNUNET_BELOW, NNUNET_FROM
 ROOT = Path(__file__).resolve().parent.parent
 TRAINER = "nnunetv2.training.nnUNetTrainer.nnUNetTrainer:nnUNetTrainer"
 LOADER = "nnunetv2.training.dataloading.data_loader:nnUNetDataLoader"
+WORKERS = "batchgenerators.dataloading.nondet_multi_threaded_augmenter"
 PREDICTOR = "nnunetv2.inference.predict_from_raw_data:nnUNetPredictor"
 BASE = "nnunet_ssl/trainers/base.py"
 STEP = "nnunet_ssl/trainers/step.py"
@@ -92,6 +93,16 @@ BODIES = [
         f"{LOADER}.generate_train_batch",
         "nnunet_ssl/unlabeled/loader.py: TwoStreamLoader; nnunet_ssl/trainers/sasnet/coordinates.py: CoordinateLoader",
         ("663388f10118c4ef",),
+    ),
+    *(
+        Body(f"{WORKERS}:{name}", "nnunet_ssl/unlabeled/loader.py: OrderedWorkers", digests)
+        for name, digests in {
+            "producer": ("faeff4c2c988e941",),
+            "NonDetMultiThreadedAugmenter.__init__": ("2ab3c812bb7f6dd1",),
+            "NonDetMultiThreadedAugmenter.__next__": ("86b0b7d0b30e253d",),
+            "NonDetMultiThreadedAugmenter._start": ("cc5085049812e715",),
+            "NonDetMultiThreadedAugmenter._finish": ("52287a1d4824838d",),
+        }.items()
     ),
     Body(
         "nnunetv2.training.dataloading.nnunet_dataset:nnUNetDatasetBlosc2.load_case",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
@@ -14,7 +13,13 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunet_ssl.shapes.loader import JoinedDataset, WarpedShare
 from nnunet_ssl.shapes.warped import WarpedFolder, Wish, prepare_warps, wait_until_warped
 from nnunet_ssl.unlabeled.elastic import deform_elastically
-from nnunet_ssl.unlabeled.loader import TwoStreamLoader, UnlabeledDataset, UnlabeledLoader, start_workers
+from nnunet_ssl.unlabeled.loader import (
+    OrderedWorkers,
+    TwoStreamLoader,
+    UnlabeledDataset,
+    UnlabeledLoader,
+    start_workers,
+)
 from nnunet_ssl.unlabeled.prepare import prepare_unlabeled, wait_until_prepared
 from nnunet_ssl.unlabeled.store import PreparedFolder
 
@@ -149,7 +154,6 @@ class Data(nnUNetTrainer):
             self.settings.seed,
             (purpose, self.local_rank),
             first_batch=self.current_epoch * per_epoch,
-            num_workers=workers,
             probabilities=self._probabilities() if purpose == "train" else None,
         )
         return start_workers(loader, workers, pin_memory=self.device.type == "cuda")
@@ -169,5 +173,5 @@ class Data(nnUNetTrainer):
             super().run_training()
         finally:
             for loader in (self.dataloader_train, self.dataloader_val):
-                if isinstance(loader, MultiThreadedAugmenter):
+                if isinstance(loader, OrderedWorkers):
                     loader._finish()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import multiprocessing
 from collections.abc import Callable, Mapping
+from multiprocessing.queues import SimpleQueue
 from typing import Any
 
 import numpy as np
-import torch
 from batchgenerators.dataloading.data_loader import SlimDataLoaderBase
-from batchgenerators.dataloading.multi_threaded_augmenter import MultiThreadedAugmenter
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
@@ -72,9 +72,13 @@ class TwoStreamLoader(SlimDataLoaderBase):
         seed: the run's seed.
         purpose: keeps the draws of different loaders apart, for example ``("train", rank)``.
         first_batch: number of the first batch, above 0 when a run is resumed.
-        num_workers: processes that share this loader, 0 for none.
         probabilities: number of the batch -> how often each labelled case is drawn; None for all alike.
+
+    Attributes:
+        tickets: numbers of batches to make, which workers share; None without workers.
     """
+
+    tickets: SimpleQueue[int | None] | None = None
 
     def __init__(
         self,
@@ -83,10 +87,9 @@ class TwoStreamLoader(SlimDataLoaderBase):
         seed: int,
         purpose: tuple[str | int, ...],
         first_batch: int,
-        num_workers: int,
         probabilities: Callable[[int], np.ndarray] | None = None,
     ) -> None:
-        super().__init__(labeled._data, labeled.batch_size, max(1, num_workers))
+        super().__init__(labeled._data, labeled.batch_size)
         self.labeled = labeled
         self.unlabeled = unlabeled
         self.seed = seed
@@ -96,14 +99,20 @@ class TwoStreamLoader(SlimDataLoaderBase):
         self.transforms = labeled.transforms  # nnU-Net writes it to debug.json
 
     def set_thread_id(self, thread_id: int) -> None:
-        """Called once in each worker: worker i of n makes the batches i, i + n, i + 2n, ..."""
+        """Called once in each worker."""
         die_with_parent()
-        self.next_batch += thread_id
         super().set_thread_id(thread_id)
 
     def generate_train_batch(self) -> dict[str, Any]:
-        """The next batch of this worker."""
-        number, self.next_batch = self.next_batch, self.next_batch + self.number_of_threads_in_multithreaded
+        """The next batch; in a worker that of the next ticket, with its ``number``, or nothing after the last one."""
+        if self.tickets is None:
+            number, self.next_batch = self.next_batch, self.next_batch + 1
+            return self.batch(number)
+        ticket = self.tickets.get()
+        return {} if ticket is None else {**self.batch(ticket), "number": ticket}
+
+    def batch(self, number: int) -> dict[str, Any]:
+        """Batch ``number``."""
         if self.probabilities is not None:
             self.labeled.sampling_probabilities = self.probabilities(number)
         with seeded(self.seed, *self.purpose, "labeled", number):
@@ -114,33 +123,65 @@ class TwoStreamLoader(SlimDataLoaderBase):
         return batch
 
 
-def start_workers(
-    loader: TwoStreamLoader, num_workers: int, pin_memory: bool
-) -> MultiThreadedAugmenter | SingleThreadedAugmenter:
-    """Hand ``loader`` to nnU-Net's kind of background workers, the one that keeps the order of the batches.
+class OrderedWorkers(NonDetMultiThreadedAugmenter):
+    """nnU-Net's background workers, and their batches in order.
+
+    A worker that is free takes the next ticket, so a batch that takes long holds up no other worker. Tickets bound the
+    memory: there is a new one when a batch is handed out, so each worker makes one batch and at most 12 are ready,
+    about as many as nnU-Net's two queues of six hold.
 
     Args:
-        loader: made for the same ``num_workers``.
+        loader: its batches, from ``loader.next_batch`` on.
+        num_workers: 1 or more.
+        pin_memory: whether batches go to a GPU.
+
+    Raises:
+        RuntimeError: by ``next``, when a worker has raised or was killed.
+    """
+
+    def __init__(self, loader: TwoStreamLoader, num_workers: int, pin_memory: bool) -> None:
+        in_flight = num_workers + 12
+        super().__init__(loader, None, num_workers, in_flight, pin_memory=pin_memory, wait_time=0.002)
+        self._next = loader.next_batch
+        self._last_ticket = self._next + in_flight - 1
+        self._early: dict[int, dict[str, Any]] = {}  # batches whose turn has not come
+        self._tickets: SimpleQueue[int | None] = multiprocessing.SimpleQueue()
+        loader.tickets = self._tickets
+        for ticket in range(self._next, self._last_ticket + 1):
+            self._tickets.put(ticket)
+
+    def __next__(self) -> dict[str, Any]:
+        """The next batch, without its number."""
+        while self._next not in self._early:
+            batch = super().__next__()
+            self._early[batch.pop("number")] = batch
+        batch = self._early.pop(self._next)
+        self._next += 1
+        self._last_ticket += 1
+        self._tickets.put(self._last_ticket)
+        return batch
+
+    def _finish(self, timeout: float = 10, force: bool = False) -> None:
+        """As nnU-Net's; workers that wait for a ticket would not see that it is over."""
+        if self._processes:
+            self.abort_event.set()
+            for _ in self._processes:
+                self._tickets.put(None)
+        super()._finish(timeout, force)
+
+
+def start_workers(
+    loader: TwoStreamLoader, num_workers: int, pin_memory: bool
+) -> OrderedWorkers | SingleThreadedAugmenter:
+    """The batches of ``loader`` in order.
+
+    Args:
+        loader: belongs to the workers afterwards.
         num_workers: 0 makes batches in this process.
         pin_memory: whether batches go to a GPU.
     """
     if num_workers == 0:
         return SingleThreadedAugmenter(loader, None)
-    workers = MultiThreadedAugmenter(
-        loader,
-        None,
-        num_workers,
-        num_cached_per_queue=max(1, math.ceil(6 / num_workers)),  # in all six, or one each: memory as with nnU-Net
-        seeds=[int(s) for s in np.arange(num_workers)],
-        pin_memory=pin_memory,
-        wait_time=0.002,
-    )
-    # A forked worker inherits how many threads its parent has, but not the threads: once OpenMP has run here with two,
-    # an FFT (of nnU-Net's blur) in the worker would wait for the second one for ever. Workers are to have one anyway.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        workers._start()
-    finally:
-        torch.set_num_threads(threads)
+    workers = OrderedWorkers(loader, num_workers, pin_memory)
+    workers._start()
     return workers

@@ -220,8 +220,8 @@ def test_workers_of_any_start_method_can_take_the_loader(tiny, make_trainer):
         there = next(pickle.loads(pickle.dumps(loader)))
     torch.testing.assert_close(here["coordinates"], there["coordinates"], rtol=0, atol=0, equal_nan=True)
 
-    alone = start_workers(TwoStreamLoader(loader, None, 0, ("train", 0), 0, 0), 0, pin_memory=False)
-    forked = start_workers(TwoStreamLoader(loader, None, 0, ("train", 0), 0, 1), 1, pin_memory=False)
+    alone = start_workers(TwoStreamLoader(loader, None, 0, ("train", 0), 0), 0, pin_memory=False)
+    forked = start_workers(TwoStreamLoader(loader, None, 0, ("train", 0), 0), 1, pin_memory=False)
     try:
         for _ in range(3):
             a, b = next(alone), next(forked)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import pickle
 import random
+import signal
+import time
+from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 
 from nnunet_ssl.randomness import derived_seed, seeded
-from nnunet_ssl.unlabeled.loader import UnlabeledDataset
+from nnunet_ssl.unlabeled.loader import TwoStreamLoader, UnlabeledDataset, start_workers
 
 
 def batches(trainer, number, first=0, workers=0, monkeypatch=None):
@@ -41,6 +46,100 @@ def test_batches_do_not_depend_on_the_number_of_workers(tiny, make_trainer, monk
     for a, b in zip(alone, shared, strict=True):
         assert_same(a, b)
     assert not torch.equal(alone[0]["data"], alone[1]["data"])
+
+
+class Uneven(TwoStreamLoader):
+    """Some batches take much longer than others, and workers write down what they have begun."""
+
+    begun = multiprocessing.Value("i", 0)
+    go_on = multiprocessing.Event()
+
+    def batch(self, number):
+        with self.begun:
+            self.begun.value += 1
+        if number == self.waits_at:
+            assert self.go_on.wait(60)
+        time.sleep(random.Random(number).choice([0, 0, 0, 0.05, 0.3]))
+        if number == self.raises_at:
+            raise ValueError("of this batch")
+        if number == self.dies_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        torch.fft.fftn(torch.rand(64, 64, 64))  # as nnU-Net's blur may do
+        return super().batch(number)
+
+
+@pytest.fixture
+def uneven(tiny, make_trainer, monkeypatch):
+    """Workers for the batches from the third on, or with 0 of them the batches one after the other."""
+    monkeypatch.setattr("nnunet_ssl.trainers.data.get_allowed_n_proc_DA", lambda: 0)
+    trainer = make_trainer("nnUNetTrainerCPS", tiny())
+    trainer.unlabeled = trainer._prepared_unlabeled()
+    made = trainer.get_dataloaders()[0].data_loader
+    monkeypatch.setattr(Uneven, "begun", multiprocessing.Value("i", 0))
+    monkeypatch.setattr(Uneven, "go_on", multiprocessing.Event())
+    started = []
+
+    def start(workers, waits_at=None, raises_at=None, dies_at=None):
+        loader = Uneven(made.labeled, made.unlabeled, 0, ("train", 0), first_batch=3)
+        loader.waits_at, loader.raises_at, loader.dies_at = waits_at, raises_at, dies_at
+        started.append(start_workers(loader, workers, pin_memory=False))
+        return started[-1]
+
+    yield start
+    for workers in started:
+        getattr(workers, "_finish", lambda: None)()
+
+
+def test_workers_of_unlike_speed_give_the_batches_one_after_the_other(uneven):
+    alone, shared = uneven(0), uneven(5)
+    for _ in range(30):
+        assert_same(next(alone), batch := next(shared))
+        assert batch.keys() == {"data", "target", "keys", "unlabeled"}
+
+
+def test_a_slow_batch_holds_up_no_other_and_memory_is_bounded(uneven):
+    """While one worker is at the first batch, the others make all that may be in flight, and no more."""
+    workers = uneven(3, waits_at=3)
+    in_flight = 3 + 12
+    deadline = time.monotonic() + 60
+    while Uneven.begun.value < in_flight and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    assert Uneven.begun.value == in_flight
+    Uneven.go_on.set()
+    alone = uneven(0)
+    for _ in range(in_flight + 5):
+        assert_same(next(alone), next(workers))
+
+
+@pytest.mark.parametrize("failure", ["raises_at", "dies_at"])
+def test_a_worker_that_fails_ends_it(uneven, failure, capfd):
+    workers = uneven(3, **{failure: 6})
+    with pytest.raises(RuntimeError, match="One or more background workers are no longer alive"):
+        list(islice(workers, 30))
+    assert ("of this batch" in capfd.readouterr().err) == (failure == "raises_at")
+
+
+def test_workers_without_a_ticket_end_when_they_are_told(uneven):
+    """By themselves: nnU-Net's augmenter would kill them after some seconds."""
+    workers = uneven(3)
+    while workers._queue.qsize() + workers.results_loop_queue.qsize() < 3 + 12:
+        time.sleep(0.01)
+    processes = list(workers._processes)
+    workers._finish()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+
+
+def test_workers_transform_after_this_process_has_used_threads(uneven):
+    """A fork has the number of OpenMP's threads but not the threads: a worker's FFT would wait for them for ever."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.fft.fftn(torch.rand(64, 64, 64))
+        workers = uneven(2)
+        list(islice(workers, 20))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_resumed_run_sees_the_batches_that_were_to_come(tiny, make_trainer):
