@@ -13,13 +13,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunet_ssl.shapes.loader import JoinedDataset, WarpedShare
 from nnunet_ssl.shapes.warped import WarpedFolder, Wish, prepare_warps, wait_until_warped
 from nnunet_ssl.unlabeled.elastic import deform_elastically
-from nnunet_ssl.unlabeled.loader import (
-    OrderedWorkers,
-    TwoStreamLoader,
-    UnlabeledDataset,
-    UnlabeledLoader,
-    start_workers,
-)
+from nnunet_ssl.unlabeled.loader import OrderedWorkers, TwoStreamLoader, UnlabeledLoader, start_workers
 from nnunet_ssl.unlabeled.prepare import prepare_unlabeled, wait_until_prepared
 from nnunet_ssl.unlabeled.store import PreparedFolder
 
@@ -123,11 +117,12 @@ class Data(nnUNetTrainer):
         unlabeled = None
         if self.uses_unlabeled:
             unlabeled = UnlabeledLoader(
-                UnlabeledDataset(self.unlabeled.places),
+                self.unlabeled.places,
                 self.batch_size,
                 initial_patch_size,
                 patch_size,
                 self.label_manager,
+                use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
                 transforms=training_transforms(None),
             )
         validation = nnUNetDataLoader(

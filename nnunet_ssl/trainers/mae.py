@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform, ImageOnlyTransform
+from batchgeneratorsv2.transforms.base.basic_transform import ImageOnlyTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from dynamic_network_architectures.building_blocks.helper import convert_dim_to_conv_op
@@ -24,7 +24,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.masked import masked_mean
 from nnunet_ssl.trainers.base import Batch, Stream, nnUNetTrainerSSL
 from nnunet_ssl.trainers.settings import SSLSettings
-from nnunet_ssl.unlabeled.loader import UnlabeledDataset, UnlabeledLoader
+from nnunet_ssl.unlabeled.loader import UnlabeledLoader
 
 LARGEST_BLOCK = 16  # voxels along an axis by default, in He et al. and in Wald et al.'s code
 
@@ -165,9 +165,11 @@ class nnUNetTrainerMAE(nnUNetTrainerSSL):  # noqa: N801
             dict.fromkeys(cases, self.preprocessed_dataset_folder) for cases in map(sorted, self.do_split())
         )
 
-        def loader(places: dict[str, str], size: Sequence[int], transforms: BasicTransform) -> UnlabeledLoader:
-            images = UnlabeledDataset(places)
-            return UnlabeledLoader(images, self.batch_size, size, patch_size, self.label_manager, transforms=transforms)
+        def loader(places: dict[str, str], size: Sequence[int], transforms: ComposeTransforms) -> UnlabeledLoader:
+            sizes = self.batch_size, size, patch_size
+            return UnlabeledLoader(
+                places, *sizes, self.label_manager, use_mask_for_norm=mask_for_norm, transforms=transforms
+            )
 
         workers = get_allowed_n_proc_DA()
         train = loader(training | self.unlabeled.places, initial_patch_size, without_intensities(transforms))

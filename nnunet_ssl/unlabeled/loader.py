@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.queues import SimpleQueue
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 from batchgenerators.dataloading.data_loader import SlimDataLoaderBase
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
@@ -36,26 +37,63 @@ class PreparedDataset:
 
 
 class UnlabeledDataset(PreparedDataset):
-    """Images without labels: the segmentation is nnU-Net's 0 / -1 mask of the nonzero region, which transforms use.
+    """Images without labels: the segmentation is nnU-Net's 0 / -1 mask of the nonzero region.
 
     That of an image whose labels are not to be used (MAE) has them too.
+
+    Args:
+        places: as for ``PreparedDataset``.
+        masks: False for a segmentation without channels, where nothing looks at the mask.
     """
+
+    def __init__(self, places: Mapping[str, str], masks: bool = True) -> None:
+        super().__init__(places)
+        self.masks = masks
 
     def load_case(self, identifier: str) -> tuple[Any, Any, None, dict]:
         """As nnU-Net's; an unlabelled image knows of no class locations, which nnU-Net's loader asks for."""
         data, seg, seg_prev, properties = super().load_case(identifier)
+        if not self.masks:
+            seg = np.empty((0, *data.shape[1:]), np.int8)
         return data, seg, seg_prev, {**properties, "class_locations": {}}
+
+
+class ImageTransforms(ComposeTransforms):
+    """Transforms of images alone; the segmentation that nnU-Net's loader hands in goes back to it as it is."""
+
+    def apply(self, data_dict: dict[str, Any], **params: Any) -> dict[str, Any]:
+        """As ``ComposeTransforms``."""
+        segmentation = data_dict.pop("segmentation")
+        return {**super().apply(data_dict, **params), "segmentation": segmentation}
 
 
 class UnlabeledLoader(nnUNetDataLoader):
     """nnU-Net's loader with patches drawn uniformly: there is no label that could steer it.
 
+    The mask of an image is cropped and transformed only where intensities are normalised within it, for nnU-Net's
+    transforms then set what is outside to 0; the random draws are the same without.
+
     Args:
-        As nnU-Net's loader, less what concerns foreground.
+        places: case -> the folder of its files.
+        args: batch size, both patch sizes and label manager, as for nnU-Net's loader.
+        use_mask_for_norm: of the configuration, a bool a channel.
+        transforms: nnU-Net's.
     """
 
-    def __init__(self, data: UnlabeledDataset, *args: Any, **kwargs: Any) -> None:
-        super().__init__(data, *args, oversample_foreground_percent=0.0, **kwargs)
+    def __init__(
+        self,
+        places: Mapping[str, str],
+        *args: Any,
+        use_mask_for_norm: Sequence[bool],
+        transforms: ComposeTransforms,
+    ) -> None:
+        masks = any(use_mask_for_norm)
+        super().__init__(
+            UnlabeledDataset(places, masks),
+            *args,
+            oversample_foreground_percent=0.0,
+            transforms=transforms if masks else ImageTransforms(transforms.transforms),
+        )
         self.has_ignore = False  # or it would look for annotated voxels
 
 

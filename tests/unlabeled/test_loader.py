@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import os
 import pickle
@@ -13,6 +14,9 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.nnunet_masking import MaskImageTransform
+from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform
 
 from nnunet_ssl.randomness import derived_seed, seeded
 from nnunet_ssl.unlabeled.loader import TwoStreamLoader, UnlabeledDataset, start_workers
@@ -30,6 +34,22 @@ def batches(trainer, number, first=0, workers=0, monkeypatch=None):
     for loader in (train, val):
         getattr(loader, "_finish", lambda: None)()
     return made
+
+
+def unlabeled_loader(trainer, monkeypatch, *, mask_for_norm=False, slice_by_slice=False):
+    """The unlabelled stream of a trainer, made in this process."""
+    monkeypatch.setattr("nnunet_ssl.trainers.data.get_allowed_n_proc_DA", lambda: 0)
+    trainer.unlabeled = trainer._prepared_unlabeled()
+    trainer.configuration_manager.configuration["use_mask_for_norm"] = [mask_for_norm]
+    if slice_by_slice:  # as for patches that are three times as long as they are thick
+        rotation, _, size, axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        size = (trainer.configuration_manager.patch_size[0], *size[1:])
+        monkeypatch.setattr(
+            trainer,
+            "configure_rotation_dummyDA_mirroring_and_inital_patch_size",
+            lambda: (rotation, True, size, axes),
+        )
+    return trainer.get_dataloaders()[0].data_loader.unlabeled
 
 
 def assert_same(a, b, keys=("data", "unlabeled")):
@@ -170,9 +190,7 @@ def test_unlabeled_patches_have_the_shape_of_labeled_ones(tiny, make_trainer, ki
 def test_unlabeled_patches_are_drawn_uniformly_and_without_any_label(tiny, make_trainer, monkeypatch):
     """No draw is steered to a class, and every position is as likely as any other."""
     trainer = make_trainer("nnUNetTrainerCPS", tiny())
-    monkeypatch.setattr("nnunet_ssl.trainers.data.get_allowed_n_proc_DA", lambda: 0)
-    trainer.unlabeled = trainer._prepared_unlabeled()
-    loader = trainer.get_dataloaders()[0].data_loader.unlabeled
+    loader = unlabeled_loader(trainer, monkeypatch)
     assert not any(loader.get_do_oversample(i) for i in range(loader.batch_size))
     shape = [p + 3 for p in loader.patch_size]
     with seeded(0, "positions"):
@@ -181,6 +199,57 @@ def test_unlabeled_patches_are_drawn_uniformly_and_without_any_label(tiny, make_
         positions, counts = np.unique(lower[:, axis], return_counts=True)
         assert len(positions) > 3
         assert counts.min() > 0.7 * counts.mean()
+
+
+def with_transforms(loader, transforms, places):
+    """The same loader, with masks and with transforms as nnU-Net composes them."""
+    other = copy.copy(loader)
+    other._data, other.transforms = UnlabeledDataset(places), ComposeTransforms(transforms)
+    return other
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "settings"),
+    [
+        ("nnUNetTrainerCPS", "3d", {"elastic_deformation": 0.5}),
+        ("nnUNetTrainerCPS", "2d", {}),
+        ("nnUNetTrainerCPS", "multichannel", {}),
+        ("nnUNetTrainerCPS", "slice by slice", {}),
+        ("nnUNetTrainerSASNet", "3d", {"sasnet_views": "permute"}),
+        ("nnUNetTrainerSASNet", "3d", {"sasnet_views": "rotate"}),
+    ],
+)
+def test_images_are_the_same_without_their_masks(tiny, make_trainer, monkeypatch, name, kind, settings):
+    sliced = kind == "slice by slice"
+    trainer = make_trainer(name, tiny("anisotropic" if sliced else kind), settings=settings)
+    loader = unlabeled_loader(trainer, monkeypatch, slice_by_slice=sliced)
+    assert any(isinstance(t, Convert2DTo3DTransform) for t in loader.transforms.transforms) == sliced
+    masked = with_transforms(loader, loader.transforms.transforms, trainer.unlabeled.places)
+    for number in range(40):
+        with seeded(0, number):
+            ours = next(loader)
+        with seeded(0, number):
+            theirs = next(masked)
+        assert list(ours["keys"]) == list(theirs["keys"])
+        assert torch.equal(ours["data"], theirs["data"])
+        assert ours["target"].numel() == 0 < theirs["target"].numel()
+
+
+def test_where_intensities_are_normalised_within_the_mask_what_is_outside_stays_zero(tiny, make_trainer, monkeypatch):
+    trainer = make_trainer("nnUNetTrainerCPS", tiny())
+    loader = unlabeled_loader(trainer, monkeypatch, mask_for_norm=True)
+    transforms = [t for t in loader.transforms.transforms if not isinstance(t, MaskImageTransform)]
+    unmasked = with_transforms(loader, transforms, trainer.unlabeled.places)
+    changed = 0
+    for number in range(10):
+        with seeded(0, number):
+            ours = next(loader)["data"]
+        with seeded(0, number):
+            theirs = next(unmasked)["data"]
+        outside = ours != theirs
+        assert (ours[outside] == 0).all()
+        changed += outside.sum()
+    assert changed > 0
 
 
 def test_workers_of_any_start_method_can_take_the_loader(tiny, make_trainer, monkeypatch):
