@@ -1,0 +1,247 @@
+"""A training step on fake CUDA tensors: what it waits for, holds, moves and computes, at real size and without a GPU.
+
+Torch's FakeTensors have a shape, a type and a device, but no memory; autocast, gradients and the scaler are torch's
+own. ``fake_cuda.c`` stands for the CUDA runtime, which autograd asks for streams. No kernel runs, so this says nothing
+of seconds, of cuDNN's workspaces, or of memory lost between tensors. An operation whose result has a shape that depends
+on values, such as ``nonzero``, waits for the device too; on fake tensors it raises.
+
+The stand-in has to be there before torch is, so ``measure`` runs this file in a process of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+HERE = Path(__file__).resolve()
+BASELINE = "nnUNetTrainer"
+CASES = {"a": (200, 200, 200), "b": (200, 200, 200)}  # that the patches of a batch come from, and their shapes
+FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "_unsafe_view")
+NO_FAKE_GPU = 3  # an exit code
+
+
+class NoFakeGPU(Exception):  # noqa: N818
+    """This torch cannot be given a GPU that is not there."""
+
+
+@dataclasses.dataclass
+class Cost:
+    """Of one step.
+
+    Attributes:
+        waits: how often the host waits for the device.
+        peak: bytes of live tensors, where they are most.
+        moved: bytes that the operations read and write, each by itself.
+        flops: floating-point operations of convolutions and matrix products.
+        places: where the host waits, and how often.
+    """
+
+    waits: int
+    peak: int
+    moved: int
+    flops: int
+    places: dict[str, int]
+
+
+def compile_stand_in(folder: Path) -> Path:
+    """The stand-in for the CUDA runtime as a library, by the name under which torch looks for it; needs gcc."""
+    library = folder / "libcuda.so.1"
+    command = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{library.name}", "-o", library, HERE.with_suffix(".c")]
+    subprocess.run(command, check=True)
+    return library
+
+
+def measure(trainers: list[str], plans: dict, dataset_json: dict, stand_in: Path) -> dict[str, Cost]:
+    """The cost of each trainer's second step, in the middle of its schedule, by the trainer's name.
+
+    Args:
+        trainers: ours, and ``nnUNetTrainer``.
+        plans, dataset_json: of a dataset in nnU-Net's folders; patch, network and classes may be larger than its own.
+        stand_in: from ``compile_stand_in``.
+
+    Raises:
+        NoFakeGPU: torch does not take the stand-in, as one without CUDA or with the runtime linked into it.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers.fake_cuda"],
+        env={
+            **os.environ,
+            "LD_PRELOAD": str(stand_in),
+            "PYTHONPATH": f"{HERE.parents[2]}{os.pathsep}{HERE.parents[1]}",
+        },
+        input=json.dumps({"trainers": trainers, "plans": plans, "dataset_json": dataset_json}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+    )
+    if done.returncode == NO_FAKE_GPU:
+        raise NoFakeGPU
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-5000:]}"
+    return {name: Cost(**cost) for name, cost in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+# ------------------------------------------------------------------ in the other process
+
+
+class Meter(TorchDispatchMode):
+    """Sees every operation on fake tensors, those of the backward pass too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: set[int] = set()
+        self.held = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from here; what is held stays held."""
+        self.peak, self.moved, self.flops = self.held, 0, 0
+        self.places: Counter[str] = Counter()
+
+    def cost(self) -> Cost:
+        """Since ``restart``."""
+        return Cost(sum(self.places.values()), self.peak, self.moved, self.flops, dict(self.places))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._schema.name.removeprefix("aten::")
+        if name == "_local_scalar_dense" and isinstance(args[0], FakeTensor):  # .item(), float(), if, an index
+            if on_device(args[0]):
+                self.places[f"value, {place()}"] += 1
+            return {torch.bool: False}.get(args[0].dtype, 0.0 if args[0].is_floating_point() else 1)
+        out = func(*args, **kwargs)
+        if name in ("_to_copy", "copy_"):
+            source, target = (args[1], args[0]) if name == "copy_" else (args[0], out)
+            waits = not (args[2:] and args[2]) and not kwargs.get("non_blocking")
+            if on_device(source) and target.device.type == "cpu":
+                self.places[f"to the host, {place()}"] += 1
+                with _disable_current_modes():  # nnU-Net makes an array of it, which a fake tensor cannot be
+                    return torch.zeros(target.shape, dtype=target.dtype) if name == "_to_copy" else out
+            if waits and source.device.type == "cpu" and on_device(target):
+                self.places[f"to the device, {place()}"] += 1
+        self._count(func, name, args, kwargs, out)
+        return out
+
+    def _count(self, func: Any, name: str, args: tuple, kwargs: dict, out: Any) -> None:
+        written = [t for t in tree_leaves(out) if on_device(t)]
+        for tensor in written:
+            self._hold(tensor.untyped_storage())
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
+        if not func.is_view and name not in FREE:
+            read = [t for t in tree_leaves((args, {k: v for k, v in kwargs.items() if k != "out"})) if on_device(t)]
+            self.moved += sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in read + written)
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.live:
+            return
+        self.live.add(key)
+        self.held += size
+        self.peak = max(self.peak, self.held)
+
+        def free() -> None:
+            self.live.remove(key)
+            self.held -= size
+
+        weakref.finalize(storage, free)
+
+
+def on_device(value: Any) -> bool:
+    """Whether it is a tensor on the fake GPU."""
+    return isinstance(value, FakeTensor) and value.fake_device.type == "cuda"
+
+
+def place() -> str:
+    """The line of this package or of nnU-Net that runs now."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if "/nnunet_ssl/" in file or "/nnunetv2/" in file:
+            return f"{Path(file).parent.name}/{Path(file).name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "elsewhere"
+
+
+@contextmanager
+def built_on_device() -> Iterator[None]:
+    """Modules are made where they shall be: parameters that are fake cannot move."""
+    with torch.device("cuda"), mock.patch.object(nn.Module, "to", lambda module, *args, **kwargs: module):
+        yield
+
+
+def build(name: str, plans: dict, dataset_json: dict) -> Any:
+    """A trainer that is ready for its step, in the middle of its schedule."""
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    import nnunet_ssl.trainers
+
+    cls = nnUNetTrainer if name == BASELINE else getattr(nnunet_ssl.trainers, name)
+    configuration = next(iter(plans["configurations"]))
+    trainer = cls({**plans, "continue_training": False}, configuration, 0, dataset_json, torch.device("cuda"))
+    with built_on_device():
+        trainer.initialize()
+    trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
+    if hasattr(trainer, "global_step"):
+        trainer.global_step = trainer.total_steps // 2
+    if getattr(trainer, "uses_sar", False):
+        from nnunet_ssl.trainers.sasnet.memory import ConfidenceMemory
+
+        trainer.memory = ConfidenceMemory(CASES, device=trainer.device)
+    return trainer
+
+
+def a_batch(trainer: Any) -> dict:
+    """What the loader gives, on the host."""
+    patch, scales = trainer.configuration_manager.patch_size, trainer._get_deep_supervision_scales() or [[1.0] * 3]
+    size = trainer.batch_size
+
+    def images() -> Tensor:
+        return torch.empty(size, trainer.num_input_channels, *patch)
+
+    target = [
+        torch.empty(size, 1, *(round(n * s) for n, s in zip(patch, scale, strict=True)), dtype=torch.int16)
+        for scale in scales
+    ]
+    batch = {"data": images(), "target": target, "keys": list(CASES)[:size]}
+    if getattr(trainer, "uses_unlabeled", False):
+        batch["unlabeled"] = images()
+    if getattr(trainer, "uses_sar", False):
+        batch["coordinates"] = torch.empty(size, len(patch), *patch)
+    return batch
+
+
+def main() -> None:
+    """Two steps of each trainer, of which the second one counts; the last line that is printed has the costs."""
+    if not torch.cuda.is_available():
+        sys.exit(NO_FAKE_GPU)
+    job = json.load(sys.stdin)
+    costs = {}
+    for name in job["trainers"]:
+        with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
+            trainer = build(name, job["plans"], job["dataset_json"])
+            trainer.train_step(a_batch(trainer))
+            meter.restart()
+            trainer.train_step(a_batch(trainer))
+        costs[name] = dataclasses.asdict(meter.cost())
+    print(json.dumps(costs))
+
+
+if __name__ == "__main__":
+    main()

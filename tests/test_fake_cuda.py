@@ -1,0 +1,104 @@
+"""What a step waits for, holds, moves and computes on a GPU does not grow; no GPU is needed to see it.
+
+At nnU-Net's usual size, 128^3 voxels and 14 classes, and relative to ``nnUNetTrainer``: see ``helpers/fake_cuda.py``.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from helpers.datasets import TinyDataset
+from helpers.fake_cuda import BASELINE, Cost, NoFakeGPU, compile_stand_in, measure
+
+from nnunet_ssl.trainers import TRAINERS
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+SLACK = 1.03  # torch's releases differ by less
+FEATURES = [32, 64, 128, 256, 320, 320]
+
+
+class Ratios(NamedTuple):
+    """Of a step to one of nnUNetTrainer: see ``Cost``. Of waits, their number."""
+
+    waits: int
+    peak: float
+    moved: float
+    flops: float
+
+
+MEASURED = {
+    "nnUNetTrainerLabeledOnly": Ratios(waits=1, peak=0.98, moved=1.00, flops=1.00),
+    "nnUNetTrainerWarps": Ratios(waits=1, peak=0.98, moved=1.00, flops=1.00),
+    "nnUNetTrainerCPS": Ratios(waits=2, peak=1.27, moved=4.51, flops=4.67),
+    "nnUNetTrainerGACPS": Ratios(waits=2, peak=1.19, moved=4.52, flops=4.67),
+    "nnUNetTrainerURPC": Ratios(waits=1, peak=1.39, moved=3.52, flops=2.00),
+    "nnUNetTrainerMagicNet": Ratios(waits=2, peak=1.82, moved=4.58, flops=4.86),
+    "nnUNetTrainerSASNet": Ratios(waits=2, peak=2.26, moved=16.29, flops=3.41),
+    "nnUNetTrainerSHTA_LabeledOnly": Ratios(waits=2, peak=1.02, moved=1.09, flops=1.00),
+    "nnUNetTrainerSHTA_CPS": Ratios(waits=2, peak=1.29, moved=4.60, flops=4.67),
+    "nnUNetTrainerSHTA_GACPS": Ratios(waits=2, peak=1.21, moved=4.60, flops=4.67),
+    "nnUNetTrainerSHTA_URPC": Ratios(waits=2, peak=1.39, moved=3.61, flops=2.00),
+    "nnUNetTrainerSHTA_MagicNet": Ratios(waits=2, peak=1.82, moved=4.67, flops=4.86),
+    "nnUNetTrainerMAE": Ratios(waits=2, peak=0.97, moved=0.85, flops=1.00),
+}
+
+
+@pytest.fixture(scope="module")
+def costs(tiny: Callable[..., TinyDataset], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Cost]:
+    """Of every trainer, measured once."""
+    if shutil.which("gcc") is None:
+        pytest.skip("needs gcc")
+    dataset = tiny("3d")
+    plans, dataset_json = dataset.plans, dataset.dataset_json
+    configuration = plans["configurations"][dataset.configuration]
+    configuration["patch_size"] = [128] * 3
+    stages = len(FEATURES)
+    configuration["architecture"]["arch_kwargs"] |= {
+        "n_stages": stages,
+        "features_per_stage": FEATURES,
+        "kernel_sizes": [[3] * 3] * stages,
+        "strides": [[1] * 3] + [[2] * 3] * (stages - 1),
+        "n_conv_per_stage": [2] * stages,
+        "n_conv_per_stage_decoder": [2] * (stages - 1),
+    }
+    plans["configurations"] = {dataset.configuration: configuration}
+    dataset_json["labels"] = {"background": 0, **{f"organ{i}": i for i in range(1, 14)}}
+    folder: Path = tmp_path_factory.mktemp("fake_cuda")
+    try:
+        return measure([BASELINE, *TRAINERS], plans, dataset_json, compile_stand_in(folder))
+    except NoFakeGPU:
+        pytest.skip("this torch takes no stand-in for the CUDA runtime")
+
+
+def test_nnunets_own_step_is_what_it_is_known_to_be(costs: dict[str, Cost]) -> None:
+    """Two waits: the scaler's, and the loss. The U-Net's operations, by hand: see ``forward_flops``."""
+    cost = costs[BASELINE]
+    assert cost.waits == 2, cost.places
+    assert cost.flops == pytest.approx(3 * forward_flops(), rel=0.01)  # backward takes two of each
+
+
+def forward_flops(batch: int = 2, side: int = 128, classes: int = 14) -> float:
+    """Two for each weight and voxel of each convolution, of encoder, decoder, transposed convolutions and heads."""
+    total, channels = 0.0, 1
+    for stage, features in enumerate(FEATURES):
+        voxels = (side / 2**stage) ** 3
+        total += voxels * 27 * (channels * features + features * features)
+        channels = features
+    for stage, features in enumerate(FEATURES[:-1]):
+        voxels = (side / 2**stage) ** 3
+        total += voxels * (FEATURES[stage + 1] * features + 27 * (2 + 1) * features**2 + features * classes)
+    return 2 * batch * total
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_a_step_costs_no_more_than_it_did(trainer: str, costs: dict[str, Cost]) -> None:
+    cost, base, known = costs[trainer], costs[BASELINE], MEASURED[trainer]
+    now = Ratios(cost.waits, cost.peak / base.peak, cost.moved / base.moved, cost.flops / base.flops)
+    assert now.waits <= known.waits, cost.places
+    grown = [name for name in ("peak", "moved", "flops") if getattr(now, name) > SLACK * getattr(known, name)]
+    assert not grown, f"{now}, was {known}"
