@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     what.add_argument("--report", action="store_true", help="Only report on what is finished")
     args, passed_on = parser.parse_known_args(argv)
 
-    from nnunet_ssl.benchmark.protocol import load_json, read_protocol, shipped
+    from nnunet_ssl.benchmark.reading import load_json, read_protocol, shipped
 
     if args.list:
         for name, file in shipped().items():

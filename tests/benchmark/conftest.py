@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from nnunet_ssl.benchmark.protocol import read_protocol
+from nnunet_ssl.benchmark.reading import read_protocol
 from nnunet_ssl.benchmark.runs import Benchmark
 
 PROTOCOL = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_ssl.benchmark.protocol import read_protocol, shipped
+from nnunet_ssl.benchmark.reading import read_protocol, shipped
 from nnunet_ssl.commands import dataset
 from nnunet_ssl.errors import UserError
 
