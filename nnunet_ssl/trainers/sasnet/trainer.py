@@ -158,7 +158,7 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
                 conv = type(head)(head.in_channels, self.label_manager.num_segmentation_heads - 1, 1)
                 nn.init.zeros_(conv.weight)
                 nn.init.zeros_(conv.bias)
-                modules[f"regression_{name}"] = nn.Sequential(conv, nn.Tanh())
+                modules[f"regression_{name}"] = nn.Sequential(conv, FullPrecisionTanh())
         return modules
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
@@ -341,6 +341,14 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
         """P_sdm of each foreground class, ``[B, K - 1, *patch]``, and which of them have a boundary, ``[B, K - 1]``."""
         fused = self._fused_labels(stream, prob)
         return signed_distance_maps(fused, prob.high.shape[1], self.configuration_manager.spacing, self._compiles)
+
+
+class FullPrecisionTanh(nn.Tanh):
+    """tanh in fp32 under autocast: that of float16 is flat from 5 on, where its gradient is exactly 0."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of any float type, float32."""
+        return super().forward(x.float())
 
 
 def dual_branch_network(
