@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from nnunet_ssl.losses.branches import Branches
-from nnunet_ssl.losses.consistency import pseudo_label_consistency, segmentation_regression_consistency, sharpen
+from nnunet_ssl.losses.consistency import pseudo_label_consistency, segmentation_regression_consistency
 
 SHAPES = [(2, 4, 5, 6), (3, 2, 7, 4), (2, 3, 4, 3, 5)]  # [B, K, *spatial], 2D and 3D
 
 
-def some_probabilities(shape, seed=0, scale=2.0) -> torch.Tensor:
-    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).softmax(1)
+def some_logits(shape, seed=0, scale=2.0) -> torch.Tensor:
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def sharpened(p: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -21,104 +21,91 @@ def sharpened(p: torch.Tensor, temperature: float) -> torch.Tensor:
     return power / power.sum(1, keepdim=True)
 
 
+def plc_as_written(low: torch.Tensor, high: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The sum over ordered pairs of branches, of logits, in double precision."""
+    p, q = low.double().softmax(1), high.double().softmax(1)
+    return ((p - sharpened(q, temperature)) ** 2).mean() + ((q - sharpened(p, temperature)) ** 2).mean()
+
+
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0, 3.0])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_sharpening_is_the_formula_and_sums_to_one(shape, temperature):
-    prob = some_probabilities(shape)
-    result = sharpen(prob, temperature)
+def test_plc_is_the_sum_over_ordered_pairs(shape, temperature):
+    low, high = some_logits(shape, 0), some_logits(shape, 1)
+    result = pseudo_label_consistency(Branches(high, low), temperature)
     assert result.dtype == torch.float32
-    torch.testing.assert_close(result, sharpened(prob, temperature).float())
-    torch.testing.assert_close(result.sum(1), torch.ones_like(result[:, 0]))
+    assert result.ndim == 0
+    torch.testing.assert_close(result, plc_as_written(low, high, temperature).float())
+    torch.testing.assert_close(pseudo_label_consistency(Branches(low, high), temperature), result)
 
 
 def test_two_classes_are_sharpened_as_in_the_authors_code():
-    p = torch.linspace(0, 1, 101)
-    q = 1 - p
-    binary = p**10 / (p**10 + q**10)
-    result = sharpen(torch.stack((q, p))[None], 0.1)[0, 1]
-    torch.testing.assert_close(result, binary, rtol=1e-4, atol=1e-7)  # 1 - p is rounded before its tenth power
+    p, r = torch.linspace(0.01, 0.99, 99).double(), 0.3
+    binary = p**10 / (p**10 + (1 - p) ** 10)
+    expected = (r - binary).square() + (p - r**10 / (r**10 + (1 - r) ** 10)).square()  # the same for both classes
+    for one, value in zip(p.tolist(), expected.tolist(), strict=True):
+        low, high = (torch.tensor([1 - x, x]).log().view(1, 2, 1, 1) for x in (one, r))
+        assert pseudo_label_consistency(Branches(high, low), 0.1).item() == pytest.approx(value, rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_nothing_underflows_in_low_precision(dtype):
     """p^10 of float16 is 0 below 0.19: ten equal classes would be 0 / 0."""
-    prob = torch.full((1, 10, 2, 2), 0.1, dtype=dtype)
-    torch.testing.assert_close(sharpen(prob, 0.1), torch.full((1, 10, 2, 2), 0.1))
-    tiny = torch.tensor([1e-20, 3e-20, 1 - 4e-20]).view(1, 3, 1, 1)
-    assert sharpen(tiny, 0.1).flatten().tolist() == [0, 0, 1]
+    equal = torch.zeros((1, 10, 2, 2), dtype=dtype)
+    assert pseudo_label_consistency(Branches(equal, equal), 0.1) == 0
+    sure = torch.tensor([-46.0, -45.0, 0.0], dtype=dtype).view(1, 3, 1, 1)
+    assert pseudo_label_consistency(Branches(sure, sure), 0.1) < 1e-30
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.02, 2.0])
 def test_gradients_are_finite_where_probabilities_are_zero_and_one(temperature):
-    rows = [[0.0, 0.0, 1.0], [0.5, 0.5, 0.0], [1e-38, 1e-42, 1.0], [0.0, 0.0, 0.0], [0.2, 0.3, 0.5]]
-    prob = torch.tensor(rows).T[None, :, :, None].requires_grad_()  # [1, 3, 5, 1]
-    result = sharpen(prob, temperature)
-    (result * torch.tensor([1.0, -2.0, 3.0]).view(1, 3, 1, 1)).sum().backward()
-    assert result.isfinite().all()
-    assert prob.grad.isfinite().all()
-    assert prob.grad[0, :, 4, 0].abs().max() > 0
-
-
-def test_the_gradient_of_sharpening_is_that_of_the_formula():
-    prob = some_probabilities((2, 3, 2, 2), scale=0.5)
-    weights = torch.randn(prob.shape, generator=torch.Generator().manual_seed(1))
-    mine, oracle = prob.clone().requires_grad_(), prob.double().requires_grad_()
-    (sharpen(mine, 0.1) * weights).sum().backward()
-    (sharpened(oracle, 0.1) * weights).sum().backward()
-    torch.testing.assert_close(mine.grad, oracle.grad.float(), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_plc_is_the_sum_over_ordered_pairs(shape):
-    low, high = some_probabilities(shape, 0), some_probabilities(shape, 1)
-    branches = [low.double(), high.double()]
-    expected = 0.0
-    for i in range(2):
-        for j in range(2):
-            if i != j:
-                expected += ((branches[i] - sharpened(branches[j], 0.1)) ** 2).mean()
-    result = pseudo_label_consistency(Branches(high, low), 0.1)
-    assert result.dtype == torch.float32
-    assert result.ndim == 0
-    torch.testing.assert_close(result, expected.float())
-    torch.testing.assert_close(pseudo_label_consistency(Branches(low, high), 0.1), result)
+    rows = [[-200.0, -300.0, 100.0], [5.0, 5.0, -1e4], [-87.0, -97.0, 0.0], [0.0, 0.0, 0.0], [0.2, 0.3, 0.5]]
+    low, high = (torch.tensor(rows).T[None, :, :, None].clone().requires_grad_() for _ in range(2))  # [1, 3, 5, 1]
+    result = pseudo_label_consistency(Branches(high.flip(2), low), temperature)
+    result.backward()
+    assert result.isfinite()
+    for x in (low, high):
+        assert x.grad.isfinite().all()
+        assert x.grad[0, :, 4, 0].abs().max() > 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_plain_plc_is_the_equation(shape):
-    low, high = some_probabilities(shape, 0), some_probabilities(shape, 1)
-    expected = sum((a - b) ** 2 for a, b in zip(low.flatten().tolist(), high.flatten().tolist(), strict=True))
-    assert pseudo_label_consistency(Branches(high, low), None).item() == pytest.approx(expected / low.numel(), rel=1e-5)
+    low, high = some_logits(shape, 0), some_logits(shape, 1)
+    pairs = zip(low.softmax(1).flatten().tolist(), high.softmax(1).flatten().tolist(), strict=True)
+    expected = sum((a - b) ** 2 for a, b in pairs) / low.numel()
+    assert pseudo_label_consistency(Branches(high, low), None).item() == pytest.approx(expected, rel=1e-5)
     assert pseudo_label_consistency(Branches(low, low), None) == 0
 
 
 def test_sharpened_plc_asks_equal_branches_to_be_certain():
-    unsure, sure = torch.full((1, 2, 3, 3), 0.5), torch.eye(2).view(1, 2, 2, 1)
-    unsure[:, 0] = 0.6
-    unsure[:, 1] = 0.4
+    unsure = torch.tensor([0.6, 0.4]).log().view(1, 2, 1, 1).expand(1, 2, 3, 3)
+    sure = 200 * torch.eye(2).view(1, 2, 2, 1)
     assert pseudo_label_consistency(Branches(unsure, unsure), 0.1) > 0.1
     assert pseudo_label_consistency(Branches(sure, sure), 0.1) == 0
 
 
 def test_plc_moves_both_branches_and_through_the_target_unless_it_is_detached():
     def gradients(**options):
-        low = some_probabilities((2, 3, 4, 4), 0).requires_grad_()
-        high = some_probabilities((2, 3, 4, 4), 1).requires_grad_()
+        low = some_logits((2, 3, 4, 4), 0).requires_grad_()
+        high = some_logits((2, 3, 4, 4), 1).requires_grad_()
         pseudo_label_consistency(Branches(high, low), 0.1, **options).backward()
-        return low, high
+        return low.grad, high.grad
 
-    low, high = gradients(detach_target=True)
-    n = low.numel()
-    torch.testing.assert_close(low.grad, 2 * (low - sharpen(high, 0.1)).detach() / n)
-    torch.testing.assert_close(high.grad, 2 * (high - sharpen(low, 0.1)).detach() / n)
+    def oracle(detach):
+        x = [some_logits((2, 3, 4, 4), seed).double().requires_grad_() for seed in range(2)]
+        p, q = (one.softmax(1) for one in x)
+        for_p, for_q = sharpened(q, 0.1), sharpened(p, 0.1)
+        if detach:
+            for_p, for_q = for_p.detach(), for_q.detach()
+        (((p - for_p) ** 2).mean() + ((q - for_q) ** 2).mean()).backward()
+        return [one.grad.float() for one in x]
 
-    through_target = gradients()
-    oracle = [p.detach().double().requires_grad_() for p in (low, high)]
-    pairs = ((oracle[0], oracle[1]), (oracle[1], oracle[0]))
-    sum(((p - sharpened(q, 0.1)) ** 2).mean() for p, q in pairs).backward()
-    for mine, other, detached in zip(through_target, oracle, (low, high), strict=True):
-        torch.testing.assert_close(mine.grad, other.grad.float(), rtol=1e-4, atol=1e-6)
-        assert not torch.allclose(mine.grad, detached.grad)
+    found = {detach: gradients(detach_target=detach) for detach in (False, True)}
+    for detach, of_branches in found.items():
+        for mine, expected in zip(of_branches, oracle(detach), strict=True):
+            torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-6)
+    for through, detached in zip(found[False], found[True], strict=True):
+        assert not torch.allclose(through, detached)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (3, 1, 4, 3, 5)])  # [B, K - 1, *spatial]
@@ -158,13 +145,12 @@ def test_src_without_any_map_is_zero_with_zero_gradients():
 
 
 def test_losses_are_in_full_precision_under_autocast():
-    low, high = some_probabilities((2, 3, 4, 4), 0).bfloat16(), some_probabilities((2, 3, 4, 4), 1).bfloat16()
+    low, high = some_logits((2, 3, 4, 4), 0).bfloat16(), some_logits((2, 3, 4, 4), 1).bfloat16()
     regression, sdm = low[:, 1:], high[:, 1:].float()
     present = torch.ones(2, 2, dtype=torch.bool)
 
     def values(low, high, regression):
         return (
-            sharpen(low, 0.1),
             pseudo_label_consistency(Branches(high, low), 0.1),
             pseudo_label_consistency(Branches(high, low), None),
             segmentation_regression_consistency(regression, sdm, present),
@@ -179,6 +165,6 @@ def test_losses_are_in_full_precision_under_autocast():
 
 def test_no_value_is_read():
     """Meta tensors have none: reading one raises."""
-    prob = torch.rand(2, 3, 4, 4, device="meta")
-    assert pseudo_label_consistency(Branches(prob, prob), 0.1).shape == ()
-    assert segmentation_regression_consistency(prob, prob, torch.ones(2, 3, device="meta").bool()).shape == ()
+    x = torch.rand(2, 3, 4, 4, device="meta")
+    assert pseudo_label_consistency(Branches(x, x), 0.1).shape == ()
+    assert segmentation_regression_consistency(x, x, torch.ones(2, 3, device="meta").bool()).shape == ()

@@ -122,6 +122,7 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
             build = functools.partial(dual_branch_network, low_level_start=None if start == 1 else start)
             self.build_network_architecture = build  # a class derived from this one may build another
         super().initialize()
+        self.plc = self.compiled(pseudo_label_consistency)
         self._compiles = self._do_i_compile()  # which may write to the log, so not in each step
         if start and self.plans_network.low_decoder is None:
             self.print_to_log_file(
@@ -316,13 +317,13 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
             for name, branch in outputs.items():
                 terms[f"seg_{name}"] = self._segmentation_loss(branch.logits, stream.target)
 
-        prob = Branches(**{name: self.probabilities(branch.logits) for name, branch in outputs.items()})
-        if self.settings.sasnet_plc != "off" and prob.low is not None:  # L_plc, Eq. 15
+        logits = Branches(**{name: full_resolution(branch.logits) for name, branch in outputs.items()})
+        if self.settings.sasnet_plc != "off" and logits.low is not None:  # L_plc, Eq. 15
             temperature = self.settings.sasnet_temperature if self.settings.sasnet_plc == "sharpened" else None
-            terms["plc"] = 0.5 * pseudo_label_consistency(prob, temperature, self.settings.sasnet_detach_target)
+            terms["plc"] = 0.5 * self.plc(logits, temperature, self.settings.sasnet_detach_target)
 
         if self.settings.sasnet_sdm:  # L_src, Eq. 16
-            sdm, present = self._distance_maps(stream, prob)
+            sdm, present = self._distance_maps(stream, logits)
             terms["src"] = 0.5 * sum(
                 segmentation_regression_consistency(
                     self.training_modules[f"regression_{name}"](branch.feature), sdm, present
@@ -337,8 +338,9 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
         return loss / sum(self.loss.weight_factors[: len(logits)]) if self.enable_deep_supervision else loss
 
     @torch.no_grad()
-    def _distance_maps(self, stream: Stream, prob: Branches) -> tuple[Tensor, Tensor]:
+    def _distance_maps(self, stream: Stream, logits: Branches) -> tuple[Tensor, Tensor]:
         """P_sdm of each foreground class, ``[B, K - 1, *patch]``, and which of them have a boundary, ``[B, K - 1]``."""
+        prob = Branches(**{name: self.probabilities(x) for name, x in logits.named().items()})
         fused = self._fused_labels(stream, prob)
         return signed_distance_maps(fused, prob.high.shape[1], self.configuration_manager.spacing, self._compiles)
 
