@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
 
     import torch
 
-    from nnunet_ssl.trainers import sasnet
+    from nnunet_ssl.trainers.sasnet import trainer as sasnet
     from nnunet_ssl.trainers.sasnet.memory import ConfidenceMemory
 
     def now() -> float:
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         which = make_dataset(Path(temporary), tuple(args.patch), tuple(args.features), 2)
         os.environ["nnUNet_n_proc_DA"] = "0"
-        setup = Setup(*which, args.device, args.threads, temporary, ((TRAINER, None),))
+        setup = Setup(*which, args.device, args.threads, temporary)
         trainer = build(setup, TRAINER, None, sasnet_views=args.views)
         spent: dict[str, float] = defaultdict(float)
         sasnet.signed_distance_maps = timed(sasnet.signed_distance_maps, "SDM", spent, now)

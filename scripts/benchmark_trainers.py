@@ -1,19 +1,29 @@
-"""Seconds a step and peak memory of each trainer, as ratios to nnU-Net's own, on the same plan and machine.
+"""Seconds and peak memory of a training step of each trainer, beside nnU-Net's own on the same plan and machine.
 
-    python scripts/benchmark_trainers.py                                   # a made-up dataset, needs nothing
-    python scripts/benchmark_trainers.py --device cuda --patch 128 128 128 --features 32 64 128 256 320 320
-    python scripts/benchmark_trainers.py -d 4 -c 3d_fullres -p nnUNetPlans # a prepared dataset with imagesUn
+    python scripts/benchmark_trainers.py                                    # a tiny plan, on a CPU
+    python scripts/benchmark_trainers.py --plan 128 --page docs/results/cost.md     # nnU-Net's usual size, on a GPU
+    python scripts/benchmark_trainers.py -d 4 -c 3d_fullres -p nnUNetPlans  # a prepared dataset with imagesUn
     python scripts/benchmark_trainers.py --trainers nnUNetTrainerURPC nnUNetTrainerSHTA_URPC
 
-Time: all trainers live in one process and take turns, forwards and backwards through the list (ABBA), so whatever
-drifts drifts for all. Steps are taken in the middle of the schedule, where ramp-ups are over. Reported is the median
-over the turns, of making a batch (augmentation, in this process) and of the step itself. With one CPU thread the clock
-is the thread's CPU time, which other programs on the machine do not disturb; else it is wall-clock time.
+The first two make up their dataset. A turn of a trainer is a process of its own, so one trainer is on the device at a
+time and nothing of it stays. A round goes through the list forwards and then backwards; a trainer's value is the mean
+of its two turns, its ratio that to nnUNetTrainer's of the same round, so a steady drift cancels. Reported are medians
+over rounds. Steps are taken in the middle of the schedule, where ramp-ups are over, after some that are not timed.
 
-Memory: a process of its own for each trainer; its peak resident memory beyond that after the imports, or on a GPU the
-peak that torch allocated.
+Time: batches are made first (augmentation, in this process: ``loader``), then the steps are taken, which wait for the
+device as in a training and no more. On a GPU batches are pinned, the step moves them, cuDNN chooses its algorithms by
+trial, and networks are compiled unless nnUNet_compile says otherwise, all as nnUNetv2_train does it. With one CPU
+thread the clock is the process's CPU time, which other programs hardly disturb; else it is wall-clock time.
 
-Writes OUTPUT.json and OUTPUT.md, and prints the table; with ``--page`` into a Markdown page as well, between two marks.
+Parts of a step, in steps of their own that wait for the device at each border: ``forward`` is the networks,
+``backward`` the backward passes, ``update`` what follows the last of them, and ``loss`` the rest: losses and
+pseudo-labels, and SHTA's forward too.
+
+Memory: on a GPU the most that torch's allocator had given away, cuDNN's workspaces among it, and as ``reserved`` in the
+JSON what it had taken from the device. On a CPU the process's peak beyond that after the imports.
+
+Writes OUTPUT.json and prints its table; ``--page`` puts it into a Markdown page, between the marks of the device.
+``--table OUTPUT.json`` measures nothing and writes the table of an earlier run.
 """
 
 from __future__ import annotations
@@ -28,30 +38,39 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from nnunet_ssl.benchmark.report import fill
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.surroundings import surroundings
 from nnunet_ssl.trainers import TRAINERS
 
-ROOT = Path(__file__).resolve().parent.parent
 BASELINE = "nnUNetTrainer"
-MARKS, WRITER = "trainers", "scripts/benchmark_trainers.py"
-KEYS = ("seconds_of_the_step", "seconds_a_step", "peak_mib", "parameters")  # of which the table gives ratios
+WRITER = "scripts/benchmark_trainers.py"
 WITH_TWO_NETWORKS = ("CPS", "GACPS")  # whose passes matter: measured both ways
+PARTS = ("forward", "backward", "loss", "update")
 
 
-def trainers_to_measure(names: list[str]) -> list[tuple[str, str | None]]:
-    """nnU-Net's own trainer and those of ``names``, each with its default passes; two networks both ways."""
-    found: list[tuple[str, str | None]] = [(BASELINE, None)]
-    for name in names:
-        found += [(name, "lean"), (name, "joint")] if name.endswith(WITH_TWO_NETWORKS) else [(name, None)]
-    return found
+class Plan(NamedTuple):
+    """Of a made-up dataset: the patch in voxels, and channels by stage."""
+
+    patch: tuple[int, int, int]
+    features: tuple[int, ...]
+
+
+PLANS = {"tiny": Plan((32, 32, 32), (8, 16, 32)), "128": Plan((128, 128, 128), (32, 64, 128, 256, 320, 320))}
 
 
 @dataclass(frozen=True)
@@ -63,7 +82,6 @@ class Setup:
         device: ``cpu`` or ``cuda``.
         threads: of torch on the CPU.
         folder: for settings and results, thrown away.
-        trainers: names, and passes where they are not the default.
     """
 
     dataset: str
@@ -72,12 +90,29 @@ class Setup:
     device: str
     threads: int
     folder: str
-    trainers: tuple[tuple[str, str | None], ...]
+
+    @property
+    def cpu_time(self) -> bool:
+        """Whether the clock is the process's CPU time."""
+        return self.device == "cpu" and self.threads == 1
+
+    def now(self) -> float:
+        """Seconds, when the device has done all that it was given."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.process_time() if self.cpu_time else time.perf_counter()
+
+
+def trainers_to_measure(names: list[str]) -> list[tuple[str, str | None]]:
+    """nnU-Net's own trainer and those of ``names``, each with its default passes; two networks both ways."""
+    found: list[tuple[str, str | None]] = [(BASELINE, None)]
+    for name in names:
+        found += [(name, "lean"), (name, "joint")] if name.endswith(WITH_TWO_NETWORKS) else [(name, None)]
+    return found
 
 
 def build(setup: Setup, trainer_name: str, passes: str | None, **more: Any) -> Any:
     """A trainer that is ready to step, with batches made in this process; ``more`` are settings."""
-    import torch
     from nnunetv2.run.run_training import get_trainer_from_args
 
     torch.set_num_threads(setup.threads)
@@ -87,6 +122,9 @@ def build(setup: Setup, trainer_name: str, passes: str | None, **more: Any) -> A
     os.environ["nnUNet_ssl_config"] = str(config)
     os.environ["nnUNet_results"] = str(Path(setup.folder) / f"results_{passes}")
     os.environ["nnUNet_n_proc_DA"] = "0"
+    if setup.device == "cuda":  # as nnU-Net's run_training
+        torch.backends.cudnn.deterministic = False
+        torch.backends.cudnn.benchmark = True
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
         trainer = get_trainer_from_args(
             setup.dataset, setup.configuration, 0, trainer_name, setup.plans, device=torch.device(setup.device)
@@ -98,40 +136,81 @@ def build(setup: Setup, trainer_name: str, passes: str | None, **more: Any) -> A
     return trainer
 
 
-def take_turn(trainer: Any, steps: int, clock: Any) -> tuple[float, float]:
-    """Seconds to make a batch and seconds of a step, means over ``steps``."""
-    import torch
+def turn(setup: Setup, steps: int, warm_up: int, which: tuple[str, str | None]) -> dict[str, float]:
+    """Seconds, MiB and parameters of a trainer; called in a process of its own.
 
-    def now() -> float:
-        if trainer.device.type == "cuda":
-            torch.cuda.synchronize()
-        return clock()
-
-    start = now()
-    batches = [next(trainer.dataloader_train) for _ in range(steps)]
-    made = now()
-    for batch in batches:
-        trainer.train_step(batch)
-    return (made - start) / steps, (now() - made) / steps
-
-
-def measure_memory(setup: Setup, trainer_name: str, passes: str | None, steps: int) -> tuple[float, int]:
-    """Peak memory of a trainer in MiB, and the parameters that it optimises; called in a fresh process."""
-    import torch
+    Args:
+        setup: what the trainer is built from.
+        steps: that are timed, and as many again for the parts.
+        warm_up: steps before, in which memory is reserved, algorithms are chosen and networks compiled.
+        which: the trainer's name, and its passes.
+    """
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
-        for name, _ in setup.trainers:  # the search imports all of nnU-Net's trainers before ours: that is not counted
+        for name in (BASELINE, "nnUNetTrainerSSL"):  # imports all of nnU-Net's trainers, then ours: not counted
             recursive_find_trainer_class_by_name(name)
     before = resident_peak()
-    trainer = build(setup, trainer_name, passes)
-    for _ in range(steps):
-        trainer.train_step(next(trainer.dataloader_train))
+    trainer = build(setup, *which)
+    start = setup.now()
+    batches = [next(trainer.dataloader_train) for _ in range(steps)]
+    loader = (setup.now() - start) / steps
+    if setup.device == "cuda":  # nnU-Net's workers do it
+        batches = tree_map(lambda x: x.pin_memory() if isinstance(x, Tensor) else x, batches)
+    for i in range(warm_up):
+        trainer.train_step(batches[i % steps])
+    start = setup.now()
+    for batch in batches:
+        trainer.train_step(batch)
+    step = (setup.now() - start) / steps
+    if setup.device == "cuda":
+        memory = {
+            "peak": torch.cuda.max_memory_allocated() / 2**20,
+            "reserved": torch.cuda.max_memory_reserved() / 2**20,
+        }
+    else:
+        memory = {"peak": resident_peak() - before}
     modules = [trainer.network, getattr(trainer, "training_modules", torch.nn.Module())]
     parameters = sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
-    if setup.device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20, parameters
-    return resident_peak() - before, parameters
+    parts = parts_of_steps(trainer, batches, setup.now)
+    return {"step": step, "loader": loader, **parts, **memory, "parameters": parameters}
+
+
+def parts_of_steps(trainer: Any, batches: list[dict], now: Callable[[], float]) -> dict[str, float]:
+    """Seconds of the parts of a step, means over a step for each batch."""
+    spent: Counter[str] = Counter()
+    entered = last = 0.0
+
+    def enter(*_: Any) -> None:
+        nonlocal entered
+        entered = now()
+
+    def leave(part: str, *_: Any) -> None:
+        nonlocal last
+        last = now()
+        spent[part] += last - entered
+
+    backward = Tensor.backward
+
+    def timed_backward(*args: Any, **kwargs: Any) -> None:
+        enter()
+        backward(*args, **kwargs)
+        leave("backward")
+
+    networks = getattr(trainer, "_runnable", {"first": trainer.network}).values()
+    hooks = [network.register_forward_pre_hook(enter) for network in networks]
+    hooks += [network.register_forward_hook(partial(leave, "forward")) for network in networks]
+    with mock.patch.object(Tensor, "backward", timed_backward):
+        for batch in batches:
+            start = now()
+            trainer.train_step(batch)
+            end = now()
+            spent["step"] += end - start
+            spent["update"] += end - last
+    for hook in hooks:
+        hook.remove()
+    spent["loss"] = spent["step"] - spent["forward"] - spent["backward"] - spent["update"]
+    return {part: spent[part] / len(batches) for part in PARTS}
 
 
 def resident_peak() -> float:
@@ -140,31 +219,20 @@ def resident_peak() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def measure_time(setup: Setup, repeats: int, steps: int) -> list[dict[str, float]]:
-    """Median seconds of each of the trainers, taking turns."""
-    clock = time.process_time if setup.device == "cpu" and setup.threads == 1 else time.perf_counter
-    trainers = [build(setup, *which) for which in setup.trainers]
-    for trainer in trainers:  # warm-up: allocators, compilation, the choice of algorithms
-        take_turn(trainer, max(2, steps // 4), clock)
-    turns: list[list[tuple[float, float]]] = [[] for _ in trainers]
-    for repeat in range(repeats):
-        forwards = list(enumerate(trainers))
-        for index, trainer in forwards if repeat % 2 == 0 else reversed(forwards):
-            turns[index].append(take_turn(trainer, steps, clock))
-        print(f"turn {repeat + 1} of {repeats}", flush=True)
-    results = []
-    for own in turns:
-        batch, step = (statistics.median(values) for values in zip(*own, strict=True))
-        quartiles = statistics.quantiles([b + s for b, s in own], n=4) if len(own) > 1 else [batch + step] * 3
-        results.append(
-            {
-                "seconds_a_batch": batch,
-                "seconds_of_the_step": step,
-                "seconds_a_step": batch + step,
-                "interquartile_range": quartiles[2] - quartiles[0],
-            }
-        )
-    return results
+def measure(setup: Setup, trainers: list[tuple[str, str | None]], rounds: int, steps: int, warm_up: int) -> list[dict]:
+    """For each trainer its turns in order, two a round."""
+    # forked by a process that has imported what takes long and touches no GPU
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["nnunetv2.run.run_training", "nnunet_ssl.trainers.shta", "torch._dynamo"])
+    turns: list[list[dict[str, float]]] = [[] for _ in trainers]
+    there = list(range(len(trainers)))
+    for number, index in enumerate((there + there[::-1]) * rounds):
+        print(f"turn {number + 1} of {2 * rounds * len(there)}: {trainers[index][0]}", flush=True)
+        with ProcessPoolExecutor(1, processes) as pool:
+            turns[index].append(pool.submit(turn, setup, steps, warm_up, trainers[index]).result())
+    return [
+        {"trainer": name, "passes": passes, "turns": own} for (name, passes), own in zip(trainers, turns, strict=True)
+    ]
 
 
 def make_dataset(
@@ -191,77 +259,100 @@ def make_dataset(
     return DATASET, "3d_fullres", "nnUNetPlans"
 
 
+def by_round(entry: dict, key: str) -> list[float]:
+    """A trainer's value of each round: the mean of the turn on the way there and that on the way back."""
+    values = [taken[key] for taken in entry["turns"]]
+    return [statistics.mean(values[i : i + 2]) for i in range(0, len(values), 2)]
+
+
 def table(results: dict[str, Any]) -> str:
     """The measurements and their ratios to nnU-Net's trainer, as Markdown."""
+    columns = ["trainer", "passes", "step, ms", "ratio", "range", *(f"{part}, ms" for part in PARTS), "loader, ms"]
+    columns += ["peak memory, MiB", "ratio", "parameters", "ratio"]
+    lines = [f"| {' | '.join(columns)} |", f"| --- | --- |{' ---: |' * (len(columns) - 2)}"]
     base = results["trainers"][0]
-    lines = [
-        "| trainer | passes | step, s | ratio | batch, s | batch and step, s | ratio | peak memory, MiB | ratio "
-        "| parameters | ratio |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
     for entry in results["trainers"]:
-        ratios = [entry[key] / base[key] for key in KEYS]
-        lines.append(
-            f"| `{entry['trainer']}` | {entry['passes'] or ''} | {entry['seconds_of_the_step']:.4f} | {ratios[0]:.2f} "
-            f"| {entry['seconds_a_batch']:.4f} | {entry['seconds_a_step']:.4f} | {ratios[1]:.2f} "
-            f"| {entry['peak_mib']:.0f} | {ratios[2]:.2f} | {entry['parameters']:,} | {ratios[3]:.3f} |"
-        )
-    plan = f"{results['plans']} of {results['dataset']}, {results['configuration']}"
-    return "\n".join([*lines, "", f"{plan}; {results['device']}, {results['machine']}, {results['clock']}."])
+
+        def value(key: str, entry: dict = entry) -> float:
+            return statistics.median(by_round(entry, key))
+
+        def ratios(key: str, entry: dict = entry) -> list[float]:
+            return [own / its for own, its in zip(by_round(entry, key), by_round(base, key), strict=True)]
+
+        step, peak, parameters = (statistics.median(ratios(key)) for key in ("step", "peak", "parameters"))
+        cells = [f"`{entry['trainer']}`", entry["passes"] or "", f"{1e3 * value('step'):.1f}", f"{step:.2f}"]
+        cells += [f"{min(ratios('step')):.2f}-{max(ratios('step')):.2f}"]
+        cells += [f"{1e3 * value(part):.1f}" for part in (*PARTS, "loader")]
+        cells += [f"{value('peak'):.0f}", f"{peak:.2f}", f"{value('parameters'):,.0f}", f"{parameters:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(
+        [*lines, "", f"{results['plan']}; {results['rounds']} round(s), {results['clock']}. {about(results)}"]
+    )
+
+
+def about(results: dict[str, Any]) -> str:
+    """What was measured, on what, with what, in a sentence."""
+    made_on = results["surroundings"]
+    versions = ", ".join(f"{name} {made_on[name]}" for name in ("nnunetv2", "torch", "batchgeneratorsv2"))
+    return (
+        f"{results['plan']}; {results['rounds']} round(s), {results['clock']}; {made_on['machine']}, "
+        f"{results['threads']} CPU thread(s); {versions}."
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", choices=PLANS, default="tiny", help="of the made-up dataset")
+    parser.add_argument("--batch", type=int, default=2, help="patches of a batch of the made-up dataset")
     parser.add_argument("-d", help="a prepared dataset, name or id, instead of a made-up one")
     parser.add_argument("-c", default="3d_fullres", help="with -d: the configuration")
     parser.add_argument("-p", default="nnUNetPlans", help="with -d: the plans")
-    parser.add_argument("--patch", type=int, nargs=3, default=[32, 32, 32], help="of the made-up plan")
-    parser.add_argument("--features", type=int, nargs="+", default=[8, 16, 32], help="of the made-up plan, by stage")
-    parser.add_argument("--batch", type=int, default=2, help="of the made-up plan")
     parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), metavar="TRAINER", help="default: all of ours")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
-    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
-    parser.add_argument("--repeats", type=int, default=8, help="turns of each trainer")
-    parser.add_argument("--steps", type=int, default=6, help="steps of a turn")
-    parser.add_argument("--output", type=Path, default=Path("benchmark"), help="OUTPUT.json and OUTPUT.md are written")
+    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU; nnU-Net takes 1 beside a GPU")
+    parser.add_argument("--rounds", type=int, default=2, help="through the list, there and back")
+    parser.add_argument("--steps", type=int, default=6, help="timed steps of a turn")
+    parser.add_argument("--warm-up", type=int, default=3, help="steps of a turn before them")
+    parser.add_argument("--output", type=Path, default=Path("benchmark"), help="OUTPUT.json is written")
     parser.add_argument("--page", type=Path, help="a Markdown file that gets the table between its marks")
+    parser.add_argument("--table", type=Path, metavar="OUTPUT.json", help="measure nothing: the table of this file")
     args = parser.parse_args(argv)
 
-    import torch  # the children of this process start with a clean slate (spawn), so their peak is their own
+    if args.table:
+        results = json.loads(args.table.read_text(encoding="utf-8"))
+    else:
+        results = run(args, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.with_name(args.output.name + ".json").write_text(json.dumps(results, indent=1) + "\n")
+    if args.page:
+        lines = [table(results)]
+        args.page.write_text(fill(args.page, results["surroundings"]["device"], lines, WRITER), encoding="utf-8")
+    print(table(results))
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+def run(args: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Measure what the arguments ask for; the content of OUTPUT.json."""
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
         if args.d is None:
-            which = make_dataset(folder, tuple(args.patch), tuple(args.features), args.batch)
+            plan = PLANS[args.plan]
+            which = make_dataset(Path(temporary), plan.patch, plan.features, args.batch)
+            of_plan = f"Made-up data, batch {args.batch}, {' x '.join(map(str, plan.patch))} voxels, features "
+            of_plan += ", ".join(map(str, plan.features))
         else:
             which = (args.d, args.c, args.p)
-        setup = Setup(*which, device, args.threads, temporary, tuple(trainers_to_measure(args.trainers)))
-        memory = []
-        for trainer, passes in setup.trainers:
-            print(f"memory of {trainer} {passes or ''}", flush=True)
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                memory.append(pool.submit(measure_memory, setup, trainer, passes, 4).result())
-        times = measure_time(setup, args.repeats, args.steps)
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{args.threads} CPU thread(s)"
-    results = {
-        **{key: value for key, value in asdict(setup).items() if key not in ("folder", "trainers")},
-        **({"patch": args.patch, "features": args.features, "batch": args.batch} if args.d is None else {}),
-        "machine": machine,
-        "clock": "CPU time" if device == "cpu" and args.threads == 1 else "wall-clock",
-        "versions": {name: version(name) for name in ("nnunetv2", "torch", "batchgeneratorsv2")},
-        "trainers": [
-            {"trainer": trainer, "passes": passes, **timing, "peak_mib": peak, "parameters": parameters}
-            for (trainer, passes), timing, (peak, parameters) in zip(setup.trainers, times, memory, strict=True)
-        ],
+            of_plan = f"{args.p} of dataset {args.d}, {args.c}"
+        setup = Setup(*which, device, args.threads, temporary)
+        trainers = measure(setup, trainers_to_measure(args.trainers), args.rounds, args.steps, args.warm_up)
+    return {
+        "plan": of_plan,
+        "clock": "CPU time" if setup.cpu_time else "wall-clock time",
+        "rounds": args.rounds,
+        "steps": args.steps,
+        "threads": args.threads,
+        "surroundings": surroundings(torch.device(device)),
+        "trainers": trainers,
     }
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.with_name(args.output.name + ".json").write_text(json.dumps(results, indent=1) + "\n")
-    args.output.with_name(args.output.name + ".md").write_text(table(results) + "\n", encoding="utf-8")
-    if args.page:
-        args.page.write_text(fill(args.page, MARKS, [table(results)], WRITER), encoding="utf-8")
-    print(table(results))
 
 
 if __name__ == "__main__":
