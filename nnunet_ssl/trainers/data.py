@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
@@ -94,6 +95,10 @@ class Data(nnUNetTrainer):
                 use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
                 **labels,
             )
+            for transform in getattr(transforms, "transforms", ()):
+                blur = getattr(transform, "transform", None)
+                if isinstance(blur, GaussianBlurTransform):
+                    blur.benchmark = False  # or a clock chooses between two ways that round differently
             if self.settings.elastic_deformation:
                 deform_elastically(transforms, self.settings.elastic_deformation, type(self).__name__)
             if view is not None:  # before the target is scaled down for deep supervision
