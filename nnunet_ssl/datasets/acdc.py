@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 
+from nnunet_ssl.datasets.lists import add_labeled
 from nnunet_ssl.datasets.protocol_json import add_order, from_protocol
 from nnunet_ssl.datasets.recipe import Recipe
 
@@ -37,7 +38,7 @@ RECIPE = Recipe(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this dataset alone."""
     add_order(parser)
-    parser.add_argument("--labeled", default="3", help="Training patients that keep labels, or 'all'. Default: 3")
+    add_labeled(parser, 3, what="patients")
 
 
 def make(args: argparse.Namespace) -> None:

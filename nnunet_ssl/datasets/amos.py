@@ -31,7 +31,7 @@ from dataclasses import replace
 
 from nnunet_ssl.datasets.cases import Files, make_cases
 from nnunet_ssl.datasets.editing import add_window, windowed
-from nnunet_ssl.datasets.lists import Lists, add_lists
+from nnunet_ssl.datasets.lists import Lists, add_labeled, add_lists
 from nnunet_ssl.datasets.recipe import Recipe
 from nnunet_ssl.datasets.writing import prepare
 
@@ -69,7 +69,7 @@ def is_ct(case: str) -> bool:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this dataset alone."""
-    parser.add_argument("--labeled", default="10", help="Training cases that keep labels: 4, 10 or 'all'. Default: 10")
+    add_labeled(parser, 10, "4, 10")
     parser.add_argument("--ct-only", action="store_true", help="Leave out the MRI")
     parser.add_argument("--clip-mri", action="store_true", help="Cut MRI with the window for CT too")
     add_window(parser, "-125 275")

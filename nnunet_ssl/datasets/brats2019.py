@@ -31,7 +31,7 @@ import SimpleITK as sitk
 
 from nnunet_ssl.datasets.cases import Case, Files, make_cases
 from nnunet_ssl.datasets.editing import clip
-from nnunet_ssl.datasets.lists import Lists, add_lists
+from nnunet_ssl.datasets.lists import Lists, add_labeled, add_lists
 from nnunet_ssl.datasets.recipe import Recipe
 from nnunet_ssl.datasets.writing import prepare
 from nnunet_ssl.errors import UserError
@@ -57,7 +57,7 @@ def cut_bright(case: Case, image: sitk.Image, label: sitk.Image | None) -> tuple
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this dataset alone."""
-    parser.add_argument("--labeled", default="25", help="Training cases that keep labels, or 'all'. Default: 25")
+    add_labeled(parser, 25)
     add_lists(parser)
 
 

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 
+from nnunet_ssl.datasets.lists import add_labeled
 from nnunet_ssl.datasets.protocol_json import add_order, from_protocol
 from nnunet_ssl.datasets.recipe import Recipe
 
@@ -45,7 +46,7 @@ RECIPE = Recipe(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this dataset alone."""
     add_order(parser)
-    parser.add_argument("--labeled", default="5", help="Training cases that keep labels, or 'all'. Default: 5")
+    add_labeled(parser, 5)
 
 
 def make(args: argparse.Namespace) -> None:

@@ -35,7 +35,7 @@ import SimpleITK as sitk
 
 from nnunet_ssl.datasets.cases import Case, Files, make_cases
 from nnunet_ssl.datasets.editing import crop_in_plane
-from nnunet_ssl.datasets.lists import Lists, add_lists
+from nnunet_ssl.datasets.lists import Lists, add_labeled, add_lists
 from nnunet_ssl.datasets.protocol_json import FILE, add_order, from_protocol
 from nnunet_ssl.datasets.recipe import Recipe
 from nnunet_ssl.datasets.writing import prepare
@@ -91,7 +91,7 @@ RECIPE = Recipe(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this dataset alone."""
-    parser.add_argument("--labeled", default="8", help="Training cases that keep labels, or 'all'. Default: 8")
+    add_labeled(parser, 8)
     add_order(parser)
     parser.add_argument("--crop-to-label", action="store_true", help="Cut all cases to their true atrium, a leak")
     add_lists(parser)

@@ -13,10 +13,16 @@ from nnunet_ssl.datasets.cases import Part
 from nnunet_ssl.errors import UserError
 
 
+def add_labeled(parser: argparse.ArgumentParser, default: int, allowed: str = "a number", what: str = "cases") -> None:
+    """``--labeled``, for ``Lists.parts``."""
+    text = f"Training {what} that keep labels: {allowed}, or all. Default: {default}"
+    parser.add_argument("--labeled", default=str(default), metavar="N", help=text)
+
+
 def add_lists(parser: argparse.ArgumentParser) -> None:
     """``--train-list`` and its like, for ``Lists.with_files`` and ``Lists.parts``."""
     for name in ("train", "validation", "test", "labeled"):
-        text = f"{name.capitalize()} cases, one a line or a JSON list, in place of the published ones"
+        text = f"File with the {name} cases, one a line or a JSON list, in place of the published ones"
         parser.add_argument(f"--{name}-list", type=Path, metavar="FILE", help=text)
 
 

@@ -39,7 +39,7 @@ import SimpleITK as sitk
 
 from nnunet_ssl.datasets.cases import Case, Files, make_cases
 from nnunet_ssl.datasets.editing import clip, crop_in_plane
-from nnunet_ssl.datasets.lists import Lists, add_lists
+from nnunet_ssl.datasets.lists import Lists, add_labeled, add_lists
 from nnunet_ssl.datasets.recipe import Recipe, align_by_header, align_by_voxels
 from nnunet_ssl.datasets.writing import prepare
 from nnunet_ssl.errors import UserError
@@ -104,7 +104,7 @@ H5_RECIPE = replace(RECIPE, channel="CT, normalised case by case", align=align_b
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this dataset alone."""
-    parser.add_argument("--labeled", default="6", help="Training cases that keep labels: 6, 12 or 'all'. Default: 6")
+    add_labeled(parser, 6, "6, 12")
     parser.add_argument("--leave-out", nargs="+", default=[], metavar="CASE", help="Cases to do without")
     parser.add_argument("--resample", action="store_true", help="Store the images at 1 mm")
     parser.add_argument("--crop-to-label", action="store_true", help="Cut all cases to their true pancreas, a leak")

@@ -21,7 +21,7 @@ DRAWN_TEST, DRAWN_TRAIN = 40, 160  # cases, where there is no protocol.json
 
 def add_order(parser: argparse.ArgumentParser) -> None:
     """``--seed``, for ``from_protocol``."""
-    text = f"Which order of {FILE}'s training cases, from 0. Default: 0"
+    text = f"Seed: which order of {FILE}'s training cases, from 0. Default: 0"
     parser.add_argument("--seed", type=int, default=0, help=text)
 
 

@@ -30,7 +30,7 @@ import argparse
 
 from nnunet_ssl.datasets.cases import Files, make_cases
 from nnunet_ssl.datasets.editing import add_window, windowed
-from nnunet_ssl.datasets.lists import Lists, add_lists
+from nnunet_ssl.datasets.lists import Lists, add_labeled, add_lists
 from nnunet_ssl.datasets.recipe import Recipe
 from nnunet_ssl.datasets.writing import prepare
 
@@ -77,7 +77,7 @@ RECIPE = Recipe(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this dataset alone."""
     parser.add_argument("--split", choices=SPLITS, default="ga", help="Whose lists. Default: ga")
-    parser.add_argument("--labeled", default="4", help="Training cases that keep labels, or 'all'. Default: 4")
+    add_labeled(parser, 4)
     add_window(parser, "the split's")
     add_lists(parser)
 
