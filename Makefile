@@ -27,7 +27,7 @@ INSTALLED := $(VENV)/.installed
 test test-slow: export OMP_NUM_THREADS ?= 1
 
 demo: $(INSTALLED)
-	$(BIN)/nnUNetv2_ssl_demo --dir demo $(DEMO)
+	$(BIN)/nnUNetv2_ssl_demo -o demo $(DEMO)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PARALLEL) --durations=10 $(TESTS)

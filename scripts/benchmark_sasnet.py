@@ -1,7 +1,7 @@
 """What SASNet's distance maps, reweighting and views cost, as shares of a step, on the paper's patch.
 
     python scripts/benchmark_sasnet.py                                 # 112 x 112 x 80, five stages from 16 features
-    python scripts/benchmark_sasnet.py --device cuda --views rotate
+    python scripts/benchmark_sasnet.py -device cuda --views rotate
 
 A made-up dataset, batch 2 + 2, single precision on a CPU, as nnU-Net does it. The step is the trainer's own; its parts
 are timed where they are called. Making a batch happens in nnU-Net's workers, beside the step, so views are stated as a
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--patch", type=int, nargs=3, default=[112, 112, 80])
     parser.add_argument("--features", type=int, nargs="+", default=[16, 32, 64, 128, 256], help="by stage")
     parser.add_argument("--views", choices=("permute", "rotate"), default="permute")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("-device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU")
     parser.add_argument("--steps", type=int, default=3)
     args = parser.parse_args(argv)

@@ -309,7 +309,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-c", default="3d_fullres", help="with -d: the configuration")
     parser.add_argument("-p", default="nnUNetPlans", help="with -d: the plans")
     parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), metavar="TRAINER", help="default: all of ours")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
+    parser.add_argument("-device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU; nnU-Net takes 1 beside a GPU")
     parser.add_argument("--rounds", type=int, default=2, help="through the list, there and back")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of a turn")

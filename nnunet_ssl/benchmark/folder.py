@@ -75,7 +75,7 @@ def _left_out(home: Path, before: dict[str, Any], given: dict[str, Any], device:
     for protocol in (old, given):  # seconds come and go with their rows
         protocol["measure"] = {k: v for k, v in protocol["measure"].items() if k != "seconds"}
     if before["device"] != device:
-        raise UserError(f"{home} was begun with --device {before['device']}; keep to it, or take another -o.")
+        raise UserError(f"{home} was begun with -device {before['device']}; keep to it, or take another -o.")
     for name in sorted(set(old) | set(given)):
         if name not in (*ADDED_TO, *FREE) and old.get(name) != given.get(name):
             raise UserError(

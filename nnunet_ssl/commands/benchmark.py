@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
-from nnunet_ssl.commands.arguments import Parser, count
+from nnunet_ssl.commands.arguments import Parser, add_shared, count, find_device
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_json
 
@@ -40,21 +40,28 @@ def main(argv: list[str] | None = None) -> None:
         "--retries N, --set-resources train:runtime=600 and so on.",
         allow_abbrev=False,
     )
-    parser.add_argument("protocol", nargs="?", help="A JSON file, or the name of a protocol that --list shows")
+    parser.add_argument("protocol", nargs="?", help="JSON file, or the name of a protocol that --list shows")
     parser.add_argument("--list", action="store_true", help="Show the protocols that come with the package")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="Folder of the published data")
-    parser.add_argument("-o", type=Path, metavar="DIR", help="Folder for all results. Default: benchmark_<name>")
-    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="Default: cuda if there is a GPU, else cpu")
+    add_shared(parser, "-o", help="Folder to write to. Default: benchmark_<name>")
+    add_shared(parser, "--data")
+    add_shared(
+        parser, "-device",
+        help="Device. Default: the one that the benchmark was begun with; cuda where there is a GPU, else cpu",
+    )  # fmt: skip
+    add_shared(parser, "--device")
     parser.add_argument(
-        "--jobs", type=count, default=1, help="Trainings at a time. Default: 1. Measuring is one by one"
+        "--jobs", type=count, default=1, metavar="N",
+        help="Trainings at a time; seconds per step are measured one run at a time. Default: 1",
+    )  # fmt: skip
+    add_shared(
+        parser, "-np", help="Processes at a time that prepare and evaluate. Default: the number of cores, 8 at most"
     )
     parser.add_argument(
-        "-np", type=count, help="Processes that prepare and evaluate. Default: 8, or the number of cores"
+        "--page", type=Path, metavar="FILE", help="Markdown file that gets the report, between its two marks"
     )
-    parser.add_argument("--page", type=Path, metavar="FILE", help="A Markdown file that gets the report between marks")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--dry-run", action="store_true", help="Print the commands, and do nothing")
-    what.add_argument("--report", action="store_true", help="Only report on what is finished")
+    add_shared(what, "--dry-run")
+    what.add_argument("--report", action="store_true", help="Report on what is finished, and do nothing else")
     args, passed_on = parser.parse_known_args(argv)
 
     from nnunet_ssl.benchmark.reading import load_json, read_protocol, shipped
@@ -68,16 +75,15 @@ def main(argv: list[str] | None = None) -> None:
     protocol = read_protocol(args.protocol)
 
     # heavy: only once the arguments are known to be good
-    import torch
-
     from nnunet_ssl.benchmark.folder import IDS, begun_with, claimed, known_ids, refuse_other
     from nnunet_ssl.benchmark.runs import Benchmark
     from nnunet_ssl.unlabeled.find import required_folder
 
-    home = (args.o or Path(f"benchmark_{protocol.name}")).resolve()
-    device = args.device or begun_with(home) or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not (torch.cuda.is_available() or args.dry_run or args.report or passed_on):
-        raise UserError(f"torch sees no GPU here; take --device cpu, with another -o if {home} was begun with a GPU.")
+    home = (args.folder or Path(f"benchmark_{protocol.name}")).resolve()
+    here = find_device(None)
+    device = args.device or begun_with(home) or here
+    if device == "cuda" != here and not (args.dry_run or args.report or passed_on):
+        raise UserError(f"torch sees no GPU here; take -device cpu, with another -o if {home} was begun with a GPU.")
     raw, preprocessed = (Path(required_folder(f"nnUNet_{name}")).resolve() for name in ("raw", "preprocessed"))
     benchmark = Benchmark(protocol, home, raw, preprocessed, known_ids(home))
     given, file = load_json(args.protocol)
@@ -87,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if importlib.util.find_spec("snakemake") is None:
         raise UserError('Snakemake is missing; pip install "nnunet-ssl[benchmark]", in Python 3.11 or newer.')
-    processes = args.np or min(8, os.cpu_count() or 1)
+    processes = args.processes or min(8, os.cpu_count() or 1)
     words = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE), "--directory", str(home)]
     words += f"--cores {max(args.jobs, processes)} --jobs {args.jobs} --resources training={args.jobs}".split()
     # a file that is newer, or another list of them, is a reason to do a step again; another number of processes is not

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib
 from argparse import RawDescriptionHelpFormatter
-from pathlib import Path
 
-from nnunet_ssl.commands.arguments import Parser, count, dataset_id
+from nnunet_ssl.commands.arguments import NEW_DATASET, Parser, add_shared
 from nnunet_ssl.datasets import MADE_UP, PUBLISHED
 from nnunet_ssl.errors import UserError
 
@@ -20,18 +19,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(
         prog="nnUNetv2_ssl_dataset",
         description="Make a dataset, as its owners publish it, into an nnU-Net raw dataset with few labels, on the "
-        "literature's lists of cases. What a dataset needs and takes is said by nnUNetv2_ssl_dataset NAME -h.",
+        "literature's lists of cases. nnUNetv2_ssl_dataset NAME --help says what a dataset needs and takes.",
     )
-    parser.add_argument("--list", action="store_true", help="Show the datasets")
+    parser.add_argument("--list", action="store_true", help="Show the datasets that there are")
     names = parser.add_subparsers(dest="name", metavar="NAME", help="One of those that --list shows")
     modules = {name: importlib.import_module(f"nnunet_ssl.datasets.{name}") for name in (*PUBLISHED, *MADE_UP)}
     for name, module in modules.items():
         own = names.add_parser(name, description=module.__doc__, formatter_class=RawDescriptionHelpFormatter)
-        own.add_argument("-d", required=True, type=dataset_id, help="Id of the new dataset")
+        add_shared(own, "-d", **NEW_DATASET)
         if name in PUBLISHED:
-            own.add_argument("--data", required=True, type=Path, metavar="DIR", help="Folder of the published data")
-            own.add_argument("-np", type=count, default=1, help="Cases at a time. Default: 1")
-            text = "Image and label match voxel by voxel, even where their headers differ in position or direction"
+            add_shared(own, "--data", required=True)
+            add_shared(own, "-np", default=1, help="Processes at a time. Default: 1")
+            text = "Match image and label voxel by voxel, even where their headers differ in position or direction"
             own.add_argument("--trust-voxels", action="store_true", help=text)
         module.add_arguments(own)
     args = parser.parse_args(argv)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nnunet_ssl.commands.arguments import Parser, count, seed
-from nnunet_ssl.errors import UserError
+from nnunet_ssl.commands.arguments import Parser, add_shared, count, find_device
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -20,21 +19,23 @@ def main(argv: list[str] | None = None) -> None:
         "nnUNetTrainerWarps on it from the same seed with nnU-Net's own commands, and compare them on test cases. "
         "About ten minutes on two CPU cores. A stopped demo goes on where it was.",
     )
-    parser.add_argument("--dir", type=Path, default=Path("demo"), help="Folder for all of it. Default: demo")
-    parser.add_argument("--epochs", type=count, default=20, help="Epochs of 50 steps for each training. Default: 20")
-    parser.add_argument("--device", choices=("cpu", "cuda", "mps"), help="Default: cuda where there is a GPU, else cpu")
-    parser.add_argument("--seed", type=seed, default=0, help="Of the dataset and of both trainings. Default: 0")
+    add_shared(parser, "-o", default=Path("demo"), help="Folder to write to. Default: demo")
+    parser.add_argument(
+        "--epochs", type=count, default=20, metavar="N", help="Epochs of 50 steps for each training. Default: 20"
+    )
+    add_shared(parser, "-device")
+    add_shared(parser, "--seed", help="Seed of the dataset and of both trainings. Default: 0")
+    add_shared(parser, "--dry-run", "--device", "--dir")
     args = parser.parse_args(argv)
 
     # heavy: only once the arguments are known to be good
-    import torch
-
     from nnunet_ssl.demo.run import Demo
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here; leave --device out to use the CPU.")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    Demo(args.dir.resolve(), args.epochs, device, args.seed).run()
+    demo = Demo(args.folder.resolve(), args.epochs, find_device(args.device), args.seed)
+    if args.dry_run:
+        demo.dry_run()
+    else:
+        demo.run()
 
 
 if __name__ == "__main__":

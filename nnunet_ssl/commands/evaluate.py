@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from nnunet_ssl.commands.arguments import Parser, count, distance, seed
+from nnunet_ssl.commands.arguments import Parser, add_shared, distance
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.names import path_component
 
@@ -23,43 +23,47 @@ def main(argv: list[str] | None = None) -> None:
         description="Dice, Jaccard and surface metrics of each case and class, as summary.json, cases.csv and "
         "summary.md. With several -pred also the paired comparison of each with the first.",
     )
-    parser.add_argument("-ref", required=True, metavar="FOLDER", help="True label maps")
+    parser.add_argument("-ref", required=True, metavar="DIR", help="Folder of the true label maps")
     parser.add_argument(
-        "-pred", required=True, nargs="+", metavar="FOLDER",
-        help="Predicted label maps, a folder a method; the first is the baseline",
-    )  # fmt: skip
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="Of the methods. Default: the folders' names")
-    parser.add_argument(
-        "-djfile", metavar="FILE",
-        help="dataset.json. Default: the one beside the folder of the truth, in it, or with the predictions",
+        "-pred", required=True, nargs="+", metavar="DIR",
+        help="Folders of predicted label maps, one a method; the first is the baseline",
     )  # fmt: skip
     parser.add_argument(
-        "-o", metavar="FOLDER",
-        help="Where to write. Default: the prediction folder; needed for a comparison, where each method gets a "
-        "folder in it",
-    )  # fmt: skip
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=list(METRICS), help="Default: all")
-    parser.add_argument("--spacing", choices=("mm", "voxel"), default="mm", help="Unit of distances. Default: mm")
-    parser.add_argument(
-        "--tolerance", type=distance, default=1.0, help="Of NSD, in the unit of the distances. Default: 1"
+        "--names", nargs="+", metavar="NAME", help="Names of the methods. Default: those of the folders"
     )
     parser.add_argument(
+        "-djfile", metavar="FILE",
+        help="File dataset.json. Default: the one beside the folder of the truth, in it, or with the predictions",
+    )  # fmt: skip
+    add_shared(
+        parser, "-o",
+        help="Folder to write to. Default: that of the predictions; a comparison needs it, and each method gets a "
+        "folder in it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--metrics", nargs="+", choices=METRICS, metavar="METRIC", default=list(METRICS),
+        help=f"Of {' '.join(METRICS)}. Default: all",
+    )  # fmt: skip
+    parser.add_argument("--spacing", choices=("mm", "voxel"), default="mm", help="Unit of distances. Default: mm")
+    parser.add_argument(
+        "--tolerance", type=distance, metavar="X", default=1.0,
+        help="Tolerance of NSD, in the unit of the distances. Default: 1",
+    )  # fmt: skip
+    parser.add_argument(
         "--empty", choices=EMPTY_RULES, default="nan",
-        help="What an empty prediction or truth gives. "
-        + " ".join(f"{name}: {rule.meaning}" for name, rule in EMPTY_RULES.items()),
+        help="What an empty prediction or truth gives. Default: nan. "
+        + " ".join(f"With {name}: {rule.meaning}" for name, rule in EMPTY_RULES.items()),
     )  # fmt: skip
     parser.add_argument(
         "--groups", metavar="FILE",
-        help="JSON, group name -> list of labels or class names. Default: class_groups in dataset.json",
+        help='JSON file {"group": [labels or names of classes]}. Default: class_groups in dataset.json',
     )  # fmt: skip
     parser.add_argument("--chill", action="store_true", help="Evaluate the cases that every folder has; name the rest")
-    parser.add_argument("--seed", type=seed, default=0, help="Of the bootstrap. Default: 0")
-    parser.add_argument(
-        "-np", type=count, help="Cases evaluated at a time. Default: nnU-Net's own (nnUNet_def_n_proc, 8)"
-    )
+    add_shared(parser, "--seed", help="Seed of the bootstrap. Default: 0")
+    add_shared(parser, "-np")
     args = parser.parse_args(argv)
     names = method_names(args.pred, args.names)
-    if len(names) > 1 and args.o is None:
+    if len(names) > 1 and args.folder is None:
         raise UserError("with several -pred, name a folder for the comparison with -o.")
 
     # heavy: only once the arguments are known to be good
@@ -75,16 +79,16 @@ def main(argv: list[str] | None = None) -> None:
     dataset = read_dataset(args.ref, args.pred, args.djfile, args.groups)
     options = Options(tuple(m for m in METRICS if m in args.metrics), args.spacing == "mm", args.tolerance, args.empty)
     folders = dict(zip(names, args.pred, strict=True))
-    cases = evaluate_folders(args.ref, folders, dataset, options, args.np or default_num_processes, args.chill)
+    cases = evaluate_folders(args.ref, folders, dataset, options, args.processes or default_num_processes, args.chill)
     evaluations = [Evaluation(name, cases, dataset, options) for name in names]
     with writing("Make room, or name another folder with -o."):
         for evaluation in evaluations:
-            own = folders[evaluation.method] if args.o is None else args.o
+            own = folders[evaluation.method] if args.folder is None else args.folder
             write_summary(evaluation, own if len(names) == 1 else os.path.join(own, evaluation.method))
         several = len(names) > 1
-        text = write_comparison(evaluations, args.o, args.seed) if several else summary_markdown(evaluations[0])
+        text = write_comparison(evaluations, args.folder, args.seed) if several else summary_markdown(evaluations[0])
     print(text)
-    print(f"Wrote {args.o or args.pred[0]}")
+    print(f"Wrote {args.folder or args.pred[0]}")
 
 
 def method_names(predictions: Sequence[str], names: Sequence[str] | None) -> list[str]:

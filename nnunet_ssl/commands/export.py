@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 
-from nnunet_ssl.commands.arguments import Parser, fold
+from nnunet_ssl.commands.arguments import Parser, add_shared
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import writing
 
@@ -21,28 +21,29 @@ def main(argv: list[str] | None = None) -> None:
         description="Write a trained model as a plain nnUNetTrainer model: CPU tensors, no optimiser, checked by equal "
         "logits before it is kept. Nobody who predicts with it needs this package.",
     )
-    parser.add_argument("-d", required=True, help="Dataset name or id")
-    parser.add_argument("-c", required=True, help="Configuration, for instance 3d_fullres")
-    parser.add_argument(
-        "-f", type=fold, nargs="+", default=["0", "1", "2", "3", "4"], help="Folds: numbers, or all. Default: 0-4"
-    )
-    parser.add_argument("-tr", default="nnUNetTrainerSHTA_CPS", help="Trainer. Default: nnUNetTrainerSHTA_CPS")
-    parser.add_argument("-p", default="nnUNetPlans", help="Plans identifier. Default: nnUNetPlans")
-    parser.add_argument("-o", required=True, help="Folder to write; must be empty or not exist")
-    parser.add_argument("-chk", default="checkpoint_final.pth", help="Checkpoint. Default: checkpoint_final.pth")
+    add_shared(parser, "-d", "-c")
+    add_shared(
+        parser, "-f", dest="folds", metavar="FOLD", nargs="+", default=["0", "1", "2", "3", "4"],
+        help="Folds: numbers, or all. Default: 0 1 2 3 4",
+    )  # fmt: skip
+    add_shared(parser, "-tr", "-p", "-chk")
+    add_shared(parser, "-o", required=True, help="Folder to write to; must be empty or not exist")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--both", action="store_true", help="Both networks of CPS, as two folds that nnU-Net averages")
     which.add_argument("--branch", choices=("high",), help="SASNet's high-level branch alone")
-    parser.add_argument("--zip", action="store_true", help="Also write FOLDER.zip, for nnU-Net to install")
+    parser.add_argument("--zip", action="store_true", help="Also write DIR.zip, for nnU-Net to install")
     args = parser.parse_args(argv)
 
-    folds = [f if f == "all" else int(f) for f in args.f]
-    zip_base = os.path.normpath(args.o)
+    folds = [f if f == "all" else int(f) for f in args.folds]
+    zip_base = os.path.normpath(args.folder)
     if args.zip and os.path.exists(zip_base + ".zip"):
         raise UserError(f"{zip_base}.zip exists already. Remove it, or name another folder with -o.")
     from nnunet_ssl.export import export_model  # torch is heavy: only once the arguments are known to be good
 
-    model, exported = export_model(args.d, args.c, folds, args.o, args.tr, args.p, args.chk, args.both, args.branch)
+    model, exported = export_model(
+        args.dataset, args.configuration, folds, str(args.folder), args.trainer, args.plans, args.checkpoint, args.both,
+        args.branch,
+    )  # fmt: skip
     part = f"{args.branch} branch" if args.branch else "network"
     for each in exported:
         name = f"{each.network} {part}" if args.both else part
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"  nnUNetv2_predict_from_modelfolder -m {model} -f {' '.join(str(f.fold) for f in exported)} -i IN -o OUT")
     if args.zip:
         with writing("Make room for it: the folder is complete."):
-            archive = shutil.make_archive(zip_base, "zip", root_dir=args.o)
+            archive = shutil.make_archive(zip_base, "zip", root_dir=args.folder)
         print(f"Wrote {archive}\n  nnUNetv2_install_pretrained_model_from_zip {archive}")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nnunet_ssl.commands.arguments import Parser, count, fold, seed
+from nnunet_ssl.commands.arguments import Parser, add_shared, find_device
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import writing
 
@@ -37,39 +37,47 @@ def main(argv: list[str] | None = None) -> None:
         "Each figure is a PNG, a PDF and its caption. Test cases with a truth are predicted with nnU-Net; where there "
         "are none, the validation cases of the fold are shown.",
     )
-    parser.add_argument("-d", required=True, help="Dataset name or id")
-    parser.add_argument("-c", help="Configuration, for instance 3d_fullres")
-    parser.add_argument("-f", type=fold, default="0", help="Fold: a number, or all. Default: 0")
+    add_shared(parser, "-d")
+    add_shared(parser, "-c", required=False)
+    add_shared(parser, "-f")
     models = parser.add_mutually_exclusive_group(required=True)
-    models.add_argument("-tr", nargs="+", metavar="TRAINER", help="Trainers; the first is the baseline")
-    models.add_argument(
-        "-m", nargs="+", type=Path, metavar="MODEL", help="Model folders in place of -tr, -c and -p, from anywhere"
-    )
-    parser.add_argument(
-        "-pred", nargs="+", type=Path, metavar="FOLDER",
-        help="Finished predictions of the cases, a folder a model. Default: nnU-Net predicts what is not there",
+    add_shared(
+        models, "-tr", dest="trainers", metavar="TRAINER", nargs="+", required=False,
+        help="Trainers of the models; the first is the baseline",
     )  # fmt: skip
-    parser.add_argument("-o", required=True, type=Path, metavar="DIR", help="Where to write")
-    parser.add_argument("-p", default="nnUNetPlans", help="Plans identifier. Default: nnUNetPlans")
-    parser.add_argument("-chk", default="checkpoint_final.pth", help="Checkpoint. Default: checkpoint_final.pth")
-    parser.add_argument("--names", nargs="+", metavar="NAME", help="Of the models in figures. Default: the trainers'")
+    models.add_argument(
+        "-m", dest="models", nargs="+", type=Path, metavar="DIR",
+        help="Folders of the models, in place of -tr, -c and -p; the first is the baseline",
+    )  # fmt: skip
+    add_shared(parser, "-p", "-chk")
+    parser.add_argument(
+        "-pred", nargs="+", type=Path, metavar="DIR",
+        help="Folders of predicted label maps, one a model. Default: nnU-Net predicts what is not there",
+    )  # fmt: skip
+    parser.add_argument(
+        "--names", nargs="+", metavar="NAME", help="Names of the models in the figures. Default: those of the trainers"
+    )
+    add_shared(parser, "-o", required=True)
     parser.add_argument(
         "--which", nargs="+", choices=FIGURES, metavar="FIGURE",
         help=f"Of {' '.join(FIGURES)}. Default: all that these models can give",
     )  # fmt: skip
-    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="Labels or names. Default: all but background")
-    parser.add_argument("-device", choices=("cuda", "cpu", "mps"), help="Default: cuda where there is a GPU, else cpu")
-    parser.add_argument("--disable_tta", action="store_true", help="Predict without mirroring: faster, less accurate")
-    parser.add_argument("-np", type=count, help="Cases at a time. Default: nnU-Net's own (nnUNet_def_n_proc, 8)")
-    parser.add_argument("--embedding", nargs="+", choices=EMBEDDINGS, default=list(EMBEDDINGS), help="Default: both")
-    parser.add_argument("--seed", type=seed, default=0, help="Of t-SNE, bootstrap and all else drawn. Default: 0")
+    parser.add_argument(
+        "--classes", nargs="+", metavar="CLASS", help="Labels or names of classes. Default: all but the background"
+    )
+    parser.add_argument(
+        "--embedding", nargs="+", choices=EMBEDDINGS, metavar="KIND", default=list(EMBEDDINGS),
+        help=f"How tokens are drawn in two dimensions, of {' '.join(EMBEDDINGS)}. Default: both",
+    )  # fmt: skip
+    add_shared(parser, "-device", "--disable_tta")
+    add_shared(parser, "--seed", help="Seed of t-SNE, of the bootstrap and of all else that is drawn. Default: 0")
+    add_shared(parser, "-np")
     args = parser.parse_args(argv)
 
-    if args.tr and args.c is None:
+    if args.trainers and args.configuration is None:
         raise UserError("-tr needs -c, the configuration that was trained, for instance -c 3d_fullres.")
 
     # heavy: only once the arguments are known to be good
-    import torch
     from nnunetv2.configuration import default_num_processes
     from nnunetv2.utilities.file_path_utilities import get_output_folder
 
@@ -79,16 +87,17 @@ def main(argv: list[str] | None = None) -> None:
     from nnunet_ssl.figures.test_set import find_cases
     from nnunet_ssl.unlabeled.find import read_dataset_json, required_folder, resolve_dataset
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("-device cuda: torch sees no GPU here; leave -device out to use the CPU.")
-    dataset = resolve_dataset(args.d)
-    if args.tr:
+    device = find_device(args.device)
+    dataset = resolve_dataset(args.dataset)
+    if args.trainers:
         required_folder("nnUNet_results")
-        folders = [Path(get_output_folder(dataset, trainer, args.p, args.c)) for trainer in args.tr]
+        folders = [
+            Path(get_output_folder(dataset, trainer, args.plans, args.configuration)) for trainer in args.trainers
+        ]
     else:
-        folders = args.m
-    runs = find_runs(folders, args.f, args.chk, args.names, "-tr" if args.tr else "-m")
-    cases = find_cases(args.d, args.f)
+        folders = args.models
+    runs = find_runs(folders, args.fold, args.checkpoint, args.names, "-tr" if args.trainers else "-m")
+    cases = find_cases(args.dataset, args.fold)
     dataset_json = read_dataset_json(str(Path(required_folder("nnUNet_raw")) / dataset))
     refuse_other_labels(runs, dataset_json)
     labels, classes = find_classes(dataset_json, args.classes)
@@ -96,9 +105,9 @@ def main(argv: list[str] | None = None) -> None:
         dataset_json=dataset_json,
         labels=labels,
         classes=classes,
-        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        tta=not args.disable_tta,
-        num_processes=args.np or default_num_processes,
+        device=device,
+        tta=args.mirroring,
+        num_processes=args.processes or default_num_processes,
         seed=args.seed,
         embedding=tuple(e for e in EMBEDDINGS if e in args.embedding),
         dataset=dataset,
@@ -106,8 +115,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.pred:
         runs = with_given_predictions(runs, args.pred, cases, options)
     with writing(REMEDY):
-        args.o.mkdir(parents=True, exist_ok=True)
-        draw_figures(args.which, runs, cases, args.o, options)
+        args.folder.mkdir(parents=True, exist_ok=True)
+        draw_figures(args.which, runs, cases, args.folder, options)
 
 
 def draw_figures(which: list[str] | None, runs: list, cases: list, out: Path, options: object) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from nnunet_ssl.commands.arguments import Parser, count
+from nnunet_ssl.commands.arguments import Parser, add_shared
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_json
 
@@ -20,17 +20,13 @@ def main(argv: list[str] | None = None) -> None:
         description="Prepare the images of imagesUn for training. Training does it itself; this does it ahead, for "
         "instance where the machine with the GPU has few CPU cores. Only what is new or has changed is prepared.",
     )
-    parser.add_argument("-d", nargs="+", required=True, help="Dataset names or ids")
-    parser.add_argument(
-        "-c",
-        nargs="+",
+    add_shared(parser, "-d", dest="datasets", nargs="+", metavar="DATASET", help="Names or ids of the datasets")
+    add_shared(
+        parser, "-c", dest="configurations", nargs="+", metavar="CONFIGURATION", required=False,
         default=["2d", "3d_fullres", "3d_lowres"],
         help="Configurations; those that the plans do not have are skipped. Default: 2d 3d_fullres 3d_lowres",
-    )
-    parser.add_argument("-p", default="nnUNetPlans", help="Plans identifier. Default: nnUNetPlans")
-    parser.add_argument(
-        "-np", type=count, help="Images prepared at a time. Default: nnU-Net's own (nnUNet_def_n_proc, 8)"
-    )
+    )  # fmt: skip
+    add_shared(parser, "-p", "-np")
     args = parser.parse_args(argv)
 
     # heavy: only once the arguments are known to be good
@@ -40,26 +36,26 @@ def main(argv: list[str] | None = None) -> None:
     from nnunet_ssl.unlabeled.find import find_labeled, read_dataset_json, required_folder, resolve_dataset
     from nnunet_ssl.unlabeled.prepare import prepare_unlabeled
 
-    for dataset in map(resolve_dataset, args.d):
+    for dataset in map(resolve_dataset, args.datasets):
         raw = os.path.join(required_folder("nnUNet_raw"), dataset)
         preprocessed = os.path.join(required_folder("nnUNet_preprocessed"), dataset)
-        plans_file = os.path.join(preprocessed, f"{args.p}.json")
+        plans_file = os.path.join(preprocessed, f"{args.plans}.json")
         if not os.path.isfile(plans_file):
             raise UserError(
                 f"{plans_file} does not exist. Run nnUNetv2_plan_and_preprocess first, or name the plans with -p."
             )
         plans_manager = PlansManager(read_json(plans_file, "Run nnUNetv2_plan_experiment again."))
         dataset_json = read_dataset_json(preprocessed)
-        configurations = [c for c in args.c if c in plans_manager.available_configurations]
+        configurations = [c for c in args.configurations if c in plans_manager.available_configurations]
         if not configurations:
             raise UserError(
-                f"{plans_file} has none of the configurations {' '.join(args.c)}, but "
+                f"{plans_file} has none of the configurations {' '.join(args.configurations)}, but "
                 f"{' '.join(plans_manager.available_configurations)}. Name one of these with -c."
             )
         labeled = find_labeled(raw, dataset_json)
         for configuration in configurations:
             prepared = prepare_unlabeled(
-                dataset, plans_manager, configuration, dataset_json, labeled, args.np or default_num_processes
+                dataset, plans_manager, configuration, dataset_json, labeled, args.processes or default_num_processes
             )
             print(f"{configuration}: {len(prepared.cases)} unlabelled images are ready in {prepared.folder}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nnunet_ssl.commands.arguments import Parser, count, dataset_id, fold, part, whole
+from nnunet_ssl.commands.arguments import NEW_DATASET, Parser, add_shared, count, find_device, part, whole
 from nnunet_ssl.errors import UserError
 
 MIN_CONFIDENCE = 0.9
@@ -24,29 +24,23 @@ def main(argv: list[str] | None = None) -> None:
         "it, and repeat. Predicting, preprocessing and training are nnU-Net's own commands; a stopped run goes on "
         "where it was.",
     )
-    parser.add_argument("-d", dest="dataset", required=True, help="Name or id of the dataset with imagesUn")
-    parser.add_argument("-c", dest="configuration", required=True, help="Configuration, for instance 3d_fullres")
-    parser.add_argument(
-        "-f", dest="folds", type=fold, nargs="+", default=["0"],
-        help="Fold of the trained model: a number, or all; of several the mean predicts. Default: 0",
+    add_shared(parser, "-d", help="Name or id of the dataset with imagesUn")
+    add_shared(parser, "-c")
+    add_shared(
+        parser, "-f", dest="folds", metavar="FOLD", nargs="+", default=["0"],
+        help="Folds: numbers, or all; of several the mean predicts. Default: 0",
     )  # fmt: skip
+    add_shared(parser, "-tr", help="Trainer of the model, and of the students")
+    add_shared(parser, "-p", "-chk")
+    add_shared(parser, "-o", **NEW_DATASET | {"help": "Id of the new dataset; further rounds take the next ids"})
     parser.add_argument(
-        "-tr", dest="trainer", default="nnUNetTrainer",
-        help="Trainer of the model, and of the students. Default: nnUNetTrainer",
+        "--teachers", choices=TEACHERS, default="network", metavar="WHO",
+        help="Who labels the images: the trained model (network), the labelled images, registered onto each one "
+        "(atlas), or both (network,atlas). Default: network",
     )  # fmt: skip
     parser.add_argument("--student", metavar="TRAINER", help="Trainer of the students. Default: that of -tr")
-    parser.add_argument("-p", dest="plans", default="nnUNetPlans", help="Plans identifier. Default: nnUNetPlans")
     parser.add_argument(
-        "-o", dest="target_id", required=True, type=dataset_id,
-        help="Id of the new dataset; further rounds take the next ids",
-    )  # fmt: skip
-    parser.add_argument(
-        "--teachers", choices=TEACHERS, default="network",
-        help="Who labels the images: the trained model, an atlas (the labelled images, registered onto each one), or "
-        "both. Default: network",
-    )  # fmt: skip
-    parser.add_argument(
-        "--rounds", type=whole, default=0,
+        "--rounds", type=whole, default=0, metavar="N",
         help="Models to train, each on the predictions of the one before. Default: 0, which makes the dataset only",
     )  # fmt: skip
     which = parser.add_mutually_exclusive_group()
@@ -62,24 +56,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--warm", action="store_true", help="Train each student from its teacher's weights")
     parser.add_argument(
         "--finish", type=count, metavar="EPOCHS",
-        help="Train the last student so many epochs more, on the labels alone; it becomes fold 1 of its dataset",
+        help="Train the last student these epochs more, on the labels alone; it becomes fold 1 of its dataset",
     )  # fmt: skip
-    parser.add_argument(
-        "-chk", dest="checkpoint", default="checkpoint_final.pth", help="Checkpoint. Default: checkpoint_final.pth"
-    )
-    parser.add_argument("-device", choices=("cpu", "cuda", "mps"), help="Default: cuda where there is a GPU, else cpu")
-    parser.add_argument(
-        "--disable_tta", dest="mirroring", action="store_false", help="Predict without mirroring: faster, less accurate"
-    )
     parser.add_argument(
         "--parts", type=count, default=1, metavar="N",
-        help="Predict in N parts: the probabilities of one part at a time are on the disk. Default: 1",
+        help="Predict in N parts, so that the probabilities of one part at a time are on the disk. Default: 1",
     )  # fmt: skip
-    parser.add_argument(
-        "-np", dest="processes", type=count, help="Processes to predict and preprocess with. Default: nnU-Net's own"
-    )
-    parser.add_argument("--copy", action="store_true", help="Copy the images instead of linking to them")
-    parser.add_argument("--dry-run", action="store_true", help="Print the commands that are to be run, and do nothing")
+    add_shared(parser, "--copy", "-device", "--disable_tta", "-np", "--dry-run")
     args = parser.parse_args(argv)
 
     if args.target_id + args.rounds > 1000:
@@ -100,14 +83,10 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"{option} is for the training of a student. Give --rounds too.")
 
     # heavy: only once the arguments are known to be good
-    import torch
-
     from nnunet_ssl.self_training.rounds import self_train
     from nnunet_ssl.self_training.settings import Settings
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("-device cuda: torch sees no GPU here; leave -device out to use the CPU.")
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.device = find_device(args.device)
     args.by = "agreement" if len(args.teachers) > 1 and args.min_confidence is None else "confidence"
     args.at_least = args.min_agreement if args.by == "agreement" else args.min_confidence
     if args.at_least is None and args.keep is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nnunet_ssl.commands.arguments import Parser, dataset_id, seed
+from nnunet_ssl.commands.arguments import NEW_DATASET, Parser, add_shared
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -17,27 +17,29 @@ def main(argv: list[str] | None = None) -> None:
         "N is a number of cases, a fraction of those that are not test cases (0.1), or a file with one case a line. "
         "From one seed, more labelled cases contain the fewer.",
     )
-    parser.add_argument("-d", required=True, help="Name or id of the labelled dataset")
-    parser.add_argument("-o", required=True, type=dataset_id, help="Id of the new dataset")
+    add_shared(parser, "-d", help="Name or id of the labelled dataset")
+    add_shared(parser, "-o", **NEW_DATASET)
     parser.add_argument("--labeled", required=True, metavar="N", help="Cases that keep their label")
     parser.add_argument("--val", metavar="N", help="Validation cases. Default: validate on the labelled cases")
-    parser.add_argument("--test", metavar="FILE", help="Test cases, for imagesTs and labelsTs; the file lists them")
-    parser.add_argument("--seed", type=seed, default=0, help="Draws the order. Default: 0")
-    parser.add_argument("--copy", action="store_true", help="Copy the files instead of linking to them")
+    parser.add_argument("--test", metavar="FILE", help="File that lists the test cases, for imagesTs and labelsTs")
     parser.add_argument("--name", help="Name of the new dataset, without its id. Default: <old name>_<n>labeled")
+    add_shared(parser, "--copy")
+    add_shared(parser, "--seed", help="Seed of the order of the cases. Default: 0")
     args = parser.parse_args(argv)
 
     from nnunet_ssl.unlabeled.split import split_dataset  # heavy: only once the arguments are known to be good
 
-    name, split = split_dataset(args.d, args.o, args.labeled, args.val, args.test, args.seed, args.copy, args.name)
+    name, split = split_dataset(
+        args.dataset, args.target_id, args.labeled, args.val, args.test, args.seed, args.copy, args.name
+    )
     print(f"{name}: {len(split.labeled)} labelled, {len(split.validation)} validation, "
           f"{len(split.unlabeled)} unlabelled and {len(split.test)} test cases")  # fmt: skip
     if not split.validation:
         print("No --val: the labelled cases also serve as validation cases, which nnU-Net cannot do without.")
     if not split.unlabeled:
         print("No case is left without a label: only trainers that need none, such as nnUNetTrainerLabeledOnly, work.")
-    print(f"Train fold 0, for instance:\n  nnUNetv2_plan_and_preprocess -d {args.o} -c 3d_fullres\n"
-          f"  nnUNetv2_train {args.o} 3d_fullres 0 -tr nnUNetTrainerSHTA_CPS")  # fmt: skip
+    print(f"Train fold 0, for instance:\n  nnUNetv2_plan_and_preprocess -d {args.target_id} -c 3d_fullres\n"
+          f"  nnUNetv2_train {args.target_id} 3d_fullres 0 -tr nnUNetTrainerSHTA_CPS")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -130,11 +130,11 @@ def check() -> Iterator[Finding]:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(
         prog="nnUNetv2_ssl_trainers",
-        description="List the trainers of nnunet_ssl with their papers, or check the installation.",
+        description="List the trainers of nnunet_ssl, for -tr, with their papers, or check the installation.",
     )
     parser.add_argument(
         "--check", action="store_true",
-        help="check nnU-Net's version, that it finds the trainers, its three folders and the GPU; "
+        help="Check nnU-Net's version, that it finds the trainers, its three folders and the GPU; "
         "the exit code is 1 if something is wrong",
     )  # fmt: skip
     arguments = parser.parse_args(argv)

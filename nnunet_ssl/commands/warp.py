@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from nnunet_ssl.commands.arguments import Parser, count, whole
+from nnunet_ssl.commands.arguments import Parser, add_shared, count, whole
 from nnunet_ssl.errors import UserError
 
 
@@ -26,9 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         "nnUNetTrainerWarps and every trainer whose setting warped_share is above 0. Training does it itself; this "
         "does it ahead, and draws what came of it. Only what is new or has changed is made.",
     )
-    parser.add_argument("-d", required=True, help="Dataset name or id")
-    parser.add_argument("-c", required=True, help="Configuration, for instance 3d_fullres")
-    parser.add_argument("-p", default="nnUNetPlans", help="Plans identifier. Default: nnUNetPlans")
+    add_shared(parser, "-d", "-c", "-p")
     parser.add_argument(
         "--pairs", type=count, metavar="N",
         help="Warps of each labelled case. Default: 30, or as many as take ten minutes",
@@ -36,15 +34,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--groups", type=Path, metavar="FILE",
         help='JSON file {"case": "patient"}, where patients have several cases: no fold trains with warps onto images '
-        "of a patient who validates it or tests. It is kept, and counts beside the dataset's groups.json",
+        "of a patient in its validation cases or the test cases. It is kept, and counts beside the dataset's "
+        "groups.json",
     )  # fmt: skip
     parser.add_argument(
         "--channel", type=channel, metavar="K",
-        help='Channel that registration compares, from 0, or "all". Default: that of an earlier call, or all',
+        help='Channel that registration compares: a number from 0, or all. Default: that of an earlier call, or all',
     )  # fmt: skip
-    parser.add_argument(
-        "-np", type=count, help="Pairs registered at a time. Default: nnU-Net's own (nnUNet_def_n_proc)"
-    )
+    add_shared(parser, "-np")
     args = parser.parse_args(argv)
 
     # heavy: only once the arguments are known to be good
@@ -64,10 +61,10 @@ def main(argv: list[str] | None = None) -> None:
     from nnunet_ssl.unlabeled.folds import SPLITS, read_splits
     from nnunet_ssl.unlabeled.prepare import prepare_unlabeled
 
-    dataset = resolve_dataset(args.d)
+    dataset = resolve_dataset(args.dataset)
     preprocessed = os.path.join(required_folder("nnUNet_preprocessed"), dataset)
-    file = os.path.join(preprocessed, f"{args.p}.json")
-    plans_manager = read_plans(file, "Run nnUNetv2_plan_and_preprocess, or name the plans with -p.", args.c)
+    file = os.path.join(preprocessed, f"{args.plans}.json")
+    plans_manager = read_plans(file, "Run nnUNetv2_plan_and_preprocess, or name the plans with -p.", args.configuration)
     dataset_json = read_dataset_json(preprocessed)
     channels = len(channel_names(dataset_json))
     if args.channel and args.channel[0] >= channels:
@@ -76,17 +73,17 @@ def main(argv: list[str] | None = None) -> None:
         args.channel = ()  # is all of them
     groups = read_groups(args.groups) if args.groups else None
     labeled = sorted(find_labeled(os.path.join(required_folder("nnUNet_raw"), dataset), dataset_json))
-    processes = args.np or default_num_processes
-    unlabeled = prepare_unlabeled(dataset, plans_manager, args.c, dataset_json, labeled, processes)
+    processes = args.processes or default_num_processes
+    unlabeled = prepare_unlabeled(dataset, plans_manager, args.configuration, dataset_json, labeled, processes)
     if os.path.lexists(splits := os.path.join(preprocessed, SPLITS)):  # cases that are only validated with: not needed
         labeled = sorted({case for fold in read_splits(splits, "Mend it.") for case in fold.train})
     wish = Wish(
-        dataset, plans_manager.plans, args.c, dataset_json, tuple(labeled), (), unlabeled, args.pairs, groups,
-        args.channel,
+        dataset, plans_manager.plans, args.configuration, dataset_json, tuple(labeled), (), unlabeled, args.pairs,
+        groups, args.channel,
     )  # fmt: skip
     warps = prepare_warps(wish, processes)
     picture = draw_warps(wish)
-    print(f"{args.c}: {len(warps.cases)} warps are ready in {warps.folder}; look at {picture}")
+    print(f"{args.configuration}: {len(warps.cases)} warps are ready in {warps.folder}; look at {picture}")
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ def make(args: argparse.Namespace) -> None:
     from nnunet_ssl.unlabeled.find import required_folder
     from nnunet_ssl.unlabeled.raw_dataset import refuse_existing
 
-    raw, name = Path(required_folder("nnUNet_raw")), f"Dataset{args.d:03d}_SSLDemoAllLabels"
-    refuse_existing(args.d, option="-d")
+    raw, name = Path(required_folder("nnUNet_raw")), f"Dataset{args.target_id:03d}_SSLDemoAllLabels"
+    refuse_existing(args.target_id, option="-d")
     with writing("Make room, or let nnUNet_raw name another folder."):
         write_dataset(raw, seed=0, labeled=LABELED + UNLABELED + TEST, unlabeled=0, test=0, name=name)
     print(f"{raw / name}: {LABELED + UNLABELED + TEST} labelled cases")

@@ -51,11 +51,11 @@ def prepare(
     from nnunet_ssl.unlabeled.raw_dataset import new_dataset, refuse_existing
 
     raw, prepared = (Path(required_folder(variable)) for variable in ("nnUNet_raw", "nnUNet_preprocessed"))
-    dataset = f"Dataset{args.d:03d}_{name}"
-    refuse_existing(args.d, dataset, "-d")
+    dataset = f"Dataset{args.target_id:03d}_{name}"
+    refuse_existing(args.target_id, dataset, "-d")
     if args.trust_voxels and recipe.align is align_by_header:
         recipe = replace(recipe, align=align_by_voxels)
-    found = all_outcomes(_check, [(case, recipe) for case in cases], args.np, "Checking")
+    found = all_outcomes(_check, [(case, recipe) for case in cases], args.processes, "Checking")
     problems = [*problems, *sorted(problem for of_case in found for problem in of_case)]
     if problems:
         raise UserError("nothing was written:\n" + "\n".join(problems))
@@ -80,7 +80,7 @@ def prepare(
             (folder / f"images{FOLDERS[part]}").mkdir(exist_ok=True)
             if part != "unlabeled":
                 (folder / f"labels{FOLDERS[part]}").mkdir(exist_ok=True)
-        all_outcomes(_write, [(case, recipe, folder) for case in cases], args.np, "Writing")
+        all_outcomes(_write, [(case, recipe, folder) for case in cases], args.processes, "Writing")
         write_json(folder / "dataset.json", {key: value for key, value in content.items() if value is not None})
         write_json(folder / SPLITS, [fold])
         if groups:

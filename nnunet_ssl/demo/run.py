@@ -51,23 +51,28 @@ class Demo:
         Raises:
             UserError: the folder holds something else, or a command failed.
         """
-        with writing("Make room, or take another --dir."):
+        with writing("Make room, or take another -o."):
             return self._run()
+
+    def dry_run(self) -> None:
+        """Print the commands that are still to be run, and do nothing.
+
+        Raises:
+            UserError: the folder holds something else.
+        """
+        self._refuse_other()
+        self._do_steps(dry_run=True)
 
     def _run(self) -> dict[str, Any]:
         start = time.time()
-        self._claim_folder()
+        self._refuse_other()
+        self._make_folders()
         if not self._raw.is_dir():  # complete or not there
             print("\nDrawing the dataset: 5 labelled, 40 unlabelled and 10 test cases", flush=True)
             write_dataset(self._raw.parent, self.seed)
-        steps = self._steps()
-        steps.do(self._plan())
-        steps.do(self._warp())
-        results: dict[str, Any] = {"epochs": self.epochs, "seed": self.seed, "device": self.device, "trainers": {}}
-        for trainer in TRAINERS:
-            steps.do(self._train(trainer))
-            steps.do(self._test(trainer))
-            results["trainers"][trainer] = {"test_dice": read_dice(self._predictions(trainer) / "summary.json")}
+        self._do_steps()
+        dice = {trainer: {"test_dice": read_dice(self._predictions(trainer) / "summary.json")} for trainer in TRAINERS}
+        results = {"epochs": self.epochs, "seed": self.seed, "device": self.device, "trainers": dice}
         figure = self.folder / f"demo_{self.epochs}epochs.png"
         draw_figure(self._raw, {trainer: self._predictions(trainer) for trainer in TRAINERS}, figure)
         results_file = self.folder / f"results_{self.epochs}epochs.json"
@@ -77,27 +82,38 @@ class Demo:
         print(f"Figure: {figure}\nResults: {results_file}\n{(time.time() - start) / 60:.1f} minutes.", flush=True)
         return results
 
-    def _claim_folder(self) -> None:
-        """Note what the folder is for, and the settings; refuse one that holds something else.
+    def _refuse_other(self) -> None:
+        """Refuse a folder that holds something else.
 
         Raises:
             UserError: the folder belongs to another seed, or to something else.
         """
         note = self.folder / "demo.json"
         if note.is_file():
-            seed = read_json(note, "It says which demo this is: take another --dir.", keys={"seed": int})["seed"]
+            seed = read_json(note, "It says which demo this is: take another -o.", keys={"seed": int})["seed"]
             if seed != self.seed:
-                raise UserError(f"{self.folder} holds the demo of seed {seed}; take another --dir, or --seed {seed}.")
+                raise UserError(f"{self.folder} holds the demo of seed {seed}; take another -o, or --seed {seed}.")
         elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise UserError(f"{self.folder} exists and is no demo; take another --dir.")
+            raise UserError(f"{self.folder} exists and is no demo; take another -o.")
+
+    def _make_folders(self) -> None:
+        """Note what the folder is for, and the settings."""
         for name in FOLDERS:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        write_json(note, {"seed": self.seed})
+        write_json(self.folder / "demo.json", {"seed": self.seed})
         write_json(self.folder / "settings.json", {"seed": self.seed, **SETTINGS})
 
     # ------------------------------------------------------------------ steps
 
-    def _steps(self) -> Steps:
+    def _do_steps(self, dry_run: bool = False) -> None:
+        steps = self._steps(dry_run)
+        steps.do(self._plan())
+        steps.do(self._warp())
+        for trainer in TRAINERS:
+            steps.do(self._train(trainer))
+            steps.do(self._test(trainer))
+
+    def _steps(self, dry_run: bool) -> Steps:
         """What does them; the commands' output goes to ``log.txt``, their epochs to the terminal."""
         variables = {
             "nnUNet_def_n_proc": "2",
@@ -110,7 +126,7 @@ class Demo:
             "PYTHONUNBUFFERED": "1",
         }
         log = self.folder / "log.txt"
-        return Steps(self.device, "take another --dir", variables=variables, log=log, show=self._show_epoch)
+        return Steps(self.device, "take another -o", dry_run, variables=variables, log=log, show=self._show_epoch)
 
     def _step(self, name: str, title: str, makes: Path, *commands: list[Any]) -> Step:
         words = tuple(list(map(str, command)) for command in commands)

@@ -23,7 +23,7 @@ def test_a_folder_takes_more_rows_and_seeds_but_no_other_protocol(given, tmp_pat
     more["gap"] = {"lower": "Labels only", "upper": "More labels"}
     more["rows"][2]["against"] = "Labels only"
     refuse_other(home, more, "cpu")
-    with pytest.raises(UserError, match="begun with --device cpu"):
+    with pytest.raises(UserError, match="begun with -device cpu"):
         refuse_other(home, more, "cuda")
     with pytest.raises(UserError, match="begun with 'epochs' 4, the protocol now says 5"):
         refuse_other(home, given | {"epochs": 5}, "cpu")

@@ -23,7 +23,7 @@ def commands(tmp_path, write_protocol, monkeypatch):
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
 
     def run(given, *options):
-        words = [write_protocol(given), "--dry-run", "--device", "cpu", "-np", 2, "-o", tmp_path / "home", *options]
+        words = [write_protocol(given), "--dry-run", "-device", "cpu", "-np", 2, "-o", tmp_path / "home", *options]
         command = [sys.executable, "-m", "nnunet_ssl.commands.benchmark", *map(str, words)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr

@@ -62,8 +62,8 @@ def test_list(capsys):
         (["no_such"], "no_such does not exist"),
         (["la", "--jobs", "0"], "--jobs: '0' must be"),
         (["la", "-np", "0"], "-np: '0' must be"),
-        (["la", "--device", "cpu", "--data", "nowhere", "-o", "out"], "nowhere is no folder"),
-        (["la", "--device", "cpu", "--report", "-o", "out"], "no run in .* is finished yet"),
+        (["la", "-device", "cpu", "--data", "nowhere", "-o", "out"], "nowhere is no folder"),
+        (["la", "-device", "cpu", "--report", "-o", "out"], "no run in .* is finished yet"),
     ],
 )
 def test_what_is_refused(arguments, message, fresh_folders, tmp_path, monkeypatch):
@@ -75,7 +75,7 @@ def test_what_is_refused(arguments, message, fresh_folders, tmp_path, monkeypatc
 def test_without_snakemake(protocol, monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "snakemake", None)
     with pytest.raises(UserError, match=r"nnunet-ssl\[benchmark\]"):
-        main([str(protocol), "--device", "cpu", "-o", str(tmp_path / "out")])
+        main([str(protocol), "-device", "cpu", "-o", str(tmp_path / "out")])
 
 
 def start(*arguments):
@@ -102,7 +102,7 @@ def trainings(home):
 def test_a_report_can_be_asked_for_while_it_runs(protocol, tmp_path):
     home = tmp_path / "out"
     with claimed(home, PROTOCOL, "cpu"), pytest.raises(UserError, match=r"no run in .* is finished yet"):
-        main([str(protocol), "--report", "--device", "cpu", "-o", str(home)])
+        main([str(protocol), "--report", "-device", "cpu", "-o", str(home)])
 
 
 @pytest.mark.slow
@@ -110,7 +110,7 @@ def test_a_report_can_be_asked_for_while_it_runs(protocol, tmp_path):
 def test_killed_resumed_and_reported(protocol, tmp_path, fresh_folders, capfd):
     pytest.importorskip("snakemake", reason="Snakemake needs Python 3.11")
     home = tmp_path / "out"
-    arguments = [protocol, "--device", "cpu", "-o", home, "-np", 1]
+    arguments = [protocol, "-device", "cpu", "-o", home, "-np", 1]
 
     # a kill in the middle of a training leaves nothing running, and its checkpoint where it is
     for number in (signal.SIGTERM, signal.SIGKILL):

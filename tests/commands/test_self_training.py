@@ -117,7 +117,7 @@ def tree(folder: Path) -> set[str]:
 )
 def test_impossible_arguments_are_refused(arguments, message):
     with pytest.raises(UserError, match=message):
-        main(["-d", "1", "-c", "3d_fullres", "-o", "2", *arguments])
+        main(["-d", "1", "-c", "3d_fullres", "-tr", TRAINER, "-o", "2", *arguments])
 
 
 def test_refuses_what_it_cannot_do(trained, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -50,15 +51,27 @@ def test_figure_is_drawn(tmp_path):
 )
 def test_impossible_arguments_are_refused(arguments, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        main(["--dir", str(tmp_path / "demo"), *arguments])
+        main(["-o", str(tmp_path / "demo"), *arguments])
     assert not (tmp_path / "demo").exists()
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("all of it")
-    with pytest.raises(UserError, match="take another --dir"):
-        main(["--dir", str(tmp_path), "--device", "cpu"])
+    with pytest.raises(UserError, match="take another -o"):
+        main(["-o", str(tmp_path), "-device", "cpu"])
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_dry_run_prints_the_commands_and_does_nothing(tmp_path, capsys):
+    folder = tmp_path / "demo"
+    main(["--dir", str(folder), "--device", "cpu", "--epochs", "3", "--dry-run"])  # the old spellings
+    commands = re.findall(r"^  \$ (\S+)", capsys.readouterr().out, re.M)
+    train_and_test = ["nnUNetv2_train", "nnUNetv2_predict", "nnUNetv2_evaluate_folder"]
+    assert commands == ["nnUNetv2_plan_and_preprocess", "python", "nnUNetv2_ssl_warp", *train_and_test, *train_and_test]
+    assert not folder.exists()
+    (tmp_path / "thesis.txt").write_text("all of it")
+    with pytest.raises(UserError, match="is no demo; take another -o"):
+        main(["-o", str(tmp_path), "-device", "cpu", "--dry-run"])
 
 
 def test_another_seed_needs_another_folder(tmp_path):
@@ -73,7 +86,7 @@ def test_damaged_files_are_named(tmp_path):
     summary.parent.mkdir(parents=True)
     dice = {"Dice": 0.5}
     contents = {
-        note: ({"seed": 0}, demo._claim_folder),
+        note: ({"seed": 0}, demo._refuse_other),
         summary: (
             {"mean": {str(label): dice for label in range(1, 6)}, "foreground_mean": dice},
             lambda: read_dice(summary),
@@ -97,7 +110,7 @@ def test_damaged_files_are_named(tmp_path):
 @pytest.mark.timeout(1800)
 def test_whole_demo(tmp_path, run_nnunet):
     folder = tmp_path / "demo"
-    arguments = ("--dir", folder, "--epochs", 1, "--device", "cpu")
+    arguments = ("-o", folder, "--epochs", 1, "-device", "cpu")
     output = run_nnunet("nnUNetv2_ssl_demo", *arguments, timeout=1700).stdout
     results = json.loads((folder / "results_1epochs.json").read_text())
     for dice in (trainer["test_dice"] for trainer in results["trainers"].values()):
