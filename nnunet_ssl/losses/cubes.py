@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nnunet_ssl.losses.pseudo_labels import hard_pseudo_labels
+
 
 def partition(x: Tensor, counts: Sequence[int]) -> Tensor:
     """Cut each image into ``N = prod(counts)`` cubes of equal size.
@@ -167,7 +169,7 @@ def class_weights(counts: Tensor, temperature: float) -> Tensor:
 
 
 @torch.no_grad()
-def blended_pseudo_labels(teacher_logits: Tensor, cube_logits: Tensor, omega: Tensor) -> Tensor:
+def blended_pseudo_labels(teacher_logits: Tensor, teacher_labels: Tensor, cube_logits: Tensor, omega: Tensor) -> Tensor:
     """Hard pseudo-labels from the teacher's view of the whole patch and the student's view of its cubes.
 
     ``y = argmax (1 - omega(v)) t(v) + omega(v) o(v)``, where omega(v) is that of the teacher's class at v: frequent
@@ -175,12 +177,12 @@ def blended_pseudo_labels(teacher_logits: Tensor, cube_logits: Tensor, omega: Te
 
     Args:
         teacher_logits: t, ``[B, K, *spatial]``.
+        teacher_labels: of :func:`~nnunet_ssl.losses.pseudo_labels.hard_pseudo_labels` for t, ``[B, 1, *spatial]``.
         cube_logits: o, ``[B, K, *spatial]``, the cubes of the same images back in their places.
         omega: of :func:`class_weights`, ``[K]``.
 
     Returns:
         int16 ``[B, 1, *spatial]``, a target for nnU-Net's losses. No gradient.
     """
-    teacher = teacher_logits.float()
-    weight = omega[teacher.argmax(1, keepdim=True)]
-    return torch.lerp(teacher, cube_logits.float(), weight).argmax(1, keepdim=True).to(torch.int16)
+    weight = omega[teacher_labels.int()]
+    return hard_pseudo_labels(torch.lerp(teacher_logits.float(), cube_logits.float(), weight))

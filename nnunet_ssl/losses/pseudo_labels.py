@@ -7,6 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def likeliest_class(scores: Tensor) -> Tensor:
+    """The argmax over the classes, the first of equals; where a score is NaN, the first NaN.
+
+    By ``max``, which on a CPU is several times faster than ``argmax`` over an axis that is not the last.
+
+    Args:
+        scores: ``[B, K, *spatial]``, any float type.
+
+    Returns:
+        ``[B, 1, *spatial]`` int64.
+    """
+    return scores.max(1, keepdim=True).indices
+
+
 @torch.no_grad()
 def hard_pseudo_labels(logits: Tensor, has_regions: bool = False, has_ignore_label: bool = False) -> Tensor:
     """The hard decision of a network, as a target for nnU-Net's losses.
@@ -22,7 +36,7 @@ def hard_pseudo_labels(logits: Tensor, has_regions: bool = False, has_ignore_lab
         ``[B, K, *spatial]`` bool (``K + 1`` channels with an ignore label), probability above 0.5. No gradient.
     """
     if not has_regions:
-        return logits.argmax(1, keepdim=True).to(torch.int16)
+        return likeliest_class(logits).to(torch.int16)
     regions = logits > 0  # sigmoid(x) > 0.5
     if has_ignore_label:
         regions = torch.cat([regions, torch.zeros_like(regions[:, :1])], 1)

@@ -202,8 +202,9 @@ class nnUNetTrainerMagicNet(nnUNetTrainerSSL):  # noqa: N801
         target, of_cubes = full_resolution(labeled.target), None
         if "location" in self.training_modules:
             of_cubes, location = self._cube_by_cube(labeled.images)
-            yield {"within": self._dice(of_cubes, target), "location": location / 2}
-            del of_cubes  # before the next forward: a local name keeps logits alive
+            terms = {"within": self._dice(of_cubes, target), "location": location / 2}
+            del of_cubes  # before the pass is backpropagated: a local name keeps logits alive
+            yield terms
             of_cubes, location = self._cube_by_cube(unlabeled.images, decoder_learns=False)
             yield {"location": location / 2}
 
@@ -211,7 +212,9 @@ class nnUNetTrainerMagicNet(nnUNetTrainerSSL):  # noqa: N801
         labels = self._pseudo_labels(unlabeled.images, of_cubes)
         del of_cubes
         of_labeled, of_unlabeled = self._exchanged(labeled.images, unlabeled.images)
-        yield {"cross": self._dice(of_labeled, target), "consistency": self._dice(of_unlabeled, labels)}
+        terms = {"cross": self._dice(of_labeled, target), "consistency": self._dice(of_unlabeled, labels)}
+        del of_labeled, of_unlabeled
+        yield terms
 
     def after_step(self) -> None:
         """The teacher follows."""
@@ -268,7 +271,7 @@ class nnUNetTrainerMagicNet(nnUNetTrainerSSL):  # noqa: N801
         labels = hard_pseudo_labels(teacher_logits)
         if of_cubes is not None and self.global_step >= settings.magicnet_blend_start:
             omega = class_weights(counts, settings.magicnet_blend_temperature)
-            blended = blended_pseudo_labels(teacher_logits, of_cubes, omega)
+            blended = blended_pseudo_labels(teacher_logits, labels, of_cubes, omega)
             self.log_value("blend_changed", (blended != labels).float().mean())
             labels = blended
         new = class_counts(labels, len(counts))

@@ -100,4 +100,6 @@ class nnUNetTrainerURPC(nnUNetTrainerSSL):  # noqa: N801
 
         pyramid = self.forward("first", batch.unlabeled)[: self.num_scales]
         settings, regions = self.settings, self.label_manager.has_regions
-        yield {"urpc": self.consistency(pyramid, settings.urpc_kl, settings.urpc_detach_mean, regions)}
+        consistency = self.consistency(pyramid, settings.urpc_kl, settings.urpc_detach_mean, regions)
+        del pyramid  # before the pass is backpropagated: a local name keeps logits alive
+        yield {"urpc": consistency}

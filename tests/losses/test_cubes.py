@@ -23,6 +23,7 @@ from nnunet_ssl.losses.cubes import (
     reflect_pad,
     unmix,
 )
+from nnunet_ssl.losses.pseudo_labels import hard_pseudo_labels
 
 SPATIAL = {2: (12, 18), 3: (6, 12, 18)}
 ALL_COUNTS = [
@@ -191,7 +192,7 @@ def test_blending_voxel_by_voxel(shape, classes):
     torch.manual_seed(0)
     teacher, cubes = torch.randn(2, 2, classes, *shape).unbind(0)
     omega = class_weights(torch.rand(classes), 1.0)
-    labels = blended_pseudo_labels(teacher.requires_grad_(), cubes, omega)
+    labels = blended_pseudo_labels(teacher.requires_grad_(), hard_pseudo_labels(teacher), cubes, omega)
     assert labels.shape == (2, 1, *shape)
     assert labels.dtype == torch.int16
     assert not labels.requires_grad
@@ -204,9 +205,10 @@ def test_blending_voxel_by_voxel(shape, classes):
 
 def test_frequent_classes_come_from_the_cubes_and_rare_ones_from_the_teacher():
     teacher, cubes = torch.randn(2, 1, 3, 40, 40).unbind(0)
-    labels = blended_pseudo_labels(teacher, cubes, torch.tensor([1.0, 0.0, 0.0]))[:, 0]
+    labels = blended_pseudo_labels(teacher, hard_pseudo_labels(teacher), cubes, torch.tensor([1.0, 0.0, 0.0]))[:, 0]
     frequent = teacher.argmax(1) == 0
     assert torch.equal(labels[frequent].long(), cubes.argmax(1)[frequent])
     assert torch.equal(labels[~frequent].long(), teacher.argmax(1)[~frequent])
-    alone = blended_pseudo_labels(teacher.bfloat16(), cubes, torch.zeros(3))
-    assert torch.equal(alone[:, 0].long(), teacher.bfloat16().argmax(1))
+    teacher = teacher.bfloat16()
+    alone = blended_pseudo_labels(teacher, hard_pseudo_labels(teacher), cubes, torch.zeros(3))
+    assert torch.equal(alone[:, 0].long(), teacher.argmax(1))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nnunet_ssl.losses.pseudo_labels import hard_pseudo_labels, pseudo_label_cross_entropy
+from nnunet_ssl.losses.pseudo_labels import hard_pseudo_labels, likeliest_class, pseudo_label_cross_entropy
 
 
 @pytest.mark.parametrize("spatial", [(5, 4), (4, 3, 5)])
@@ -13,6 +13,16 @@ def test_classes_are_the_argmax_and_the_cross_entropy_is_the_mean_over_voxels(sp
     assert torch.equal(labels.flatten(), torch.tensor([row.tolist().index(row.max().item()) for row in flat]))
     by_hand = torch.stack([row.logsumexp(0) - row.max() for row in flat]).mean()
     torch.testing.assert_close(pseudo_label_cross_entropy(logits, labels), by_hand)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_likeliest_class_is_the_argmax_with_ties_and_nan(dtype):
+    torch.manual_seed(0)
+    scores = torch.randint(0, 3, (2, 5, 7, 11, 13)).to(dtype)  # most voxels have several largest scores
+    scores[torch.rand(scores.shape) < 0.1] = torch.nan
+    scores[torch.rand(scores.shape) < 0.1] = -torch.inf
+    for x in (scores, scores[:, :1], scores.movedim(-1, 1), scores[..., ::2]):
+        assert torch.equal(likeliest_class(x), x.argmax(1, keepdim=True))
 
 
 def test_regions_overlap_and_ignore_nothing():

@@ -14,6 +14,7 @@ from helpers.steps import a_batch, gradients, on_two_ranks, parameters
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.cubes import blended_pseudo_labels, class_weights, partition, recover
+from nnunet_ssl.losses.pseudo_labels import hard_pseudo_labels
 from nnunet_ssl.trainers.magicnet import nnUNetTrainerMagicNet
 
 NAME = "nnUNetTrainerMagicNet"
@@ -199,7 +200,8 @@ def test_pseudo_labels_blend_the_cubes_of_the_same_unlabelled_images(magicnet):
             assert (labels[b : b + 1] == expected).float().mean() > 0.999  # ties in float32
             assert (labels[b : b + 1] != t.argmax(1, keepdim=True)).float().mean() > 0.01
         foreign = hand_recovered(trainer.plans_network, batch["data"], trainer.within_counts)
-        wrong = blended_pseudo_labels(teacher(batch["unlabeled"]), foreign, class_weights(counts, 1.0))
+        t = teacher(batch["unlabeled"])
+        wrong = blended_pseudo_labels(t, hard_pseudo_labels(t), foreign, class_weights(counts, 1.0))
         assert (labels != wrong).float().mean() > 0.01
 
 

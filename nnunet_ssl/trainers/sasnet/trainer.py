@@ -20,6 +20,7 @@ from nnunet_ssl.declared import Angle, Positive, Share, Weight, Whole, declared,
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.branches import Branches
 from nnunet_ssl.losses.consistency import pseudo_label_consistency, segmentation_regression_consistency
+from nnunet_ssl.losses.pseudo_labels import likeliest_class
 from nnunet_ssl.losses.sar import reweight, true_class_confidence
 from nnunet_ssl.losses.sdm import signed_distance_maps
 from nnunet_ssl.networks.dual_branch import DualBranchUNet, low_level_start_of
@@ -230,14 +231,14 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
         the mean of both branches.
         """
         if prob.low is None:
-            return prob.high.argmax(1)
-        plain = (prob.high + prob.low).argmax(1)
+            return likeliest_class(prob.high)[:, 0]
+        plain = prob.high + prob.low
         if self.memory is None or stream.target is None:
-            return plain
+            return likeliest_class(plain)[:, 0]
         before = torch.stack([self.memory.read(c, x) for c, x in zip(stream.cases, stream.coordinates, strict=True)])
         labels = full_resolution(stream.target)[:, 0]
-        fused = reweight(prob, Branches(*before.unbind(1)), self.settings.sasnet_alpha).argmax(1)
-        self.log_value("sar_changed", (fused != plain).float().mean())
+        fused = likeliest_class(reweight(prob, Branches(*before.unbind(1)), self.settings.sasnet_alpha))
+        self.log_value("sar_changed", (plain.gather(1, fused) < plain.amax(1, keepdim=True)).float().mean())
 
         now = Branches(*(true_class_confidence(p, labels) for p in prob))  # Eq. 7-8
         ignored = (labels < 0) | (labels >= prob.high.shape[1])
@@ -246,7 +247,7 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
             self.memory.write(case, x, confidence)
         for name, confidence in now.named().items():
             self.log_value(f"confidence_{name}", confidence.mean())
-        return fused
+        return fused[:, 0]
 
     def training_state(self, filename: str) -> dict[str, Any]:
         """The memory of confidence, in the latest checkpoint alone.
@@ -307,9 +308,7 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
         """A pass for each stream. What is taken on the whole batch is the mean over the two streams."""
         uses_unlabeled = self.settings.sasnet_sdm or (self.has_low_branch and self.settings.sasnet_plc != "off")
         for stream in batch if uses_unlabeled else (batch.labeled,):
-            branches = self.forward("first", stream)
-            yield self._terms(stream, branches)
-            del branches  # before the next forward
+            yield self._terms(stream, self.forward("first", stream))  # no name here keeps logits alive
 
     def _terms(self, stream: Stream, branches: Branches) -> dict[str, Tensor]:
         terms, outputs = {}, branches.named()
