@@ -50,8 +50,7 @@ class nnUNetTrainerICT(Taught):  # noqa: N801
         """The mean of (p_student(mix of images) - mix of p_teacher(images))^2."""
         pairs = len(images) // 2
         one, other = images[:pairs], images[pairs : 2 * pairs]
-        beta = torch.full((pairs,), self.settings.ict_beta, device=images.device)
-        share = torch.distributions.Beta(beta, beta, validate_args=False).sample()
-        share = share.reshape(-1, *[1] * (images.ndim - 1))
+        beta = torch.full((pairs, *[1] * (images.ndim - 1)), self.settings.ict_beta)
+        share = torch.distributions.Beta(beta, beta, validate_args=False).sample().to(images.device, non_blocking=True)
         of_one, of_other = self.of_teacher(images[: 2 * pairs]).split(pairs)
         return F.mse_loss(self.of_student(torch.lerp(one, other, share)), torch.lerp(of_one, of_other, share))
