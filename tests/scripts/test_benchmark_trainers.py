@@ -36,7 +36,7 @@ def test_a_prepared_dataset_is_measured_and_its_page_filled(tiny_copy, tmp_path,
     monkeypatch.setenv("nnUNet_ssl_config", "")  # set by the script
     page = tmp_path / "page.md"
     page.write_text("<!-- cpu: written by scripts/benchmark_trainers.py -->\n<!-- cpu: end -->\n")
-    arguments = ["-d", str(dataset.id), "-p", dataset.plans_name, "--device", "cpu", "--page", str(page)]
+    arguments = ["-d", str(dataset.id), "-p", dataset.plans_name, "-device", "cpu", "--page", str(page)]
     arguments += ["--rounds", "1", "--steps", "2", "--warm-up", "1", "--trainers", "nnUNetTrainerCPS"]
     benchmark_trainers.main([*arguments, "--output", str(tmp_path / "out")])
 
