@@ -9,6 +9,11 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
+def noisy(images: Tensor, sigma: float) -> Tensor:
+    """The images of any shape with Gaussian noise, cut at twice its standard deviation: what a teacher is shown."""
+    return images + (sigma * torch.randn_like(images)).clamp(-2 * sigma, 2 * sigma)
+
+
 class EMATeacher(nn.Module):
     """A copy of a network whose weights follow it: ``teacher = a teacher + (1 - a) student`` after each step.
 

@@ -31,7 +31,7 @@ from nnunet_ssl.losses.cubes import (
 )
 from nnunet_ssl.losses.pseudo_labels import hard_pseudo_labels
 from nnunet_ssl.losses.squared_dice import squared_dice_loss
-from nnunet_ssl.networks.ema import EMATeacher
+from nnunet_ssl.networks.ema import EMATeacher, noisy
 from nnunet_ssl.networks.location_head import LocationHead
 from nnunet_ssl.trainers.base import Batch, Stream, full_resolution, nnUNetTrainerSSL
 from nnunet_ssl.trainers.settings import SSLSettings
@@ -264,10 +264,7 @@ class nnUNetTrainerMagicNet(nnUNetTrainerSSL):  # noqa: N801
     def _pseudo_labels(self, images: Tensor, of_cubes: Tensor | None) -> Tensor:
         """The teacher's hard decision on noisy images, blended with the student's on cubes of the same images."""
         settings, counts = self.settings, self.training_modules["teacher"].class_counts
-        noise = (settings.magicnet_noise * torch.randn_like(images)).clamp(
-            -2 * settings.magicnet_noise, 2 * settings.magicnet_noise
-        )
-        teacher_logits = self.forward("teacher", Stream(images + noise, None))
+        teacher_logits = self.forward("teacher", Stream(noisy(images, settings.magicnet_noise), None))
         labels = hard_pseudo_labels(teacher_logits)
         if of_cubes is not None and self.global_step >= settings.magicnet_blend_start:
             omega = class_weights(counts, settings.magicnet_blend_temperature)

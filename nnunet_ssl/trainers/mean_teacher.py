@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunet_ssl.declared import Decay, Share, Weight, declared, setting
-from nnunet_ssl.networks.ema import EMATeacher
+from nnunet_ssl.networks.ema import EMATeacher, noisy
 from nnunet_ssl.trainers.base import Batch, Stream, nnUNetTrainerSSL
 from nnunet_ssl.trainers.settings import SSLSettings
 
@@ -83,11 +83,6 @@ class Taught(nnUNetTrainerSSL):
         """The teacher's probabilities ``[B, K, *patch]``, float32, without gradient."""
         return self.probabilities(self.forward("teacher", Stream(images, None)))
 
-    def noisy(self, images: Tensor) -> Tensor:
-        """The images with Gaussian noise, cut at twice its standard deviation."""
-        sigma = self.settings.teacher_noise
-        return images + (sigma * torch.randn_like(images)).clamp(-2 * sigma, 2 * sigma)
-
 
 class nnUNetTrainerMeanTeacher(Taught):  # noqa: N801
     """Mean Teacher: the student approaches what its EMA copy says of the same unlabelled images with noise.
@@ -101,5 +96,5 @@ class nnUNetTrainerMeanTeacher(Taught):  # noqa: N801
 
     def consistency(self, images: Tensor) -> Tensor:
         """The mean of (p_student - p_teacher)^2."""
-        target = self.of_teacher(self.noisy(images))
+        target = self.of_teacher(noisy(images, self.settings.teacher_noise))
         return F.mse_loss(self.of_student(images), target)

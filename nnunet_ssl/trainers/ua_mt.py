@@ -10,7 +10,7 @@ from nnunet_ssl.declared import Count, Decay, Part, declared, setting
 from nnunet_ssl.losses.entropy import entropy
 from nnunet_ssl.losses.masked import masked_mean
 from nnunet_ssl.networks.dropout import drop_channels_in_training
-from nnunet_ssl.networks.ema import EMATeacher
+from nnunet_ssl.networks.ema import EMATeacher, noisy
 from nnunet_ssl.trainers.mean_teacher import MeanTeacherSettings, Taught
 
 
@@ -54,11 +54,12 @@ class nnUNetTrainerUAMT(Taught):  # noqa: N801
 
     def consistency(self, images: Tensor) -> Tensor:
         """The squared difference to one pass of the teacher, where the mean of T passes is sure enough."""
-        mean = sum(self.of_teacher(self.noisy(images)) for _ in range(self.settings.uamt_passes))
+        noise = self.settings.teacher_noise
+        mean = sum(self.of_teacher(noisy(images, noise)) for _ in range(self.settings.uamt_passes))
         unsure = entropy(mean / self.settings.uamt_passes, self.label_manager.has_regions)
         start = self.settings.uamt_threshold
         sure = unsure < start + (1 - start) * self.rampup(1.0)
         self.log_value("teacher_sure", sure.float().mean())
-        target = self.of_teacher(self.noisy(images))
+        target = self.of_teacher(noisy(images, noise))
         squared = (self.of_student(images) - target).square().mean(1)
         return masked_mean(squared, sure)
