@@ -6,24 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
 from helpers.datasets import TinyDataset
+from helpers.prepared import prepare
 from nnunet_ssl.shapes.warped import WarpedFolder, Wish, prepare_warps
-from nnunet_ssl.unlabeled.prepare import prepare_unlabeled
-from nnunet_ssl.unlabeled.store import PreparedFolder
-
-
-def unlabeled(dataset: TinyDataset, plans: dict | None = None) -> PreparedFolder:
-    """The prepared unlabelled images, as they are now."""
-    return prepare_unlabeled(
-        dataset.name,
-        PlansManager(plans or dataset.plans),
-        dataset.configuration,
-        dataset.dataset_json,
-        dataset.cases("imagesTr"),
-        1,
-    )
 
 
 def wish(
@@ -35,7 +20,7 @@ def wish(
 ) -> Wish:
     """Two labelled cases unless told otherwise."""
     plans = plans or dataset.plans
-    prepared = unlabeled(dataset, plans)
+    prepared = prepare(dataset, plans=plans)
     return Wish(dataset.name, plans, dataset.configuration, dataset.dataset_json, labeled, validation, prepared, **more)
 
 

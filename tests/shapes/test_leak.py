@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.datasets import TinyDataset, make_case, write_images
-from helpers.wishes import manifest, unlabeled, warped_in, warps
+from helpers.prepared import prepare
+from helpers.wishes import manifest, warped_in, warps
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.shapes import targets, warped
@@ -148,13 +149,13 @@ def test_a_file_of_groups_still_counts_beside_one_that_says_otherwise(dataset):
 
 
 def test_names_of_test_images_count_where_imagesun_is_gone(dataset):
-    prepared = unlabeled(dataset)
+    prepared = prepare(dataset)
     shutil.rmtree(dataset.raw / "imagesUn")
     assert "ts_00" not in find_targets(dataset.name, ".nii.gz", prepared, [{}])
 
 
 def test_those_left_out_are_named(dataset, capsys):
-    find_targets(dataset.name, ".nii.gz", unlabeled(dataset), [PATIENTS])
+    find_targets(dataset.name, ".nii.gz", prepare(dataset), [PATIENTS])
     told = capsys.readouterr().out
     assert "3 unlabelled images are not warped onto, since they are test images or of test patients" in told
     assert "(a_copy, ts_00, un_03)" in told
@@ -177,7 +178,7 @@ def test_no_file_of_a_label_that_is_not_trained_with_is_read(dataset, monkeypatc
             file = dataset.raw / folder / f"{case}.nii.gz"
             file.unlink(missing_ok=True)
             file.mkdir(parents=True)
-    prepared = unlabeled(dataset)
+    prepared = prepare(dataset)
     labeled = Path(str(prepared.folder).removesuffix("_unlabeled"))
     for file in labeled.glob("tr_00*"):
         file.unlink()
@@ -197,7 +198,7 @@ def test_validation_cases_are_struck_from_what_others_have_made(dataset):
     found = WarpManifest.read(str(dataset.preprocessed / "nnUNetPlans_3d_fullres_warped"))
     for val in everybody:
         train = tuple(case for case in everybody if case != val)
-        this = Wish(dataset.name, dataset.plans, "3d_fullres", dataset.dataset_json, train, (val,), unlabeled(dataset))
+        this = Wish(dataset.name, dataset.plans, "3d_fullres", dataset.dataset_json, train, (val,), prepare(dataset))
         assert val not in found.of(this).moving.values()
 
 
