@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # `from helpers import ...` in any test
@@ -43,6 +44,10 @@ pytest.register_assert_rewrite("helpers")
 
 from helpers import datasets  # noqa: E402
 from helpers.datasets import Folders, TinyDataset  # noqa: E402
+
+# A process settles at its first backward pass how many threads that takes. After torch.compile, which pretends that a
+# GPU is there, it starts one, and its forks cannot run backward: so the first one is here, whatever test comes first.
+torch.ones((), requires_grad=True).backward()
 
 SHORT = {"num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1, "seed": 0}
 
@@ -127,8 +132,6 @@ def make_trainer(own_results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         settings: dict[str, Any] | None = None,
         initialize: bool = True,
     ) -> Any:
-        import torch
-
         config = tmp_path / f"settings_{len(list(tmp_path.glob('settings_*.json')))}.json"
         config.write_text(json.dumps({**SHORT, **(settings or {})}))
         monkeypatch.setenv("nnUNet_ssl_config", str(config))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import multiprocessing
+
 import pytest
+import torch
 from helpers import datasets
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 @pytest.mark.parametrize("kind", datasets.RECIPES)
@@ -34,3 +38,18 @@ def test_stock_command_runs_on_the_tiny_dataset(tiny, own_results, run_nnunet):
     dataset = tiny("3d")
     output = run_nnunet("nnUNetv2_train", dataset.id, dataset.configuration, 0, "-h").stdout
     assert "-tr" in output
+
+
+def _backward():
+    torch.ones((), requires_grad=True).backward()
+
+
+def test_a_fork_runs_backward_whatever_test_was_first():
+    """torch.compile traces under this mode, after which a first backward pass starts a GPU's thread."""
+    with FakeTensorMode():
+        torch.ones(1)
+    _backward()
+    fork = multiprocessing.get_context("fork").Process(target=_backward)
+    fork.start()
+    fork.join()
+    assert fork.exitcode == 0
