@@ -1,4 +1,4 @@
-"""Registration libraries on labelled pairs: Dice of one warped label against the fixed image's own, time, folding.
+"""Registration libraries on labeled pairs: Dice of one warped label against the fixed image's own, time, folding.
 
     python scripts/compare_registration.py --data ../shared/data/hippocampus --spacing 2 2 2 --pairs 12
     python scripts/compare_registration.py --data ../shared/data/la --spacing 2.5 2.5 2.5 --pairs 8
@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     protocol = read_json(args.data / "protocol.json", "It comes with the data.")
-    order = protocol["labelled_order"][0]
+    order = protocol["labeled_order"][0]
     cases_of = protocol.get("cases_of_patient", {name: [name] for name in order})
     drawn = np.random.default_rng(1).permutation(len(order) - 5)[: args.pairs]
     names = [(cases_of[order[i % 5]], cases_of[order[5 + j]]) for i, j in enumerate(drawn)]

@@ -1,4 +1,4 @@
-"""How often the 95 % intervals over labelled sets hold the truth, on made-up benchmarks (docs/evaluation.md).
+"""How often the 95 % intervals over labeled sets hold the truth, on made-up benchmarks (docs/evaluation.md).
 
 python scripts/coverage_of_intervals.py
 """

@@ -14,16 +14,16 @@ from nnunet_ssl.figures.page import class_colors, new_figure, paper_style
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 TITLES = {
     "Labels only": "5 labels only",
-    "Warps": "5 labels, warped into the\nshapes of unlabelled images",
+    "Warps": "5 labels, warped into the\nshapes of unlabeled images",
     "All labels": "all 160 labels",
 }
 FILES = {3.5: "hippocampus_shapes_first.json", 9: "hippocampus_shapes_9_minutes.json"}  # by minutes of training
 STEPS = {5360, 4560, 11400, 11160}  # of these minutes, registering taken off; the first file has longer runs too
-SETS = (0, 1, 2)  # labelled sets with which all three were trained for both times
+SETS = (0, 1, 2)  # labeled sets with which all three were trained for both times
 
 
 def measured() -> dict[tuple[str, float], list[float]]:
-    """Test Dice in percent of each labelled set, by row and minutes."""
+    """Test Dice in percent of each labeled set, by row and minutes."""
     dice: dict[tuple[str, float], list[float]] = {}
     for minutes, file in FILES.items():
         for run in json.loads((RESULTS / file).read_text())["runs"]:

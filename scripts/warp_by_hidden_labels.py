@@ -1,10 +1,10 @@
-"""How far shapes alone could lead: warps registered by the hidden labels of the unlabelled images.
+"""How far shapes alone could lead: warps registered by the hidden labels of the unlabeled images.
 
     python scripts/warp_by_hidden_labels.py -d 771 -t 776 -c 3d_fullres -p nnUNetPlans_2mm --pairs 30
 
-For a diagnosis on a dataset whose unlabelled images have labels after all: such warps know what nobody knows. They
+For a diagnosis on a dataset whose unlabeled images have labels after all: such warps know what nobody knows. They
 replace those of ``nnUNetv2_ssl_warp`` in the dataset's folder, and ``nnUNetTrainerWarps`` trains with them; to have the
-others again, delete the folder. ``-t`` is the dataset in which the same cases are labelled and prepared by the same
+others again, delete the folder. ``-t`` is the dataset in which the same cases are labeled and prepared by the same
 plans. Maps of the classes are registered, and not the images.
 """
 

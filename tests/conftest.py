@@ -94,7 +94,7 @@ def fresh_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
 
 @pytest.fixture
 def tiny_copy(tiny: Callable[..., TinyDataset], fresh_folders: Folders) -> Callable[..., TinyDataset]:
-    """``tiny_copy("3d")``: a dataset that this test may change; its unlabelled images are not prepared yet."""
+    """``tiny_copy("3d")``: a dataset that this test may change; its unlabeled images are not prepared yet."""
 
     def copy(kind: str = "3d") -> TinyDataset:
         original = tiny(kind)

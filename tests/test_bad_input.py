@@ -44,7 +44,7 @@ class Outcome(NamedTuple):
 
 
 def image(dataset: TinyDataset, channel: int = 0) -> Path:
-    """A channel file of the second unlabelled case."""
+    """A channel file of the second unlabeled case."""
     case = dataset.cases("imagesUn")[1]
     return dataset.raw / "imagesUn" / f"{case}_{channel:04d}{dataset.recipe.file_ending}"
 
@@ -136,12 +136,12 @@ PREPROCESS = {
     "voxels too large for float32": Row(lambda d: with_voxels(d, [3e38, -3e38])),
     "a 2D image among 3D": Row(as_2d),
     "channels of different shape": Row(crop_one_channel, "multichannel"),
-    "the name of a labelled case": Row(lambda d: named_as(d, d.cases("imagesTr")[0])),
+    "the name of a labeled case": Row(lambda d: named_as(d, d.cases("imagesTr")[0])),
     "the name of a validation case": Row(named_as_validation_case),
     "a name that is not UTF-8": Row(odd_name),
     "a link that leads nowhere": Row(broken_link),
-    "a link to a labelled image": Row(lambda d: labeled_image(d, os.symlink)),
-    "a copy of a labelled image": Row(lambda d: labeled_image(d, shutil.copyfile)),
+    "a link to a labeled image": Row(lambda d: labeled_image(d, os.symlink)),
+    "a copy of a labeled image": Row(lambda d: labeled_image(d, shutil.copyfile)),
     "plans that lead out of the dataset's folder": Row(other_identifier),
     "plans that are not JSON": Row(lambda d: d.plans_file.write_text("{") and None),
     "no such dataset": Row(lambda d: ["-d", 950]),
@@ -189,7 +189,7 @@ SPLIT = {
     ),
     "an empty `file_ending`": Row(lambda d: rewrite(d, file_ending="")),
     "an image that is a broken link": Row(broken_link),
-    "no labelled dataset": Row(lambda d: ["-d", 950]),
+    "no labeled dataset": Row(lambda d: ["-d", 950]),
 }
 
 
@@ -258,7 +258,7 @@ TRAIN = {
     "a training of no epochs": Row(lambda d: [], trainer="nnUNetTrainerCPS_0epochs"),
     "cascade configuration": Row(cascade),
     "region-based labels with GA-CPS, MagicNet, SASNet or SHTA": Row(lambda d: [], "regions", "nnUNetTrainerSHTA_CPS"),
-    "three labelled cases, and fold 0": Row(three_cases),
+    "three labeled cases, and fold 0": Row(three_cases),
     "a fold that names a missing case": Row(lambda d: fold(d, ["tr_00", "nobody"], ["tr_01"])),
     "a fold without validation cases": Row(lambda d: fold(d, ["tr_00"], [])),
     "disk full while preparing": Row(large_image),
@@ -306,12 +306,12 @@ SAID = {
     "voxels too large for float32": ("_0000.nii.gz", "Rescale"),
     "a 2D image among 3D": ("_0000.nii.gz", "Convert"),
     "channels of different shape": ("_0000.nii.gz", "Resample"),
-    "the name of a labelled case": ("_0000.nii.gz", "rename"),
+    "the name of a labeled case": ("_0000.nii.gz", "rename"),
     "the name of a validation case": ("_0000.nii.gz", "rename"),
     "a name that is not UTF-8": (r"'un_\udce9_0000.nii.gz'", "plain name"),
     "a link that leads nowhere": ("elsewhere.nii.gz", "Bring"),
-    "a link to a labelled image": ("the image of tr_", "Remove"),
-    "a copy of a labelled image": ("the image of tr_", "Remove"),
+    "a link to a labeled image": ("the image of tr_", "Remove"),
+    "a copy of a labeled image": ("the image of tr_", "Remove"),
     "plans that lead out of the dataset's folder": ("data_identifier '../../x'", "plain name"),
     "plans that are not JSON": ("nnUNetPlans.json", "nnUNetv2_plan_experiment"),
     "no such dataset": ("dataset 950", "Check"),
@@ -327,7 +327,7 @@ SAID = {
     "a case name that leads elsewhere": ("'/elsewhere'", "plain name"),
     "an empty `file_ending`": ("file_ending ''", "dot"),
     "an image that is a broken link": ("nowhere", "Bring"),
-    "no labelled dataset": ("dataset 950", "Check"),
+    "no labeled dataset": ("dataset 950", "Check"),
     "no `imagesUn` at training": ("imagesUn", "Put"),
     "unknown setting": ("'cps_wieght'", "'cps_weight'"),
     "ill-typed setting": ("'cps_weight' to 'much'", "a number from 0"),
@@ -337,7 +337,7 @@ SAID = {
     "a training of no epochs": ("nnUNetTrainerCPS_<N>epochs", "Choose"),
     "cascade configuration": ("'3d_cascade_fullres'", "'3d_fullres'"),
     "region-based labels with GA-CPS, MagicNet, SASNet or SHTA": ("nnUNetTrainerSHTA_CPS", "nnUNetTrainerCPS"),
-    "three labelled cases, and fold 0": ("splits_final.json", "fold all"),
+    "three labeled cases, and fold 0": ("splits_final.json", "fold all"),
     "a fold that names a missing case": ("splits_final.json: fold 0 names nobody", "nnUNetv2_ssl_split"),
     "a fold without validation cases": ("splits_final.json: fold 0", "nnUNetv2_ssl_split"),
     "another training of the same fold": ("fold_0", "Wait"),

@@ -54,7 +54,7 @@ def claimed(home: Path, given: dict[str, Any], device: str) -> Iterator[None]:
 def refuse_other(home: Path, given: dict[str, Any], device: str) -> list[dict[str, Any]]:
     """Refuse a protocol whose runs would not belong with those that are in the folder.
 
-    Seeds, labelled sets, rows and budgets may be added or left out; a row of the same name must be the same.
+    Seeds, labeled sets, rows and budgets may be added or left out; a row of the same name must be the same.
 
     Returns:
         The rows of the folder that the protocol leaves out this time.

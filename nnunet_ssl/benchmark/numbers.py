@@ -1,4 +1,4 @@
-"""The numbers of a benchmark: of each run, of each row against another, and over labelled sets."""
+"""The numbers of a benchmark: of each run, of each row against another, and over labeled sets."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def _differences(benchmark: Benchmark, runs: Sequence[Run]) -> Iterator[dict[str
 
 
 def over_draws(benchmark: Benchmark, runs: Sequence[Run]) -> dict[str, Any] | None:
-    """What the rows gain over labelled sets, in the leading metric; None where there are not enough of these.
+    """What the rows gain over labeled sets, in the leading metric; None where there are not enough of these.
 
     Returns:
         ``draws``, ``units`` (how many), ``of_patients`` and ``rows``: of each row the difference to the one that it is
@@ -183,7 +183,7 @@ def over_draws(benchmark: Benchmark, runs: Sequence[Run]) -> dict[str, Any] | No
     p = benchmark.protocol
     key = METRICS[p.metrics[0]].key
     done = {(run.row.name, run.seed): run for run in runs if benchmark.is_finished(run)}
-    # the same labelled sets for all rows that are there at all
+    # the same labeled sets for all rows that are there at all
     names = [row.name for row in p.rows if any(name == row.name for name, _ in done)]
     seeds = [seed for seed in p.seeds if all((name, seed) in done for name in names)]
     if not p.data.order_by_seed or len(seeds) < MIN_DRAWS:

@@ -126,9 +126,9 @@ class Data:
     Attributes:
         published, options: of ``nnUNetv2_ssl_dataset``: the dataset's name, and what the command is called with besides
             ``--data``, ``--labeled`` and ``-d``; ``{data}`` stands for the folder of the published data.
-        dataset, test, validation: of ``nnUNetv2_ssl_split``: the labelled dataset, the file that lists the test cases,
+        dataset, test, validation: of ``nnUNetv2_ssl_split``: the labeled dataset, the file that lists the test cases,
             and the validation cases.
-        order_by_seed: whether each seed has labelled cases of its own.
+        order_by_seed: whether each seed has labeled cases of its own.
     """
 
     published: Literal[PUBLISHED] | None = None

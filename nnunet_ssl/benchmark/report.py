@@ -26,12 +26,12 @@ EXPLANATION = (
     "Each value is the mean over classes of their means over test cases; the table has the mean over seeds. The "
     "difference of two rows is taken case by case, within a seed, over the classes that are defined for both. Interval "
     "(95 %, bootstrap) and p (Wilcoxon signed-rank, two-sided, not corrected) are over cases, of the differences "
-    "averaged over seeds: they speak of other patients, not of other seeds or other labelled sets, which the columns "
+    "averaged over seeds: they speak of other patients, not of other seeds or other labeled sets, which the columns "
     "of the seeds show. Cases of one patient count as one, where the dataset has a groups.json."
 )
 DRAWS_EXPLANATION = (
-    "They speak of other labelled sets as well as of other {units}. Interval: 95 %, bootstrap over labelled sets and "
-    "{units}, which are resampled independently. t-interval and p: Student's, over the labelled sets' means alone, "
+    "They speak of other labeled sets as well as of other {units}. Interval: 95 %, bootstrap over labeled sets and "
+    "{units}, which are resampled independently. t-interval and p: Student's, over the labeled sets' means alone, "
     "for these {units}; p is corrected for the number of rows (Holm). A claim needs both."
 )
 
@@ -99,7 +99,7 @@ class Picture(NamedTuple):
 
 
 def figure_pictures(benchmark: Benchmark) -> Iterator[Picture]:
-    """What ``nnUNetv2_ssl_figures`` has drawn, of the first labelled set; titles are those of the captions."""
+    """What ``nnUNetv2_ssl_figures`` has drawn, of the first labeled set; titles are those of the captions."""
     table = next((table for table, _ in benchmark.figures()), None)
     files = sorted((benchmark.home / "figures" / table.key).glob("*.png")) if table else []
     for file in files:
@@ -131,7 +131,7 @@ def markdown(benchmark: Benchmark, results: dict[str, Any]) -> Iterator[str]:
         if not content["runs"]:
             continue
         labeled = content["labeled"] if content["labeled"] == "all" else f"{content['labeled']:g}"
-        yield from ("", f"### {labeled} labelled, {_title(benchmark, content['budget'])}", "")
+        yield from ("", f"### {labeled} labeled, {_title(benchmark, content['budget'])}", "")
         yield from methods_table(benchmark, content["runs"], content["differences"])
         leading = METRICS[p.metrics[0]]
         first = [d for d in content["differences"] if d["metric"] == leading.key]
@@ -211,7 +211,7 @@ def methods_table(
     lines: list[tuple[Row, list[str]]] = []
     for row, own in _rows(benchmark, runs):
         first = next(iter(own.values()))
-        title = row.name if row.labeled is None else f"{row.name} ({row.labeled} labelled)"
+        title = row.name if row.labeled is None else f"{row.name} ({row.labeled} labeled)"
         cells = [title, f"{first['steps']:,}", f"{statistics.mean(run['minutes'] for run in own.values()):.1f}"]
         cells += [f"{row.offline or 0:.1f}"] if offline else []
         cells += [shown(m, nanmean(run["metrics"][m.key] for run in own.values())) for m in metrics]
@@ -263,11 +263,11 @@ def differences_table(benchmark: Benchmark, differences: Sequence[dict[str, Any]
 
 
 def draws_text(benchmark: Benchmark, content: dict[str, Any]) -> Iterator[str]:
-    """The lines on what rows gain over labelled sets: what they are, and a table."""
+    """The lines on what rows gain over labeled sets: what they are, and a table."""
     p = benchmark.protocol
     leading = METRICS[p.metrics[0]]
     units = "patients" if content["of_patients"] else "cases"
-    about = f"Over {content['draws']} labelled sets and {content['units']} {units}, {leading.title}:"
+    about = f"Over {content['draws']} labeled sets and {content['units']} {units}, {leading.title}:"
     yield from (f"{about} {DRAWS_EXPLANATION.format(units=units)}", "")
     rows = [["Method", "Against", "Mean", "95 % interval", "t-interval", "p (t, Holm)"]]
     if p.gap:
@@ -327,7 +327,7 @@ def draw_curves(benchmark: Benchmark, results: dict[str, Any], file: Path) -> No
                     panel.plot(x, y, color=colour, linestyle=dashes, alpha=0.35, linewidth=0.8)
                 x, y = (np.mean(values, axis=0) for values in zip(*curves, strict=True))
                 drawn[row.name] = panel.plot(x, y, color=colour, linestyle=dashes, marker="o", markersize=4)[0]
-            panel.set_title(f"{content['labeled']} labelled, {_title(benchmark, content['budget'])}", fontsize=9)
+            panel.set_title(f"{content['labeled']} labeled, {_title(benchmark, content['budget'])}", fontsize=9)
             panel.set_xlabel("training steps" if in_steps else "minutes of training, by the seconds per step")
             panel.grid(alpha=0.3)
         panels[0].set_ylabel(f"test {leading.title}, mean of the classes")

@@ -28,7 +28,7 @@ SETTINGS, PRETRAINING = "settings.json", "pretraining.json"
 
 @dataclass(frozen=True)
 class Run:
-    """A row with a labelled set, a seed and a budget.
+    """A row with a labeled set, a seed and a budget.
 
     Attributes:
         epochs: of each training.
@@ -57,12 +57,12 @@ class Run:
     @property
     def title(self) -> str:
         """For people."""
-        return f"{self.row.name}, {self.labeled} labelled, seed {self.seed}, {self.budget.key}"
+        return f"{self.row.name}, {self.labeled} labeled, seed {self.seed}, {self.budget.key}"
 
 
 @dataclass(frozen=True)
 class Table:
-    """The runs of a budget and a number of labelled cases, seed by seed."""
+    """The runs of a budget and a number of labeled cases, seed by seed."""
 
     budget: Budget
     labeled: Labeled
@@ -100,10 +100,10 @@ class Benchmark:
     def dataset_key(self, labeled: Labeled, seed: int) -> str:
         """Which dataset a run learns from. All labels have no order."""
         ordered = self.protocol.data.order_by_seed and labeled != "all"
-        return f"{labeled} labelled, order {seed}" if ordered else f"{labeled} labelled"
+        return f"{labeled} labeled, order {seed}" if ordered else f"{labeled} labeled"
 
     def sources(self) -> dict[int, tuple[str, Labeled, int]]:
-        """Dataset id -> its key, the labelled set and the order, of all that are needed."""
+        """Dataset id -> its key, the labeled set and the order, of all that are needed."""
         return {self.ids[key]: (key, *source) for key, source in self._sources().items()}
 
     def _sources(self) -> dict[str, tuple[Labeled, int]]:
@@ -150,7 +150,7 @@ class Benchmark:
         return self.ids[run.key] + run.row.rounds - 1 if run.row.rounds else self.dataset_of(run)
 
     def needs_unlabeled(self, number: int) -> bool:
-        """Whether a row that learns from this dataset wants its unlabelled images."""
+        """Whether a row that learns from this dataset wants its unlabeled images."""
         from nnunet_ssl import trainers
 
         return any(
@@ -223,7 +223,7 @@ class Benchmark:
     # ------------------------------------------------------------------------------------------------ runs
 
     def tables(self) -> Iterator[Table]:
-        """A table for each budget and labelled set."""
+        """A table for each budget and labeled set."""
         p, seconds = self.protocol, self.seconds_per_step()
         for budget in p.budgets:
             for labeled in p.labeled:
@@ -322,7 +322,7 @@ class Benchmark:
         return all(self.summary(run, epoch).exists() for epoch in self.protocol.curve_epochs)
 
     def figures(self) -> Iterator[tuple[Table, list[Run]]]:
-        """For each labelled set, of the first budget and seed, the rows that the protocol names."""
+        """For each labeled set, of the first budget and seed, the rows that the protocol names."""
         p = self.protocol
         for table in self.tables() if p.figures else ():
             if table.budget == p.budgets[0]:

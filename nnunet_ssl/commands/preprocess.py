@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
             prepared = prepare_unlabeled(
                 dataset, plans_manager, configuration, dataset_json, labeled, args.processes or default_num_processes
             )
-            print(f"{configuration}: {len(prepared.cases)} unlabelled images are ready in {prepared.folder}")
+            print(f"{configuration}: {len(prepared.cases)} unlabeled images are ready in {prepared.folder}")
 
 
 if __name__ == "__main__":

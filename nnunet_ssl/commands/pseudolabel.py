@@ -19,7 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(
         prog="nnUNetv2_ssl_pseudolabel",
         description="Predict the images of imagesUn and make a second raw dataset in which the best predictions are "
-        "labels. A trained model predicts, or the labelled images, registered onto the others, or both; then the mean "
+        "labels. A trained model predicts, or the labeled images, registered onto the others, or both; then the mean "
         "of their probabilities counts, and cases are chosen by how much the two agree. With --rounds also train on "
         "it, and repeat. Predicting, preprocessing and training are nnU-Net's own commands; a stopped run goes on "
         "where it was.",
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     add_shared(parser, "-o", **NEW_DATASET | {"help": "Id of the new dataset; further rounds take the next ids"})
     parser.add_argument(
         "--teachers", choices=TEACHERS, default="network", metavar="WHO",
-        help="Who labels the images: the trained model (network), the labelled images, registered onto each one "
+        help="Who labels the images: the trained model (network), the labeled images, registered onto each one "
         "(atlas), or both (network,atlas). Default: network",
     )  # fmt: skip
     parser.add_argument("--student", metavar="TRAINER", help="Trainer of the students. Default: that of -tr")

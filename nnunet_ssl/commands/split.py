@@ -1,4 +1,4 @@
-"""``nnUNetv2_ssl_split``: hide most labels of a labelled dataset, to learn from it as if it had few."""
+"""``nnUNetv2_ssl_split``: hide most labels of a labeled dataset, to learn from it as if it had few."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = Parser(
         prog="nnUNetv2_ssl_split",
-        description="Make a second raw dataset of links in which few cases have labels and the rest are unlabelled. "
+        description="Make a second raw dataset of links in which few cases have labels and the rest are unlabeled. "
         "N is a number of cases, a fraction of those that are not test cases (0.1), or a file with one case a line. "
-        "From one seed, more labelled cases contain the fewer.",
+        "From one seed, more labeled cases contain the fewer.",
     )
-    add_shared(parser, "-d", help="Name or id of the labelled dataset")
+    add_shared(parser, "-d", help="Name or id of the labeled dataset")
     add_shared(parser, "-o", **NEW_DATASET)
     parser.add_argument("--labeled", required=True, metavar="N", help="Cases that keep their label")
-    parser.add_argument("--val", metavar="N", help="Validation cases. Default: validate on the labelled cases")
+    parser.add_argument("--val", metavar="N", help="Validation cases. Default: validate on the labeled cases")
     parser.add_argument("--test", metavar="FILE", help="File that lists the test cases, for imagesTs and labelsTs")
     parser.add_argument("--name", help="Name of the new dataset, without its id. Default: <old name>_<n>labeled")
     add_shared(parser, "--copy")
@@ -32,10 +32,10 @@ def main(argv: list[str] | None = None) -> None:
     name, split = split_dataset(
         args.dataset, args.target_id, args.labeled, args.val, args.test, args.seed, args.copy, args.name
     )
-    print(f"{name}: {len(split.labeled)} labelled, {len(split.validation)} validation, "
-          f"{len(split.unlabeled)} unlabelled and {len(split.test)} test cases")  # fmt: skip
+    print(f"{name}: {len(split.labeled)} labeled, {len(split.validation)} validation, "
+          f"{len(split.unlabeled)} unlabeled and {len(split.test)} test cases")  # fmt: skip
     if not split.validation:
-        print("No --val: the labelled cases also serve as validation cases, which nnU-Net cannot do without.")
+        print("No --val: the labeled cases also serve as validation cases, which nnU-Net cannot do without.")
     if not split.unlabeled:
         print("No case is left without a label: only trainers that need none, such as nnUNetTrainerLabeledOnly, work.")
     print(f"Train fold 0, for instance:\n  nnUNetv2_plan_and_preprocess -d {args.target_id} -c 3d_fullres\n"

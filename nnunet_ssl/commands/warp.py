@@ -1,4 +1,4 @@
-"""``nnUNetv2_ssl_warp``: labelled images in the shapes of unlabelled ones, ahead of training."""
+"""``nnUNetv2_ssl_warp``: labeled images in the shapes of unlabeled ones, ahead of training."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = Parser(
         prog="nnUNetv2_ssl_warp",
-        description="Register labelled images onto those of imagesUn, and keep them warped with their labels, for "
+        description="Register labeled images onto those of imagesUn, and keep them warped with their labels, for "
         "nnUNetTrainerWarps and every trainer whose setting warped_share is above 0. Training does it itself; this "
         "does it ahead, and draws what came of it. Only what is new or has changed is made.",
     )
     add_shared(parser, "-d", "-c", "-p")
     parser.add_argument(
         "--pairs", type=count, metavar="N",
-        help="Warps of each labelled case. Default: 30, or as many as take ten minutes",
+        help="Warps of each labeled case. Default: 30, or as many as take ten minutes",
     )  # fmt: skip
     parser.add_argument(
         "--groups", type=Path, metavar="FILE",

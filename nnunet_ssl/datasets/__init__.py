@@ -6,7 +6,7 @@ what the labels mean and what is done to a case (``Recipe``). ``writing.prepare`
 1. every file that is needed is read and checked, and all problems are listed at once;
 2. the dataset is written under a hidden name and gets its own when it is complete.
 
-Labels of unlabelled cases are not opened, with one exception that a user has to ask for: crops around them.
+Labels of unlabeled cases are not opened, with one exception that a user has to ask for: crops around them.
 """
 
 PUBLISHED = ("acdc", "amos", "brats2019", "hippocampus", "la", "pancreas_ct", "synapse")  # a module each

@@ -6,13 +6,13 @@
 DIR holds ``images`` and ``labels``, the same file names in both, ``<case>.nii.gz``, and ``protocol.json``, whose lists
 name patients:
 
-    {"train": ["p1", "p2", "p3"], "test": ["p4"], "labelled_order": [["p2", "p1", "p3"], ["p3", "p2", "p1"]],
+    {"train": ["p1", "p2", "p3"], "test": ["p4"], "labeled_order": [["p2", "p1", "p3"], ["p3", "p2", "p1"]],
      "cases_of_patient": {"p1": ["p1_frame01", "p1_frame12"], "p2": ...}}
 
 ``--labeled n`` counts patients: all cases of the first n patients of the order (``--seed``, from 0) keep their labels,
 and no patient is in two parts. ``groups.json`` in the dataset says whose case each one is.
 
-There is no validation list; the fold trains on all labelled cases and validates on the first five of them, by which
+There is no validation list; the fold trains on all labeled cases and validates on the first five of them, by which
 nothing is to be chosen. What else holds is said by ``nnUNetv2_ssl_dataset hippocampus -h``.
 
 The data ask for registration and for the citation: O. Bernard et al., Deep learning techniques for automatic MRI

@@ -12,7 +12,7 @@ the 120 of ``imagesVa`` are test cases. ``--labeled 10`` and ``4`` are the publi
 validation cases; such a list is refused.
 
 Numbers below 500 are CT, the others MRI. ``--ct-only`` leaves the MRI out: of 216 / 24 / 120 cases 182 / 18 / 100
-stay, of 10 labelled ones 7. The published lists mix both, and so do the numbers that were published with them.
+stay, of 10 labeled ones 7. The published lists mix both, and so do the numbers that were published with them.
 
 What differs from the literature's preprocessing:
 

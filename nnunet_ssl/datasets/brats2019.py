@@ -9,7 +9,7 @@
 - the h5 files of SSL4MIS: ``<case>.h5`` with ``image`` and ``label`` (needs h5py).
 
 The lists of 250 training, 25 validation and 60 test cases ship with SSL4MIS (``data/BraTS2019``: ``train.txt``,
-``val.txt``, ``test.txt``) and are not repeated here. The first n training cases are labelled: 25 are the literature's
+``val.txt``, ``test.txt``) and are not repeated here. The first n training cases are labeled: 25 are the literature's
 10 %, 50 its 20 %.
 
 What differs from the literature's preprocessing:

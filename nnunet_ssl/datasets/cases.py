@@ -70,7 +70,7 @@ def make_cases(
         labels: the labels' files.
         problems: is added to.
         prefix: before a case's name in nnU-Net's files.
-        open_all: whether labels of unlabelled cases are opened.
+        open_all: whether labels of unlabeled cases are opened.
     """
     cases = []
     for case, part in parts.items():

@@ -33,4 +33,4 @@ def make(args: argparse.Namespace) -> None:
     refuse_existing(args.target_id, option="-d")
     with writing("Make room, or let nnUNet_raw name another folder."):
         write_dataset(raw, seed=0, labeled=LABELED + UNLABELED + TEST, unlabeled=0, test=0, name=name)
-    print(f"{raw / name}: {LABELED + UNLABELED + TEST} labelled cases")
+    print(f"{raw / name}: {LABELED + UNLABELED + TEST} labeled cases")

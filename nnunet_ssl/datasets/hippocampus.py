@@ -8,9 +8,9 @@ The folder holds ``imagesTr`` and ``labelsTr`` as published, or ``images`` and `
 
 Which case is what stands in ``protocol.json`` in the same folder, where there is one:
 
-    {"train": ["a", "b", "c"], "test": ["d"], "labelled_order": [["b", "a", "c"], ["c", "b", "a"]]}
+    {"train": ["a", "b", "c"], "test": ["d"], "labeled_order": [["b", "a", "c"], ["c", "b", "a"]]}
 
-Each list of ``labelled_order`` is an order of all training cases; ``--seed`` says which one, from 0. Its first n cases
+Each list of ``labeled_order`` is an order of all training cases; ``--seed`` says which one, from 0. Its first n cases
 (``--labeled n``) keep their labels.
 
 Without ``protocol.json`` the lists are drawn: the cases, sorted by name, are permuted by
@@ -19,12 +19,12 @@ other cases are left out. The order of seed s, any number from 0, is ``default_r
 cases, sorted by name. Results on drawn lists compare with each other. The lists of ``docs/results.md`` are others, of
 the same sizes.
 
-Labelled cases go to ``imagesTr`` and ``labelsTr``, the other training cases to ``imagesUn`` without their labels, test
+Labeled cases go to ``imagesTr`` and ``labelsTr``, the other training cases to ``imagesUn`` without their labels, test
 cases to ``imagesTs`` and ``labelsTs``. There is no validation set, so ``splits_final.json`` gives one fold that trains
-on all labelled cases and validates on the first five of them: nnU-Net wants some, and nothing is chosen by them.
+on all labeled cases and validates on the first five of them: nnU-Net wants some, and nothing is chosen by them.
 
 Every file that is used is read and checked before anything is written, and the dataset appears under its name only
-when it is complete. Labels of unlabelled cases are not used.
+when it is complete. Labels of unlabeled cases are not used.
 """
 
 from __future__ import annotations

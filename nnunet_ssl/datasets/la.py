@@ -10,8 +10,8 @@ DIR, with whatever folders in between, is one of
 - a folder with ``images``, ``labels`` (or ``imagesTr``, ``labelsTr``) and ``protocol.json``, in the format that
   ``nnUNetv2_ssl_dataset hippocampus -h`` describes.
 
-The 80 training cases are the literature's, in its order: the first 4, 8 or 16 are its labelled 5, 10 and 20 %. The
-other 20 of the 100 cases are test cases. There is no validation list; the fold validates on the first five labelled
+The 80 training cases are the literature's, in its order: the first 4, 8 or 16 are its labeled 5, 10 and 20 %. The
+other 20 of the 100 cases are test cases. There is no validation list; the fold validates on the first five labeled
 cases, by which nothing is to be chosen.
 
 What differs from the literature's preprocessing:

@@ -49,8 +49,8 @@ class Lists:
         train: training cases.
         test: test cases.
         validation: validation cases, or none.
-        ordered: for n up to this number, the first n of ``train`` are a labelled set.
-        labeled: further labelled sets, by their size.
+        ordered: for n up to this number, the first n of ``train`` are a labeled set.
+        labeled: further labeled sets, by their size.
         pattern: what a case looks like in a file of the user.
     """
 
@@ -76,7 +76,7 @@ class Lists:
     def parts(
         self, labeled: str, labeled_list: Path | None = None, keep: Callable[[str], bool] = lambda case: True
     ) -> dict[str, Part]:
-        """The part of each case, in the order of the lists, the labelled ones first.
+        """The part of each case, in the order of the lists, the labeled ones first.
 
         Args:
             labeled: how many training cases keep their labels, or "all".
@@ -84,7 +84,7 @@ class Lists:
             keep: cases for which it is false are left out of all lists.
 
         Raises:
-            UserError: no labelled set of this size is known, or the lists contradict each other.
+            UserError: no labeled set of this size is known, or the lists contradict each other.
         """
         chosen = read_cases(labeled_list, "--labeled-list", self.pattern) if labeled_list else self._labeled(labeled)
         chosen, train, validation, test = (

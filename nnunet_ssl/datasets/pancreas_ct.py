@@ -10,9 +10,9 @@ DIR, with whatever folders in between, holds either
 
 The 20 test cases are those of MC-Net, the other 62 train. ``--labeled 6`` and ``12`` are its 10 and 20 %. BCP uses
 other lists and SASNet's are not published: give them as ``--train-list`` and ``--test-list``. There is no validation
-list; the fold validates on the first five labelled cases, by which nothing is to be chosen.
+list; the fold validates on the first five labeled cases, by which nothing is to be chosen.
 
-Today the archive's folders of cases 0025 (a test case) and 0070 (one of the 12 labelled ones) are empty; without them
+Today the archive's folders of cases 0025 (a test case) and 0070 (one of the 12 labeled ones) are empty; without them
 (``--leave-out``) the sets are smaller than those of older papers.
 
 The labels' headers do not fit the DICOM ones. Their voxels follow the rows, columns and slice numbers of the DICOM

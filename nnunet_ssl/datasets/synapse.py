@@ -1,4 +1,4 @@
-"""Synapse multi-organ CT (BTCV, 30 labelled cases, 13 organs) as an nnU-Net raw dataset with few labels.
+"""Synapse multi-organ CT (BTCV, 30 labeled cases, 13 organs) as an nnU-Net raw dataset with few labels.
 
     nnUNetv2_ssl_dataset synapse --data DIR --labeled 4 -d 701
     nnUNetv2_ssl_dataset synapse --data DIR --split dhc --labeled 8 -d 702
@@ -13,8 +13,8 @@ Three splits are in circulation, and results on different ones do not compare:
 | ``dhc``, of DHC and SKCDF | 20 / 4 / 6 | 2, 4, 8 | -75 to 275 |
 | ``magicnet``, of MagicNet, without validation cases | 18 / 0 / 12 | 5, 7 | -125 to 275 |
 
-The fold trains on the labelled cases and validates on the validation cases; without any it validates on the first
-five labelled cases, by which nothing is to be chosen.
+The fold trains on the labeled cases and validates on the validation cases; without any it validates on the first
+five labeled cases, by which nothing is to be chosen.
 
 What differs from the literature's preprocessing:
 

@@ -20,7 +20,7 @@ from nnunet_ssl.pools import all_outcomes
 from nnunet_ssl.volumes import VolumeError, check_file
 
 ENDING = ".nii.gz"
-VALIDATION_CASES = 5  # of the labelled ones, where a protocol has no validation list: nnU-Net wants some
+VALIDATION_CASES = 5  # of the labeled ones, where a protocol has no validation list: nnU-Net wants some
 FOLDERS = {"labeled": "Tr", "validation": "Tr", "unlabeled": "Un", "test": "Ts"}
 
 
@@ -35,7 +35,7 @@ def prepare(
     """Check all cases, then write the dataset and its one fold.
 
     Args:
-        cases: all cases, the labelled ones in their order.
+        cases: all cases, the labeled ones in their order.
         problems: what was found out before any file was read, such as missing files.
         recipe: what the dataset is.
         name: the dataset's name without its number.

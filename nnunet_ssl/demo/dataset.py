@@ -1,6 +1,6 @@
 """The demo's made-up anatomy: five organs in a body, few of the images with labels.
 
-Made so that five labelled cases are not enough: the organs overlap in intensity with each other and with unlabelled
+Made so that five labeled cases are not enough: the organs overlap in intensity with each other and with unlabeled
 tissue beside them, contrast and shape change from case to case, and a smooth field and noise lie over the image.
 """
 
@@ -130,7 +130,7 @@ def write_dataset(
 ) -> Path:
     """Write the dataset as nnU-Net's raw format with ``imagesUn``, complete or not at all.
 
-    The labels of the unlabelled cases are written nowhere.
+    The labels of the unlabeled cases are written nowhere.
 
     Args:
         raw: the folder ``nnUNet_raw``.

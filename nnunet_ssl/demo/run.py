@@ -22,7 +22,7 @@ CONFIGURATION, PLANS, FOLD = "3d_fullres", "nnUNetPlans", "all"
 DATASET_ID = 1
 FEATURES = (8, 16, 32)
 PATCH_SIZE = (24, 28, 28)
-PAIRS = 10  # warps of each labelled case
+PAIRS = 10  # warps of each labeled case
 STEPS_AN_EPOCH = 50
 SETTINGS = {"num_iterations_per_epoch": STEPS_AN_EPOCH, "num_val_iterations_per_epoch": 2, "save_every": 5}
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -68,7 +68,7 @@ class Demo:
         self._refuse_other()
         self._make_folders()
         if not self._raw.is_dir():  # complete or not there
-            print("\nDrawing the dataset: 5 labelled, 40 unlabelled and 10 test cases", flush=True)
+            print("\nDrawing the dataset: 5 labeled, 40 unlabeled and 10 test cases", flush=True)
             write_dataset(self._raw.parent, self.seed)
         self._do_steps()
         dice = {trainer: {"test_dice": read_dice(self._predictions(trainer) / "summary.json")} for trainer in TRAINERS}
@@ -141,10 +141,10 @@ class Demo:
         return self._step("plan", "Planning and preprocessing", file, plan, shrink)
 
     def _warp(self) -> Step:
-        """Labelled images in the shapes of unlabelled ones."""
+        """Labeled images in the shapes of unlabeled ones."""
         makes = self._prepared / f"{PLANS}_{CONFIGURATION}_warped" / "warps.png"
         warp = ["nnUNetv2_ssl_warp", "-d", DATASET_ID, "-c", CONFIGURATION, "--pairs", PAIRS, "-np", 2]
-        return self._step("warp", "Registering labelled images onto unlabelled ones", makes, warp)
+        return self._step("warp", "Registering labeled images onto unlabeled ones", makes, warp)
 
     def _train(self, trainer: str) -> Step:
         name, fold = f"{trainer}_{self.epochs}epochs", self._model(trainer) / f"fold_{FOLD}"

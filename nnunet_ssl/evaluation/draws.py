@@ -1,4 +1,4 @@
-"""Claims over draws: labelled sets drawn anew, all of them judged by the same cases.
+"""Claims over draws: labeled sets drawn anew, all of them judged by the same cases.
 
 Draws and cases are crossed: a draw has a value for each case. Both are resampled, independently of each other, and a
 value counts as often as its draw times as often as its case (Owen, The pigeonhole bootstrap, Ann. Appl. Stat.

@@ -38,18 +38,18 @@ PANELS = {
         "nnU-Net's mean foreground Dice on patches of validation cases (thin) and its moving average (thick)",
     ),
     "labeled": Panel(
-        "Loss, labelled images",
-        "nnU-Net's loss of the (first) network on labelled patches: `loss_sup` (SASNet: `loss_seg_high`) of "
+        "Loss, labeled images",
+        "nnU-Net's loss of the (first) network on labeled patches: `loss_sup` (SASNet: `loss_seg_high`) of "
         "`ssl_log.csv`; of trainers without one nnU-Net's training loss",
     ),
     "validation": Panel("Loss, validation", "nnU-Net's validation loss"),
     "further": Panel(
         "Further terms, weighted",
         "the sum of all other terms of the loss times their weights, as far as they are not losses of a second network "
-        "or branch on labelled patches; trainers without such terms have no curve",
+        "or branch on labeled patches; trainers without such terms have no curve",
     ),
     "shta_token_accuracy": Panel("Token accuracy (%)", "SHTA: tokens whose nearest proxy is their most frequent class"),
-    "shta_hard_share": Panel("Hard tokens (%)", "SHTA: share of labelled tokens that are selected as hard"),
+    "shta_hard_share": Panel("Hard tokens (%)", "SHTA: share of labeled tokens that are selected as hard"),
 }
 IN_PERCENT = ("dice", "shta_token_accuracy", "shta_hard_share")
 

@@ -42,7 +42,7 @@ class FigureOptions:
 
     @property
     def ignore_label(self) -> int | None:
-        """Of voxels that nobody labelled."""
+        """Of voxels that nobody labeled."""
         return self.dataset_json["labels"].get("ignore")
 
     @property

@@ -15,7 +15,7 @@ from nnunet_ssl.shapes.warped import WarpManifest, Wish
 
 
 def draw_warps(wish: Wish) -> Path:
-    """Draw a labelled image, the unlabelled one, and the first warped onto the second, with outlines of the classes.
+    """Draw a labeled image, the unlabeled one, and the first warped onto the second, with outlines of the classes.
 
     The slice is the one with the most of the structures; images are prepared ones, the first channel.
 
@@ -53,9 +53,8 @@ def draw_warps(wish: Wish) -> Path:
                 f"{which}: {moving} onto {fixed}, correlation {entry['before']:.2f}, then {entry['after']:.2f}"
             )
         caption = (
-            "A labelled image, an unlabelled one, and the labelled one warped onto it, with outlines of its classes. "
-            f"Of the {len(kept)} warps that are kept, by correlation around the labelled structures: "
-            + "; ".join(lines)
+            "A labeled image, an unlabeled one, and the labeled one warped onto it, with outlines of its classes. "
+            f"Of the {len(kept)} warps that are kept, by correlation around the labeled structures: " + "; ".join(lines)
         )
         save_figure(figure, Path(wish.folder), "warps", f"{caption}.")
     return Path(wish.folder, "warps.png")

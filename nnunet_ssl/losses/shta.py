@@ -166,7 +166,7 @@ class Centers(NamedTuple):
 class SHTALoss(nn.Module):
     """The three SHTA losses on token embeddings, with the class proxies that they learn (Eq. 3 to 11).
 
-    A token whose row of ``y_tok`` is all zero is not in Omega_l (it is unlabelled or mostly ignored) and takes no part.
+    A token whose row of ``y_tok`` is all zero is not in Omega_l (it is unlabeled or mostly ignored) and takes no part.
     Every set may be empty: a mean over an empty set is 0 with zero gradient, so that each parameter gets a gradient on
     every rank at every step. No value is read back to the CPU.
 

@@ -23,8 +23,8 @@ def token_stride(patch_size: Sequence[int], spacing: Sequence[float], batch_size
     Args:
         patch_size: voxels along each axis.
         spacing: of the same axes, in mm.
-        batch_size: labelled samples in a step.
-        max_tokens: labelled tokens that a step may have.
+        batch_size: labeled samples in a step.
+        max_tokens: labeled tokens that a step may have.
 
     Returns:
         The stride along each axis.
@@ -89,10 +89,10 @@ class SHTABranch(nn.Module):
         self.loss = SHTALoss(num_classes, embedding_dim, settings)
 
     def forward(self, feature: Tensor, labels: Tensor) -> SHTATerms:
-        """Compute the SHTA terms of a labelled batch.
+        """Compute the SHTA terms of a labeled batch.
 
         Args:
-            feature: ``[B, C, *patch]``, the last decoder feature of labelled samples.
+            feature: ``[B, C, *patch]``, the last decoder feature of labeled samples.
             labels: ``[B, 1, *patch]`` integer labels at full resolution.
 
         Returns:

@@ -1,1 +1,1 @@
-"""Offline self-training: a teacher's best predictions of unlabelled images become labels, in rounds."""
+"""Offline self-training: a teacher's best predictions of unlabeled images become labels, in rounds."""

@@ -1,6 +1,6 @@
 """The dataset to start from, and the one in which the best predictions are labels, with a report of all cases.
 
-The best predictions join the labelled cases; the validation cases stay as they are.
+The best predictions join the labeled cases; the validation cases stay as they are.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ REPORT, PICTURE = "pseudolabels.csv", "pseudolabels.png"
 
 
 class Source(NamedTuple):
-    """The dataset to start from, seen by some of its folds. No label of an unlabelled case has a place in it.
+    """The dataset to start from, seen by some of its folds. No label of an unlabeled case has a place in it.
 
     Attributes:
         name: for instance ``Dataset504_Hippocampus_5labeled``.
         folder: the raw dataset.
         dataset_json: its ``dataset.json``.
-        images: case -> channel files, of the labelled cases.
+        images: case -> channel files, of the labeled cases.
         unlabeled: the same of ``imagesUn``.
         labeled: the cases that one of the folds trains on.
-        validation: those that none of them does; where there are none, as in fold ``all``, the labelled ones.
+        validation: those that none of them does; where there are none, as in fold ``all``, the labeled ones.
     """
 
     name: str
@@ -60,10 +60,10 @@ def read_source(name: str, *folds: str) -> Source:
 
     Args:
         name: of the dataset.
-        folds: numbers, or ``all``: then all labelled cases train and validate, as nnU-Net has it.
+        folds: numbers, or ``all``: then all labeled cases train and validate, as nnU-Net has it.
 
     Raises:
-        UserError: no such dataset or fold, no unlabelled image, or one that bears a labelled one's name.
+        UserError: no such dataset or fold, no unlabeled image, or one that bears a labeled one's name.
     """
     folder = os.path.join(required_folder("nnUNet_raw"), name)
     dataset_json = read_dataset_json(folder)
@@ -106,10 +106,10 @@ def write_pseudolabeled(
         made_with: what the record says of how it was made.
         copy: copy the files instead of linking to them.
         by: which are the best: those of most ``confidence``, or of most ``agreement`` between two teachers.
-        finish: whether there is a fold 1, which trains on the labelled cases alone.
+        finish: whether there is a fold 1, which trains on the labeled cases alone.
 
     Returns:
-        Who is what; ``labeled`` holds the pseudo-labelled cases too.
+        Who is what; ``labeled`` holds the pseudo-labeled cases too.
 
     Raises:
         UserError: no case is kept, or the dataset cannot be written. Nothing is written then.
@@ -153,7 +153,7 @@ def write_pseudolabeled(
 
 
 def write_report(file: str, measured: dict[str, Measured], kept: Iterable[str], by: str = "confidence") -> None:
-    """Write a row for each unlabelled case, the most confident first, or the one that the teachers agree on most."""
+    """Write a row for each unlabeled case, the most confident first, or the one that the teachers agree on most."""
     kept = set(kept)
     some = next(iter(measured.values()))
     whats = ["confidence", *(["agreement"] if some.dice else [])]

@@ -62,7 +62,7 @@ def stored_confidences(folder: str) -> Stored | None:
 
 
 class Predictions:
-    """A teacher's label maps of the unlabelled images, and how confident it was of each; or those of two teachers.
+    """A teacher's label maps of the unlabeled images, and how confident it was of each; or those of two teachers.
 
     They lie in one folder as nnU-Net wrote them, with ``confidences.json``. Probabilities are removed as soon as they
     are measured. What was made by another teacher or from another image is made again.
@@ -71,7 +71,7 @@ class Predictions:
         folder: of the predictions; need not exist.
         teacher: what identifies the teacher, as JSON keeps it and :func:`differences` compares it: another one makes
             all predictions worthless. None while it is not trained yet.
-        images: case -> channel files, of every unlabelled case.
+        images: case -> channel files, of every unlabeled case.
         ending: the dataset's file ending.
     """
 
@@ -122,7 +122,7 @@ class Predictions:
 
         Args:
             plans_manager, dataset_json: the teacher's.
-            votes: case -> what labelled cases say of it: files as ``--save_probabilities`` writes them, less ``.npz``
+            votes: case -> what labeled cases say of it: files as ``--save_probabilities`` writes them, less ``.npz``
                 and ``.pkl``. With a network the label map becomes that of the mean of the two.
             network: whether one has predicted.
         """

@@ -1,7 +1,7 @@
 """The rounds: predict, keep the best, make a dataset of them, train on it, again.
 
-Each round begins with the unlabelled images of the first dataset, all of them, and with the model that the last round
-trained: what was kept in one round may be labelled otherwise, or dropped, in the next. Predicting, moving the plans,
+Each round begins with the unlabeled images of the first dataset, all of them, and with the model that the last round
+trained: what was kept in one round may be labeled otherwise, or dropped, in the next. Predicting, moving the plans,
 preprocessing and training are nnU-Net's own commands.
 """
 
@@ -35,7 +35,7 @@ def self_train(settings: Settings) -> list[str]:
     """Do all of it; returns the names of the datasets.
 
     Raises:
-        UserError: no trained model, no unlabelled image, an id that is taken, a command that failed, or a file that
+        UserError: no trained model, no unlabeled image, an id that is taken, a command that failed, or a file that
             cannot be read or written.
     """
     with writing("Started again with the same options, this command goes on from here."):
@@ -90,7 +90,7 @@ class _Rounds:
         _ = self.first.electorate  # its plans can be read
         if self.plans.previous_stage_name is not None:
             raise UserError(
-                f"-c {s.configuration} needs the predictions of a previous stage, which unlabelled images do not have; "
+                f"-c {s.configuration} needs the predictions of a previous stage, which unlabeled images do not have; "
                 "use 3d_fullres or 3d_lowres."
             )
         plans_file = _preprocessed(self.source.name) / f"{s.plans}.json"
@@ -110,7 +110,7 @@ class _Rounds:
     # ------------------------------------------------------------------ the dataset of a round
 
     def _make_dataset(self, teachers: Teachers, target: str) -> None:
-        """Predict the unlabelled images and write the dataset, unless it is there."""
+        """Predict the unlabeled images and write the dataset, unless it is there."""
         s = self.settings
         # in a dry run the teacher may be a student that is not trained yet
         trained = teachers is self.first or self.steps.is_done(self._train(teachers.model))
@@ -127,8 +127,8 @@ class _Rounds:
             split = write_pseudolabeled(target, self.source, predictions, *options, finish=s.finish is not None)
             num_labeled = len(self.source.labeled)
             print(
-                f"{target}: {num_labeled} labelled, {len(split.labeled) - num_labeled} pseudo-labelled, "
-                f"{len(split.unlabeled)} unlabelled and {len(split.validation)} validation cases\n  the {s.by} of "
+                f"{target}: {num_labeled} labeled, {len(split.labeled) - num_labeled} pseudo-labeled, "
+                f"{len(split.unlabeled)} unlabeled and {len(split.validation)} validation cases\n  the {s.by} of "
                 f"each: {record.parent / REPORT}",
                 flush=True,
             )

@@ -1,4 +1,4 @@
-"""Who predicts in a round: a network, an atlas (the fold's labelled cases, registered onto each image), or both.
+"""Who predicts in a round: a network, an atlas (the fold's labeled cases, registered onto each image), or both.
 
 The network is the model that the last round trained; the atlas stays the same in all rounds.
 """
@@ -26,7 +26,7 @@ from nnunet_ssl.steps import Steps
 from nnunet_ssl.unlabeled.find import UNLABELED_FOLDER, read_dataset_json, read_plans, required_folder, with_spacing
 from nnunet_ssl.unlabeled.prepare import prepare_unlabeled
 
-PREPARE = "An atlas needs the preprocessed labelled cases: run nnUNetv2_plan_and_preprocess, or name the plans with -p."
+PREPARE = "An atlas needs the preprocessed labeled cases: run nnUNetv2_plan_and_preprocess, or name the plans with -p."
 ATTEMPTS = 2  # to predict a case
 TO_PREDICT = "to_predict"  # links to the images that are still to be predicted, where these are not all
 
@@ -47,7 +47,7 @@ class Teachers:
 
     def __str__(self) -> str:
         network = f"the model of {self.model.dataset}, fold {' '.join(self.model.folds)}"
-        atlas = f"the labelled cases of {self.source.name}, fold {' '.join(self.settings.folds)}"
+        atlas = f"the labeled cases of {self.source.name}, fold {' '.join(self.settings.folds)}"
         return " and ".join({NETWORK: network, ATLAS: atlas}[one] for one in self.settings.teachers)
 
     @property
@@ -57,7 +57,7 @@ class Teachers:
 
     @cached_property
     def electorate(self) -> Electorate | None:
-        """Those who vote: the labelled cases, as they are prepared; None without an atlas."""
+        """Those who vote: the labeled cases, as they are prepared; None without an atlas."""
         if ATLAS not in self.settings.teachers:
             return None
         file = os.path.join(required_folder("nnUNet_preprocessed"), self.source.name, f"{self.settings.plans}.json")
@@ -131,7 +131,7 @@ class Teachers:
                     predictions.save()
         elif steps.dry_run:
             if self.electorate:
-                steps.skip("here labelled images are registered onto each unlabelled one, unless that is done")
+                steps.skip("here labeled images are registered onto each unlabeled one, unless that is done")
             for part in range(self.settings.parts if self.network else 0):
                 if cases := predictions.missing(part, self.settings.parts):
                     steps.run(self._command(self._input_folder(cases)))
@@ -160,7 +160,7 @@ class Teachers:
             )
 
     def _votes(self, electorate: Electorate) -> dict[str, str]:
-        """What the labelled cases say of each unlabelled one: case -> files, less their endings."""
+        """What the labeled cases say of each unlabeled one: case -> files, less their endings."""
         processes = self.settings.processes or default_num_processes
         plans_manager = PlansManager(electorate.plans)
         of_dataset = (self.source.name, plans_manager, self.settings.configuration, electorate.dataset_json)

@@ -1,1 +1,1 @@
-"""Labelled cases in the shapes of unlabelled images, by registration."""
+"""Labeled cases in the shapes of unlabeled images, by registration."""

@@ -1,4 +1,4 @@
-"""One warped case: registered, judged, and saved as nnU-Net saves a labelled one."""
+"""One warped case: registered, judged, and saved as nnU-Net saves a labeled one."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def warp_case(
 def registered(
     there: Volume, here: Volume, channels: list[int] | None = None
 ) -> tuple[Registration | None, sitk.Image | None, str | None]:
-    """Register a labelled case onto an image, and judge it.
+    """Register a labeled case onto an image, and judge it.
 
     Args:
         there: the image without labels.
-        here: the labelled case.
+        here: the labeled case.
         channels: that are compared; None takes all of them.
 
     Returns:
@@ -138,7 +138,7 @@ def spacing_of(plans: dict, configuration: str, properties: dict) -> tuple[float
 
 
 def _save(moving_folder: str, moving: str, file: str, data: np.ndarray, seg: np.ndarray) -> None:
-    """As nnU-Net's preprocessor saves the labelled case, with class locations of its own."""
+    """As nnU-Net's preprocessor saves the labeled case, with class locations of its own."""
     dataset_class = infer_dataset_class(moving_folder)
     old_data, old_seg, _, properties = dataset_class(moving_folder, [moving]).load_case(moving)
     seg = seg.astype(np.int16)

@@ -1,4 +1,4 @@
-"""Labelled cases and their warps in one dataset, and how often nnU-Net's loader draws each."""
+"""Labeled cases and their warps in one dataset, and how often nnU-Net's loader draws each."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class JoinedDataset:
 class WarpedShare:
     """The probabilities with which ``JoinedDataset``'s cases are drawn: real ones alike, and warps.
 
-    A warp's share goes to each labelled case alike, and within it to each of its warps, so that a case with few good
+    A warp's share goes to each labeled case alike, and within it to each of its warps, so that a case with few good
     warps counts as much as the others.
 
     Args:
         labeled: the real cases.
-        moving: warp -> the labelled case that it was made from, in the dataset's order.
+        moving: warp -> the labeled case that it was made from, in the dataset's order.
         first, last: probability of a warp at the first and the last step; it changes linearly.
         steps: of the whole training.
     """

@@ -1,4 +1,4 @@
-"""Which labelled image is warped onto which unlabelled ones: spread over the shapes that there are."""
+"""Which labeled image is warped onto which unlabeled ones: spread over the shapes that there are."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def choose(
     group_of: Mapping[str, str],
     taken: Sequence[tuple[str, str]] = (),
 ) -> list[tuple[str, str]]:
-    """Pairs (labelled, unlabelled), so that all unlabelled images are used about equally often.
+    """Pairs (labeled, unlabeled), so that all unlabeled images are used about equally often.
 
     Args:
         labeled: cases that are warped.
         unlabeled: cases they may be warped onto, those that matter most first.
-        each: pairs of each labelled case, as far as there are unlabelled ones.
+        each: pairs of each labeled case, as far as there are unlabeled ones.
         group_of: case -> patient; a case that it does not name is a patient of its own.
         taken: pairs that there are, which count.
 

@@ -10,7 +10,7 @@ import numpy as np
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.shapes.registration import MOST_FOLDING, Registration
 
-LEAST_SIMILARITY = 0.4  # correlation around the labelled structures
+LEAST_SIMILARITY = 0.4  # correlation around the labeled structures
 LEAST_COVERED = 0.5  # of the fixed image
 LEAST_LEFT = 0.2  # of the volume of a class
 TOO_FEW = 0.25  # of the pairs: then the images do not show the same
@@ -56,5 +56,5 @@ def refuse_few(folder: str, good: int, bad: Counter[str], remedy: str) -> None:
     if good == 0 or good < TOO_FEW * pairs:
         told = ", ".join(f"{count} {why}" for why, count in bad.most_common())
         raise UserError(
-            f"{folder}: of {pairs} pairs of labelled and unlabelled images only {good} register well ({told}), {remedy}"
+            f"{folder}: of {pairs} pairs of labeled and unlabeled images only {good} register well ({told}), {remedy}"
         )

@@ -1,6 +1,6 @@
-"""Where each voxel of an unlabelled image lies in a labelled one: a translation, then demons.
+"""Where each voxel of an unlabeled image lies in a labeled one: a translation, then demons.
 
-The translation finds the labelled structures of the moving image by template matching, unless the images lie well as
+The translation finds the labeled structures of the moving image by template matching, unless the images lie well as
 they are. Demons with symmetric forces follow on a pyramid, by SimpleITK: fields are added up, or, where the result
 folds, composed, which takes one and a half times as long (Vercauteren et al., NeuroImage 2009).
 scripts/compare_registration.py compares other libraries; an affine step raises the correlation and lowers Dice on LA.
@@ -25,7 +25,7 @@ LONGEST = {2: 128, 3: 64}  # voxels of an axis at the finest level; a field is s
 SHORTEST = 16  # voxels: an axis is not shrunk below
 TEMPLATE = 40  # voxels of an axis when the translation is looked for
 MOST_FOLDING = 0.01  # share of the voxels
-MARGIN = 0.15  # what is around the labelled structures counts too: this share of their extent
+MARGIN = 0.15  # what is around the labeled structures counts too: this share of their extent
 GAIN = 0.05  # a correlation that is higher by this is worth a start of its own
 
 
@@ -48,7 +48,7 @@ class Registration(NamedTuple):
 
     Attributes:
         transform: a translation and a displacement field.
-        before, after: correlation of the two images around the labelled structures, where the middles of the images
+        before, after: correlation of the two images around the labeled structures, where the middles of the images
             coincide, and registered.
         folding: share of the voxels where the transform's Jacobian determinant is not positive.
         covered: share of the fixed image that lies in the moving one.
@@ -110,15 +110,15 @@ def one_thread() -> Iterator[None]:
 
 
 def register(fixed: Volume, moving: Volume, channels: list[int] | None = None) -> Registration:
-    """Register a labelled image onto another one.
+    """Register a labeled image onto another one.
 
     Args:
         fixed: the image without labels.
-        moving: the labelled one, of as many channels and dimensions.
+        moving: the labeled one, of as many channels and dimensions.
         channels: that are compared; None takes all of them. They take turns in the demons.
 
     Returns:
-        From the better of two starts: where the middles of the images coincide, and where the labelled structures
+        From the better of two starts: where the middles of the images coincide, and where the labeled structures
         match. The coarsest level of the pyramid tells which.
     """
     chosen = range(len(moving.channels)) if channels is None else channels

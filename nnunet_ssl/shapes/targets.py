@@ -1,4 +1,4 @@
-"""Unlabelled images that labelled ones may be warped onto: none of somebody who tests."""
+"""Unlabeled images that labeled ones may be warped onto: none of somebody who tests."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def find_targets(
     Args:
         dataset_name: for its ``imagesTs`` and ``imagesUn``, where the raw dataset is on this machine.
         ending: of its image files.
-        unlabeled: the prepared unlabelled images.
+        unlabeled: the prepared unlabeled images.
         groupings: each case -> patient; what any of them says counts.
     """
     tests = test_images(dataset_name, ending)
@@ -88,7 +88,7 @@ def find_targets(
     copies = _copies(images, tests) & set(unlabeled.cases)
     if left_out := sorted(of_patients(unlabeled.cases, groupings, tests) | copies):
         print(
-            f"nnunet_ssl: {len(left_out)} unlabelled images are not warped onto, since they are test images or of "
+            f"nnunet_ssl: {len(left_out)} unlabeled images are not warped onto, since they are test images or of "
             f"test patients ({a_few(left_out)}).",
             flush=True,
         )
@@ -98,7 +98,7 @@ def find_targets(
     cases = [str(case) for case in np.random.default_rng(0).permutation(cases)]
     looks = [
         description(load(unlabeled.places[case], case)[0])
-        for case in tqdm(cases[:DESCRIBED], "Looking at unlabelled images", delay=3, leave=False)
+        for case in tqdm(cases[:DESCRIBED], "Looking at unlabeled images", delay=3, leave=False)
     ]
     return [cases[i] for i in spread_out(np.stack(looks))] + cases[DESCRIBED:]
 

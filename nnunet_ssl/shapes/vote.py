@@ -1,4 +1,4 @@
-"""What labelled cases say of an image without labels: each is registered onto it, and their labels are averaged.
+"""What labeled cases say of an image without labels: each is registered onto it, and their labels are averaged.
 
 At each voxel an atlas counts as much as it is like the image around that voxel (local weighted voting: Artaechevarria
 et al., IEEE TMI 2009; that errors of atlases are correlated, as joint label fusion has it, Wang et al., IEEE TPAMI
@@ -23,7 +23,7 @@ FLOOR = 0.05  # of the similarity: where no atlas is alike all count the same
 
 
 class Atlas(NamedTuple):
-    """A labelled case on the grid of the image.
+    """A labeled case on the grid of the image.
 
     Attributes:
         image: ``[C, z, y, x]`` float32.
@@ -38,7 +38,7 @@ def atlas(moving: Volume, grid: sitk.Image, transform: sitk.Transform, labels: S
     """Take a registered case.
 
     Args:
-        moving: the labelled case. Where nnU-Net has cut off the empty border (-1), it is background.
+        moving: the labeled case. Where nnU-Net has cut off the empty border (-1), it is background.
         grid: the image that it was registered onto.
         transform: from points of the grid to points of ``moving``.
         labels: the K labels that vote, background first. Others, such as the ignore label, do not.

@@ -1,4 +1,4 @@
-"""The votes of a fold's labelled cases on every unlabelled image, each made once, and again only when it has to be.
+"""The votes of a fold's labeled cases on every unlabeled image, each made once, and again only when it has to be.
 
 They lie in ``<nnUNet_preprocessed>/<dataset>/<data_identifier>_votes/fold_<fold>``, as ``unlabeled/store.py`` keeps
 it: of each image ``<case>.npz`` and ``<case>.pkl``, as ``nnUNetv2_predict --save_probabilities`` writes them, on the
@@ -63,7 +63,7 @@ class Electorate:
 
     @cached_property
     def labeled_folder(self) -> str:
-        """Of the prepared labelled cases."""
+        """Of the prepared labeled cases."""
         return labeled_folder(self.dataset_name, PlansManager(self.plans).get_configuration(self.configuration))
 
     @property
@@ -76,7 +76,7 @@ class Electorate:
         """What tells other voters from these.
 
         Raises:
-            UserError: a labelled case is not prepared.
+            UserError: a labeled case is not prepared.
         """
         stamps = _stamps(self, VoteManifest.read(self.folder).about["labeled"])
         return f"{len(self.labeled)} cases ({_digest(self.about, stamps, '')[:12]})"
@@ -85,8 +85,8 @@ class Electorate:
 class VoteManifest(Manifest):
     """The votes; an entry has "made_from", a digest of all images, and "atlases".
 
-    "atlases" says of each labelled case that was registered how alike the two were ("after"), and "why" it does not
-    vote if it does not. Of all votes it says "labeled", stamps of the files of the labelled cases.
+    "atlases" says of each labeled case that was registered how alike the two were ("after"), and "why" it does not
+    vote if it does not. Of all votes it says "labeled", stamps of the files of the labeled cases.
     """
 
     FORMAT: ClassVar[int] = 1
@@ -103,7 +103,7 @@ class VoteManifest(Manifest):
 
 
 def prepare_votes(electorate: Electorate, images: PreparedFolder, num_processes: int) -> VoteManifest:
-    """Make or complete the votes on all unlabelled images; they stay as they are until this process ends.
+    """Make or complete the votes on all unlabeled images; they stay as they are until this process ends.
 
     Args:
         electorate: who votes.
@@ -154,8 +154,8 @@ def _complete(
     atlases = _most_alike(electorate, {case: images.places[case] for case in cases})
     manifest.write()  # first: a file may be put back as it was before we are done
     print(
-        f"nnunet_ssl: {sum(map(len, atlases.values()))} registrations of {len(electorate.labeled)} labelled images "
-        f"onto {len(cases)} unlabelled ones; the votes are kept in {manifest.folder}",
+        f"nnunet_ssl: {sum(map(len, atlases.values()))} registrations of {len(electorate.labeled)} labeled images "
+        f"onto {len(cases)} unlabeled ones; the votes are kept in {manifest.folder}",
         flush=True,
     )
     how = (electorate.plans, electorate.configuration, electorate.dataset_json, electorate.labeled_folder)
@@ -164,7 +164,7 @@ def _complete(
         [(*how, atlases[case], case, images.places[case], made_from[case]) for case in cases],
         cases,
         processes,
-        "Voting on unlabelled images",
+        "Voting on unlabeled images",
         "Vote on fewer at a time (-np 1); what is finished is kept.",
     )
     if problems:
@@ -241,7 +241,7 @@ def as_predicted(
 
 
 def _most_alike(electorate: Electorate, images: Mapping[str, str]) -> dict[str, list[str]]:
-    """Image -> the labelled cases that are to vote on it; ``images`` gives the folder of each."""
+    """Image -> the labeled cases that are to vote on it; ``images`` gives the folder of each."""
     labeled = list(electorate.labeled)
     if len(labeled) <= ATLASES:
         return dict.fromkeys(images, labeled)
@@ -264,7 +264,7 @@ def _refuse_few(manifest: VoteManifest) -> None:
 
 
 def _stamps(electorate: Electorate, known: Mapping[str, list]) -> dict[str, list[list[str | Stamp]]]:
-    """Of the files of each labelled case that votes.
+    """Of the files of each labeled case that votes.
 
     Raises:
         UserError: one is not there, or cannot be read.

@@ -1,7 +1,7 @@
 """Warped cases in nnU-Net's own prepared format, each made once, and again only when it has to be.
 
 The folder is ``<nnUNet_preprocessed>/<dataset>/<data_identifier>_warped``, as ``unlabeled/store.py`` keeps it. A warp
-is current if it was made from what its labelled and its unlabelled image hold now. It belongs to its labelled case: a
+is current if it was made from what its labeled and its unlabeled image hold now. It belongs to its labeled case: a
 fold trains with the warps of its own training cases alone.
 """
 
@@ -35,7 +35,7 @@ from nnunet_ssl.unlabeled.prepare import labeled_folder
 from nnunet_ssl.unlabeled.store import Manifest, Outcome, PreparedFolder, cannot_write
 
 BUDGET = 10.0  # minutes that may be spent where no number of pairs is given
-MOST_EACH = 30  # warps of a labelled case then
+MOST_EACH = 30  # warps of a labeled case then
 SPARE = 4 / 3  # so many pairs are registered for one that is kept: the least similar are left out
 LESS_ALIKE = "are less alike than others"
 
@@ -48,8 +48,8 @@ class Wish:
         dataset_name, plans, configuration, dataset_json: as nnU-Net has them.
         labeled: cases to warp: of a fold, its training cases.
         validation: of a fold, the cases that it is validated with.
-        unlabeled: the prepared unlabelled images.
-        each: warps of each labelled case; None for what there is, or as many as ``BUDGET`` allows.
+        unlabeled: the prepared unlabeled images.
+        each: warps of each labeled case; None for what there is, or as many as ``BUDGET`` allows.
         groups: case -> patient; None for what an earlier call was given. What the dataset's ``groups.json`` says counts
             besides.
         channels: that registration compares, () for all of them; None for those of an earlier call, or all.
@@ -73,7 +73,7 @@ class Wish:
 
     @cached_property
     def labeled_folder(self) -> str:
-        """Of the prepared labelled cases."""
+        """Of the prepared labeled cases."""
         return labeled_folder(self.dataset_name, PlansManager(self.plans).get_configuration(self.configuration))
 
     @property
@@ -103,7 +103,7 @@ class Wish:
 
 
 class WarpedFolder(NamedTuple):
-    """Where warps are, as ``PreparedFolder``, and the labelled case that each was made from."""
+    """Where warps are, as ``PreparedFolder``, and the labeled case that each was made from."""
 
     folder: str
     places: dict[str, str]
@@ -119,7 +119,7 @@ class WarpedFolder(NamedTuple):
 class WarpManifest(Manifest):
     """The warps; an entry has "moving" and "fixed", the two cases, "made_from", a digest of both, and its quality.
 
-    Of all it says "preprocessing"; "labeled", stamps of the prepared labelled cases; "asked", how many warps of each;
+    Of all it says "preprocessing"; "labeled", stamps of the prepared labeled cases; "asked", how many warps of each;
     "dropped", the pairs that were registered and not kept, and why; "channels", none for all.
     """
 
@@ -173,7 +173,7 @@ def prepare_warps(wish: Wish, num_processes: int, reading: bool = False) -> Warp
         reading: this process will read what is returned: it stays as it is until the process ends.
 
     Returns:
-        The warps of the wish's labelled cases.
+        The warps of the wish's labeled cases.
 
     Raises:
         UserError: the images do not register, or the disk stands in the way. What was finished is kept.
@@ -212,7 +212,7 @@ def wait_until_warped(wish: Wish, timeout: float = 24 * 3600) -> WarpedFolder:
         nonlocal known
         manifest = WarpManifest.read(wish.folder)
         state = _State(wish, manifest, known)
-        known = state.stamps  # or the labelled cases would be read at each look
+        known = state.stamps  # or the labeled cases would be read at each look
         if state.todo:
             return None
         refuse_where_few_register(wish, manifest)
@@ -239,7 +239,7 @@ def refuse_where_few_register(wish: Wish, manifest: WarpManifest) -> None:
     usable = len(manifest.of(wish).cases)
     if not usable and not bad:
         raise UserError(
-            f"{wish.folder}: no unlabelled image may be warped onto, since all are test images or of test or "
+            f"{wish.folder}: no unlabeled image may be warped onto, since all are test images or of test or "
             f"validation patients, {remedy}"
         )
     refuse_few(wish.folder, usable and usable + dropped.count(LESS_ALIKE), bad, remedy)
@@ -251,9 +251,9 @@ class _State:
     Attributes:
         stamps: case -> stamps of its prepared files, of the cases to warp and of those that have been warped.
         current, dropped: entries of the manifest that say what is true now.
-        asked: labelled case -> warps that there were to be, as far as they would be made in the same way now.
-        todo: labelled case -> warps to make sure of; 0 for as many as of others, or as time allows.
-        done: labelled case -> warps, of those that want nothing.
+        asked: labeled case -> warps that there were to be, as far as they would be made in the same way now.
+        todo: labeled case -> warps to make sure of; 0 for as many as of others, or as time allows.
+        done: labeled case -> warps, of those that want nothing.
     """
 
     def __init__(self, wish: Wish, manifest: WarpManifest, known: Mapping[str, list]) -> None:
@@ -327,8 +327,8 @@ def _complete(state: _State, num_processes: int) -> None:
     pairs = choose(list(todo), targets, round(SPARE * each), {**of_dataset, **given}, there)
     if pairs:
         print(
-            f"nnunet_ssl: registering {len(pairs)} pairs of {len(todo)} labelled and {len(targets)} unlabelled images; "
-            f"the {each} most alike of each labelled one are kept in {wish.folder}",
+            f"nnunet_ssl: registering {len(pairs)} pairs of {len(todo)} labeled and {len(targets)} unlabeled images; "
+            f"the {each} most alike of each labeled one are kept in {wish.folder}",
             flush=True,
         )
 
@@ -345,7 +345,7 @@ def _complete(state: _State, num_processes: int) -> None:
             ],
             [_name(*pair) for pair in pairs],
             num_processes,
-            "Warping labelled images",
+            "Warping labeled images",
             "Warp with fewer at a time (nnUNetv2_ssl_warp -np 1); what is finished is kept.",
             keep,
         )
@@ -359,7 +359,7 @@ def _complete(state: _State, num_processes: int) -> None:
 
 
 def _affordable(wish: Wish, how: tuple[dict, str, list[int]], targets: list[str], num_processes: int) -> int:
-    """How many warps of each labelled case fit into ``BUDGET``, by the time that one takes here."""
+    """How many warps of each labeled case fit into ``BUDGET``, by the time that one takes here."""
     if not targets:
         return 1
     moving, fixed = wish.labeled[0], targets[0]
@@ -371,7 +371,7 @@ def _affordable(wish: Wish, how: tuple[dict, str, list[int]], targets: list[str]
     of_one = SPARE * len(wish.labeled) * seconds / 60 / num_processes  # minutes, of a warp of each case
     each = max(1, min(MOST_EACH, len(targets), int(BUDGET / of_one)))
     print(
-        f"nnunet_ssl: a pair takes about {seconds:.1f} s; {each} warps of each of {len(wish.labeled)} labelled cases "
+        f"nnunet_ssl: a pair takes about {seconds:.1f} s; {each} warps of each of {len(wish.labeled)} labeled cases "
         f"take about {each * of_one:.1f} min with {num_processes} processes (nnUNetv2_ssl_warp --pairs N for another "
         "number).",
         flush=True,

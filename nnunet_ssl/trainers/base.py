@@ -60,7 +60,7 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
     chooses algorithms by speed, as nnU-Net wants it, and the last bits differ from run to run.
 
     Raises:
-        UserError: at the start, if the settings, the plans, the unlabelled images or the training state cannot work, or
+        UserError: at the start, if the settings, the plans, the unlabeled images or the training state cannot work, or
             another process works in the fold's folder.
     """
 
@@ -147,7 +147,7 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
 
         Args:
             name: of the network.
-            stream: what it ran on, in a pass with gradient; with a target if the images are labelled.
+            stream: what it ran on, in a pass with gradient; with a target if the images are labeled.
             feature: ``[B, C, *patch]``.
 
         Returns:
@@ -162,11 +162,11 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
         """What follows each step, when all optimisers have stepped: a teacher's update, for instance."""
 
     def labeled_loader(self) -> type[nnUNetDataLoader]:
-        """The class that serves labelled batches: nnU-Net's own, or one that says more of each patch."""
+        """The class that serves labeled batches: nnU-Net's own, or one that says more of each patch."""
         return nnUNetDataLoader
 
     def view_transform(self) -> BasicTransform | None:
-        """A spatial transform to end nnU-Net's own augmentation with, of labelled and unlabelled patches alike."""
+        """A spatial transform to end nnU-Net's own augmentation with, of labeled and unlabeled patches alike."""
         return None
 
     def training_state(self, filename: str) -> dict[str, Any]:
@@ -187,7 +187,7 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
 
         Args:
             name: a name of ``networks()``.
-            stream: images, and their target if they are labelled.
+            stream: images, and their target if they are labeled.
 
         Returns:
             The network's outputs: with deep supervision a list, full resolution first.
@@ -259,7 +259,7 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
 
     @property
     def uses_warps(self) -> bool:
-        """Whether some labelled patches are of warps."""
+        """Whether some labeled patches are of warps."""
         return max(self.settings.warped_share, self.settings.warped_share_last or 0.0) > 0
 
     @property
@@ -296,7 +296,7 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
             raise UserError(f"{name} is the base of the trainers; choose one that nnUNetv2_ssl_trainers lists.")
         if plans_manager.get_configuration(configuration).previous_stage_name is not None:
             raise UserError(
-                f"{name} cannot train '{configuration}': unlabelled images have no segmentation from the previous "
+                f"{name} cannot train '{configuration}': unlabeled images have no segmentation from the previous "
                 "stage of the cascade; train '3d_fullres' or '3d_lowres'."
             )
         if plans_manager.get_label_manager(dataset_json).has_regions and not cls.supports_regions:

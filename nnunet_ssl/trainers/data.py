@@ -1,4 +1,4 @@
-"""What a training learns from: labelled cases and their warps, unlabelled images, and the loaders that serve them."""
+"""What a training learns from: labeled cases and their warps, unlabeled images, and the loaders that serve them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Data(nnUNetTrainer):
             prepared = prepare_unlabeled(*what, default_num_processes, reading=True)
         else:
             prepared = wait_until_prepared(*what)
-        self.print_to_log_file(f"Learning from {len(prepared.cases)} unlabelled images in {prepared.folder}")
+        self.print_to_log_file(f"Learning from {len(prepared.cases)} unlabeled images in {prepared.folder}")
         return prepared
 
     def _prepared_warps(self) -> WarpedFolder:
@@ -71,7 +71,7 @@ class Data(nnUNetTrainer):
         return dataset if self.warps is None else JoinedDataset(dataset, self.warps.places)
 
     def get_dataloaders(self) -> tuple[Any, Any]:
-        """nnU-Net's loaders and transforms, with an unlabelled stream beside the labelled one."""
+        """nnU-Net's loaders and transforms, with an unlabeled stream beside the labeled one."""
         patch_size = self.configuration_manager.patch_size
         scales = self._get_deep_supervision_scales()
         rotation, dummy_2d, initial_patch_size, mirror_axes = (

@@ -18,7 +18,7 @@ class GACPSSettings(CrossSupervisionSettings):
 
     ga_topk: Percentage = setting(
         10.0,
-        "Percentage of labelled voxels, the hardest, that the cross-entropy with labels takes; `100` takes all. "
+        "Percentage of labeled voxels, the hardest, that the cross-entropy with labels takes; `100` takes all. "
         "Pseudo-labels take all in any case",
         symbol="k",
     )
@@ -37,7 +37,7 @@ class nnUNetTrainerGACPS(nnUNetTrainerCPS):  # noqa: N801
     Pseudo-labels: GACE of all voxels at full resolution, without a Dice. nnU-Net's validation loss stays nnU-Net's.
 
     Departures from the authors' code, each with its reason: see ``docs/methods.md``. The one to know when reading
-    this: their cross term counts the voxels of each class over labelled and unlabelled images together; here each of
+    this: their cross term counts the voxels of each class over labeled and unlabeled images together; here each of
     the two is counted by itself and the mean is taken, as in CPS.
     """
 

@@ -10,9 +10,9 @@ from nnunet_ssl.trainers.base import Batch, nnUNetTrainerSSL
 
 
 class nnUNetTrainerLabeledOnly(nnUNetTrainerSSL):  # noqa: N801
-    """nnU-Net on the labelled cases alone: the paired baseline.
+    """nnU-Net on the labeled cases alone: the paired baseline.
 
-    The same loss, schedule and initial weights as nnU-Net's own trainer, and from one seed the same labelled batches in
+    The same loss, schedule and initial weights as nnU-Net's own trainer, and from one seed the same labeled batches in
     the same order as the semi-supervised trainers of this package.
     """
 

@@ -150,7 +150,7 @@ class nnUNetTrainerMAE(nnUNetTrainerSSL):  # noqa: N801
     def get_dataloaders(self) -> tuple[Any, Any]:
         """One stream of patches, drawn uniformly from all images that may be seen, and one for validation.
 
-        Images of labelled cases are read as if they had no labels: what comes beside them is where they are nonzero,
+        Images of labeled cases are read as if they had no labels: what comes beside them is where they are nonzero,
         for nnU-Net's masking, and their labels change nothing.
         """
         patch_size = self.configuration_manager.patch_size

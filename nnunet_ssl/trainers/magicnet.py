@@ -47,11 +47,11 @@ class MagicNetSettings(SSLSettings):
         "`[1, 1, 1]` leaves a mean teacher",
         symbol="N",
     )
-    magicnet_direct_weight: Weight = setting(1.0, "Weight of nnU-Net's loss on whole labelled patches", paper=0.25)
+    magicnet_direct_weight: Weight = setting(1.0, "Weight of nnU-Net's loss on whole labeled patches", paper=0.25)
     magicnet_cross_weight: Weight = setting(
-        1.0, "Weight of Dice on labelled patches whose cubes were exchanged across images", paper=0.25
+        1.0, "Weight of Dice on labeled patches whose cubes were exchanged across images", paper=0.25
     )
-    magicnet_within_weight: Weight = setting(1.0, "Weight of Dice on labelled patches seen cube by cube", paper=0.25)
+    magicnet_within_weight: Weight = setting(1.0, "Weight of Dice on labeled patches seen cube by cube", paper=0.25)
     magicnet_location_weight: Weight = setting(0.4, "Weight of the location of cubes", paper=0.1)
     magicnet_weight: Weight = setting(
         0.4, "Full weight of the consistency with the pseudo-labels", symbol="w", paper=0.1
@@ -83,15 +83,15 @@ class nnUNetTrainerMagicNet(nnUNetTrainerSSL):  # noqa: N801
     """MagicNet: patches as magic cubes that are taken apart, exchanged between images, and put together again.
 
     The student (the plans' network, which predicts) learns from whole patches, from patches whose cubes were exchanged
-    across the labelled and unlabelled images (positions stay), and from cubes seen one by one. A head on the bottleneck
-    tells where a cube was. Unlabelled images learn from the pseudo-labels of an EMA teacher, blended with what the
+    across the labeled and unlabeled images (positions stay), and from cubes seen one by one. A head on the bottleneck
+    tells where a cube was. Unlabeled images learn from the pseudo-labels of an EMA teacher, blended with what the
     student says of single cubes.
 
     The paper recovers embeddings and classifies them. nnU-Net's last layer, like the authors', acts on each voxel by
     itself, so recovering its logits is the same, and it holds less.
 
     Cubes are in one order everywhere, so two faults of the released code are not here: its cubes of "within" came back
-    with their first and last axis swapped, and a fork blended unlabelled images with cubes of labelled ones.
+    with their first and last axis swapped, and a fork blended unlabeled images with cubes of labeled ones.
     """
 
     paper = "Chen et al., MagicNet: Multi-Organ Segmentation via Magic-Cube Partition and Recovery, CVPR 2023"
@@ -186,9 +186,9 @@ class nnUNetTrainerMagicNet(nnUNetTrainerSSL):  # noqa: N801
         }
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
-        """Whole patches, cubes of labelled images, cubes of unlabelled images, exchanged cubes.
+        """Whole patches, cubes of labeled images, cubes of unlabeled images, exchanged cubes.
 
-        The last pass holds a labelled and an unlabelled batch at once, and cannot be split: each mixed volume has
+        The last pass holds a labeled and an unlabeled batch at once, and cannot be split: each mixed volume has
         voxels of several images, and each image's Dice needs its voxels from several mixed volumes.
         """
         labeled, unlabeled = batch
@@ -208,7 +208,7 @@ class nnUNetTrainerMagicNet(nnUNetTrainerSSL):  # noqa: N801
             of_cubes, location = self._cube_by_cube(unlabeled.images, decoder_learns=False)
             yield {"location": location / 2}
 
-        # o_c = H(recover(f(exchanged cubes))); only this prediction of unlabelled images learns from pseudo-labels
+        # o_c = H(recover(f(exchanged cubes))); only this prediction of unlabeled images learns from pseudo-labels
         labels = self._pseudo_labels(unlabeled.images, of_cubes)
         del of_cubes
         of_labeled, of_unlabeled = self._exchanged(labeled.images, unlabeled.images)

@@ -37,7 +37,7 @@ class MeanTeacherSettings(TeacherSettings):
 
 
 class Taught(nnUNetTrainerSSL):
-    """A method whose student, the plans' network, follows an EMA copy of itself on unlabelled images.
+    """A method whose student, the plans' network, follows an EMA copy of itself on unlabeled images.
 
     The student predicts, as in the released code. A method writes ``consistency``.
     """
@@ -59,14 +59,14 @@ class Taught(nnUNetTrainerSSL):
         return {**super().term_weights(), "consistency": weight}
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
-        """A pass for the labels, one for what the teacher says of unlabelled images."""
+        """A pass for the labels, one for what the teacher says of unlabeled images."""
         if self.global_step == 0:
             self.training_modules["teacher"].start(self.plans_network)  # -pretrained_weights are in by now
         yield {"sup": self.loss(self.forward("first", batch.labeled), batch.labeled.target)}
         yield {"consistency": self.consistency(batch.unlabeled.images)}
 
     def consistency(self, images: Tensor) -> Tensor:
-        """How far the student is from its teacher on unlabelled images ``[B, C, *patch]``, 0-dim."""
+        """How far the student is from its teacher on unlabeled images ``[B, C, *patch]``, 0-dim."""
         raise NotImplementedError
 
     def after_step(self) -> None:
@@ -85,7 +85,7 @@ class Taught(nnUNetTrainerSSL):
 
 
 class nnUNetTrainerMeanTeacher(Taught):  # noqa: N801
-    """Mean Teacher: the student approaches what its EMA copy says of the same unlabelled images with noise.
+    """Mean Teacher: the student approaches what its EMA copy says of the same unlabeled images with noise.
 
     The difference is squared and averaged over classes too, as in the ports to segmentation. Teacher and student see
     the same augmented patch: nnU-Net's augmentation is no matter of the method.

@@ -195,7 +195,7 @@ class Resuming(nnUNetTrainer):
             )
         if self.current_epoch < self.num_epochs:  # else only validation is left
             for what, key, prepared in (
-                ("unlabelled images", "unlabeled", self.unlabeled if self.uses_unlabeled else None),
+                ("unlabeled images", "unlabeled", self.unlabeled if self.uses_unlabeled else None),
                 ("warps", "warps", self.warps),
             ):
                 if state.get(key) is not None and prepared is not None:

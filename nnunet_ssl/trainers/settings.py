@@ -32,7 +32,7 @@ class SSLSettings:
     )
     passes: Literal["paired", "lean", "joint"] = setting(
         "paired",
-        'Order of the passes of two networks that teach each other: `"paired"` runs both on labelled or unlabelled '
+        'Order of the passes of two networks that teach each other: `"paired"` runs both on labeled or unlabeled '
         'images, then backpropagates both; `"lean"` holds one network at a time, in less memory, and runs the second '
         'twice; `"joint"` holds all passes, of any method, to the end of the step, for tests. The gradients are the '
         "same",
@@ -53,7 +53,7 @@ class SSLSettings:
     ema_share: Part = setting(0.1, "Share of the steps made so far that this average spans")
     elastic_deformation: Share = setting(0.0, "Probability that a training patch is [deformed](#elastic-deformation)")
     warped_share: Share = setting(
-        0.0, "Probability that a labelled patch is of a [warp](shapes.md); `nnUNetTrainerMAE` takes none"
+        0.0, "Probability that a labeled patch is of a [warp](shapes.md); `nnUNetTrainerMAE` takes none"
     )
     warped_share_last: Share | None = setting(
         None, "That probability at the last step, to which it changes linearly; `null` leaves it as it is"

@@ -34,9 +34,7 @@ class SHTASettings(SHTALossSettings, SSLSettings):
     shta_warmup: Share = setting(0.0, "Share of the training over which lambda grows linearly")
     shta_attach: Literal["first", "all"] = setting("first", 'Networks that carry a branch: `"first"`, or `"all"`')
     shta_stride: Counts = setting((), "Voxels of a token along each axis, divisors of the patch; `[]` is three or four")
-    shta_max_tokens: Count = setting(
-        262144, "Labelled tokens of a step at most; the default stride grows to keep to it"
-    )
+    shta_max_tokens: Count = setting(262144, "Labeled tokens of a step at most; the default stride grows to keep to it")
     # the paper's ratio of parameters asks for more than the feature's channels
     shta_hidden_dim: Count = setting(256, "Width of g of Eq. 1")
     shta_embedding_dim: Count = setting(128, "Dimensions of an embedding", symbol="C_z")  # room for many classes, cheap
@@ -46,11 +44,11 @@ READOUTS = "assign anchor hard center hard_share candidate_share token_accuracy 
 
 
 class SHTAMixin(nnUNetTrainerSSL):
-    """Adds ``lambda * L_SHTA`` on the labelled images' last decoder feature to a host (Eq. 2).
+    """Adds ``lambda * L_SHTA`` on the labeled images' last decoder feature to a host (Eq. 2).
 
     ``nnUNetTrainerSHTA_X`` is made of it and ``nnUNetTrainerX``, with the settings of both: see ``__getattr__`` below.
-    The branch exists in training only; unlabelled images never enter it. On URPC with dropout it reads the feature
-    after that, as the full-resolution head does; on MagicNet the student's forward of the unmixed labelled images.
+    The branch exists in training only; unlabeled images never enter it. On URPC with dropout it reads the feature
+    after that, as the full-resolution head does; on MagicNet the student's forward of the unmixed labeled images.
     """
 
     supports_regions = False
@@ -104,7 +102,7 @@ class SHTAMixin(nnUNetTrainerSSL):
         return weights
 
     def on_feature(self, name: str, stream: Stream, feature: Tensor) -> dict[str, Tensor]:
-        """L_SHTA of one network on labelled images; the readouts of Table IV go to the log."""
+        """L_SHTA of one network on labeled images; the readouts of Table IV go to the log."""
         terms = super().on_feature(name, stream, feature)
         if stream.target is None or name not in self.networks_with_shta():
             return terms
@@ -135,7 +133,7 @@ def build_branch(
         in_channels: C of the decoder feature.
         configuration_manager: of nnU-Net's plans.
         label_manager: of nnU-Net's plans.
-        batch_size: labelled samples in a step of one GPU.
+        batch_size: labeled samples in a step of one GPU.
 
     Raises:
         UserError: if ``shta_stride`` does not divide the patch.
@@ -164,7 +162,7 @@ def on_host(host: type[nnUNetTrainerSSL]) -> type[SHTAMixin]:
     name = f"{trainers.SHTA}{host.__name__.removeprefix('nnUNetTrainer')}"
     body = {"__module__": __name__, "__doc__": f"Settings of SHTA on {host.__name__}."}
     settings = declared(type(f"{name}Settings", (SHTASettings, host.Settings), body))
-    what = f"SHTA on {host.__name__}: token embeddings of the labelled images are tied to class proxies and centers."
+    what = f"SHTA on {host.__name__}: token embeddings of the labeled images are tied to class proxies and centers."
     body = {"__module__": trainers.__name__, "__doc__": what, "paper": PAPER, "Settings": settings}
     return type(name, (SHTAMixin, host), body)
 

@@ -14,8 +14,8 @@ class Stream(NamedTuple):
     """One half of a batch."""
 
     images: Tensor  # [B, C, *patch]
-    target: list[Tensor] | Tensor | None  # nnU-Net's target, full resolution first; None for unlabelled images
-    cases: list[str] | None = None  # names of the labelled cases
+    target: list[Tensor] | Tensor | None  # nnU-Net's target, full resolution first; None for unlabeled images
+    cases: list[str] | None = None  # names of the labeled cases
     coordinates: Tensor | None = None  # [B, dim, *patch], where a method asks for them: see sasnet/coordinates.py
 
 

@@ -40,7 +40,7 @@ class URPCSettings(SSLSettings):
 
 
 class nnUNetTrainerURPC(nnUNetTrainerSSL):  # noqa: N801
-    """URPC: one network whose predictions at several resolutions shall agree on unlabelled images.
+    """URPC: one network whose predictions at several resolutions shall agree on unlabeled images.
 
     The pyramid is nnU-Net's deep supervision: its outputs at the highest resolutions. The lowest, to which nnU-Net
     gives no weight, is left out; in a network of three stages, which has two outputs, it is part of the pyramid and
@@ -95,7 +95,7 @@ class nnUNetTrainerURPC(nnUNetTrainerSSL):  # noqa: N801
         return {**super().term_weights(), "urpc": weight}
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
-        """A pass for the labels, one for the consistency on unlabelled images."""
+        """A pass for the labels, one for the consistency on unlabeled images."""
         yield {"sup": self.loss(self.forward("first", batch.labeled), batch.labeled.target)}
 
         pyramid = self.forward("first", batch.unlabeled)[: self.num_scales]

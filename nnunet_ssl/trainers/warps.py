@@ -1,4 +1,4 @@
-"""nnU-Net on labelled images in the shapes of unlabelled ones: the trainer to start with."""
+"""nnU-Net on labeled images in the shapes of unlabeled ones: the trainer to start with."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from nnunet_ssl.trainers.settings import SSLSettings
 
 @declared
 class WarpsSettings(SSLSettings):
-    """Half of the labelled patches are of warps."""
+    """Half of the labeled patches are of warps."""
 
     warped_share: Share = setting(0.5, "As for all trainers")
 
 
 class nnUNetTrainerWarps(nnUNetTrainerLabeledOnly):  # noqa: N801
-    """nnU-Net on the labelled cases and on warps of them: labelled images registered onto unlabelled ones.
+    """nnU-Net on the labeled cases and on warps of them: labeled images registered onto unlabeled ones.
 
     Image and label are warped together, so the label is right even where the registration is not; what is new is the
     shape. Before the training starts, the warps are made that are missing (``nnUNetv2_ssl_warp`` makes them ahead).

@@ -1,4 +1,4 @@
-"""One unlabelled image through nnU-Net's preprocessing, checked before and after."""
+"""One unlabeled image through nnU-Net's preprocessing, checked before and after."""
 
 from __future__ import annotations
 

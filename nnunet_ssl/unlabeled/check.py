@@ -1,4 +1,4 @@
-"""What an unlabelled image must be before anything learns from it: read whole, and of the dataset's kind.
+"""What an unlabeled image must be before anything learns from it: read whole, and of the dataset's kind.
 
 nnU-Net checks none of this at preprocessing.
 """
@@ -76,7 +76,7 @@ def check_kind(images: np.ndarray, properties: dict, files: Sequence[str], plans
         )
     if is_2d(properties) and (plans.dimensions == 3 or plans.transpose_forward[0] != 0):
         raise BadImageError(
-            f"{files[0]}: the image is 2D, but the labelled images of this dataset are 3D. Convert or remove it."
+            f"{files[0]}: the image is 2D, but the labeled images of this dataset are 3D. Convert or remove it."
         )
 
 

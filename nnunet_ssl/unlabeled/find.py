@@ -109,7 +109,7 @@ def with_spacing(case: str, files: list[str]) -> list[str]:
 
 
 def find_labeled(raw_folder: str, dataset_json: dict) -> dict[str, list[str]]:
-    """Find the labelled images of a dataset, in ``imagesTr`` or where ``dataset.json`` says, without opening any.
+    """Find the labeled images of a dataset, in ``imagesTr`` or where ``dataset.json`` says, without opening any.
 
     Returns:
         case -> its channel files, sorted by case.
@@ -138,9 +138,9 @@ def find_labeled(raw_folder: str, dataset_json: dict) -> dict[str, list[str]]:
 
 
 def refuse_labeled_names(unlabeled: dict[str, list[str]], labeled_cases: Collection[str]) -> None:
-    """Refuse an unlabelled image that bears the name of a labelled or validation case.
+    """Refuse an unlabeled image that bears the name of a labeled or validation case.
 
-    The same image on both sides would be a labelled image to one half of the method and an unlabelled one to the
+    The same image on both sides would be a labeled image to one half of the method and an unlabeled one to the
     other; in validation it would flatter the score.
 
     Raises:
@@ -149,19 +149,19 @@ def refuse_labeled_names(unlabeled: dict[str, list[str]], labeled_cases: Collect
     both = sorted(set(unlabeled) & set(labeled_cases))
     if both:
         raise UserError(
-            f"{unlabeled[both[0]][0]}{_and_more(both)}: {both[0]} is also a labelled or validation case of this "
+            f"{unlabeled[both[0]][0]}{_and_more(both)}: {both[0]} is also a labeled or validation case of this "
             f"dataset. Remove it from {UNLABELED_FOLDER}, or rename it if it is another image."
         )
 
 
 def refuse_labeled_images(unlabeled: dict[str, list[str]], labeled: dict[str, list[str]]) -> None:
-    """Refuse an unlabelled image that is a labelled one under another name: the same files, by whatever links.
+    """Refuse an unlabeled image that is a labeled one under another name: the same files, by whatever links.
 
     Args:
-        unlabeled, labeled: case -> its channel files. Labelled files that are not there are passed over.
+        unlabeled, labeled: case -> its channel files. Labeled files that are not there are passed over.
 
     Raises:
-        UserError: names the first such file and the labelled case.
+        UserError: names the first such file and the labeled case.
     """
     known = {identity: case for case, files in labeled.items() if (identity := _identity(files))}
     for files in unlabeled.values():
@@ -171,9 +171,9 @@ def refuse_labeled_images(unlabeled: dict[str, list[str]], labeled: dict[str, li
 
 
 def is_labeled(file: str, case: str) -> str:
-    """What to say of an unlabelled image that is the labelled or validation image of ``case``."""
+    """What to say of an unlabeled image that is the labeled or validation image of ``case``."""
     return (
-        f"{file} is the image of {case}, a labelled or validation case of this dataset, under another name. Remove it "
+        f"{file} is the image of {case}, a labeled or validation case of this dataset, under another name. Remove it "
         f"from {UNLABELED_FOLDER}."
     )
 

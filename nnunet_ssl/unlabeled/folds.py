@@ -62,13 +62,13 @@ def refuse_fold(fold: int | str, cases: Collection[str], preprocessed: str) -> N
         if len(cases) < FOLDS:
             raise UserError(
                 f"fold {fold}: there is no {file}, and the {FOLDS} folds that nnU-Net makes by itself need {FOLDS} "
-                f"labelled cases, but there are {len(cases)}. {REMEDY}"
+                f"labeled cases, but there are {len(cases)}. {REMEDY}"
             )
         return
     folds = read_splits(file, REMEDY)
     if fold >= len(folds):  # nnU-Net draws four fifths of the cases
         if int(0.8 * len(cases)) == 0:
-            raise UserError(f"fold {fold}: one labelled case cannot both train and validate. {REMEDY}")
+            raise UserError(f"fold {fold}: one labeled case cannot both train and validate. {REMEDY}")
         return
     for part, names in folds[fold]._asdict().items():
         if not names:

@@ -1,4 +1,4 @@
-"""Serves labelled and unlabelled batches together, from one pool of workers, in an order that a seed fixes."""
+"""Serves labeled and unlabeled batches together, from one pool of workers, in an order that a seed fixes."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class UnlabeledDataset(PreparedDataset):
         self.masks = masks
 
     def load_case(self, identifier: str) -> tuple[Any, Any, None, dict]:
-        """As nnU-Net's; an unlabelled image knows of no class locations, which nnU-Net's loader asks for."""
+        """As nnU-Net's; an unlabeled image knows of no class locations, which nnU-Net's loader asks for."""
         data, seg, seg_prev, properties = super().load_case(identifier)
         if not self.masks:
             seg = np.empty((0, *data.shape[1:]), np.int8)
@@ -101,7 +101,7 @@ class TwoStreamLoader(SlimDataLoaderBase):
     """Batch number k is a function of the seed and k alone, whichever worker makes it.
 
     So a resumed run sees the batches that the killed one would have seen, and two trainers with one seed see the same
-    labelled batches, with or without an unlabelled stream beside them. Only the number of the batch, not the number of
+    labeled batches, with or without an unlabeled stream beside them. Only the number of the batch, not the number of
     workers, matters; cases are drawn with replacement, as nnU-Net does.
 
     Args:
@@ -110,7 +110,7 @@ class TwoStreamLoader(SlimDataLoaderBase):
         seed: the run's seed.
         purpose: keeps the draws of different loaders apart, for example ``("train", rank)``.
         first_batch: number of the first batch, above 0 when a run is resumed.
-        probabilities: number of the batch -> how often each labelled case is drawn; None for all alike.
+        probabilities: number of the batch -> how often each labeled case is drawn; None for all alike.
 
     Attributes:
         tickets: numbers of batches to make, which workers share; None without workers.

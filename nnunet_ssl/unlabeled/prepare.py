@@ -1,4 +1,4 @@
-"""Unlabelled images through nnU-Net's own preprocessing, each once, and again only when it has to be.
+"""Unlabeled images through nnU-Net's own preprocessing, each once, and again only when it has to be.
 
 The prepared folder is ``<nnUNet_preprocessed>/<dataset>/<data_identifier>_unlabeled``, as ``store.py`` keeps it. A case
 is current if its manifest's entry says what is true now: the raw files that it was made from, and what in the plans it
@@ -48,7 +48,7 @@ def prepare_unlabeled(
     num_processes: int,
     reading: bool = False,
 ) -> PreparedFolder:
-    """Make or complete the folder of prepared unlabelled images, and say what is made again and why.
+    """Make or complete the folder of prepared unlabeled images, and say what is made again and why.
 
     Where the raw dataset or its ``imagesUn`` is absent, as on a cluster that has the preprocessed data alone, a folder
     that was prepared with the same plans is taken as it is. A folder that is complete need not be writable.
@@ -58,7 +58,7 @@ def prepare_unlabeled(
         plans_manager: the plans.
         configuration: nnU-Net configuration, for instance ``3d_fullres``.
         dataset_json: the dataset's ``dataset.json``.
-        labeled_cases: labelled and validation cases; no unlabelled image may bear one of these names.
+        labeled_cases: labeled and validation cases; no unlabeled image may bear one of these names.
         num_processes: images prepared at a time, where there is enough to do; 1 prepares in this process.
         reading: this process will read what is returned: it stays as it is until the process ends.
 
@@ -115,7 +115,7 @@ def wait_until_prepared(
     labeled_cases: Collection[str],
     timeout: float = 24 * 3600,
 ) -> PreparedFolder:
-    """Wait until another process has prepared the unlabelled images, and keep them for reading: see ``store.wait_for``.
+    """Wait until another process has prepared the unlabeled images, and keep them for reading: see ``store.wait_for``.
 
     Args:
         dataset_name, plans_manager, configuration, dataset_json, labeled_cases: as for ``prepare_unlabeled``.
@@ -148,7 +148,7 @@ def wait_until_prepared(
 
 
 def labeled_folder(dataset_name: str, configuration_manager: ConfigurationManager) -> str:
-    """nnU-Net's folder of a configuration's prepared labelled cases.
+    """nnU-Net's folder of a configuration's prepared labeled cases.
 
     Raises:
         UserError: the names in the plans lead out of the dataset's folder.
@@ -162,15 +162,15 @@ def labeled_folder(dataset_name: str, configuration_manager: ConfigurationManage
 
 
 def prepared_folder(dataset_name: str, configuration_manager: ConfigurationManager) -> str:
-    """The folder of a configuration's prepared unlabelled images; raises as ``labeled_folder``."""
+    """The folder of a configuration's prepared unlabeled images; raises as ``labeled_folder``."""
     return f"{labeled_folder(dataset_name, configuration_manager)}_unlabeled"
 
 
 class UnlabeledManifest(Manifest):
-    """The finished unlabelled images; an entry has "raw", stamps of a case's raw files.
+    """The finished unlabeled images; an entry has "raw", stamps of a case's raw files.
 
     Of all cases it says "preprocessing", what determined them (see ``preprocessing_of``), and "labeled", stamps of the
-    labelled images that an unlabelled one could be a copy of.
+    labeled images that an unlabeled one could be a copy of.
     """
 
     FORMAT: ClassVar[int] = 2
@@ -197,10 +197,10 @@ class _Wanted:
     """What is to be prepared, and what is known of it.
 
     Attributes:
-        images, labeled: case -> channel files, of the unlabelled and of the labelled images.
+        images, labeled: case -> channel files, of the unlabeled and of the labeled images.
         preprocessing: see ``preprocessing_of``.
         stamps: of those images that were prepared at some time. Of the others it takes reading them.
-        labeled_stamps: of the labelled images that have the sizes of an unlabelled one, and so could be the same.
+        labeled_stamps: of the labeled images that have the sizes of an unlabeled one, and so could be the same.
     """
 
     images: dict[str, list[str]]
@@ -213,7 +213,7 @@ class _Wanted:
         """What has to be done, by reason: reason -> cases; empty if the folder is current.
 
         Raises:
-            UserError: an image that was prepared is the copy of a labelled one.
+            UserError: an image that was prepared is the copy of a labeled one.
         """
         sizes = set(map(_sizes, self.images.values())) - {None}
         could_be_copies = {case: files for case, files in self.labeled.items() if _sizes(files) in sizes}
@@ -245,7 +245,7 @@ class _Wanted:
         return reasons
 
     def copied_from(self, case: str, raw: list[list]) -> str | None:
-        """What to say of an image whose channel files hold what those of a labelled one hold; None of others."""
+        """What to say of an image whose channel files hold what those of a labeled one hold; None of others."""
         content = _content(raw, self.images[case])
         for twin, of_twin in self.labeled_stamps.items():
             if _content(of_twin, self.labeled[twin]) == content:
@@ -293,7 +293,7 @@ def _take_as_it_is(
         if not manifest.is_complete(task.preprocessing):
             raise UserError(
                 f"the raw dataset {dataset_name} is not in nnUNet_raw={nnUNet_raw.get()}, and {folder} does "
-                "not hold its unlabelled images prepared with these plans. Bring one of the two."
+                "not hold its unlabeled images prepared with these plans. Bring one of the two."
             )
         refuse_labeled_names({case: [manifest.place(case)] for case in sorted(manifest.cases)}, labeled_cases)
         if not reading or manifest.keep():
@@ -315,7 +315,7 @@ def _sizes(files: list[str]) -> tuple[int, ...] | None:
 def _announce(difference: dict[str, list[str]], folder: str, num_images: int) -> None:
     todo = sum(map(len, difference.values())) - len(difference.get(GONE, []))
     reasons = "; ".join(f"{len(cases)} {reason} ({a_few(cases)})" for reason, cases in difference.items())
-    print(f"nnunet_ssl: preparing {todo} of {num_images} unlabelled images in {folder}: {reasons}", flush=True)
+    print(f"nnunet_ssl: preparing {todo} of {num_images} unlabeled images in {folder}: {reasons}", flush=True)
 
 
 def _complete(
@@ -338,7 +338,7 @@ def _complete(
         [(task, case, wanted.images[case]) for case in todo],
         todo,
         num_processes,
-        "Preparing unlabelled images",
+        "Preparing unlabeled images",
         "Prepare with fewer at a time (nnUNetv2_ssl_preprocess -np 1); what is finished is kept.",
         lambda outcome: outcome.problem or wanted.copied_from(outcome.case, outcome.entry["raw"]),
     )

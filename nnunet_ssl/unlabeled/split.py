@@ -1,12 +1,12 @@
-"""A fully labelled dataset as if most of it were not: the protocol of every paper, as an nnU-Net raw dataset.
+"""A fully labeled dataset as if most of it were not: the protocol of every paper, as an nnU-Net raw dataset.
 
-The new dataset is made of links: ``imagesTr`` and ``labelsTr`` hold the labelled and the validation cases,
+The new dataset is made of links: ``imagesTr`` and ``labelsTr`` hold the labeled and the validation cases,
 ``splits_final.json`` says which is which, ``imagesUn`` holds the rest without their labels. Nothing that works on the
 new dataset can see a hidden label, since there is no path to one; here they are not even looked for.
 
 Which cases: one order of all cases of the source's ``imagesTr``, a permutation drawn from the seed, less those that a
-list names. Labelled cases are taken from its front, validation cases from its end. So the first 5 are among the first
-10, whatever the validation cases are, and the validation cases stay the same when more are labelled.
+list names. Labeled cases are taken from its front, validation cases from its end. So the first 5 are among the first
+10, whatever the validation cases are, and the validation cases stay the same when more are labeled.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ def split_dataset(
     """Make the second raw dataset, and put its ``splits_final.json`` where nnU-Net reads it.
 
     Args:
-        source: id or name of a labelled raw dataset.
+        source: id or name of a labeled raw dataset.
         target_id: id of the new dataset.
         labeled: how many cases keep their label: a number, a fraction of all cases but the test cases, or a file that
             lists them (one a line, or a JSON list).
-        validation: the same for the validation cases; None validates on the labelled cases.
+        validation: the same for the validation cases; None validates on the labeled cases.
         test: a file that lists the test cases.
         seed: draws the order that numbers and fractions take from.
         copy: copy the files instead of linking to them.
@@ -162,7 +162,7 @@ def _already_unlabeled(source_folder: str, dataset_json: dict, images: dict[str,
     found = find_images(folder, dataset_json["file_ending"])[0] if os.path.isdir(folder) else {}
     both = sorted(set(found) & set(images))
     if both:
-        raise UserError(f"{found[both[0]][0]}: {both[0]} is also a labelled case. Remove one of the two.")
+        raise UserError(f"{found[both[0]][0]}: {both[0]} is also a labeled case. Remove one of the two.")
     return found
 
 
@@ -218,7 +218,7 @@ def _read_cases(file: str, option: str, cases: list[str], source: str) -> list[s
     known = set(cases)
     if missing := [name for name in names if name not in known]:
         raise UserError(
-            f"{option} {file} names {missing[0]}, which is no labelled case of {source}. Cases are named without "
+            f"{option} {file} names {missing[0]}, which is no labeled case of {source}. Cases are named without "
             f"channel and file ending, for instance {min(cases)}."
         )
     if twice := [name for name, count in Counter(names).items() if count > 1]:

@@ -65,7 +65,7 @@ def test_tables(benchmark):
     # Dice of labels only, seed 0: the liver's mean (0.5 + 0.5 + 0.6) / 3, the spleen's 0.4, of both 0.46667
     assert "| Labels only | 80 | 2.0 | 51.67 | 4.00 | 58.33 | 45.00 | 46.67 | 56.67 |" in lines
     assert "| CPS | 80 | 2.0 | 61.67 | **3.00** | 68.33 | 55.00 | 56.67 | 66.67 |" in lines
-    assert "| More labels (4 labelled) | 80 | 2.0 | 76.67 | 4.00 | 83.33 | 70.00 | 76.67 |  |" in lines  # no contest
+    assert "| More labels (4 labeled) | 80 | 2.0 | 76.67 | 4.00 | 83.33 | 70.00 | 76.67 |  |" in lines  # no contest
     # what it gains on CPS in brackets, the best in bold
     gain = next(line for line in lines if line.startswith("| CPS + SHTA | 80"))
     assert "| **63.67** (+2.00) | 4.00 (+1.00) |" in gain
@@ -83,15 +83,15 @@ def test_tables(benchmark):
 
 def test_the_run_that_two_tables_share_is_in_both(benchmark):
     text = write_report(benchmark)
-    assert "### 2 labelled, equal steps (80)" in text
-    _, equal_time = text.split("### 2 labelled, equal time (as long as CPS takes for 80 steps)")
+    assert "### 2 labeled, equal steps (80)" in text
+    _, equal_time = text.split("### 2 labeled, equal time (as long as CPS takes for 80 steps)")
     assert "| CPS | 80 |" in equal_time
     assert "| Labels only |" not in equal_time
 
 
 def test_what_is_not_finished_is_named(benchmark):
     text = write_report(benchmark)
-    assert "Not finished, and left out above: More labels, 4 labelled, seed 1, steps80; Labels only, 2" in text
+    assert "Not finished, and left out above: More labels, 4 labeled, seed 1, steps80; Labels only, 2" in text
 
 
 def test_files(benchmark):
@@ -188,7 +188,7 @@ def test_cases_are_matched_by_name():
 
 @pytest.fixture
 def over_three(given, make_benchmark, write_times, tmp_path):
-    """``over_three(groups)``: all runs of three labelled sets, CPS half-way between labels only and more labels."""
+    """``over_three(groups)``: all runs of three labeled sets, CPS half-way between labels only and more labels."""
 
     def make(groups=None):
         given["seeds"] = [0, 1, 2]
@@ -218,10 +218,10 @@ def over_three(given, make_benchmark, write_times, tmp_path):
     return make
 
 
-def test_claims_over_labelled_sets(over_three):
+def test_claims_over_labeled_sets(over_three):
     benchmark = over_three()
     text = write_report(benchmark)
-    assert "Over 3 labelled sets and 3 cases, Dice: They speak of other labelled sets" in text
+    assert "Over 3 labeled sets and 3 cases, Dice: They speak of other labeled sets" in text
     found = json.loads((benchmark.home / "results.json").read_text())["tables"][0]["over_draws"]
     rows = {line["row"]: line for line in found["rows"]}
     assert [rows["CPS"][key] for key in ("share", "share_low")] == pytest.approx([0.5, 0.5])  # whatever is resampled
@@ -238,7 +238,7 @@ def test_claims_over_labelled_sets(over_three):
 def test_cases_of_a_patient_count_as_one(over_three):
     benchmark = over_three({"case_a": "p1", "case_b": "p1", "case_c": "p2"})
     text = write_report(benchmark)
-    assert "Over 3 labelled sets and 2 patients" in text
+    assert "Over 3 labeled sets and 2 patients" in text
     results = json.loads((benchmark.home / "results.json").read_text())
     assert {d["cases"] for d in results["tables"][0]["differences"]} == {2}
 
@@ -248,8 +248,8 @@ def test_a_case_without_a_patient_is_refused(over_three):
         write_report(over_three({"case_a": "p1", "case_c": "p2"}))
 
 
-def test_two_labelled_sets_are_no_claim(benchmark):
-    assert "labelled sets and" not in write_report(benchmark)
+def test_two_labeled_sets_are_no_claim(benchmark):
+    assert "labeled sets and" not in write_report(benchmark)
 
 
 def test_offline_minutes_are_of_the_budget_and_shown(over_three):

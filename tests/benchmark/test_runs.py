@@ -33,17 +33,17 @@ def lengths(benchmark, budget):
 # ------------------------------------------------------------------------------------------------------- datasets
 
 
-def test_a_dataset_for_each_labelled_set_and_order_by_the_first_free_ids(given, make_benchmark, tmp_path):
+def test_a_dataset_for_each_labeled_set_and_order_by_the_first_free_ids(given, make_benchmark, tmp_path):
     (tmp_path / "raw" / "Dataset501_OfTheUser").mkdir()
     (tmp_path / "preprocessed" / "Dataset503_OfTheUser").mkdir()
     assert make_benchmark(given).ids == {
-        "2 labelled, order 0": 500, "2 labelled, order 1": 502, "4 labelled, order 0": 504, "4 labelled, order 1": 505,
+        "2 labeled, order 0": 500, "2 labeled, order 1": 502, "4 labeled, order 0": 504, "4 labeled, order 1": 505,
     }  # fmt: skip
 
 
 def test_seeds_share_a_dataset_unless_the_protocol_says_otherwise(given, make_benchmark):
     given["data"]["order_by_seed"] = False
-    assert make_benchmark(given).ids == {"2 labelled": 500, "4 labelled": 501}
+    assert make_benchmark(given).ids == {"2 labeled": 500, "4 labeled": 501}
 
 
 def test_ids_stay_when_a_protocol_grows(given, make_benchmark):
@@ -207,7 +207,7 @@ def test_self_training_shares_the_budget_among_its_trainings(given, make_benchma
     benchmark = make_benchmark(given)
     # three ids in a row for each of its runs
     assert benchmark.ids == {
-        "2 labelled, order 0": 500,
+        "2 labeled, order 0": 500,
         "steps80/self-training_2labeled_seed0": 503,
         "time_of_cps/self-training_2labeled_seed0": 506,
     }
@@ -247,7 +247,7 @@ def test_pretraining_shares_the_budget(given, make_benchmark, write_times):
     assert [benchmark.model(run, stage).name.split("__")[0] for stage in (0, 1)] == [
         "nnUNetTrainerMAE_4epochs", "nnUNetTrainerLabeledOnly_4epochs",
     ]  # fmt: skip
-    assert set(benchmark.ids) == {f"{labeled} labelled, order {seed}" for labeled in (2, 4) for seed in (0, 1)}
+    assert set(benchmark.ids) == {f"{labeled} labeled, order {seed}" for labeled in (2, 4) for seed in (0, 1)}
 
 
 def test_each_kind_of_training_is_timed_once(given, make_benchmark, write_times):

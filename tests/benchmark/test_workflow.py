@@ -47,7 +47,7 @@ def test_a_benchmark_of_a_dataset_that_is_split(given, commands, tmp_path):
     )  # fmt: skip
     assert found["done/dataset_501"] == (
         "test -d RAW/Dataset501_* || nnUNet_results=HOME/results nnUNetv2_ssl_split -d 1 -o 501 --labeled 2 --val 1 "
-        f"--test {tmp_path / 'test.txt'} --seed 1 --name made_up_2_labelled_order_1"
+        f"--test {tmp_path / 'test.txt'} --seed 1 --name made_up_2_labeled_order_1"
     )
     assert found["done/plan_501"] == (
         "nnUNet_results=HOME/results nnUNet_n_proc_DA=1 nnUNetv2_plan_and_preprocess -d 501 -c 3d_fullres "
@@ -58,7 +58,7 @@ def test_a_benchmark_of_a_dataset_that_is_split(given, commands, tmp_path):
     assert found["done/prepare_501"] == (
         "nnUNet_results=HOME/results nnUNetv2_ssl_preprocess -d 501 -c 3d_fullres -p small -np 2"
     )
-    assert found["done/prepare_502"] == "true"  # only rows without unlabelled images learn from four labels
+    assert found["done/prepare_502"] == "true"  # only rows without unlabeled images learn from four labels
     run = "HOME/runs/steps80/cps_2labeled_seed1"
     settings = {"seed": 1, "num_iterations_per_epoch": 20, "num_val_iterations_per_epoch": 3, "cps_weight": 0.5}
     settings |= {"save_every": 2, "keep_epochs": [2, 4]}

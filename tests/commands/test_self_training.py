@@ -195,7 +195,7 @@ def test_predictions_of_nnunet_become_labels_and_are_used_again(trained, in_proc
         values = np.unique(sitk.GetArrayFromImage(sitk.ReadImage(str(label))))
         assert {0} < set(values) <= {0, 1, 2}
     assert not list(predictions.glob("*.np[yz]"))
-    assert f"{folder.name}: 3 labelled, 2 pseudo-labelled, 2 unlabelled and 2 validation cases" in output
+    assert f"{folder.name}: 3 labeled, 2 pseudo-labeled, 2 unlabeled and 2 validation cases" in output
     assert f"nnUNetv2_train {folder.name} 3d_fullres 0" in output
 
     output = run("-o", "960", "--keep", "0.5")
@@ -252,7 +252,7 @@ def test_a_network_and_an_atlas_teach_a_student_that_is_warm_and_finished(traine
     output = run()
     steps = ["nnUNetv2_predict", "nnUNetv2_move_plans_between_datasets", "nnUNetv2_preprocess"]
     assert commands_in(output) == commands_in(dry) == [*steps, "nnUNetv2_train", "nnUNetv2_train"]
-    assert "12 registrations of 3 labelled images onto 4 unlabelled ones" in output
+    assert "12 registrations of 3 labeled images onto 4 unlabeled ones" in output
     assert "of the best 0.5 of all cases" in dry
     name = "Dataset960_Tiny_pseudo1"
     student = model.parent.parent / name / model.name.replace(TRAINER, OTHER)
@@ -296,7 +296,7 @@ def test_an_atlas_needs_no_model(tiny_copy, in_process, capsys):
     main(arguments)
     output = capsys.readouterr().out
     assert commands_in(output) == []
-    assert "by the labelled cases of Dataset901_Tiny, fold 0" in output
+    assert "by the labeled cases of Dataset901_Tiny, fold 0" in output
     record = json.loads((dataset.folders.raw / "Dataset960_Tiny_pseudo1" / "ssl_pseudolabel.json").read_text())
     assert record["pseudo_labeled"] == dataset.cases("imagesUn")
     assert (dataset.folders.preprocessed / "Dataset960_Tiny_pseudo1" / "dataset_fingerprint.json").is_file()

@@ -15,7 +15,7 @@ from nnunet_ssl.datasets import writing
 from nnunet_ssl.datasets.amos import LABELED, VALIDATION
 from nnunet_ssl.errors import UserError
 
-CT, MRI = "0078", "0514"  # labelled ones
+CT, MRI = "0078", "0514"  # labeled ones
 
 
 def numbers(known: set[str], first_ct: int, ct: int, first_mri: int, mri: int) -> list[str]:

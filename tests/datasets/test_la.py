@@ -133,7 +133,7 @@ def test_crop_of_small_images_and_empty_labels():
 def test_crop_is_asked_for_and_the_same_each_time(data, fresh_folders):
     content = np.zeros((3, 200, 210), np.uint8)
     content[1, 30:150, 40:170] = 255
-    folder = data / "Training Set" / FEW[8]  # unlabelled
+    folder = data / "Training Set" / FEW[8]  # unlabeled
     write(folder / "laendo.nrrd", content, spacing=ISO)
     write(folder / "lgemri.nrrd", content, spacing=ISO)
     run(data, "--crop-to-label")
@@ -164,7 +164,7 @@ def test_h5_files(data, fresh_folders):
         (folder / "lgemri.nrrd").unlink()
         with h5py.File(folder / "mri_norm2.h5", "w") as file:
             file["image"] = content.transpose(2, 1, 0)
-            if case != FEW[8]:  # unlabelled
+            if case != FEW[8]:  # unlabeled
                 file["label"] = label(0, 1, 1, dtype=np.int64).transpose(2, 1, 0)
     run(data)
     dataset = fresh_folders.raw / "Dataset650_LALabeled8"
@@ -187,7 +187,7 @@ def test_a_protocol_says_which_case_is_what(tmp_path, fresh_folders):
     for case in (labeled, test, unlabeled):
         write(data / "images" / f"{case}.nii.gz", image(np.uint8, 0, 255), spacing=(1.0, 1.0, 1.0))
         write(data / "labels" / f"{case}.nii.gz", label(0, 255), spacing=(1.0, 1.0, 1.0))
-    protocol = {"train": [unlabeled, labeled], "test": [test], "labelled_order": [[labeled, unlabeled]]}
+    protocol = {"train": [unlabeled, labeled], "test": [test], "labeled_order": [[labeled, unlabeled]]}
     (data / "protocol.json").write_text(json.dumps(protocol))
     options = ["la", "--data", str(data), "-d", "650", "--labeled", "1"]
     with pytest.raises(UserError, match=r"protocol.json says .*: leave out --test-list and --crop-to-label"):
@@ -204,7 +204,7 @@ def test_a_protocol_says_which_case_is_what(tmp_path, fresh_folders):
 @pytest.mark.skipif(not (REAL / "la").is_dir(), reason="the left atrium data are not beside the project")
 def test_real_data(fresh_folders, monkeypatch):
     """A few cases of the real folder, with the literature's order."""
-    assert [name[3:] for name in json.loads((REAL / "la" / "protocol.json").read_text())["labelled_order"][0]] == TRAIN
+    assert [name[3:] for name in json.loads((REAL / "la" / "protocol.json").read_text())["labeled_order"][0]] == TRAIN
     checked = []
     monkeypatch.setattr(writing, "_check", lambda case, recipe: checked.append(case) or [])
     monkeypatch.setattr(writing, "_write", lambda case, recipe, target: None)

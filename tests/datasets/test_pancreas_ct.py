@@ -163,7 +163,7 @@ def test_resampling_keeps_the_extent():
 
 
 def test_crop_and_resample_are_asked_for(data, fresh_folders):
-    run(data, "--crop-to-label")  # also opens the label of the unlabelled case
+    run(data, "--crop-to-label")  # also opens the label of the unlabeled case
     dataset = fresh_folders.raw / "Dataset721_PancreasCTLabeled6"
     assert array(dataset / "imagesUn" / "pancreas_0002_0000.nii.gz").shape == (4, 6, 8)  # 1 mm; smaller than 96 is kept
     assert not (dataset / "labelsUn").exists()

@@ -44,7 +44,7 @@ def named(numbers: str) -> list[str]:
 
 
 def test_the_lists_are_those_of_the_protocols():
-    """Counts and the unlabelled cases that are published as such."""
+    """Counts and the unlabeled cases that are published as such."""
     ga = SPLITS["ga"].parts("4")
     assert [case for case, part in ga.items() if part == "unlabeled"] == (
         "0001 0003 0005 0008 0009 0021 0022 0024 0027 0028 0029 0030 0031 0032 0037 0038".split()
@@ -87,7 +87,7 @@ def test_split_of_ga(data, fresh_folders, monkeypatch):
     assert (sitk.GetArrayFromImage(written) == label(*range(14))).all()
 
 
-def test_magicnet_validates_on_the_first_five_labelled(data, fresh_folders):
+def test_magicnet_validates_on_the_first_five_labeled(data, fresh_folders):
     run(data, "--split", "magicnet", "--labeled", "7")
     found = fold(fresh_folders, "Dataset701_SynapseMagicNetLabeled7")
     assert found["train"] == named("0006 0039 0021 0005 0007 0031 0040")
@@ -136,7 +136,7 @@ def test_sizes_without_a_published_list(data, fresh_folders):
         run(data, "--labeled", "3")
 
 
-def test_labels_of_unlabelled_cases_are_not_opened(data, fresh_folders):
+def test_labels_of_unlabeled_cases_are_not_opened(data, fresh_folders):
     path(data, "label", UNLABELED).unlink()
     path(data, "label", "0003").write_bytes(b"not a label")
     run(data)

@@ -59,7 +59,7 @@ def test_a_case_follows_from_its_seed():
     assert not np.array_equal(first[0], other[0])
 
 
-def test_written_dataset_has_no_label_of_an_unlabelled_case(tmp_path):
+def test_written_dataset_has_no_label_of_an_unlabeled_case(tmp_path):
     folder = write_dataset(tmp_path, 0, labeled=2, unlabeled=3, test=1)
     names = {sub.name: sorted(file.name for file in sub.iterdir()) for sub in folder.iterdir() if sub.is_dir()}
     assert {name: len(files) for name, files in names.items()} == {

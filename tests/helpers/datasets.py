@@ -29,7 +29,7 @@ class Recipe:
         configuration: the one that is planned, shrunk and prepared.
         shape, spacing: of the images in nnU-Net's axis order, z y x (y x for real 2D images).
         channels: of each image, one file each.
-        ignore: whether the upper part of each labelled image carries the ignore label 3.
+        ignore: whether the upper part of each labeled image carries the ignore label 3.
         core: whether there is a second class, within the first.
         regions: whether the labels are nnU-Net regions: the whole (1 and 2) and its core (2).
         file_ending: ``.nii.gz``, or ``.png`` for real 2D images.

@@ -1,4 +1,4 @@
-"""Unlabelled images as they are prepared, and what is then on disk."""
+"""Unlabeled images as they are prepared, and what is then on disk."""
 
 from __future__ import annotations
 

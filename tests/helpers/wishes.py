@@ -18,7 +18,7 @@ def wish(
     plans: dict | None = None,
     **more: Any,
 ) -> Wish:
-    """Two labelled cases unless told otherwise."""
+    """Two labeled cases unless told otherwise."""
     plans = plans or dataset.plans
     prepared = prepare(dataset, plans=plans)
     return Wish(dataset.name, plans, dataset.configuration, dataset.dataset_json, labeled, validation, prepared, **more)

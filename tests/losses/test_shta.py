@@ -339,13 +339,13 @@ def test_normalized_embeddings_count_alike_whatever_their_length():
         assert abs(getattr(raw(longer, y), name) - getattr(raw(z, y), name)) > 1e-3
 
 
-@pytest.mark.parametrize("empty", ["no token", "no labelled token", "background only", "nothing confident"])
+@pytest.mark.parametrize("empty", ["no token", "no labeled token", "background only", "nothing confident"])
 def test_empty_sets_give_zero_and_zero_gradients(empty):
     z, y = some_tokens(3)
     settings = {}
     if empty == "no token":
         z, y = z[:0], y[:0]
-    elif empty == "no labelled token":
+    elif empty == "no labeled token":
         y = torch.zeros_like(y)
     elif empty == "background only":
         y = torch.eye(3)[torch.zeros(len(y), dtype=torch.long)]
@@ -357,7 +357,7 @@ def test_empty_sets_give_zero_and_zero_gradients(empty):
     assert terms.hard == 0
     assert terms.center == 0
     assert terms.num_hard == 0
-    if empty in ("no token", "no labelled token"):
+    if empty in ("no token", "no labeled token"):
         assert terms.total == 0
     assert all(value.isfinite().all() for value in terms)
     terms.total.backward()

@@ -1,7 +1,7 @@
 """A user's own trainer, in a folder of ``nnUNet_extTrainer``: a toy whose adversary has an optimiser of its own.
 
-It reads the last decoder feature of both streams. A discriminator tells whether a voxel's feature is of a labelled
-image; the network shall give unlabelled images features that pass for labelled ones.
+It reads the last decoder feature of both streams. A discriminator tells whether a voxel's feature is of a labeled
+image; the network shall give unlabeled images features that pass for labeled ones.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nnunet_ssl.trainers.base import Batch, nnUNetTrainerSSL
 
 
 class nnUNetTrainerAdversarial(nnUNetTrainerSSL):  # noqa: N801
-    """Features of unlabelled images that a discriminator takes for those of labelled ones."""
+    """Features of unlabeled images that a discriminator takes for those of labeled ones."""
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ CERTAINTY = {"un_00": 0.95, "un_01": 0.7, "un_02": 0.92, "un_03": 0.8}
 
 @pytest.fixture
 def dataset(tiny_copy) -> TinyDataset:
-    """Of its five labelled cases one validates, and one is in neither part of the fold."""
+    """Of its five labeled cases one validates, and one is in neither part of the fold."""
     dataset = tiny_copy("3d")
     splits = [{"train": ["tr_02", "tr_00", "tr_01"], "val": ["tr_03"]}]
     (dataset.preprocessed / "splits_final.json").write_text(json.dumps(splits))
@@ -349,7 +349,7 @@ def test_refuses_sources_that_cannot_work(dataset):
         read_source(dataset.name, "0")
     image = dataset.raw / "imagesUn" / "un_00_0000.nii.gz"
     image.rename(image.with_name("tr_04_0000.nii.gz"))
-    with pytest.raises(UserError, match="tr_04 is also a labelled or validation case"):
+    with pytest.raises(UserError, match="tr_04 is also a labeled or validation case"):
         read_source(dataset.name, "all")
     (dataset.raw / "imagesUn").rename(dataset.raw / "elsewhere")
     with pytest.raises(UserError, match="imagesUn does not exist"):

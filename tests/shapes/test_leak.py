@@ -27,7 +27,7 @@ PATIENTS |= {"un_03": "T"}
 
 @pytest.fixture
 def dataset(tiny_copy) -> TinyDataset:
-    """With more unlabelled images: two without a patient, a test image under another name, and one under its name."""
+    """With more unlabeled images: two without a patient, a test image under another name, and one under its name."""
     dataset = tiny_copy("3d")
     rng = np.random.default_rng(5)
     for case in ("un_04", "un_05"):
@@ -157,22 +157,22 @@ def test_names_of_test_images_count_where_imagesun_is_gone(dataset):
 def test_those_left_out_are_named(dataset, capsys):
     find_targets(dataset.name, ".nii.gz", prepare(dataset), [PATIENTS])
     told = capsys.readouterr().out
-    assert "3 unlabelled images are not warped onto, since they are test images or of test patients" in told
+    assert "3 unlabeled images are not warped onto, since they are test images or of test patients" in told
     assert "(a_copy, ts_00, un_03)" in told
 
 
 def test_where_all_are_left_out_it_says_so(dataset):
     groups = dict.fromkeys([case for case in dataset.cases("imagesUn") if case != "ts_00"] + ["tr_00"], "one")
-    with pytest.raises(UserError, match="no unlabelled image may be warped onto, since all are test images or of"):
+    with pytest.raises(UserError, match="no unlabeled image may be warped onto, since all are test images or of"):
         warps(dataset, ("tr_01",), ("tr_00",), each=1, groups=groups)
     made = warps(dataset, ("tr_01",), (), each=1, groups=groups)  # a fold whose validation has nobody of them
     assert len(made.cases) == 1
-    with pytest.raises(UserError, match="no unlabelled image may be warped onto"):
+    with pytest.raises(UserError, match="no unlabeled image may be warped onto"):
         warps(dataset, ("tr_01",), ("tr_00",))
 
 
 def test_no_file_of_a_label_that_is_not_trained_with_is_read(dataset, monkeypatch):
-    """Hidden labels of unlabelled and test images, and the validation case's own, cannot be read at all."""
+    """Hidden labels of unlabeled and test images, and the validation case's own, cannot be read at all."""
     for folder, cases in (("labelsUn", dataset.cases("imagesUn")), ("labelsTs", dataset.cases("imagesTs"))):
         for case in cases:
             file = dataset.raw / folder / f"{case}.nii.gz"

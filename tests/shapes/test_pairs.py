@@ -1,4 +1,4 @@
-"""Which pairs: each once, all unlabelled images about as often, those far apart first."""
+"""Which pairs: each once, all unlabeled images about as often, those far apart first."""
 
 from __future__ import annotations
 

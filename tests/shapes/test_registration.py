@@ -183,14 +183,14 @@ def test_where_it_is_judged_what_is_ignored_is_no_structure():
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("shape", [(12, 14, 16), (1, 20, 24), (2, 16, 16), (3, 5, 7)])
-@pytest.mark.parametrize("empty", ["images", "one channel", "fixed", "labels", "all labelled"])
+@pytest.mark.parametrize("empty", ["images", "one channel", "fixed", "labels", "all labeled"])
 def test_what_shows_nothing_neither_crashes_nor_gives_nan(empty, shape):
     rng = np.random.default_rng(0)
     images = [rng.normal(size=(2, *shape)).astype(np.float32) for _ in range(2)]
     labels = np.zeros(shape, np.int16)
     if empty != "labels":
         labels[tuple(slice(n // 3, n // 3 + max(1, n // 3)) for n in shape)] = 1
-    if empty == "all labelled":
+    if empty == "all labeled":
         labels[:] = 1
     for image in images if empty == "images" else images[:1] if empty == "fixed" else []:
         image[:] = 0.5

@@ -1,4 +1,4 @@
-"""The vote of labelled cases on an image, in closed form."""
+"""The vote of labeled cases on an image, in closed form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The votes on unlabelled images as they are kept: by whom, on which grid, when they are made again."""
+"""The votes on unlabeled images as they are kept: by whom, on which grid, when they are made again."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_votes_come_back_to_the_raw_image(tiny, spacing, kind):
 
 @pytest.fixture
 def electorate(tiny_copy: Callable[..., TinyDataset]) -> Electorate:
-    """Two labelled cases of the tiny dataset, and no label of an unlabelled one that could be opened."""
+    """Two labeled cases of the tiny dataset, and no label of an unlabeled one that could be opened."""
     dataset = tiny_copy("3d")
     for case in dataset.cases("imagesUn"):
         os.mkfifo(dataset.raw / "labelsTr" / f"{case}.nii.gz")
@@ -104,7 +104,7 @@ def test_votes_are_good_and_made_once(electorate, tiny, monkeypatch, capsys):
     os.truncate(lost, 10)
     monkeypatch.setattr(case_module, "register", register)
     ready(electorate)
-    assert "2 registrations of 2 labelled images onto 1 unlabelled ones" in capsys.readouterr().out
+    assert "2 registrations of 2 labeled images onto 1 unlabeled ones" in capsys.readouterr().out
 
     identity = electorate.identity
     file = os.path.join(electorate.labeled_folder, "tr_00_seg.b2nd")
@@ -140,6 +140,6 @@ def test_the_most_alike_vote(electorate, monkeypatch):
     assert chosen[0] == "tr_03"
 
 
-def test_a_labelled_case_that_is_not_prepared_is_refused(electorate):
+def test_a_labeled_case_that_is_not_prepared_is_refused(electorate):
     with pytest.raises(UserError, match=r"has no case nobody\. Run nnUNetv2_preprocess -d Dataset901_Tiny"):
         _ = replace(electorate, labeled=("nobody",)).identity

@@ -1,4 +1,4 @@
-"""How often labelled cases and warps are drawn."""
+"""How often labeled cases and warps are drawn."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ PAIR = [("tr_00", 1), ("tr_01", 1)]
 
 
 def count_of(made: warped.WarpedFolder) -> list[tuple[str, int]]:
-    """Warps of each labelled case."""
+    """Warps of each labeled case."""
     return sorted(Counter(made.moving.values()).items())
 
 
@@ -51,7 +51,7 @@ def image(dataset: TinyDataset, case: str, folder: str = "imagesUn") -> Path:
 
 
 def brighter(dataset: TinyDataset, case: str) -> None:
-    """Another content of an unlabelled image."""
+    """Another content of an unlabeled image."""
     array = sitk.GetArrayFromImage(sitk.ReadImage(str(image(dataset, case))))
     sitk.WriteImage(sitk.GetImageFromArray(array * np.float32(1.1) + 3), str(image(dataset, case)))
 
@@ -140,7 +140,7 @@ def test_the_number_of_processes_changes_nothing(tiny_copy, monkeypatch):
         assert np.array_equal(seg, again[1])
 
 
-def test_no_label_and_no_property_of_the_unlabelled_image_is_used(tiny_copy):
+def test_no_label_and_no_property_of_the_unlabeled_image_is_used(tiny_copy):
     """Whatever stands in its segmentation, the warp is the same."""
     dataset = tiny_copy("3d")
     made = warps(dataset, ("tr_00",), each=1)
@@ -274,7 +274,7 @@ def test_without_a_number_there_are_as_many_as_time_allows(tiny_copy, monkeypatc
     monkeypatch.setattr(warped, "BUDGET", 0.0)
     assert count_of(warps(dataset)) == PAIR
     assert "a pair takes about" in (told := capsys.readouterr().out)
-    assert "1 warps of each of 2 labelled cases take about" in told
+    assert "1 warps of each of 2 labeled cases take about" in told
     monkeypatch.setattr(warped, "BUDGET", 1e6)
     assert count_of(warps(dataset, ("tr_02",))) == [("tr_02", 1)]  # as many as of the others
     shutil.rmtree(warped_in(dataset))
@@ -451,7 +451,7 @@ def test_a_training_keeps_its_warps_while_others_are_made_anew(tiny_copy, capsys
     assert not Path(place).exists()
 
 
-def test_a_rank_waits_without_reading_the_labelled_cases_at_each_look(tiny_copy, monkeypatch):
+def test_a_rank_waits_without_reading_the_labeled_cases_at_each_look(tiny_copy, monkeypatch):
     dataset = tiny_copy("3d")
     this = wish(dataset, ("tr_00",), each=1)
     monkeypatch.setattr(store, "POLL_EVERY", 0.01)
@@ -490,7 +490,7 @@ def test_where_few_register_it_says_so_in_one_sentence_and_tries_once(tiny_copy,
     results = iter(["fold"] * 3 + [None] * 10)
     monkeypatch.setattr("nnunet_ssl.shapes.case.why_not", lambda *_: next(results))
     told = (
-        r"_warped: of 4 pairs of labelled and unlabelled images only 1 register well \(3 fold\), so warping cannot "
+        r"_warped: of 4 pairs of labeled and unlabeled images only 1 register well \(3 fold\), so warping cannot "
         r"help here\. Train without it: nnUNetTrainerLabeledOnly, or any trainer with 'warped_share' at 0"
     )
     monkeypatch.setattr("nnunet_ssl.shapes.quality.TOO_FEW", 0.26)
@@ -514,7 +514,7 @@ def test_those_left_out_for_others_do_not_count_as_bad(tiny_copy):
     found.about["dropped"] = {f"x{i}": {**bad, "why": LESS_ALIKE if i < 1 else "fold"} for i in range(7)}
     refuse_where_few_register(this, found)
     found.about["dropped"]["y"] = bad
-    with pytest.raises(UserError, match="of 9 pairs of labelled and unlabelled images only 2"):
+    with pytest.raises(UserError, match="of 9 pairs of labeled and unlabeled images only 2"):
         refuse_where_few_register(this, found)
 
 
@@ -534,14 +534,14 @@ def test_a_pair_that_cannot_be_registered_is_left_out(tiny_copy, monkeypatch):
     assert entry["why"] == "cannot be registered (RuntimeError: ITK is not pleased)"
 
 
-def test_a_labelled_case_that_is_not_prepared_is_named(tiny_copy):
+def test_a_labeled_case_that_is_not_prepared_is_named(tiny_copy):
     dataset = tiny_copy("3d")
     with pytest.raises(UserError, match=r"nnUNetPlans_3d_fullres has no case nobody\. Run nnUNetv2_preprocess -d"):
         warps(dataset, ("nobody",), each=1)
 
 
 def test_plans_are_those_of_the_dataset(tiny_copy):
-    """The folder lies beside that of the labelled cases."""
+    """The folder lies beside that of the labeled cases."""
     dataset = tiny_copy("3d")
     this = wish(dataset)
     assert Path(this.folder) == warped_in(dataset)

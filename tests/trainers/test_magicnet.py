@@ -87,7 +87,7 @@ def test_which_term_moves_what(magicnet):
         (of_term,) = moved[term]
         assert encoder | decoder | {head} <= of_term, term
         assert of_term <= names, term
-    for of_term in moved["location"]:  # of labelled and of unlabelled images
+    for of_term in moved["location"]:  # of labeled and of unlabeled images
         assert encoder | location <= of_term
         assert not any(n.startswith("decoder.stages") or "seg_layers" in n for n in of_term)
 
@@ -180,8 +180,8 @@ def test_exchanged_patches_are_seen_and_every_voxel_returns_to_its_image(magicne
         }
 
 
-def test_pseudo_labels_blend_the_cubes_of_the_same_unlabelled_images(magicnet):
-    """A released fork blended the cubes of labelled images in."""
+def test_pseudo_labels_blend_the_cubes_of_the_same_unlabeled_images(magicnet):
+    """A released fork blended the cubes of labeled images in."""
     trainer = magicnet(magicnet_noise=0.0)
     batch = a_batch(trainer)
     counts = torch.tensor([70.0, 40.0, 10.0])
@@ -432,7 +432,7 @@ def test_two_ranks_keep_the_same_weights_teacher_and_class_counts(magicnet, tmp_
     torch.testing.assert_close(state["teacher.class_counts"], 0.05 * both.float())
 
 
-def test_shta_hangs_on_the_direct_forward_of_labelled_images(tiny, make_trainer):
+def test_shta_hangs_on_the_direct_forward_of_labeled_images(tiny, make_trainer):
     with_shta = "nnUNetTrainerSHTA_MagicNet"
     host = make_trainer(NAME, tiny(), settings=NOW)
     off = make_trainer(with_shta, tiny(), settings={**NOW, "shta_weight": 0.0})
@@ -443,7 +443,7 @@ def test_shta_hangs_on_the_direct_forward_of_labelled_images(tiny, make_trainer)
         torch.manual_seed(3)
         for seed in range(2):
             trainer.train_step(a_batch(trainer, seed))
-    assert len(seen) == 2  # once a step, on labelled images
+    assert len(seen) == 2  # once a step, on labeled images
     assert torch.equal(seen[0], a_batch(on)["target"][0])
     assert parameters(off).keys() == parameters(host).keys()
     assert all(torch.equal(p, parameters(off)[n]) for n, p in parameters(host).items())

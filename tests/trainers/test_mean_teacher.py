@@ -16,7 +16,7 @@ NAMES = ("nnUNetTrainerMeanTeacher", "nnUNetTrainerUAMT", "nnUNetTrainerICT")
 
 
 def consistency_of(trainer, batch):
-    """The term of unlabelled images, with the generator at a known place."""
+    """The term of unlabeled images, with the generator at a known place."""
     torch.manual_seed(0)
     return list(trainer.losses(trainer._to_device(batch)))[1]["consistency"]
 

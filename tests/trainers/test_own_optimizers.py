@@ -121,7 +121,7 @@ def test_two_ranks_with_half_a_batch_step_like_one_with_all_of_it(tiny, make_tra
         assert torch.equal(ranks[0]["weights"][n], ranks[1]["weights"][n])
 
 
-def test_shta_on_it_sees_labelled_features_alone(tiny, make_trainer):
+def test_shta_on_it_sees_labeled_features_alone(tiny, make_trainer):
     trainer = make_trainer("nnUNetTrainerSHTA_Adversarial_3epochs", tiny())
     batch, seen = a_batch(trainer), []
     trainer.training_modules["shta_first"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs))

@@ -168,7 +168,7 @@ def test_checkpoints_of_named_epochs_are_kept(tiny, make_trainer):
     assert_equal(last["network_weights"], final["network_weights"])
 
 
-def test_a_run_goes_on_only_with_the_unlabelled_images_that_it_began_with(tiny_copy, make_trainer):
+def test_a_run_goes_on_only_with_the_unlabeled_images_that_it_began_with(tiny_copy, make_trainer):
     dataset = tiny_copy()
     folder = Path(make_trainer(NAME, dataset, settings={"save_every": 1}, initialize=False).output_folder)
     train(make_trainer(NAME, dataset, settings={"save_every": 1}), until=1)

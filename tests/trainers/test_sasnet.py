@@ -145,7 +145,7 @@ def test_the_weights_of_each_branchs_outputs_sum_to_one(tiny, make_trainer, star
     assert trainer._segmentation_loss(torch.zeros(1), torch.zeros(1)) == 1
 
 
-def test_without_views_it_sees_the_labelled_batches_of_every_trainer(tiny, make_trainer):
+def test_without_views_it_sees_the_labeled_batches_of_every_trainer(tiny, make_trainer):
     ours = started(make_trainer(NAME, tiny(), settings={"sasnet_views": "off"}))
     plain = started(make_trainer("nnUNetTrainerCPS", tiny()))
     for _ in range(3):
@@ -454,7 +454,7 @@ def test_two_ranks_with_half_a_batch_step_like_one_with_all_of_it(tiny, make_tra
         assert torch.equal(ranks[0]["weights"][name], ranks[1]["weights"][name])
 
 
-def test_the_labelled_loader_is_nnunets_where_nothing_asks_for_coordinates(tiny, make_trainer):
+def test_the_labeled_loader_is_nnunets_where_nothing_asks_for_coordinates(tiny, make_trainer):
     trainer = make_trainer(NAME, tiny(), settings={"sasnet_sar": "off"})
     assert trainer.labeled_loader() is nnUNetDataLoader
 

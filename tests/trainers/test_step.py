@@ -162,7 +162,7 @@ def test_proxies_have_no_weight_decay_and_all_else_has_nnunets(tiny, make_traine
 
 
 def test_the_cross_term_is_the_papers_over_both_streams(tiny, make_trainer):
-    """CE of each network with the other's argmax, the mean over all labelled and unlabelled voxels."""
+    """CE of each network with the other's argmax, the mean over all labeled and unlabeled voxels."""
     trainer = make_trainer("nnUNetTrainerCPS", tiny(), settings={"cps_loss": "ce"})
     batch = a_batch(trainer)
     images = torch.cat([batch["data"], batch["unlabeled"]])

@@ -32,7 +32,7 @@ def test_a_2d_image_is_refused_where_it_has_no_slice_of_the_datasets_kind(tiny, 
     plans = CheckingPlans({**dataset.plans, "transpose_forward": transpose}, 1, dataset.configuration)
     file = write(tmp_path / "x_0000.nii.gz", IMAGE[3])
     if refused:
-        with pytest.raises(BadImageError, match=r"x_0000.nii.gz: the image is 2D, but the labelled images .* are 3D\."):
+        with pytest.raises(BadImageError, match=r"x_0000.nii.gz: the image is 2D, but the labeled images .* are 3D\."):
             plans.image_reader_writer_class().read_images([file])
     else:
         assert plans.image_reader_writer_class().read_images([file])[0].shape == (1, 1, 22, 24)

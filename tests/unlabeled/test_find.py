@@ -1,4 +1,4 @@
-"""Finding the unlabelled images by their names alone."""
+"""Finding the unlabeled images by their names alone."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_where_the_locale_has_no_accents_it_is_a_sentence(images_un):
 def test_names_of_labeled_cases(images_un):
     unlabeled = find_unlabeled(images_un("a_0000.nii.gz", "b_0000.nii.gz"), dataset_json())
     refuse_labeled_names(unlabeled, ["c"])
-    with pytest.raises(UserError, match=r"imagesUn/b_0000.nii.gz: b is also a labelled"):
+    with pytest.raises(UserError, match=r"imagesUn/b_0000.nii.gz: b is also a labeled"):
         refuse_labeled_names(unlabeled, ["b", "c"])
 
 
@@ -133,7 +133,7 @@ def test_a_link_to_a_labeled_image_is_refused_whatever_its_name(images_un, link)
     labeled = find_labeled(raw, dataset_json())
     refuse_labeled_images(find_unlabeled(raw, dataset_json()), labeled)
     link(f"{raw}/imagesTr/y_0000.nii.gz", f"{raw}/imagesUn/b_0000.nii.gz")
-    with pytest.raises(UserError, match=r"imagesUn/b_0000.nii.gz is the image of y, a labelled"):
+    with pytest.raises(UserError, match=r"imagesUn/b_0000.nii.gz is the image of y, a labeled"):
         refuse_labeled_images(find_unlabeled(raw, dataset_json()), labeled)
 
 

@@ -37,7 +37,7 @@ def batches(trainer, number, first=0, workers=0, monkeypatch=None):
 
 
 def unlabeled_loader(trainer, monkeypatch, *, mask_for_norm=False, slice_by_slice=False):
-    """The unlabelled stream of a trainer, made in this process."""
+    """The unlabeled stream of a trainer, made in this process."""
     monkeypatch.setattr("nnunet_ssl.trainers.data.get_allowed_n_proc_DA", lambda: 0)
     trainer.unlabeled = trainer._prepared_unlabeled()
     trainer.configuration_manager.configuration["use_mask_for_norm"] = [mask_for_norm]

@@ -1,4 +1,4 @@
-"""Preparing unlabelled images, with nnU-Net's real preprocessing on tiny datasets."""
+"""Preparing unlabeled images, with nnU-Net's real preprocessing on tiny datasets."""
 
 from __future__ import annotations
 

@@ -209,13 +209,13 @@ def test_a_copy_of_a_labeled_image_is_refused(tiny_copy):
     dataset = tiny_copy("3d")
     (one, two), labeled = dataset.cases("imagesUn")[:2], dataset.cases("imagesTr")
     shutil.copy(image(dataset, labeled[0], "imagesTr"), image(dataset, "a_copy"))
-    with pytest.raises(UserError, match=rf"a_copy_0000.nii.gz is the image of {labeled[0]}, a labelled or validation"):
+    with pytest.raises(UserError, match=rf"a_copy_0000.nii.gz is the image of {labeled[0]}, a labeled or validation"):
         prepare(dataset)
     assert set(recorded(prepared_in(dataset))) == {*dataset.cases("imagesUn")} - {"a_copy"}
     image(dataset, "a_copy").unlink()
     prepare(dataset)
-    shutil.copy(image(dataset, one), image(dataset, "labelled_later", "imagesTr"))
-    with pytest.raises(UserError, match=f"{one}_0000.nii.gz is the image of labelled_later"):
+    shutil.copy(image(dataset, one), image(dataset, "labeled_later", "imagesTr"))
+    with pytest.raises(UserError, match=f"{one}_0000.nii.gz is the image of labeled_later"):
         prepare(dataset)
     image(dataset, one).unlink()
     assert two in prepare(dataset).cases

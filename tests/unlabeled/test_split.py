@@ -1,4 +1,4 @@
-"""A labelled dataset turned into one with few labels: who is what, what is linked, and what nobody can see."""
+"""A labeled dataset turned into one with few labels: who is what, what is linked, and what nobody can see."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_writes_what_nnunet_reads(split, copied):
             assert (folder / name).is_symlink() is not copied
             if not copied:
                 assert not os.path.isabs(os.readlink(folder / name))
-    assert f"{folder.name}: 2 labelled, 1 validation, 6 unlabelled and 0 test cases" in out
+    assert f"{folder.name}: 2 labeled, 1 validation, 6 unlabeled and 0 test cases" in out
     assert "nnUNetv2_plan_and_preprocess -d 951" in out
     assert [f.name for f in dataset.folders.raw.iterdir() if f.name.startswith(".")] == []
 
@@ -113,7 +113,7 @@ def test_test_cases_and_no_validation_cases(split, tiny, tmp_path):
     (tmp_path / "test.txt").write_text(case)
     _, folder, out = split("--labeled", "2", "--test", str(tmp_path / "test.txt"), "--name", "Mine")
     assert folder.name == "Dataset951_Mine"
-    assert "the labelled cases also serve as validation cases" in out
+    assert "the labeled cases also serve as validation cases" in out
     record = json.loads((folder / "ssl_split.json").read_text())
     (fold,) = json.loads((folder / "splits_final.json").read_text())
     assert fold["train"] == fold["val"] == record["labeled"]
@@ -326,8 +326,8 @@ def test_a_link_that_lies_in_wait_is_not_followed(tiny_copy, tmp_path):
         (b'["case_01"', "is no JSON list"),
         (b"[" * 100_000, "is no JSON list"),
         (b"\xff\xfe", "is not UTF-8 text"),
-        (b"{}", "names {}, which is no labelled case"),
-        (b"[[1]]", r"names \[1\], which is no labelled case"),
+        (b"{}", "names {}, which is no labeled case"),
+        (b"[[1]]", r"names \[1\], which is no labeled case"),
         (None, "cannot be read"),
     ],
 )

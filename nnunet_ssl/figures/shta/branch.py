@@ -1,4 +1,4 @@
-"""What SHTA's branch says of labelled images: their tokens, embeddings and assignments, read from trained runs.
+"""What SHTA's branch says of labeled images: their tokens, embeddings and assignments, read from trained runs.
 
 The branch is no part of a model that predicts. It lies in the training state beside a checkpoint, and reads the feature
 that the checkpoint's network has before its last layer. Images and labels go through nnU-Net's preprocessing; patches
@@ -154,7 +154,7 @@ def preparation(model: TrainedModel, branch: SHTABranch) -> str:
 def cut_patches(model: TrainedModel, branch: SHTABranch, case: Case, background: bool = False) -> Patches:
     """Prepare a case, and cut out the patches with tokens that the branch could select.
 
-    What pads the image to whole patches counts as unlabelled: a token that is mostly padding is none.
+    What pads the image to whole patches counts as unlabeled: a token that is mostly padding is none.
 
     Args:
         model: how images are prepared.

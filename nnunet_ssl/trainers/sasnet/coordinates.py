@@ -1,4 +1,4 @@
-"""Labelled batches in which each voxel says where in its case it comes from."""
+"""Labeled batches in which each voxel says where in its case it comes from."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The memory of confidence: SAR's Eq. 4 (SASNet, section 3.2).
 
-Of each labelled case it keeps, for every voxel and both branches, how much probability the branch gave to the true
+Of each labeled case it keeps, for every voxel and both branches, how much probability the branch gave to the true
 class when the voxel was last seen. The released code mixes cases and branches up; here each branch has its own values
 of each case.
 """
@@ -26,7 +26,7 @@ SLOTS = {"last_two": 2, "running": 1}  # values kept per voxel and branch, by ru
 
 
 class ConfidenceMemory:
-    """How confident each branch has been in the true class, per voxel of each labelled case.
+    """How confident each branch has been in the true class, per voxel of each labeled case.
 
     It lives in the frame of the preprocessed cases. A patch, however it was augmented, comes with the position in the
     case that each of its voxels was taken from (``coordinates.py``).

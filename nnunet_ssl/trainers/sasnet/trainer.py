@@ -183,7 +183,7 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
     _memory_may_move: bool = False
 
     def before_training_state(self) -> None:
-        """Make room for the confidence of every labelled voxel."""
+        """Make room for the confidence of every labeled voxel."""
         super().before_training_state()
         self.memory = self._confidence_memory() if self.uses_sar else None
         self._memory_may_move = self.memory is not None and self.device.type == "cuda"
@@ -198,7 +198,7 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
         if needed > self.settings.sasnet_memory_share * ram_limit() / (dist.get_world_size() if self.is_ddp else 1):
             folder = os.path.join(self.output_folder, f"confidence_memory_{self.local_rank}")
         self.print_to_log_file(
-            f"SASNet remembers the confidence of {len(shapes)} labelled cases: {needed / 2**20:.0f} MiB "
+            f"SASNet remembers the confidence of {len(shapes)} labeled cases: {needed / 2**20:.0f} MiB "
             + (f"on disk in {folder}" if folder else "in RAM")
         )
         try:
@@ -227,7 +227,7 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
     def _fused_labels(self, stream: Stream, prob: Branches) -> Tensor:
         """The class with the largest fused probability, ``[B, *patch]``, of probabilities ``[B, K, *patch]``.
 
-        Labelled: the weighted sum of Eq. 4-6; the softmax of Eq. 6 does not change which is the largest. Unlabelled:
+        Labeled: the weighted sum of Eq. 4-6; the softmax of Eq. 6 does not change which is the largest. Unlabeled:
         the mean of both branches.
         """
         if prob.low is None:
