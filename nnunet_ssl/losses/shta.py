@@ -26,24 +26,24 @@ class SHTALossSettings:
     """Settings of the losses, under the names that they have as settings of a trainer."""
 
     shta_min_valid_fraction: Share = setting(
-        0.5, "Tokens with a smaller share of voxels that are not ignored are left out"
+        0.5, "Tokens in which a smaller share of the voxels is not ignored are left out"
     )
     # Table IV (correction loss 0.054 at K = 14) excludes values above 0.2 to 0.37
-    shta_temperature: Positive = setting(0.1, "Of Eq. 3", symbol="tau_sa")
+    shta_temperature: Positive = setting(0.1, "Temperature in Eq. 3", symbol="tau_sa")
     # 0 does not bind: Table IV's equal supply in two settings whose q differ says that the paper's does not either
-    shta_conf_threshold: Share = setting(0.0, "Of Eq. 7, on the confidence", symbol="T_conf")
-    shta_fg_threshold: Share = setting(0.5, "Of Eq. 7, on the share of foreground", symbol="T_fg")
+    shta_conf_threshold: Share = setting(0.0, "Threshold in Eq. 7 for the confidence", symbol="T_conf")
+    shta_fg_threshold: Share = setting(0.5, "Threshold in Eq. 7 for the share of foreground", symbol="T_fg")
     shta_purity_threshold: Share = setting(
-        0.5, "Of Eq. 7, on the share of the most frequent foreground class", symbol="T_pur"
+        0.5, "Threshold in Eq. 7 for the share of the most frequent foreground class", symbol="T_pur"
     )
     # of 8 to 10 % eligible tokens, 3.8 % were selected
-    shta_hard_ratio: Part = setting(0.5, "Of Eq. 7, the share of the candidates that is taken, rounded up", symbol="r")
+    shta_hard_ratio: Part = setting(0.5, "Share of the candidates that Eq. 7 selects, rounded up", symbol="r")
     # so losses of different settings are means over equally many tokens ("matched-hard", Table IV)
     shta_matched_hard: bool = setting(
-        False, "Candidates follow from the labels alone, without T_conf: every ablation selects equally many tokens"
+        False, "Candidates follow from labels alone, without T_conf, so every ablation selects equally many tokens"
     )
     shta_selection: Literal["global", "per_class"] = setting(  # Eq. 7 names one set
-        "global", '`"global"` ranks all candidates together, `"per_class"` takes the share of each class'
+        "global", '`"global"` ranks all candidates together, `"per_class"` takes the share within each class'
     )
     shta_assign_weight: Weight = setting(1.0, "Weight of L_assign in Eq. 11", symbol="alpha_as")
     shta_anchor_weight: Weight = setting(1.0, "Weight of L_anchor", symbol="alpha_a")
@@ -52,11 +52,11 @@ class SHTALossSettings:
     # L_anchor "calibrates" the proxies, so it moves them alone
     shta_detach_reference_in_anchor: bool = setting(True, "No gradient through the class means in Eq. 5")
     shta_detach_reference_in_center: bool = setting(True, "No gradient through the class means in Eq. 10")
-    shta_normalize_embeddings: bool = setting(False, "Unit embeddings in Eq. 4 and 9, which are written with raw ones")
-    shta_min_class_mass: Weight = setting(0.0, "Tokens' worth of a class above which it counts as present in Eq. 4")
+    shta_normalize_embeddings: bool = setting(False, "Unit embeddings in Eq. 4 and 9, where the paper has raw ones")
+    shta_min_class_mass: Weight = setting(0.0, "Mass of a class, in tokens, above which it counts as present in Eq. 4")
     # gradients do not cross ranks, and Omega_hard is each rank's own
     shta_sync_references: bool = setting(
-        True, "Sum Eq. 4 over the GPUs of a run, while neither reference has a gradient"
+        True, "Sum Eq. 4 over the GPUs of a run, as long as neither reference has a gradient"
     )
 
 

@@ -21,8 +21,8 @@ class CrossSupervisionSettings(SSLSettings):
     """Settings of two networks that teach each other, whatever their losses."""
 
     cps_weight: Weight = setting(1.0, "Full weight of the cross term", symbol="lambda", paper=0.1)
-    cps_rampup: Share = setting(0.4, "Share of the training over which that weight grows", paper=1.0)
-    cps_on_labeled: bool = setting(True, "Whether the cross term is taken on labeled patches as well")
+    cps_rampup: Share = setting(0.4, "Share of the training over which the weight grows", paper=1.0)
+    cps_on_labeled: bool = setting(True, "Whether the cross term also covers labeled patches")
     cps_init: Literal["xavier", "he"] = setting(
         "xavier", "How the second network's weights are drawn; the first has nnU-Net's own `\"he\"`"
     )
@@ -33,7 +33,7 @@ class CPSSettings(CrossSupervisionSettings):
     """Settings of CPS."""
 
     cps_loss: Literal["dice_ce", "ce"] = setting(
-        "dice_ce", "Cross term: nnU-Net's Dice and cross-entropy, or cross-entropy alone", paper="ce"
+        "dice_ce", "Cross term: nnU-Net's Dice and cross-entropy, or only cross-entropy", paper="ce"
     )
 
 

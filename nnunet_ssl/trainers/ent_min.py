@@ -17,8 +17,8 @@ class EntMinSettings(SSLSettings):
     """Settings of entropy minimisation."""
 
     entmin_weight: Weight = setting(0.1, "Full weight of the entropy", symbol="lambda")
-    entmin_rampup: Share = setting(1.0, "Share of the training over which that weight grows")
-    entmin_on_labeled: bool = setting(True, "Whether the entropy of labeled images counts as well")
+    entmin_rampup: Share = setting(1.0, "Share of the training over which the weight grows")
+    entmin_on_labeled: bool = setting(True, "Whether the entropy of labeled images also counts")
 
 
 class nnUNetTrainerEntMin(nnUNetTrainerSSL):  # noqa: N801

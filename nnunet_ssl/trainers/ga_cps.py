@@ -18,14 +18,14 @@ class GACPSSettings(CrossSupervisionSettings):
 
     ga_topk: Percentage = setting(
         10.0,
-        "Percentage of labeled voxels, the hardest, that the cross-entropy with labels takes; `100` takes all. "
-        "Pseudo-labels take all in any case",
+        "Percentage of labeled voxels, the hardest ones, that enter the cross-entropy with labels; `100` is all. "
+        "With pseudo-labels, all voxels always enter",
         symbol="k",
     )
     ga_gamma: Share = setting(
         0.5,
-        "Share of the whole number of voxels in the normaliser of a class: `1` is the plain mean, `0` the sum of the "
-        "class means",
+        "Exponent of the total number of voxels in the normaliser of a class: `1` is the plain mean, `0` the sum of "
+        "the class means",
         symbol="gamma",
     )
 

@@ -17,7 +17,7 @@ class ICTSettings(TeacherSettings):
 
     ict_beta: Positive = setting(
         0.2,
-        "The share of each image is drawn from Beta of this twice: below 1 most mixes are nearly one image",
+        "Both parameters of the Beta distribution of the shares: below 1, most mixes are nearly one image",
         symbol="alpha",
     )
 

@@ -36,11 +36,11 @@ class MAESettings(SSLSettings):
     """Settings of MAE."""
 
     mae_mask_ratio: Ratio = setting(
-        0.75, "Share of the blocks of a patch that is hidden, as in both papers; at least one block, and not all"
+        0.75, "Share of a patch's blocks that is hidden, as in both papers; at least one block, but not all"
     )
     mae_block_size: Counts = setting(
         (),
-        "Voxels of a block along each axis, divisors of the patch; `[]` is the network's total stride, at most 16",
+        "Voxels per block along each axis, divisors of the patch size; `[]` is the network's total stride, at most 16",
     )
 
     @model_validator(mode="after")

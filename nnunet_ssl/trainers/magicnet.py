@@ -44,7 +44,7 @@ class MagicNetSettings(SSLSettings):
     magicnet_cubes: Counts = setting(
         (),
         "Cubes along each axis, for both branches; `[]` is up to three, as the patch and the network's strides allow. "
-        "`[1, 1, 1]` leaves a mean teacher",
+        "With `[1, 1, 1]`, a mean teacher remains",
         symbol="N",
     )
     magicnet_direct_weight: Weight = setting(1.0, "Weight of nnU-Net's loss on whole labeled patches", paper=0.25)
@@ -58,24 +58,24 @@ class MagicNetSettings(SSLSettings):
     )
     magicnet_rampup: Share = setting(1.0, "Share of the training over which w grows")
     magicnet_ema_decay: Decay = setting(
-        0.99, "Share of its weights that the teacher keeps at a step; less in the first steps", symbol="alpha"
+        0.99, "Share of its weights that the teacher keeps per step; less in the first steps", symbol="alpha"
     )
     magicnet_noise: Weight = setting(
-        0.1, "Standard deviation of the noise on the teacher's images, which is cut at twice this; 0 is none"
+        0.1, "Standard deviation of the noise on the teacher's images, clipped at twice this value; 0 disables it"
     )
     magicnet_blend_start: Whole = setting(100, "Steps before the pseudo-labels are blended")  # the histogram must fill
     magicnet_blend_temperature: Positive = setting(
-        1.0, "Larger ones take more of rare classes from the cubes", symbol="T_dist"
+        1.0, "Larger values take more of the rare classes from the cubes", symbol="T_dist"
     )
     # averages over 20 steps, the code's window
-    magicnet_histogram_decay: Decay = setting(0.95, "Of the running class counts that give omega")
+    magicnet_histogram_decay: Decay = setting(0.95, "Decay of the running class counts that give omega")
     magicnet_dice: Literal["nnunet", "squared"] = setting(
         "nnunet",
-        "Dice of the cross, within and consistency terms: nnU-Net's, or the one with squared denominators over all "
+        "Dice of the cross, within and consistency terms: nnU-Net's, or Dice with squared denominators over all "
         "classes and the whole batch",
         paper="squared",
     )
-    magicnet_mirroring: bool = setting(True, "nnU-Net's mirroring, in training and so in prediction", paper=False)
+    magicnet_mirroring: bool = setting(True, "nnU-Net's mirroring, in training and hence in prediction", paper=False)
     magicnet_location_dim: Count = setting(512, "Width of the location head", paper=4096)
 
 

@@ -19,9 +19,9 @@ class TeacherSettings(SSLSettings):
     """Settings of every method with a mean teacher."""
 
     teacher_weight: Weight = setting(0.1, "Full weight of the consistency with the teacher", symbol="w")
-    teacher_rampup: Share = setting(1.0, "Share of the training over which that weight grows")
+    teacher_rampup: Share = setting(1.0, "Share of the training over which the weight grows")
     teacher_decay: Decay = setting(
-        0.99, "Share of its weights that the teacher keeps at a step; less in the first steps", symbol="alpha"
+        0.99, "Share of its weights that the teacher keeps per step; less in the first steps", symbol="alpha"
     )
 
 
@@ -31,8 +31,8 @@ class MeanTeacherSettings(TeacherSettings):
 
     teacher_noise: Weight = setting(
         0.1,
-        "Standard deviation of the noise on the teacher's images, which is cut at twice this; 0 is none. Images are "
-        "normalised: 0.1 is small",
+        "Standard deviation of the noise on the teacher's images, clipped at twice this value; 0 disables it. Images "
+        "are normalised: 0.1 is small",
     )
 
 

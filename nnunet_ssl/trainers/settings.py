@@ -25,41 +25,41 @@ class SSLSettings:
     """
 
     preset: Literal["nnunet", "paper"] = setting(
-        "nnunet", '`"paper"` takes the papers\' own values, `"nnunet"` the defaults'
+        "nnunet", '`"paper"` uses the papers\' own values, `"nnunet"` the defaults'
     )
     seed: RunSeed | None = setting(
-        None, "A whole number makes the run repeatable; `null` draws one and writes it to `ssl_settings.json`"
+        None, "A whole number makes the run reproducible; `null` draws one and writes it to `ssl_settings.json`"
     )
     passes: Literal["paired", "lean", "joint"] = setting(
         "paired",
         'Order of the passes of two networks that teach each other: `"paired"` runs both on labeled or unlabeled '
-        'images, then backpropagates both; `"lean"` holds one network at a time, in less memory, and runs the second '
-        'twice; `"joint"` holds all passes, of any method, to the end of the step, for tests. The gradients are the '
-        "same",
+        'images, then backpropagates both; `"lean"` keeps one network at a time, which saves memory, and runs the '
+        'second twice; `"joint"` keeps all passes, of any method, until the end of the step, for tests. The gradients '
+        "are the same",
     )
-    num_iterations_per_epoch: Count = setting(250, "Training steps of an epoch, nnU-Net's own number")
-    num_val_iterations_per_epoch: Count = setting(50, "Validation steps of an epoch, nnU-Net's own number")
-    save_every: Count = setting(50, "Epochs between two writes of `checkpoint_latest.pth`, nnU-Net's own number")
+    num_iterations_per_epoch: Count = setting(250, "Training steps per epoch, nnU-Net's own number")
+    num_val_iterations_per_epoch: Count = setting(50, "Validation steps per epoch, nnU-Net's own number")
+    save_every: Count = setting(50, "Epochs between writes of `checkpoint_latest.pth`, nnU-Net's own number")
     cpu_bfloat16: bool = setting(
         False,
-        "On a CPU, train under autocast with bfloat16, as nnU-Net does with float16 on a GPU. Worth it where the CPU "
-        "has instructions for it (AMX): a training on the hippocampus took 0.63 of the time",
+        "On a CPU, train under autocast with bfloat16, as nnU-Net does with float16 on a GPU. Worth it if the CPU has "
+        "instructions for it (AMX): a training on the hippocampus took 0.63 of the time",
     )
     predict_with: Literal["last", "ema"] = setting(
         "last",
-        "Weights that validate, are saved and predict: those of the last step, or their "
+        "Weights for validation, checkpoints and prediction: the last step's, or their "
         "[running average](#averaged-weights)",
     )
     ema_share: Part = setting(0.1, "Share of the steps made so far that this average spans")
     elastic_deformation: Share = setting(0.0, "Probability that a training patch is [deformed](#elastic-deformation)")
     warped_share: Share = setting(
-        0.0, "Probability that a labeled patch is of a [warp](shapes.md); `nnUNetTrainerMAE` takes none"
+        0.0, "Probability that a labeled patch comes from a [warp](shapes.md); `nnUNetTrainerMAE` uses none"
     )
     warped_share_last: Share | None = setting(
-        None, "That probability at the last step, to which it changes linearly; `null` leaves it as it is"
+        None, "That probability at the last step, reached by a linear change; `null` keeps it constant"
     )
     keep_epochs: Counts = setting(
-        (), "Epochs after which `checkpoint_epoch<N>.pth` is kept as well, for learning curves"
+        (), "Epochs after which `checkpoint_epoch<N>.pth` is also kept, for learning curves"
     )
 
 

@@ -29,14 +29,14 @@ class SHTASettings(SHTALossSettings, SSLSettings):
     """Settings of SHTA. The paper states neither weights nor thresholds; docs/methods.md says where they come from."""
 
     shta_weight: Weight = setting(
-        0.1, "Of Eq. 2; with `0` there is no branch, and the run is the host's, bit for bit", symbol="lambda"
+        0.1, "Weight in Eq. 2; with `0` there is no branch, and the run equals the host's, bit for bit", symbol="lambda"
     )
     shta_warmup: Share = setting(0.0, "Share of the training over which lambda grows linearly")
     shta_attach: Literal["first", "all"] = setting("first", 'Networks that carry a branch: `"first"`, or `"all"`')
-    shta_stride: Counts = setting((), "Voxels of a token along each axis, divisors of the patch; `[]` is three or four")
-    shta_max_tokens: Count = setting(262144, "Labeled tokens of a step at most; the default stride grows to keep to it")
+    shta_stride: Counts = setting((), "Voxels per token along each axis, divisors of the patch; `[]` is three or four")
+    shta_max_tokens: Count = setting(262144, "Most labeled tokens per step; the default stride grows to stay within it")
     # the paper's ratio of parameters asks for more than the feature's channels
-    shta_hidden_dim: Count = setting(256, "Width of g of Eq. 1")
+    shta_hidden_dim: Count = setting(256, "Width of g in Eq. 1")
     shta_embedding_dim: Count = setting(128, "Dimensions of an embedding", symbol="C_z")  # room for many classes, cheap
 
 

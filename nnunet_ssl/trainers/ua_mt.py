@@ -18,14 +18,14 @@ from nnunet_ssl.trainers.mean_teacher import MeanTeacherSettings, Taught
 class UAMTSettings(MeanTeacherSettings):
     """Settings of UA-MT."""
 
-    uamt_passes: Count = setting(8, "Passes of the teacher that its uncertainty is taken over", symbol="T")
+    uamt_passes: Count = setting(8, "Teacher passes from which its uncertainty is computed", symbol="T")
     uamt_threshold: Part = setting(
         0.75,
-        "Share of the largest entropy, ln K, from which a voxel is left out at the start; it grows to 1",
+        "Share of the largest entropy, ln K, above which a voxel is left out at the start; it grows to 1",
         symbol="H",
     )
     uamt_dropout: Decay = setting(
-        0.5, "Dropout of whole channels before the teacher's head, since nnU-Net's networks have none; 0 is none"
+        0.5, "Dropout of whole channels before the teacher's head, because nnU-Net's networks have none; 0 disables it"
     )
 
 

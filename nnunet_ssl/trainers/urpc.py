@@ -22,9 +22,9 @@ class URPCSettings(SSLSettings):
     """Settings of URPC."""
 
     urpc_weight: Weight = setting(0.1, "Full weight of the consistency", symbol="lambda")
-    urpc_rampup: Share = setting(1.0, "Share of the training over which that weight grows")
+    urpc_rampup: Share = setting(1.0, "Share of the training over which the weight grows")
     urpc_scales: TwoOrMore = setting(
-        4, "Number of resolutions that shall agree; fewer where the network gives fewer", symbol="S"
+        4, "Number of resolutions that should agree; fewer if the network has fewer", symbol="S"
     )
     urpc_kl: Literal["mean_to_scale", "scale_to_mean"] = setting(
         "mean_to_scale",
@@ -34,7 +34,7 @@ class URPCSettings(SSLSettings):
     urpc_dropout: Decays = setting(
         (),
         "Dropout of whole channels before the heads of the scales, from deep to shallow, in training only; a shorter "
-        "list is for the shallowest",
+        "list applies to the shallowest scales",
         paper=(0.5, 0.3, 0.2, 0.1),
     )
 

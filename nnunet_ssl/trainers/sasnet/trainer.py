@@ -47,21 +47,21 @@ class SASNetSettings(SSLSettings):
     )
     sasnet_low_level_start: Whole = setting(
         1,
-        "Stages above the bottleneck where the low-level decoder starts; `0` is no such branch, and so is `1` in a "
-        "network of two stages",
+        "Stages above the bottleneck where the low-level decoder starts; there is no such branch with `0`, nor with "
+        "`1` in a network of two stages",
     )
     sasnet_sar: Literal["last_two", "running", "off"] = setting(
         "last_two",
         'Memory of confidence: `"last_two"` visits as in Eq. 4 and 5, `"running"` as in the code, `"off"`',
     )
-    sasnet_alpha: Share = setting(0.5, "Of Eq. 4 and 5", symbol="alpha")
+    sasnet_alpha: Share = setting(0.5, "Factor in Eq. 4 and 5", symbol="alpha")
     sasnet_memory_share: Share = setting(
         0.25,
-        "Share of what is free on the GPU after the first step, else of the RAM (of the container's or job's, if that "
-        "is less), that the memory of confidence may take; what needs more is on disk",
+        "Share of the free GPU memory after the first step, otherwise of the RAM (of the container or job, if that is "
+        "less), that the memory of confidence may use; if it needs more, it goes on disk",
     )
     sasnet_sdm: bool = setting(
-        True, "Whether there are regression heads, distance maps and SRC; without them SAR has no effect"
+        True, "Whether to use regression heads, distance maps and SRC; without them SAR has no effect"
     )
     sasnet_plc: Literal["sharpened", "plain", "off"] = setting(
         "sharpened", 'PLC with a sharpened target as in the code, `"plain"` as in Eq. 15, or `"off"`'
@@ -74,11 +74,11 @@ class SASNetSettings(SSLSettings):
         '`"off"`',
     )
     sasnet_view_angle: Angle = setting(
-        30.0, "Largest angle of a rotation (Eq. 10), in degrees; nnU-Net's own rotations go as far", symbol="theta"
+        30.0, "Largest rotation angle (Eq. 10), in degrees; nnU-Net's own rotations go as far", symbol="theta"
     )
     sasnet_validate_branches: bool = setting(
         False,
-        "Whether the final validation is done for each branch alone as well ([outputs](outputs.md#ssl_logcsv))",
+        "Whether the final validation also runs for each branch alone ([outputs](outputs.md#ssl_logcsv))",
     )
 
 
