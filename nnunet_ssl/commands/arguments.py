@@ -1,4 +1,4 @@
-"""What the commands share: a parser that speaks in sentences, arguments, and numbers that are numbers."""
+"""Shared by the commands: a parser whose errors are sentences, common arguments, and strict numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nnunet_ssl.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Refuses as everything else of ours does: one sentence, exit code 1."""
+    """Refuses arguments like the rest of the package: one sentence, exit code 1."""
 
     def error(self, message: str) -> NoReturn:
         """End the command.
@@ -54,7 +54,7 @@ def fold(text: str) -> str:
 
 # ------------------------------------------------------------------------------------------------ shared arguments
 
-# spelt as nnU-Net spells them, where it has them
+# named as in nnU-Net, if nnU-Net has them
 SHARED: dict[str, dict[str, Any]] = {
     "-d": {"dest": "dataset", "required": True, "help": "Name or id of the dataset"},
     "-c": {"dest": "configuration", "required": True, "help": "Configuration, for instance 3d_fullres"},
@@ -65,20 +65,20 @@ SHARED: dict[str, dict[str, Any]] = {
         "dest": "checkpoint", "default": "checkpoint_final.pth", "help": "Checkpoint. Default: checkpoint_final.pth",
     },
     "-o": {"dest": "folder", "type": Path, "metavar": "DIR", "help": "Folder to write to"},
-    "-device": {"choices": ("cpu", "cuda", "mps"), "help": "Device. Default: cuda where there is a GPU, else cpu"},
+    "-device": {"choices": ("cpu", "cuda", "mps"), "help": "Device. Default: cuda if there is a GPU, otherwise cpu"},
     "-np": {
         "dest": "processes", "type": count, "metavar": "N",
-        "help": "Processes at a time. Default: nnU-Net's own number (nnUNet_def_n_proc, else 8)",
+        "help": "Parallel processes. Default: nnU-Net's own number (nnUNet_def_n_proc, or 8)",
     },
     "--data": {"type": Path, "metavar": "DIR", "help": "Folder of the published data"},
     "--disable_tta": {
         "dest": "mirroring", "action": "store_false", "help": "Predict without mirroring: faster, less accurate",
     },
     "--copy": {"action": "store_true", "help": "Copy the files instead of linking to them"},
-    "--seed": {"type": seed, "default": 0, "help": "Seed of all that is drawn. Default: 0"},
-    "--dry-run": {"action": "store_true", "help": "Print the commands that are still to be run, and do nothing"},
+    "--seed": {"type": seed, "default": 0, "help": "Seed of all random choices. Default: 0"},
+    "--dry-run": {"action": "store_true", "help": "Print the remaining commands and run nothing"},
 }  # fmt: skip
-# in place of the above, where -o (or -d) is a dataset to be made
+# instead of the above, for commands whose -o (or -d) is a new dataset
 NEW_DATASET = {
     "dest": "target_id",
     "required": True,
@@ -86,20 +86,20 @@ NEW_DATASET = {
     "metavar": "ID",
     "help": "Id of the new dataset",
 }
-# as they were spelt before
+# former names
 SHARED |= {
     old: SHARED[new] | {"help": argparse.SUPPRESS} for old, new in {"--device": "-device", "--dir": "-o"}.items()
 }
 
 
 def add_shared(parser: argparse._ActionsContainer, *options: str, **changes: Any) -> None:
-    """Add arguments of ``SHARED``; ``changes`` are those of ``add_argument`` that differ in this command."""
+    """Add arguments of ``SHARED``; ``changes`` override ``add_argument``'s keywords for this command."""
     for option in options:
         parser.add_argument(option, **(SHARED[option] | changes))
 
 
 def find_device(given: str | None) -> str:
-    """The device that ``-device`` names; without one the GPU where torch sees one, else the CPU.
+    """The device that ``-device`` names; by default the GPU if torch sees one, otherwise the CPU.
 
     Raises:
         UserError: a GPU is asked for, and torch sees none.

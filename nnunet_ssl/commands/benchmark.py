@@ -33,10 +33,10 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = Parser(
         prog="nnUNetv2_ssl_benchmark",
-        description="Do what a protocol says, from raw data to the table: make datasets with few labels, plan, "
-        "prepare, train, predict, evaluate, compare, report. A stopped benchmark goes on where it was; what is done "
-        "is not done again.",
-        epilog="Every other option goes to Snakemake, which does the work: --executor slurm, --profile DIR, "
+        description="Run a protocol from raw data to the final table: make datasets with few labels, plan, "
+        "preprocess, train, predict, evaluate, compare, report. A stopped benchmark resumes where it was; finished "
+        "steps are not repeated.",
+        epilog="All other options are passed to Snakemake, which runs the workflow: --executor slurm, --profile DIR, "
         "--retries N, --set-resources train:runtime=600 and so on.",
         allow_abbrev=False,
     )
@@ -46,22 +46,22 @@ def main(argv: list[str] | None = None) -> None:
     add_shared(parser, "--data")
     add_shared(
         parser, "-device",
-        help="Device. Default: the one that the benchmark was begun with; cuda where there is a GPU, else cpu",
+        help="Device. Default: the one the benchmark was started with; otherwise cuda if there is a GPU, or cpu",
     )  # fmt: skip
     add_shared(parser, "--device")
     parser.add_argument(
         "--jobs", type=count, default=1, metavar="N",
-        help="Trainings at a time; seconds per step are measured one run at a time. Default: 1",
+        help="Parallel trainings; seconds per step are always measured one run at a time. Default: 1",
     )  # fmt: skip
     add_shared(
-        parser, "-np", help="Processes at a time that prepare and evaluate. Default: the number of cores, 8 at most"
+        parser, "-np", help="Parallel processes for preparing and evaluating. Default: the number of cores, at most 8"
     )
     parser.add_argument(
-        "--page", type=Path, metavar="FILE", help="Markdown file that gets the report, between its two marks"
+        "--page", type=Path, metavar="FILE", help="Markdown file that receives the report between its two marks"
     )
     what = parser.add_mutually_exclusive_group()
     add_shared(what, "--dry-run")
-    what.add_argument("--report", action="store_true", help="Report on what is finished, and do nothing else")
+    what.add_argument("--report", action="store_true", help="Report on what has finished, and do nothing else")
     args, passed_on = parser.parse_known_args(argv)
 
     from nnunet_ssl.benchmark.reading import load_json, read_protocol, shipped
@@ -118,27 +118,27 @@ def main(argv: list[str] | None = None) -> None:
     if code:
         raise UserError(
             f"something failed; Snakemake names it above, and its log is in {home / 'logs'}. The rest is done. "
-            "Mend it and start again: what is done is not done twice."
+            "Fix it and start again: finished steps are not repeated."
         )
 
 
 def check_source(benchmark: Benchmark, data: Path | None) -> None:
-    """What the published datasets are made from is there, where one is still to be made.
+    """Check that the published data are there, if a dataset still has to be made from them.
 
     Raises:
-        UserError: it is not.
+        UserError: they are not.
     """
     published = benchmark.protocol.data.published
     made = all((benchmark.home / "done" / f"dataset_{number}").exists() for number in benchmark.sources())
     if published is not None and not made and (data is None or not data.is_dir()):
         raise UserError(
-            f"{data or 'DATA'} is no folder; name the folder of the published data with --data. What it has to hold "
-            f"is said by nnUNetv2_ssl_dataset {published} --help"
+            f"{data or 'DATA'} is not a folder; name the folder of the published data with --data. "
+            f"nnUNetv2_ssl_dataset {published} --help lists what it must contain"
         )
 
 
 def run(words: list[str]) -> int:
-    """Run Snakemake; it and all its commands end with this process, however it ends.
+    """Run Snakemake; it and all its commands end with this process, no matter how it ends.
 
     Returns:
         The exit code.
@@ -170,7 +170,7 @@ def cancel(process: subprocess.Popen[bytes]) -> None:
 
 
 def report(benchmark: Benchmark, page: Path | None) -> None:
-    """Write the report, and say what it says and where it is."""
+    """Write the report, print it, and say where it is."""
     from nnunet_ssl.benchmark.report import write_report
 
     print(write_report(benchmark, page))

@@ -18,10 +18,10 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = Parser(
         prog="nnUNetv2_ssl_dataset",
-        description="Make a dataset, as its owners publish it, into an nnU-Net raw dataset with few labels, on the "
-        "literature's lists of cases. nnUNetv2_ssl_dataset NAME --help says what a dataset needs and takes.",
+        description="Convert a dataset as published into an nnU-Net raw dataset with few labels, using the "
+        "literature's lists of cases. nnUNetv2_ssl_dataset NAME --help lists the files and options of a dataset.",
     )
-    parser.add_argument("--list", action="store_true", help="Show the datasets that there are")
+    parser.add_argument("--list", action="store_true", help="Show the available datasets")
     names = parser.add_subparsers(dest="name", metavar="NAME", help="One of those that --list shows")
     modules = {name: importlib.import_module(f"nnunet_ssl.datasets.{name}") for name in (*PUBLISHED, *MADE_UP)}
     for name, module in modules.items():
@@ -29,8 +29,8 @@ def main(argv: list[str] | None = None) -> None:
         add_shared(own, "-d", **NEW_DATASET)
         if name in PUBLISHED:
             add_shared(own, "--data", required=True)
-            add_shared(own, "-np", default=1, help="Processes at a time. Default: 1")
-            text = "Match image and label voxel by voxel, even where their headers differ in position or direction"
+            add_shared(own, "-np", default=1, help="Parallel processes. Default: 1")
+            text = "Match image and label voxel by voxel, even if their headers differ in position or direction"
             own.add_argument("--trust-voxels", action="store_true", help=text)
         module.add_arguments(own)
     args = parser.parse_args(argv)

@@ -17,11 +17,11 @@ def main(argv: list[str] | None = None) -> None:
         prog="nnUNetv2_ssl_demo",
         description="Make a small dataset of five organs with few labels, train nnUNetTrainerLabeledOnly and "
         "nnUNetTrainerWarps on it from the same seed with nnU-Net's own commands, and compare them on test cases. "
-        "About ten minutes on two CPU cores. A stopped demo goes on where it was.",
+        "Takes about ten minutes on two CPU cores. A stopped demo resumes where it was.",
     )
     add_shared(parser, "-o", default=Path("demo"), help="Folder to write to. Default: demo")
     parser.add_argument(
-        "--epochs", type=count, default=20, metavar="N", help="Epochs of 50 steps for each training. Default: 20"
+        "--epochs", type=count, default=20, metavar="N", help="Epochs of each training, of 50 steps each. Default: 20"
     )
     add_shared(parser, "-device")
     add_shared(parser, "--seed", help="Seed of the dataset and of both trainings. Default: 0")

@@ -20,29 +20,29 @@ def main(argv: list[str] | None = None) -> None:
 
     parser = Parser(
         prog="nnUNetv2_ssl_evaluate",
-        description="Dice, Jaccard and surface metrics of each case and class, as summary.json, cases.csv and "
-        "summary.md. With several -pred also the paired comparison of each with the first.",
+        description="Measure Dice, Jaccard and surface metrics of each case and class, and write summary.json, "
+        "cases.csv and summary.md. With several -pred, also compare each with the first, case by case.",
     )
     parser.add_argument("-ref", required=True, metavar="DIR", help="Folder of the true label maps")
     parser.add_argument(
         "-pred", required=True, nargs="+", metavar="DIR",
-        help="Folders of predicted label maps, one a method; the first is the baseline",
+        help="Folders of predicted label maps, one per method; the first is the baseline",
     )  # fmt: skip
     parser.add_argument(
-        "--names", nargs="+", metavar="NAME", help="Names of the methods. Default: those of the folders"
+        "--names", nargs="+", metavar="NAME", help="Names of the methods. Default: the names of the folders"
     )
     parser.add_argument(
         "-djfile", metavar="FILE",
-        help="File dataset.json. Default: the one beside the folder of the truth, in it, or with the predictions",
+        help="File dataset.json. Default: the one next to the folder of the truth, in it, or with the predictions",
     )  # fmt: skip
     add_shared(
         parser, "-o",
-        help="Folder to write to. Default: that of the predictions; a comparison needs it, and each method gets a "
-        "folder in it",
+        help="Folder to write to. Default: the folder of the predictions. A comparison requires it, and each method "
+        "gets a folder in it",
     )  # fmt: skip
     parser.add_argument(
         "--metrics", nargs="+", choices=METRICS, metavar="METRIC", default=list(METRICS),
-        help=f"Of {' '.join(METRICS)}. Default: all",
+        help=f"Any of {' '.join(METRICS)}. Default: all",
     )  # fmt: skip
     parser.add_argument("--spacing", choices=("mm", "voxel"), default="mm", help="Unit of distances. Default: mm")
     parser.add_argument(
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--empty", choices=EMPTY_RULES, default="nan",
-        help="What an empty prediction or truth gives. Default: nan. "
+        help="Value of an empty prediction or truth. Default: nan. "
         + " ".join(f"With {name}: {rule.meaning}" for name, rule in EMPTY_RULES.items()),
     )  # fmt: skip
     parser.add_argument(

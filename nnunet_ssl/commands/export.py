@@ -18,8 +18,8 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = Parser(
         prog="nnUNetv2_ssl_export",
-        description="Write a trained model as a plain nnUNetTrainer model: CPU tensors, no optimiser, checked by equal "
-        "logits before it is kept. Nobody who predicts with it needs this package.",
+        description="Write a trained model as a plain nnUNetTrainer model: CPU tensors, no optimiser, logits verified "
+        "to be equal. Predicting with it does not need this package.",
     )
     add_shared(parser, "-d", "-c")
     add_shared(
@@ -29,8 +29,10 @@ def main(argv: list[str] | None = None) -> None:
     add_shared(parser, "-tr", "-p", "-chk")
     add_shared(parser, "-o", required=True, help="Folder to write to; must be empty or not exist")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--both", action="store_true", help="Both networks of CPS, as two folds that nnU-Net averages")
-    which.add_argument("--branch", choices=("high",), help="SASNet's high-level branch alone")
+    which.add_argument(
+        "--both", action="store_true", help="Export both networks of CPS as two folds, which nnU-Net averages"
+    )
+    which.add_argument("--branch", choices=("high",), help="Export only this branch of SASNet")
     parser.add_argument("--zip", action="store_true", help="Also write DIR.zip, for nnU-Net to install")
     args = parser.parse_args(argv)
 

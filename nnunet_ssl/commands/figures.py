@@ -33,9 +33,9 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = Parser(
         prog="nnUNetv2_ssl_figures",
-        description="Draw what a paper shows of trained models: cases, entropy, tokens, assignment, curves, boxes. "
-        "Each figure is a PNG, a PDF and its caption. Test cases with a truth are predicted with nnU-Net; where there "
-        "are none, the validation cases of the fold are shown.",
+        description="Draw the figures that a paper shows of trained models: cases, entropy, tokens, assignment, "
+        "curves, boxes. Each figure is a PNG, a PDF and a caption. nnU-Net predicts the test cases that have a truth; "
+        "if there are none, the validation cases of the fold are shown.",
     )
     add_shared(parser, "-d")
     add_shared(parser, "-c", required=False)
@@ -47,30 +47,30 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     models.add_argument(
         "-m", dest="models", nargs="+", type=Path, metavar="DIR",
-        help="Folders of the models, in place of -tr, -c and -p; the first is the baseline",
+        help="Folders of the models, instead of -tr, -c and -p; the first is the baseline",
     )  # fmt: skip
     add_shared(parser, "-p", "-chk")
     parser.add_argument(
         "-pred", nargs="+", type=Path, metavar="DIR",
-        help="Folders of predicted label maps, one a model. Default: nnU-Net predicts what is not there",
+        help="Folders of predicted label maps, one per model. Default: nnU-Net predicts what is missing",
     )  # fmt: skip
     parser.add_argument(
-        "--names", nargs="+", metavar="NAME", help="Names of the models in the figures. Default: those of the trainers"
+        "--names", nargs="+", metavar="NAME", help="Names of the models in the figures. Default: the trainers' names"
     )
     add_shared(parser, "-o", required=True)
     parser.add_argument(
         "--which", nargs="+", choices=FIGURES, metavar="FIGURE",
-        help=f"Of {' '.join(FIGURES)}. Default: all that these models can give",
+        help=f"Any of {' '.join(FIGURES)}. Default: all that these models allow",
     )  # fmt: skip
     parser.add_argument(
-        "--classes", nargs="+", metavar="CLASS", help="Labels or names of classes. Default: all but the background"
+        "--classes", nargs="+", metavar="CLASS", help="Labels or names of classes. Default: all except the background"
     )
     parser.add_argument(
         "--embedding", nargs="+", choices=EMBEDDINGS, metavar="KIND", default=list(EMBEDDINGS),
-        help=f"How tokens are drawn in two dimensions, of {' '.join(EMBEDDINGS)}. Default: both",
+        help=f"Two-dimensional layout of the tokens, any of {' '.join(EMBEDDINGS)}. Default: both",
     )  # fmt: skip
     add_shared(parser, "-device", "--disable_tta")
-    add_shared(parser, "--seed", help="Seed of t-SNE, of the bootstrap and of all else that is drawn. Default: 0")
+    add_shared(parser, "--seed", help="Seed of t-SNE, the bootstrap and every other random choice. Default: 0")
     add_shared(parser, "-np")
     args = parser.parse_args(argv)
 

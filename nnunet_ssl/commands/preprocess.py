@@ -17,14 +17,14 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = Parser(
         prog="nnUNetv2_ssl_preprocess",
-        description="Prepare the images of imagesUn for training. Training does it itself; this does it ahead, for "
-        "instance where the machine with the GPU has few CPU cores. Only what is new or has changed is prepared.",
+        description="Prepare the images of imagesUn before training. Training would do this itself; run it ahead if, "
+        "for instance, the machine with the GPU has few CPU cores. Only new and changed images are prepared.",
     )
     add_shared(parser, "-d", dest="datasets", nargs="+", metavar="DATASET", help="Names or ids of the datasets")
     add_shared(
         parser, "-c", dest="configurations", nargs="+", metavar="CONFIGURATION", required=False,
         default=["2d", "3d_fullres", "3d_lowres"],
-        help="Configurations; those that the plans do not have are skipped. Default: 2d 3d_fullres 3d_lowres",
+        help="Configurations; any that are not in the plans are skipped. Default: 2d 3d_fullres 3d_lowres",
     )  # fmt: skip
     add_shared(parser, "-p", "-np")
     args = parser.parse_args(argv)

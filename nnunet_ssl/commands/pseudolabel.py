@@ -19,68 +19,68 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(
         prog="nnUNetv2_ssl_pseudolabel",
         description="Predict the images of imagesUn and make a second raw dataset in which the best predictions are "
-        "labels. A trained model predicts, or the labeled images, registered onto the others, or both; then the mean "
-        "of their probabilities counts, and cases are chosen by how much the two agree. With --rounds also train on "
-        "it, and repeat. Predicting, preprocessing and training are nnU-Net's own commands; a stopped run goes on "
+        "labels. The teacher is a trained model, the labeled images registered onto the others, or both; two teachers "
+        "average their probabilities, and cases are chosen by their agreement. With --rounds, also train on the new "
+        "dataset, and repeat. Prediction, preprocessing and training use nnU-Net's own commands; a stopped run resumes "
         "where it was.",
     )
     add_shared(parser, "-d", help="Name or id of the dataset with imagesUn")
     add_shared(parser, "-c")
     add_shared(
         parser, "-f", dest="folds", metavar="FOLD", nargs="+", default=["0"],
-        help="Folds: numbers, or all; of several the mean predicts. Default: 0",
+        help="Folds: numbers, or all; several predict with their mean. Default: 0",
     )  # fmt: skip
     add_shared(parser, "-tr", help="Trainer of the model, and of the students")
     add_shared(parser, "-p", "-chk")
-    add_shared(parser, "-o", **NEW_DATASET | {"help": "Id of the new dataset; further rounds take the next ids"})
+    add_shared(parser, "-o", **NEW_DATASET | {"help": "Id of the new dataset; later rounds use the next ids"})
     parser.add_argument(
         "--teachers", choices=TEACHERS, default="network", metavar="WHO",
         help="Who labels the images: the trained model (network), the labeled images, registered onto each one "
         "(atlas), or both (network,atlas). Default: network",
     )  # fmt: skip
-    parser.add_argument("--student", metavar="TRAINER", help="Trainer of the students. Default: that of -tr")
+    parser.add_argument("--student", metavar="TRAINER", help="Trainer of the students. Default: the one of -tr")
     parser.add_argument(
         "--rounds", type=whole, default=0, metavar="N",
-        help="Models to train, each on the predictions of the one before. Default: 0, which makes the dataset only",
+        help="Models to train, each on the predictions of the previous one. Default: 0, which only makes the dataset",
     )  # fmt: skip
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--min-confidence", type=part, metavar="P",
-        help=f"Keep the cases whose confidence reaches P. Default with one teacher: {MIN_CONFIDENCE}",
+        help=f"Keep the cases whose confidence is at least P. Default with one teacher: {MIN_CONFIDENCE}",
     )  # fmt: skip
     which.add_argument(
         "--min-agreement", type=part, metavar="P",
-        help=f"Keep the cases on which two teachers agree: mean Dice of P or more. Default with two: {MIN_AGREEMENT}",
+        help=f"Keep the cases on which two teachers agree with a mean Dice of at least P. Default: {MIN_AGREEMENT}",
     )  # fmt: skip
     which.add_argument("--keep", type=part, metavar="FRACTION", help="Keep this fraction of the cases, the best ones")
     parser.add_argument("--warm", action="store_true", help="Train each student from its teacher's weights")
     parser.add_argument(
         "--finish", type=count, metavar="EPOCHS",
-        help="Train the last student these epochs more, on the labels alone; it becomes fold 1 of its dataset",
+        help="Train the last student for EPOCHS more, on labels alone; it becomes fold 1 of its dataset",
     )  # fmt: skip
     parser.add_argument(
         "--parts", type=count, default=1, metavar="N",
-        help="Predict in N parts, so that the probabilities of one part at a time are on the disk. Default: 1",
+        help="Predict in N parts, so that only one part's probabilities are on the disk at a time. Default: 1",
     )  # fmt: skip
     add_shared(parser, "--copy", "-device", "--disable_tta", "-np", "--dry-run")
     args = parser.parse_args(argv)
 
     if args.target_id + args.rounds > 1000:
         raise UserError(
-            f"-o {args.target_id} --rounds {args.rounds}: each round takes an id, and ids end at 999. Lower one."
+            f"-o {args.target_id} --rounds {args.rounds}: each round uses one id, and ids end at 999. Lower one."
         )
     args.folds, args.teachers = tuple(args.folds), TEACHERS[args.teachers]
     if args.min_agreement is not None and len(args.teachers) < 2:
         raise UserError("--min-agreement: one teacher has nobody to agree with. Use --teachers network,atlas.")
     if args.teachers == ("atlas",) and args.rounds > 1:
         raise UserError(
-            f"--teachers atlas --rounds {args.rounds}: an atlas labels alike in all rounds. Use --rounds 1."
+            f"--teachers atlas --rounds {args.rounds}: an atlas gives the same labels in every round. Use --rounds 1."
         )
     if args.teachers == ("atlas",) and args.warm:
         raise UserError("--warm: an atlas has no weights. Use --teachers network or network,atlas.")
     for option, given in (("--finish", args.finish), ("--student", args.student)):
         if given and not args.rounds:
-            raise UserError(f"{option} is for the training of a student. Give --rounds too.")
+            raise UserError(f"{option} is for training a student. Give --rounds too.")
 
     # heavy: only once the arguments are known to be good
     from nnunet_ssl.self_training.rounds import self_train

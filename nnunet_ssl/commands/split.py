@@ -13,9 +13,9 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = Parser(
         prog="nnUNetv2_ssl_split",
-        description="Make a second raw dataset of links in which few cases have labels and the rest are unlabeled. "
-        "N is a number of cases, a fraction of those that are not test cases (0.1), or a file with one case a line. "
-        "From one seed, more labeled cases contain the fewer.",
+        description="Make a second raw dataset, of links, in which few cases have labels and the rest are unlabeled. "
+        "N is a number of cases, a fraction of all cases except test cases (0.1), or a file with one case per line. "
+        "With one seed, a larger labeled set contains the smaller ones.",
     )
     add_shared(parser, "-d", help="Name or id of the labeled dataset")
     add_shared(parser, "-o", **NEW_DATASET)
@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{name}: {len(split.labeled)} labeled, {len(split.validation)} validation, "
           f"{len(split.unlabeled)} unlabeled and {len(split.test)} test cases")  # fmt: skip
     if not split.validation:
-        print("No --val: the labeled cases also serve as validation cases, which nnU-Net cannot do without.")
+        print("No --val: the labeled cases also serve as validation cases, because nnU-Net needs some.")
     if not split.unlabeled:
-        print("No case is left without a label: only trainers that need none, such as nnUNetTrainerLabeledOnly, work.")
+        print("No unlabeled case is left: only trainers that need none, such as nnUNetTrainerLabeledOnly, work.")
     print(f"Train fold 0, for instance:\n  nnUNetv2_plan_and_preprocess -d {args.target_id} -c 3d_fullres\n"
           f"  nnUNetv2_train {args.target_id} 3d_fullres 0 -tr nnUNetTrainerSHTA_CPS")  # fmt: skip
 

@@ -16,7 +16,7 @@ from nnunet_ssl.commands.arguments import Parser
 NNUNET_FROM, NNUNET_BELOW = (2, 8, 0), (2, 9)
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
-# What a fresh Python does before every training: nnU-Net's own search, by name.
+# A new Python process before every training does the same: nnU-Net's own search, by name.
 LOOKUP = """
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 trainer = recursive_find_trainer_class_by_name({name!r})
@@ -32,7 +32,7 @@ class Finding(NamedTuple):
 
 
 def list_trainers() -> Iterator[tuple[str, str, str]]:
-    """Yield name, what it is (the first line of its docstring) and paper of every trainer for use."""
+    """Yield the name, description (the first line of its docstring) and paper of every usable trainer."""
     from nnunet_ssl import trainers
 
     for name in trainers.TRAINERS:
@@ -41,7 +41,7 @@ def list_trainers() -> Iterator[tuple[str, str, str]]:
 
 
 def check_nnunet() -> Finding:
-    """The nnU-Net that is installed is one that this package was written for."""
+    """The installed nnU-Net is a supported version."""
     wanted = f"{'.'.join(map(str, NNUNET_FROM))} or newer, below {'.'.join(map(str, NNUNET_BELOW))}"
     remedy = f"pip install 'nnunetv2>={'.'.join(map(str, NNUNET_FROM))},<{'.'.join(map(str, NNUNET_BELOW))}'"
     try:
@@ -55,10 +55,10 @@ def check_nnunet() -> Finding:
 
 
 def check_discovery(name: str = "nnUNetTrainerLabeledOnly") -> Finding:
-    """A Python started now, with only what a user has set, finds a trainer of ours where it should.
+    """A new Python process, with only the user's own variables, finds our trainer in this package.
 
-    It looks in a new process, without our entry in the inherited variable and from an empty folder, so that what is
-    tested is the installation and not the process or the folder that asks.
+    The process starts without our entry in the inherited variable and in an empty folder, so that the installation is
+    tested and not the current process or folder.
     """
     environment = dict(os.environ)
     environment[VARIABLE] = os.pathsep.join(
@@ -76,12 +76,12 @@ def check_discovery(name: str = "nnUNetTrainerLabeledOnly") -> Finding:
         return Finding(
             "WRONG",
             f"nnU-Net takes {name} from the module {lines[-1].split()[1]}, not from this package: "
-            f"rename that trainer or take its folder out of {VARIABLE}",
+            f"rename that trainer or remove its folder from {VARIABLE}",
         )
     reason = (lookup.stderr.strip().splitlines() or [f"exit code {lookup.returncode}"])[-1]
     return Finding(
         "WRONG",
-        f"nnU-Net does not find {name} ({reason}): install the package with pip into {sys.prefix}, or, where Python "
+        f"nnU-Net does not find {name} ({reason}): install the package with pip into {sys.prefix}, or, if Python "
         f"does not read what pip installs there (PYTHONPATH, pip install --target), set {VARIABLE}={EXT_FOLDER}",
     )
 
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument(
         "--check", action="store_true",
-        help="Check nnU-Net's version, that it finds the trainers, its three folders and the GPU; "
+        help="Check nnU-Net's version, whether it finds the trainers, its three folders and the GPU; "
         "the exit code is 1 if something is wrong",
     )  # fmt: skip
     arguments = parser.parse_args(argv)

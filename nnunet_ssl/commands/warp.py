@@ -1,4 +1,4 @@
-"""``nnUNetv2_ssl_warp``: labeled images in the shapes of unlabeled ones, ahead of training."""
+"""``nnUNetv2_ssl_warp``: warp labeled images into the shapes of unlabeled ones, before training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nnunet_ssl.errors import UserError
 
 
 def channel(text: str) -> tuple[int, ...]:
-    """A channel's number, or all: none in particular."""
+    """The number of a channel, or nothing for ``all``."""
     return () if text == "all" else (whole(text),)
 
 
@@ -22,24 +22,24 @@ def main(argv: list[str] | None = None) -> None:
     """
     parser = Parser(
         prog="nnUNetv2_ssl_warp",
-        description="Register labeled images onto those of imagesUn, and keep them warped with their labels, for "
-        "nnUNetTrainerWarps and every trainer whose setting warped_share is above 0. Training does it itself; this "
-        "does it ahead, and draws what came of it. Only what is new or has changed is made.",
+        description="Register labeled images onto the images of imagesUn, and save them warped together with their "
+        "labels, for nnUNetTrainerWarps and every trainer whose setting warped_share is above 0. Training would do "
+        "this itself; run it ahead to see a picture of the result. Only new and changed warps are made.",
     )
     add_shared(parser, "-d", "-c", "-p")
     parser.add_argument(
         "--pairs", type=count, metavar="N",
-        help="Warps of each labeled case. Default: 30, or as many as take ten minutes",
+        help="Warps per labeled case. Default: 30, or as many as fit into ten minutes",
     )  # fmt: skip
     parser.add_argument(
         "--groups", type=Path, metavar="FILE",
-        help='JSON file {"case": "patient"}, where patients have several cases: no fold trains with warps onto images '
-        "of a patient in its validation cases or the test cases. It is kept, and counts beside the dataset's "
+        help='JSON file {"case": "patient"}, if patients have several cases: no fold trains with warps onto images of a '
+        "patient in its validation cases or the test cases. It is kept, and used in addition to the dataset's "
         "groups.json",
     )  # fmt: skip
     parser.add_argument(
         "--channel", type=channel, metavar="K",
-        help='Channel that registration compares: a number from 0, or all. Default: that of an earlier call, or all',
+        help='Channel that registration compares: a number from 0, or all. Default: as in an earlier call, or all',
     )  # fmt: skip
     add_shared(parser, "-np")
     args = parser.parse_args(argv)
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     processes = args.processes or default_num_processes
     unlabeled = prepare_unlabeled(dataset, plans_manager, args.configuration, dataset_json, labeled, processes)
     if os.path.lexists(splits := os.path.join(preprocessed, SPLITS)):  # cases that are only validated with: not needed
-        labeled = sorted({case for fold in read_splits(splits, "Mend it.") for case in fold.train})
+        labeled = sorted({case for fold in read_splits(splits, "Correct it.") for case in fold.train})
     wish = Wish(
         dataset, plans_manager.plans, args.configuration, dataset_json, tuple(labeled), (), unlabeled, args.pairs,
         groups, args.channel,

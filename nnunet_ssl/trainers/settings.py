@@ -58,9 +58,7 @@ class SSLSettings:
     warped_share_last: Share | None = setting(
         None, "That probability at the last step, reached by a linear change; `null` keeps it constant"
     )
-    keep_epochs: Counts = setting(
-        (), "Epochs after which `checkpoint_epoch<N>.pth` is also kept, for learning curves"
-    )
+    keep_epochs: Counts = setting((), "Epochs after which `checkpoint_epoch<N>.pth` is also kept, for learning curves")
 
 
 def load_settings(cls: type[S], file: str | None) -> S:

@@ -62,7 +62,7 @@ def test_list(capsys):
         (["no_such"], "no_such does not exist"),
         (["la", "--jobs", "0"], "--jobs: '0' must be"),
         (["la", "-np", "0"], "-np: '0' must be"),
-        (["la", "-device", "cpu", "--data", "nowhere", "-o", "out"], "nowhere is no folder"),
+        (["la", "-device", "cpu", "--data", "nowhere", "-o", "out"], "nowhere is not a folder"),
         (["la", "-device", "cpu", "--report", "-o", "out"], "no run in .* is finished yet"),
     ],
 )

@@ -109,7 +109,7 @@ def tree(folder: Path) -> set[str]:
         (["-np", "0"], "-np: '0'"),
         (["--teachers", "nobody"], "--teachers.*'nobody'"),
         (["--min-agreement", "0.5"], "--min-agreement: one teacher"),
-        (["--teachers", "atlas", "--rounds", "2"], "labels alike in all rounds"),
+        (["--teachers", "atlas", "--rounds", "2"], "gives the same labels in every round"),
         (["--teachers", "atlas", "--warm"], "--warm: an atlas has no weights"),
         (["--finish", "5"], "--finish .* Give --rounds too"),
         (["--student", "nnUNetTrainerCPS"], "--student .* Give --rounds too"),
