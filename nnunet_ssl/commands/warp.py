@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--groups", type=Path, metavar="FILE",
-        help='JSON file {"case": "patient"}, if patients have several cases: no fold trains with warps onto images of a '
-        "patient in its validation cases or the test cases. It is kept, and used in addition to the dataset's "
+        help='JSON file {"case": "patient"}, if patients have several cases: no fold trains with warps onto images of '
+        "a patient in its validation cases or the test cases. It is kept, and used in addition to the dataset's "
         "groups.json",
     )  # fmt: skip
     parser.add_argument(
