@@ -70,7 +70,7 @@ def take(
 
 
 def _has_locks(file: str | Path) -> bool:
-    """Ask the system: filelock 3 takes a file system without locks for a lock that is held, and waits for ever."""
+    """Ask the system: filelock 3 takes a file system without locks for a lock that is held, and waits forever."""
     if fcntl is None:
         return True
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | OPEN, 0o666)

@@ -5,7 +5,7 @@
     python scripts/benchmark_trainers.py -d 4 -c 3d_fullres -p nnUNetPlans  # a prepared dataset with imagesUn
     python scripts/benchmark_trainers.py --trainers nnUNetTrainerURPC nnUNetTrainerSHTA_URPC
 
-The first two make up their dataset. A turn of a trainer is a process of its own, so one trainer is on the device at a
+The first two make up their dataset. A turn of a trainer is a separate process, so one trainer is on the device at a
 time and nothing of it stays. A round goes through the list forwards and then backwards; a trainer's value is the mean
 of its two turns, its ratio that to nnUNetTrainer's of the same round, so a steady drift cancels. Reported are medians
 over rounds. Steps are taken in the middle of the schedule, where ramp-ups are over, after some that are not timed.
@@ -137,7 +137,7 @@ def build(setup: Setup, trainer_name: str, passes: str | None, **more: Any) -> A
 
 
 def turn(setup: Setup, steps: int, warm_up: int, which: tuple[str, str | None]) -> dict[str, float]:
-    """Seconds, MiB and parameters of a trainer; called in a process of its own.
+    """Seconds, MiB and parameters of a trainer; called in a separate process.
 
     Args:
         setup: what the trainer is built from.

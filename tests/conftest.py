@@ -6,7 +6,7 @@
 | ``tiny_copy(kind)`` | a copy of one in this test's own folders, which nnU-Net's variables point at |
 | ``fresh_folders`` | three empty nnU-Net folders for this test, set in the environment |
 | ``make_trainer(name, dataset, ...)`` | a trainer in this process, results in this test's own folder |
-| ``run_nnunet(command, *args, ...)`` | a real command in a process of its own |
+| ``run_nnunet(command, *args, ...)`` | a real command in a separate process |
 
 nnU-Net reads its three folders from the environment at each use, so setting the variables is enough.
 """
@@ -167,7 +167,7 @@ def _trainer_class(name: str) -> type:
 def run_nnunet() -> Callable[..., subprocess.CompletedProcess[str]]:
     """``run_nnunet("nnUNetv2_train", 901, "3d_fullres", 0, "-tr", name, "-device", "cpu", settings={...})``.
 
-    Runs the command in a process of its own with the environment as it is now, one worker and one thread where
+    Runs the command in a separate process with the environment as it is now, one worker and one thread where
     nnU-Net lets us say so, and gives back what it printed. ``check=True`` (the default) fails the test with the end
     of the output when the exit code is not 0. ``settings`` as for ``make_trainer``. Works with the package installed
     or not.

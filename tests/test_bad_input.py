@@ -378,7 +378,7 @@ def test_the_page_and_this_file_name_the_same_cases():
 
 @pytest.fixture(scope="module")
 def trainings(tiny, tmp_path_factory) -> dict[str, tuple[Outcome, dict, dict]]:
-    """All rows that go through ``nnUNetv2_train``, each in a process of its own."""
+    """All rows that go through ``nnUNetv2_train``, each in a separate process."""
     rows, before = [], {}
     folders = {name: Folders.below(tmp_path_factory.mktemp("row")) for name in TRAIN}
     for name, row in TRAIN.items():

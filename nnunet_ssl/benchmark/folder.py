@@ -1,4 +1,4 @@
-"""The folder of a benchmark: what it was begun with, and who works in it."""
+"""The folder of a benchmark: the protocol it was started with, and the process that works in it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nnunet_ssl.locks import holding
 ADDED_TO = ("seeds", "labeled", "rows", "budgets")  # what a protocol may get more of while its benchmark is under way
 FREE = ("about", "figures", "gap")
 IDS = "datasets.json"
-KEEP = "It says what this folder was begun with: restore it, or take another -o."
+KEEP = "It records the protocol of this folder: restore it, or choose another -o."
 
 
 @contextmanager
@@ -25,7 +25,7 @@ def claimed(home: Path, given: dict[str, Any], device: str) -> Iterator[None]:
     """Take the folder for a protocol and a device, and keep others out while it is worked in.
 
     Args:
-        home: is made where it does not exist.
+        home: created if it does not exist.
         given: the protocol as it stands in its file.
         device: where it runs.
 
@@ -34,17 +34,15 @@ def claimed(home: Path, given: dict[str, Any], device: str) -> Iterator[None]:
     """
     note = home / "protocol.json"
     if home.exists() and not note.is_file() and (not home.is_dir() or set(os.listdir(home)) - {".lock"}):
-        raise UserError(f"{home} exists and holds no benchmark; take another -o.")
+        raise UserError(f"{home} exists but is not a benchmark folder; choose another -o.")
     with ExitStack() as held:
         try:
             held.enter_context(
-                holding(
-                    home / ".lock", f"another nnUNetv2_ssl_benchmark works in {home}; wait for it, or take another -o."
-                )
+                holding(home / ".lock", f"another nnUNetv2_ssl_benchmark is using {home}; wait, or choose another -o.")
             )
         except OSError as error:
             raise UserError(
-                f"{error.filename or home} cannot be written ({error.strerror}); take another -o."
+                f"{error.filename or home} cannot be written ({error.strerror}); choose another -o."
             ) from None
         left_out = refuse_other(home, given, device)
         write_json(str(note), {"device": device, "protocol": {**given, "rows": [*given["rows"], *left_out]}})
@@ -75,33 +73,33 @@ def _left_out(home: Path, before: dict[str, Any], given: dict[str, Any], device:
     for protocol in (old, given):  # seconds come and go with their rows
         protocol["measure"] = {k: v for k, v in protocol["measure"].items() if k != "seconds"}
     if before["device"] != device:
-        raise UserError(f"{home} was begun with -device {before['device']}; keep to it, or take another -o.")
+        raise UserError(f"{home} was started with -device {before['device']}; keep to it, or choose another -o.")
     for name in sorted(set(old) | set(given)):
         if name not in (*ADDED_TO, *FREE) and old.get(name) != given.get(name):
             raise UserError(
-                f"{home} was begun with '{name}' {json.dumps(old.get(name))}, the protocol now says "
-                f"{json.dumps(given.get(name))}; undo that, or take another -o."
+                f"{home} was started with '{name}' {json.dumps(old.get(name))}, the protocol now says "
+                f"{json.dumps(given.get(name))}; undo that, or choose another -o."
             )
     first, now = (next((b["steps"] for b in p["budgets"] if "steps" in b), None) for p in (old, given))
     if first != now and any("time_of" in budget for budget in old["budgets"]):
         raise UserError(
-            f"{home} was begun with {first} as the first budget in steps, by which 'time_of' goes, the protocol now "
-            f"says {now}; undo that, or take another -o."
+            f"{home} was started with {first} as the first budget in steps, on which 'time_of' is based; the protocol "
+            f"now says {now}; undo that, or choose another -o."
         )
     for key in {row_key(row["name"]) for row in old["rows"]} & {row_key(row["name"]) for row in given["rows"]}:
         was, now = (one.get(key) for one in seconds)
         if was != now:
             raise UserError(
-                f"{home} was begun with {was or 'measured'} seconds per step of {key!r}, the protocol now says "
-                f"{now or 'to measure them'}; undo that, or take another -o."
+                f"{home} was started with {was or 'measured'} seconds per step of {key!r}, the protocol now says "
+                f"{now or 'to measure them'}; undo that, or choose another -o."
             )
     rows = {row_key(row["name"]): row for row in old["rows"]}
     for row in given["rows"]:
         was = rows.pop(row_key(row["name"]), row)
         if {k: v for k, v in was.items() if k != "against"} != {k: v for k, v in row.items() if k != "against"}:
             raise UserError(
-                f"{home} was begun with another row {row['name']!r} ({json.dumps(was)}); undo that, give the row "
-                "another name, or take another -o."
+                f"{home} was started with another row {row['name']!r} ({json.dumps(was)}); undo that, give the row "
+                "another name, or choose another -o."
             )
     return list(rows.values())
 
@@ -112,7 +110,7 @@ def by_row(seconds: dict[str, float]) -> dict[str, float]:
 
 
 def begun_with(home: Path) -> str | None:
-    """The device of a benchmark that was begun."""
+    """The device of a benchmark that was started."""
     file = home / "protocol.json"
     if not file.is_file():
         return None
@@ -123,12 +121,12 @@ def begun_with(home: Path) -> str | None:
 
 
 def known_ids(home: Path) -> dict[str, int]:
-    """The dataset ids that this benchmark has chosen so far; none where it is new.
+    """The dataset ids that this benchmark has chosen so far; none if it is new.
 
     Raises:
         UserError: the file is something else.
     """
-    file, remedy = home / IDS, "It says which dataset is which: restore it, or take another -o."
+    file, remedy = home / IDS, "It says which dataset is which: restore it, or choose another -o."
     kept = read_json(file, remedy) if file.exists() else {}
     if wrong := [name for name, value in kept.items() if type(value) is not int]:
         raise UserError(f"{file} has {kept[wrong[0]]!r} under '{wrong[0]}', not a number. {remedy}")

@@ -51,7 +51,7 @@ def _made_on(fold: Path) -> Iterator[dict[str, str]]:
     file, remedy = fold / "ssl_settings.json", "Restore it, or remove the run's folder and start the benchmark again."
     for place in read_json(file, remedy, keys={"made_on": list})["made_on"]:
         if not isinstance(place, dict) or not {"device", "machine"} <= set(place):
-            raise UserError(f"{file} lists {place!r}, which is no machine. {remedy}")
+            raise UserError(f"{file} lists {place!r}, which does not describe a machine. {remedy}")
         yield place
 
 
@@ -174,11 +174,11 @@ def _differences(benchmark: Benchmark, runs: Sequence[Run]) -> Iterator[dict[str
 
 
 def over_draws(benchmark: Benchmark, runs: Sequence[Run]) -> dict[str, Any] | None:
-    """What the rows gain over labeled sets, in the leading metric; None where there are not enough of these.
+    """What the rows gain over labeled sets, in the leading metric; None if there are too few of these.
 
     Returns:
         ``draws``, ``units`` (how many), ``of_patients`` and ``rows``: of each row the difference to the one that it is
-        compared with, and its share of the protocol's gap (NaN where it has none).
+        compared with, and its share of the protocol's gap (NaN if it has none).
     """
     p = benchmark.protocol
     key = METRICS[p.metrics[0]].key

@@ -31,7 +31,7 @@ Settings = Annotated[dict[str, Any], Field(description="an object of settings")]
 
 @declared
 class SelfTraining:
-    """A row that is trained again on its own predictions, by ``nnUNetv2_ssl_pseudolabel``, so many rounds long.
+    """A row that is trained again on its own predictions, by ``nnUNetv2_ssl_pseudolabel``, for a number of rounds.
 
     Attributes:
         student: a trainer for these rounds, without epochs; None takes the row's.
@@ -54,8 +54,8 @@ class Row:
     Attributes:
         name: in tables and, simplified, in file names.
         trainer: class, without epochs.
-        settings: of the method, beside those that all rows share.
-        labeled: a number of its own for this row, for instance "all"; None takes the protocol's.
+        settings: of the method, in addition to those that all rows share.
+        labeled: another number for this row, for instance "all"; None takes the protocol's.
         against: name of the row that it is compared with; None takes the first.
         pretrained_by: a trainer whose training comes first; the row's starts with ``-pretrained_weights`` from it.
         self_training: what follows the training, if anything.
@@ -124,11 +124,11 @@ class Data:
     """Where the datasets with few labels come from: a published one, or a raw dataset that is split.
 
     Attributes:
-        published, options: of ``nnUNetv2_ssl_dataset``: the dataset's name, and what the command is called with besides
+        published, options: of ``nnUNetv2_ssl_dataset``: the dataset's name, and the command's further options
             ``--data``, ``--labeled`` and ``-d``; ``{data}`` stands for the folder of the published data.
         dataset, test, validation: of ``nnUNetv2_ssl_split``: the labeled dataset, the file that lists the test cases,
             and the validation cases.
-        order_by_seed: whether each seed has labeled cases of its own.
+        order_by_seed: whether each seed has its own labeled cases.
     """
 
     published: Literal[PUBLISHED] | None = None
@@ -141,7 +141,7 @@ class Data:
 
 @declared
 class Measure:
-    """The short runs by which seconds a step are measured: each row in turn, forwards and backwards.
+    """The short runs by which seconds per step are measured: each row in turn, forwards and backwards.
 
     An epoch costs more than its steps (0.1 to 0.3 s on a CPU), which short epochs would count as the steps' own.
 
@@ -154,7 +154,7 @@ class Measure:
     iterations: Count = 100
     rounds: Count = 2
     seconds: Annotated[
-        dict[str, Positive], Field(description="an object of rows and their seconds a step, numbers above 0")
+        dict[str, Positive], Field(description="an object of rows and their seconds per step, numbers above 0")
     ] = Field(default_factory=dict)
 
 
@@ -171,9 +171,9 @@ class Shrink:
     """A smaller network; with two stages nnU-Net's deep supervision has one output, to which it gives the weight 0."""
 
     features: Annotated[
-        tuple[Count, ...], Field(min_length=3, description="a list of channels, one a stage, of three or more")
+        tuple[Count, ...], Field(min_length=3, description="a list of channels, one per stage, three or more")
     ]
-    patch_size: Annotated[tuple[Count, ...], Field(min_length=2, description="a list of voxels, one an axis")]
+    patch_size: Annotated[tuple[Count, ...], Field(min_length=2, description="a list of voxels, one per axis")]
     batch_size: Count = 2
 
 

@@ -28,7 +28,7 @@ def load_json(which: str) -> tuple[dict[str, Any], Path]:
         which: a file, or the name of a shipped protocol.
 
     Raises:
-        UserError: there is none, or it is no JSON object.
+        UserError: there is none, or it is not a JSON object.
     """
     file = Path(which)
     if not file.is_file():
@@ -61,7 +61,7 @@ def read_protocol(which: str) -> Protocol:
 
 
 def _data(data: Data, file: Path) -> Data:
-    """Check what belongs together, and find the files beside the protocol."""
+    """Check what belongs together, and find the files next to the protocol."""
     if (data.published is None) == (data.dataset is None):
         raise UserError(f"{file}, data, needs either 'published' or 'dataset': one to make, or one to split.")
     if data.dataset is None:
@@ -71,7 +71,7 @@ def _data(data: Data, file: Path) -> Data:
     if data.options:
         raise UserError(f"{file}, data, has 'options', which are for 'published'; remove them.")
     if data.test is None:
-        raise UserError(f"{file}, data, lacks 'test'; give a file that lists the test cases, one a line.")
+        raise UserError(f"{file}, data, lacks 'test'; give a file that lists the test cases, one per line.")
     test = (file.parent / data.test).resolve()
     if not test.is_file():
         raise UserError(f"{file}, data, sets 'test' to {data.test!r}, but {test} does not exist.")
@@ -99,7 +99,7 @@ def _check_rows(protocol: Protocol, file: Path) -> None:
                 near = difflib.get_close_matches(trainer, TRAINERS, n=1)
                 hint = f"did you mean {near[0]}? " if near else ""
                 raise UserError(
-                    f"{where} sets '{field}' to {trainer!r}; {hint}The trainers are those of nnUNetv2_ssl_trainers, "
+                    f"{where} sets '{field}' to {trainer!r}; {hint}nnUNetv2_ssl_trainers lists the trainers, "
                     "without _<N>epochs."
                 )
             if field != "pretrained_by" and issubclass(getattr(trainers, trainer), trainers.nnUNetTrainerMAE):
@@ -154,12 +154,12 @@ def _check_budgets(protocol: Protocol, file: Path) -> None:
             if protocol.row(budget.time_of).offline:
                 raise UserError(f"{where} sets 'time_of' to a row with 'offline' minutes; give 'minutes' instead.")
             if protocol.equal_steps is None:
-                raise UserError(f"{where} sets 'time_of', which needs a budget in 'steps' besides; add one.")
+                raise UserError(f"{where} sets 'time_of', which also needs a budget in 'steps'; add one.")
     epochs = protocol.curve_epochs
     if epochs[-1] != protocol.epochs or list(epochs) != sorted(set(epochs)) or epochs[0] < 1:
         raise UserError(
             f"{file} sets 'curve' to {list(protocol.curve)}, which of {protocol.epochs} epochs are {list(epochs)}; "
-            "take growing shares that end with 1 and are epochs of their own."
+            "give increasing shares that end with 1 and fall on different epochs."
         )
 
 
@@ -169,7 +169,7 @@ def _check_settings(protocol: Protocol, file: Path) -> None:
 
     for name in OURS:
         if any(name in settings for settings in (protocol.settings, *(row.settings for row in protocol.rows))):
-            raise UserError(f"{file} sets '{name}' among the settings; seeds, epochs, budgets and curve say that.")
+            raise UserError(f"{file} sets '{name}' among the settings; use seeds, epochs, budgets and curve instead.")
     for number, row in enumerate(protocol.rows):
         where = f"{file}, rows[{number}] ({row.name}),"
         for stage in row.stages:

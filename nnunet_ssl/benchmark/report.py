@@ -1,4 +1,4 @@
-"""What came out of a benchmark: ``results.json``, ``report.md`` and the learning curves."""
+"""The results of a benchmark: ``results.json``, ``report.md`` and the learning curves."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ from nnunet_ssl.evaluation.metrics import METRICS, Metric, Options
 from nnunet_ssl.evaluation.summary import heading, nanmean, shown, table
 from nnunet_ssl.files import read_text, replacing, write_json, write_text
 
-MAX_WITH_SEEDS = 6  # methods; of more the lines of every seed are a tangle
+MAX_WITH_SEEDS = 6  # methods; with more, the lines of every seed become a tangle
 EXPLANATION = (
-    "Each value is the mean over classes of their means over test cases; the table has the mean over seeds. The "
-    "difference of two rows is taken case by case, within a seed, over the classes that are defined for both. Interval "
-    "(95 %, bootstrap) and p (Wilcoxon signed-rank, two-sided, not corrected) are over cases, of the differences "
-    "averaged over seeds: they speak of other patients, not of other seeds or other labeled sets, which the columns "
-    "of the seeds show. Cases of one patient count as one, where the dataset has a groups.json."
+    "Each value is the mean over classes of their means over test cases; the table shows the mean over seeds. The "
+    "difference of two rows is computed case by case, within a seed, over the classes that are defined for both. The "
+    "interval (95 %, bootstrap) and p (Wilcoxon signed-rank, two-sided, not corrected) are computed over cases, from "
+    "differences averaged over seeds. They describe the variation between patients, not between seeds or labeled "
+    "sets; for that, see the columns of the seeds. If the dataset has a groups.json, the cases of one patient count "
+    "as one."
 )
 DRAWS_EXPLANATION = (
-    "They speak of other labeled sets as well as of other {units}. Interval: 95 %, bootstrap over labeled sets and "
-    "{units}, which are resampled independently. t-interval and p: Student's, over the labeled sets' means alone, "
-    "for these {units}; p is corrected for the number of rows (Holm). A claim needs both."
+    "this covers variation between labeled sets as well as between {units}. Interval: 95 %, bootstrap over labeled "
+    "sets and {units}, which are resampled independently. t-interval and p: Student's, over the labeled sets' means "
+    "only, for these {units}; p is corrected for the number of rows (Holm). A claim needs both."
 )
 
 
@@ -40,8 +41,8 @@ def write_report(benchmark: Benchmark, page: Path | None = None) -> str:
     """Write ``results.json``, ``report.md`` and ``curves.png`` of the runs that are finished.
 
     Args:
-        benchmark: what is reported on.
-        page: a Markdown file that gets the report between two marks, and the pictures beside it in ``figures/``.
+        benchmark: the benchmark to report on.
+        page: a Markdown file that receives the report between two marks; the pictures go next to it in ``figures/``.
 
     Returns:
         The Markdown.
@@ -77,16 +78,16 @@ def fill(page: Path, name: str, lines: Sequence[str], writer: str = "nnUNetv2_ss
     Args:
         page: a Markdown file.
         name: in the marks, for instance of a protocol.
-        lines: what shall stand between them.
+        lines: the text between them.
         writer: the command that the first mark names.
 
     Raises:
         UserError: there is no page, or the marks are not in it.
     """
     begin, end = f"<!-- {name}: written by {writer} -->", f"<!-- {name}: end -->"
-    text = read_text(page, "Name a page of Markdown with --page.") if page.is_file() else ""
+    text = read_text(page, "Name a Markdown page with --page.") if page.is_file() else ""
     if begin not in text or end not in text:
-        raise UserError(f"{page} has no lines '{begin}' and '{end}' for the report to stand between; write them.")
+        raise UserError(f"{page} has no lines '{begin}' and '{end}' for the report to go between; add them.")
     return "\n".join([text.split(begin)[0] + begin, "", *lines, "", end + text.split(end)[1]])
 
 
@@ -99,15 +100,15 @@ class Picture(NamedTuple):
 
 
 def figure_pictures(benchmark: Benchmark) -> Iterator[Picture]:
-    """What ``nnUNetv2_ssl_figures`` has drawn, of the first labeled set; titles are those of the captions."""
+    """The figures of the first labeled set by ``nnUNetv2_ssl_figures``, with their captions' titles."""
     table = next((table for table, _ in benchmark.figures()), None)
     files = sorted((benchmark.home / "figures" / table.key).glob("*.png")) if table else []
     for file in files:
         caption = file.with_suffix(".md")
-        text = read_text(caption, "Remove it, or have the figures drawn again.") if caption.is_file() else ""
+        text = read_text(caption, "Remove it, or draw the figures again.") if caption.is_file() else ""
         bold = re.match(r"\*\*(.+?)\.?\*\*", text)
         title = bold[1] if bold else file.stem.replace("_", " ").capitalize()
-        # beside the learning curves of the report
+        # "curves" alone would suggest the learning curves of the report
         yield Picture("training_curves" if file.stem == "curves" else file.stem, title, file)
 
 
@@ -126,7 +127,7 @@ def markdown(benchmark: Benchmark, results: dict[str, Any]) -> Iterator[str]:
     p = benchmark.protocol
     if p.about:
         yield from (p.about, "")
-    yield f"{p.configuration}, {p.plans}, {p.epochs} epochs; {EXPLANATION}"
+    yield f"{p.configuration}, {p.plans}, {p.epochs} epochs. {EXPLANATION}"
     for content in results["tables"]:
         if not content["runs"]:
             continue
@@ -146,21 +147,21 @@ def markdown(benchmark: Benchmark, results: dict[str, Any]) -> Iterator[str]:
         if len(p.curve) > 1:
             yield from (
                 "",
-                f"{leading.title} on the way, mean over seeds:",
+                f"{leading.title} during the training, mean over seeds:",
                 "",
                 *curve_table(benchmark, content["runs"]),
             )
     if results["unfinished"]:
-        yield from ("", f"Not finished, and left out above: {'; '.join(results['unfinished'])}.")
+        yield from ("", f"Not finished and left out above: {'; '.join(results['unfinished'])}.")
     if results["seconds_per_step"] and any(budget.steps is None for budget in p.budgets):
         names = {row.key: row.name for row in p.rows}
         seconds = ", ".join(f"{names[key]} {value:#.4g}" for key, value in results["seconds_per_step"].items())
         given = list(p.measure.seconds)
         which = "" if len(given) == len(p.rows) else f" ({', '.join(given)})"
-        source = f", as the protocol gives them{which}" if given else ", measured"
-        yield from ("", f"Seconds per step by which equal time was made{source}: {seconds}.")
+        source = f", as given in the protocol{which}" if given else ", measured"
+        yield from ("", f"Seconds per step on which equal time is based{source}: {seconds}.")
     for place in results["surroundings"]:
-        threads = ", one thread a run" if place["device"] == "cpu" else ""
+        threads = ", one thread per run" if place["device"] == "cpu" else ""
         versions = ", ".join(f"{k} {v}" for k, v in place.items() if k not in ("device", "machine"))
         yield from ("", f"Made on {place['machine']} ({place['device']}{threads}) with {versions}.")
 
@@ -185,10 +186,10 @@ def _rows(benchmark: Benchmark, runs: Sequence[dict[str, Any]]) -> Iterator[tupl
 def methods_table(
     benchmark: Benchmark, runs: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]
 ) -> list[str]:
-    """A row a method: steps, minutes, each metric, the leading one of groups or few classes, and of every seed.
+    """One row per method: steps, minutes, each metric, the leading one of groups or few classes, and of every seed.
 
-    As the papers' Table I: in brackets what a method gains on the one that it is built on, the best in bold. A row with
-    labels of its own is out of the contest.
+    As in the papers' Table I: brackets show the gain over the method that this one is built on, the best value is
+    bold. A row with other labels does not compete.
     """
     p = benchmark.protocol
     metrics = [METRICS[name] for name in p.metrics]
@@ -240,7 +241,7 @@ def _embolden(rows: list[list[str]], metrics: Sequence[Metric], start: int) -> N
 
 
 def differences_table(benchmark: Benchmark, differences: Sequence[dict[str, Any]]) -> list[str]:
-    """A line a row and metric: the difference of each seed, their mean, interval and p."""
+    """One line per row and metric: the difference of each seed, their mean, interval and p."""
     seeds = [seed for seed in benchmark.protocol.seeds if any(str(seed) in d["seeds"] for d in differences)]
     rows = [["Method", "Against", "Metric", *(f"Seed {seed}" for seed in seeds), "Mean", "95 % interval", "p"]]
     by_key = {metric.key: metric for metric in METRICS.values()}
@@ -263,7 +264,7 @@ def differences_table(benchmark: Benchmark, differences: Sequence[dict[str, Any]
 
 
 def draws_text(benchmark: Benchmark, content: dict[str, Any]) -> Iterator[str]:
-    """The lines on what rows gain over labeled sets: what they are, and a table."""
+    """The lines on the gains over labeled sets: an explanation and a table."""
     p = benchmark.protocol
     leading = METRICS[p.metrics[0]]
     units = "patients" if content["of_patients"] else "cases"
@@ -298,10 +299,10 @@ def curve_table(benchmark: Benchmark, runs: Sequence[dict[str, Any]]) -> list[st
 
 
 def draw_curves(benchmark: Benchmark, results: dict[str, Any], file: Path) -> None:
-    """The leading metric over steps, or over minutes where the budget is one of time; a panel a table.
+    """The leading metric over steps, or over minutes if the budget is in time; one panel per table.
 
-    The mean over seeds; of few methods a thin line for every seed besides. A method has the colour of the one that it
-    is compared with, dashed.
+    The mean over seeds; for few methods also a thin line for every seed. A method has the colour of the one that it is
+    compared with, dashed.
     """
     from matplotlib import style
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -328,7 +329,7 @@ def draw_curves(benchmark: Benchmark, results: dict[str, Any], file: Path) -> No
                 x, y = (np.mean(values, axis=0) for values in zip(*curves, strict=True))
                 drawn[row.name] = panel.plot(x, y, color=colour, linestyle=dashes, marker="o", markersize=4)[0]
             panel.set_title(f"{content['labeled']} labeled, {_title(benchmark, content['budget'])}", fontsize=9)
-            panel.set_xlabel("training steps" if in_steps else "minutes of training, by the seconds per step")
+            panel.set_xlabel("training steps" if in_steps else "minutes of training, from the seconds per step")
             panel.grid(alpha=0.3)
         panels[0].set_ylabel(f"test {leading.title}, mean of the classes")
         names = [row.name for row in p.rows if row.name in drawn]

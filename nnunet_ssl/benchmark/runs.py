@@ -199,7 +199,7 @@ class Benchmark:
     def _seconds_of(self, stage: Row) -> float | None:
         """Given, or measured, or None as long as it is neither.
 
-        Those of the fastest epoch: whatever else the machine does makes one longer, never shorter.
+        The fastest epoch counts: other load on the machine makes an epoch longer, never shorter.
         """
         given, m, name = self._given_of(stage), self.protocol.measure, kind(stage)
         if given is not None:
@@ -215,7 +215,7 @@ class Benchmark:
         if seconds == 0:
             raise UserError(
                 f"the short runs of {stage.name} took no time that nnU-Net's log can show; set measure.iterations in "
-                f"{self.protocol.name} above {m.iterations} and take another -o."
+                f"{self.protocol.name} above {m.iterations} and choose another -o."
             )
         self._measured[name] = seconds
         return seconds
@@ -259,9 +259,9 @@ class Benchmark:
         if budget.steps is not None:
             return self._steps_of_an_epoch(row, budget.steps)
         for file in (folder / SETTINGS, folder / PRETRAINING):
-            if file.is_file():  # a run that was begun keeps its length
+            if file.is_file():  # a run that was started keeps its length
                 name = "num_iterations_per_epoch"
-                return read_json(file, "Restore it: a run that was begun keeps its length.", keys={name: int})[name]
+                return read_json(file, "Restore it: a run that was started keeps its length.", keys={name: int})[name]
         of = row if budget.time_of is None else p.row(budget.time_of)
         if row.key not in seconds or of.key not in seconds:
             return None

@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     here = find_device(None)
     device = args.device or begun_with(home) or here
     if device == "cuda" != here and not (args.dry_run or args.report or passed_on):
-        raise UserError(f"torch sees no GPU here; take -device cpu, with another -o if {home} was begun with a GPU.")
+        raise UserError(f"torch sees no GPU here; take -device cpu, with another -o if {home} was started with a GPU.")
     raw, preprocessed = (Path(required_folder(f"nnUNet_{name}")).resolve() for name in ("raw", "preprocessed"))
     benchmark = Benchmark(protocol, home, raw, preprocessed, known_ids(home))
     given, file = load_json(args.protocol)

@@ -3,7 +3,7 @@
     nnUNetv2_ssl_dataset brats2019 --data MICCAI_BraTS_2019_Data_Training --labeled 25 -d 731 \\
         --train-list train.txt --validation-list val.txt --test-list test.txt
 
-``--data``, with whatever folders in between, holds either
+``--data``, with any folders in between, holds either
 
 - the challenge's own files: ``<case>_flair.nii.gz`` and ``<case>_seg.nii.gz``, or
 - the h5 files of SSL4MIS: ``<case>.h5`` with ``image`` and ``label`` (needs h5py).

@@ -3,7 +3,7 @@
     nnUNetv2_ssl_dataset la --data DIR --labeled 8 -d 650
     nnUNetv2_ssl_dataset la --data DIR --labeled all -d 659
 
-DIR, with whatever folders in between, is one of
+DIR, with any folders in between, is one of
 
 - the challenge's training set: ``<case>/lgemri.nrrd`` and ``<case>/laendo.nrrd``;
 - the h5 files that the literature passes around: ``<case>/mri_norm2.h5`` with ``image`` and ``label`` (needs h5py);

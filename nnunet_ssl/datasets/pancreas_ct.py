@@ -3,7 +3,7 @@
     nnUNetv2_ssl_dataset pancreas_ct --data DIR --labeled 12 -d 721
     nnUNetv2_ssl_dataset pancreas_ct --data DIR --leave-out 0025 0070 -d 722
 
-DIR, with whatever folders in between, holds either
+DIR, with any folders in between, holds either
 
 - the archive's own files: DICOM series below ``PANCREAS_<number>`` and labels ``label<number>.nii.gz``, or
 - the h5 files that the literature passes around: ``image<number>_norm.h5`` (needs h5py).

@@ -51,7 +51,7 @@ class Demo:
         Raises:
             UserError: the folder holds something else, or a command failed.
         """
-        with writing("Make room, or take another -o."):
+        with writing("Make room, or choose another -o."):
             return self._run()
 
     def dry_run(self) -> None:
@@ -90,11 +90,11 @@ class Demo:
         """
         note = self.folder / "demo.json"
         if note.is_file():
-            seed = read_json(note, "It says which demo this is: take another -o.", keys={"seed": int})["seed"]
+            seed = read_json(note, "It says which demo this is: choose another -o.", keys={"seed": int})["seed"]
             if seed != self.seed:
-                raise UserError(f"{self.folder} holds the demo of seed {seed}; take another -o, or --seed {seed}.")
+                raise UserError(f"{self.folder} holds the demo of seed {seed}; choose another -o, or --seed {seed}.")
         elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise UserError(f"{self.folder} exists and is no demo; take another -o.")
+            raise UserError(f"{self.folder} exists and is no demo; choose another -o.")
 
     def _make_folders(self) -> None:
         """Note what the folder is for, and the settings."""
@@ -126,7 +126,7 @@ class Demo:
             "PYTHONUNBUFFERED": "1",
         }
         log = self.folder / "log.txt"
-        return Steps(self.device, "take another -o", dry_run, variables=variables, log=log, show=self._show_epoch)
+        return Steps(self.device, "choose another -o", dry_run, variables=variables, log=log, show=self._show_epoch)
 
     def _step(self, name: str, title: str, makes: Path, *commands: list[Any]) -> Step:
         words = tuple(list(map(str, command)) for command in commands)

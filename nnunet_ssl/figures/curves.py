@@ -112,7 +112,7 @@ def nnunet_log(run: TrainedRun) -> dict[str, list]:
 def ssl_log(run: TrainedRun) -> list[dict[str, float]]:
     """The rows of ``ssl_log.csv``; none for a trainer that is not of this package."""
     file = run.fold_folder / "ssl_log.csv"
-    return read_rows(str(file), "Mend or remove it: nnU-Net's log is left.") if file.exists() else []
+    return read_rows(str(file), "Fix it or remove it: nnU-Net's log is left.") if file.exists() else []
 
 
 def _of_list(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -63,7 +63,7 @@ class GADiceLoss(nn.Module):
         self.ignore_label = ignore_label
 
     def forward(self, logits: Tensor, target: Tensor, present: Tensor | None = None) -> Tensor:
-        """Compute GADice, in fp32 whatever autocast says.
+        """Compute GADice, in fp32 regardless of autocast.
 
         Args:
             logits: ``[B, K, *spatial]``, 2D or 3D, any float type.
@@ -110,7 +110,7 @@ class GACELoss(nn.Module):
         self._share = Fraction(k).limit_denominator(1_000_000) / 100  # in integers, 10 % of 30 is 3
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Compute GACE, in fp32 whatever autocast says.
+        """Compute GACE, in fp32 regardless of autocast.
 
         Args:
             logits: ``[B, K, *spatial]``, 2D or 3D, any float type.

@@ -201,7 +201,7 @@ class SHTALoss(nn.Module):
         self.proxies.no_weight_decay = True  # type: ignore[attr-defined]  # only their direction matters
 
     def forward(self, z: Tensor, y_tok: Tensor) -> SHTATerms:
-        """Compute the losses of one batch of tokens, in fp32 whatever autocast says.
+        """Compute the losses of one batch of tokens, in fp32 regardless of autocast.
 
         Args:
             z: ``[N, C_z]`` token embeddings, any float type.

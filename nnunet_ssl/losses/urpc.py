@@ -31,7 +31,7 @@ def uncertainty_rectified_consistency(
     detach_mean: bool = False,
     regions: bool = False,
 ) -> Tensor:
-    """How far the scales are from their mean, where they are sure (E1 to E4), in fp32 whatever autocast says.
+    """How far the scales are from their mean, where they are sure (E1 to E4), in fp32 regardless of autocast.
 
     Args:
         logits: one a scale, ``[B, K, *spatial]`` each, 2D or 3D, full resolution first. Coarser ones are interpolated

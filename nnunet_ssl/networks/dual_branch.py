@@ -68,7 +68,7 @@ class DualBranchUNet(nn.Module):
         self.register_load_state_dict_pre_hook(_fit_low_decoder)
 
     def _build_low_decoder(self, low_level_start: int) -> None:
-        """A copy of the high-level decoder without its first stages, with weights of its own."""
+        """A copy of the high-level decoder without its first stages, with its own weights."""
         stages = len(self.decoder.stages)
         if not 0 <= low_level_start < stages:
             raise UserError(

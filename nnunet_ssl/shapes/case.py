@@ -40,7 +40,7 @@ def warp_case(
     made_from: str,
     place: str,
 ) -> Outcome:
-    """Register one pair, and save the warped case into a folder of its own. Errors come back as values."""
+    """Register one pair, and save the warped case into its own folder. Errors come back as values."""
     name = os.path.basename(place)
     entry: dict[str, Any] = {"moving": moving, "fixed": fixed, "made_from": made_from}
     try:

@@ -183,7 +183,7 @@ def vote_case(
     made_from: str,
     place: str,
 ) -> Outcome:
-    """Register the atlases onto one image, and save what they say of it into a folder of its own."""
+    """Register the atlases onto one image, and save what they say of it into its own folder."""
     entry: dict[str, Any] = {"made_from": made_from, "atlases": {}}
     try:
         plans_manager = PlansManager(plans)

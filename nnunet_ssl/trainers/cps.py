@@ -54,7 +54,7 @@ class nnUNetTrainerCPS(nnUNetTrainerSSL):  # noqa: N801
         return {**super().networks(), "second": self.training_modules["second"]}
 
     def build_training_modules(self) -> dict[str, nn.Module]:
-        """The second network: from the same plans, with weights of its own."""
+        """The second network: from the same plans, with its own weights."""
         with self.seeded("second"):
             second = self.build_network_architecture(
                 self.plans_manager,

@@ -45,7 +45,7 @@ class SSLLog:
         self.png_file = os.path.join(folder, "progress_ssl.png")
         self.rows: list[dict[str, float]] = []
         if first_epoch and os.path.exists(self.csv_file):
-            rows = read_rows(self.csv_file, "Mend it, or remove it: then the log begins with the next epoch.")
+            rows = read_rows(self.csv_file, "Fix it, or remove it: then the log begins with the next epoch.")
             self.rows = [row | {"epoch": int(row["epoch"])} for row in rows if row["epoch"] < first_epoch]
 
     def add(self, epoch: int, values: dict[str, float]) -> None:

@@ -39,13 +39,13 @@ class Resuming(nnUNetTrainer):
 
     def places_before(self) -> list[dict[str, str]]:
         """The machines and versions that this run was made with until now."""
-        remedy = "Restore it, or start anew without --c."
+        remedy = "Restore it, or start again without --c."
         return read_json(self.settings_file, remedy, keys={"settings": dict}).get("made_on", [])
 
     def _settings_in_force(self, override: SSLSettings, continue_training: bool) -> SSLSettings:
         """``override``, or with ``--c`` what the run was started with; with a seed in any case."""
         if continue_training and os.path.isfile(self.settings_file):
-            remedy = "Restore it, or start anew without --c."
+            remedy = "Restore it, or start again without --c."
             stored = read_json(self.settings_file, remedy, keys={"settings": dict})["settings"]
             stored = settings_from_dict(self.Settings, stored, self.settings_file)
             if os.environ.get(ENVIRONMENT_VARIABLE):
@@ -57,7 +57,7 @@ class Resuming(nnUNetTrainer):
                         raise UserError(
                             f"{os.environ[ENVIRONMENT_VARIABLE]} sets '{field.name}' to {now!r}, but the run in "
                             f"{self.output_folder} was started with {was!r}; unset {ENVIRONMENT_VARIABLE} to continue "
-                            "it, or start anew without --c."
+                            "it, or start again without --c."
                         )
             return stored
         if override.seed is not None:
@@ -78,7 +78,7 @@ class Resuming(nnUNetTrainer):
         if told:
             raise UserError(
                 f"{self._resumed_from} was trained with other {what} than there are now: {', '.join(told)}. "
-                "Put them back as they were to continue it, or start anew without --c (-pretrained_weights "
+                "Put them back as they were to continue it, or start again without --c (-pretrained_weights "
                 f"{self._resumed_from} keeps what was learned)."
             )
 
@@ -178,7 +178,7 @@ class Resuming(nnUNetTrainer):
             what = "is of another checkpoint or damaged" if os.path.isfile(filename) else "is missing"
             raise UserError(
                 f"the training state {filename} {what}, so {self._resumed_from} cannot be continued; restore the file, "
-                f"or start anew without --c (-pretrained_weights {self._resumed_from} keeps what was learned). "
+                f"or start again without --c (-pretrained_weights {self._resumed_from} keeps what was learned). "
                 "Validating with --val does not need it."
             )
         stored = settings_from_dict(self.Settings, state.get("settings"), filename)  # new ones have their defaults

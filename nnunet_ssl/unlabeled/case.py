@@ -75,7 +75,7 @@ class Preparation:
 
 
 def prepare_case(task: Preparation, case: str, files: list[str], folder: str) -> Outcome:
-    """Prepare one image into a folder of its own. Errors come back as values: raising would break the pool."""
+    """Prepare one image into its own folder. Errors come back as values: raising would break the pool."""
     plans_manager = CheckingPlans(task.plans, len(channel_names(task.dataset_json)), task.configuration)
     configuration_manager = plans_manager.get_configuration(task.configuration)
     entry: dict = {"raw": []}

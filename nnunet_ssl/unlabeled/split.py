@@ -202,14 +202,14 @@ def read_list(file: str, option: str, otherwise: str = "") -> list[str]:
     """
     if not os.path.exists(file):
         raise UserError(f"{option} {file} does not exist. Give {otherwise}a file that lists cases.")
-    text = read_text(file, f"{option} takes a file with one case a line, or a JSON list.")
+    text = read_text(file, f"{option} takes a file with one case per line, or a JSON list.")
     try:
         names = json.loads(text) if text.lstrip().startswith("[") else text.split("\n")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{option} {file} is no JSON list ({error}). Write one case a line, or a JSON list.") from None
+        raise UserError(f"{option} {file} is not JSON ({error}). Write one case per line, or a JSON list.") from None
     names = [str(name).strip() for name in names if str(name).strip()]
     if not names:
-        raise UserError(f"{option} {file} lists no case. Write one case a line, or a JSON list.")
+        raise UserError(f"{option} {file} lists no case. Write one case per line, or a JSON list.")
     return names
 
 

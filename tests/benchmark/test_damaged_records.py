@@ -54,11 +54,11 @@ def test_what_the_folder_was_begun_with(given, make_benchmark):
         for wrong in (3, [3], None):
             damaged = {"device": "cpu", "protocol": {**given, part: wrong}}
             (benchmark.home / "protocol.json").write_text(json.dumps(damaged))
-            with pytest.raises(UserError, match=r"protocol\.json|was begun with"):
+            with pytest.raises(UserError, match=r"protocol\.json|was started with"):
                 refuse_other(benchmark.home, given, "cpu")
     (benchmark.home / "protocol.json").unlink()
     (benchmark.home / "protocol.json").mkdir()
-    with pytest.raises(UserError, match="holds no benchmark"), claimed(benchmark.home, given, "cpu"):
+    with pytest.raises(UserError, match="is not a benchmark"), claimed(benchmark.home, given, "cpu"):
         pass
 
 

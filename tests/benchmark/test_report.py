@@ -91,7 +91,7 @@ def test_the_run_that_two_tables_share_is_in_both(benchmark):
 
 def test_what_is_not_finished_is_named(benchmark):
     text = write_report(benchmark)
-    assert "Not finished, and left out above: More labels, 4 labeled, seed 1, steps80; Labels only, 2" in text
+    assert "Not finished and left out above: More labels, 4 labeled, seed 1, steps80; Labels only, 2" in text
 
 
 def test_files(benchmark):
@@ -221,7 +221,7 @@ def over_three(given, make_benchmark, write_times, tmp_path):
 def test_claims_over_labeled_sets(over_three):
     benchmark = over_three()
     text = write_report(benchmark)
-    assert "Over 3 labeled sets and 3 cases, Dice: They speak of other labeled sets" in text
+    assert "Over 3 labeled sets and 3 cases, Dice: this covers variation between labeled sets" in text
     found = json.loads((benchmark.home / "results.json").read_text())["tables"][0]["over_draws"]
     rows = {line["row"]: line for line in found["rows"]}
     assert [rows["CPS"][key] for key in ("share", "share_low")] == pytest.approx([0.5, 0.5])  # whatever is resampled

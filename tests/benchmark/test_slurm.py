@@ -69,7 +69,7 @@ def test_jobs_of_slurm(fresh_folders, tmp_path):
         assert begun.wait() == 1, log.read_text()
     done = sorted(file.parent.name for file in home.glob("done/steps90/*/train"))
     assert done == ["labels_only_2labeled_seed0", "labels_only_2labeled_seed1", "urpc_2labeled_seed0"], log.read_text()
-    assert "Not finished, and left out above: URPC" in (home / "report.md").read_text()
+    assert "Not finished and left out above: URPC" in (home / "report.md").read_text()
     before = {file: os.stat(file).st_mtime_ns for file in home.glob("done/**/train")}
 
     with log.open("w") as stream:

@@ -79,7 +79,7 @@ def test_without_snakemake(protocol, monkeypatch, tmp_path):
 
 
 def start(*arguments):
-    """The command in a process of its own."""
+    """The command in a separate process."""
     words = [sys.executable, "-m", "nnunet_ssl.commands.benchmark", *map(str, arguments)]
     return subprocess.Popen(words, stdout=subprocess.DEVNULL)
 
@@ -131,7 +131,7 @@ def test_killed_resumed_and_reported(protocol, tmp_path, fresh_folders, capfd):
     protocol.write_text(json.dumps(PROTOCOL | {"rows": [*PROTOCOL["rows"], fails], "budgets": [{"steps": 4}]}))
     with pytest.raises(UserError, match=f"its log is in {home}"):
         main([str(a) for a in arguments])
-    assert "Not finished, and left out above: Fails" in (home / "report.md").read_text()
+    assert "Not finished and left out above: Fails" in (home / "report.md").read_text()
     log = (home / "logs" / "steps4" / "fails_2labeled_seed0" / "train.txt").read_text()
     assert "magicnet_cubes" in log
 
@@ -186,5 +186,5 @@ def test_killed_resumed_and_reported(protocol, tmp_path, fresh_folders, capfd):
     assert len(trained) == 2  # measured and with equal steps; with equal time is known once it is measured
     assert all("cps_again" in line or "/measure/" in line for line in trained)
     protocol.write_text(json.dumps(PROTOCOL | {"epochs": 4}))
-    with pytest.raises(UserError, match="begun with 'epochs' 2"):
+    with pytest.raises(UserError, match="started with 'epochs' 2"):
         main([str(a) for a in arguments])

@@ -5,7 +5,7 @@ own. ``fake_cuda.c`` stands for the CUDA runtime, which autograd asks for stream
 of seconds, of cuDNN's workspaces, or of memory lost between tensors. An operation whose result has a shape that depends
 on values, such as ``nonzero``, waits for the device too; on fake tensors it raises.
 
-The stand-in has to be there before torch is, so ``measure`` runs this file in a process of its own.
+The stand-in has to be there before torch is, so ``measure`` runs this file in a separate process.
 """
 
 from __future__ import annotations

@@ -361,7 +361,7 @@ def test_empty_sets_give_zero_and_zero_gradients(empty):
         assert terms.total == 0
     assert all(value.isfinite().all() for value in terms)
     terms.total.backward()
-    assert loss.proxies.grad is not None  # every parameter has a gradient at every step, or DDP waits for ever
+    assert loss.proxies.grad is not None  # every parameter has a gradient at every step, or DDP waits forever
     assert z.grad is not None
     assert z.grad.isfinite().all()
 

@@ -30,7 +30,7 @@ def test_rows_of_repeated_epochs_are_dropped(tmp_path):
 def test_a_damaged_log_is_named(tmp_path, content):
     file = tmp_path / "ssl_log.csv"
     file.mkdir() if content is None else file.write_bytes(content)
-    with pytest.raises(UserError, match=f"{file} .*Mend it, or remove it"):
+    with pytest.raises(UserError, match=f"{file} .*Fix it, or remove it"):
         SSLLog(str(tmp_path), 2)
 
 

@@ -361,7 +361,7 @@ def test_a_memory_of_other_cases_is_a_sentence(tiny, make_trainer):
     trainer = started(make_trainer(NAME, tiny()))
     state = trainer.training_state("checkpoint_latest.pth")
     state["memory"]["another"] = state["memory"].pop(next(iter(state["memory"])))
-    with pytest.raises(SystemExit, match="start anew without --c"):
+    with pytest.raises(SystemExit, match="start again without --c"):
         trainer.load_training_state(state)
 
 

@@ -29,7 +29,7 @@ COMMAND = "from nnunet_ssl.commands.preprocess import main; main()"
 
 
 def child(dataset: TinyDataset, np: int = 1, before: str = "", **popen: object) -> subprocess.Popen:
-    """``nnUNetv2_ssl_preprocess`` in a process of its own."""
+    """``nnUNetv2_ssl_preprocess`` in a separate process."""
     arguments = ["-d", str(dataset.id), "-c", dataset.configuration, "-p", dataset.plans_name, "-np", str(np)]
     root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}

@@ -142,7 +142,7 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
         """As the base. With --val no settings are known: the network is built as the checkpoint's was."""
         if not self.was_initialized:
             checkpoint = read_checkpoint(
-                filename_or_checkpoint, "Restore it, or start anew without --c.", {"network_weights": dict}
+                filename_or_checkpoint, "Restore it, or start again without --c.", {"network_weights": dict}
             )
             self._start_of_checkpoint = low_level_start_of(checkpoint["network_weights"])
         super().load_checkpoint(filename_or_checkpoint)
@@ -276,7 +276,7 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
         except ValueError as error:
             raise UserError(
                 f"{self.output_folder} cannot be continued: {error}. Restore the split and the prepared images "
-                "that the run was started with, or start anew without --c."
+                "that the run was started with, or start again without --c."
             ) from None
 
     # ------------------------------------------------------------------ Section 3.3: view variance
