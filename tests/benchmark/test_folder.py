@@ -97,7 +97,7 @@ def test_a_file_system_without_locks_is_said_and_worked_on(given, tmp_path, monk
 
 def test_two_at_a_time_or_a_folder_of_something_else(given, tmp_path):
     home = tmp_path / "home"
-    works = pytest.raises(UserError, match="another nnUNetv2_ssl_benchmark works in")
+    works = pytest.raises(UserError, match="another nnUNetv2_ssl_benchmark is using")
     with claimed(home, given, "cpu"), works, claimed(home, given, "cpu"):
         pass
     (tmp_path / "other").mkdir()
