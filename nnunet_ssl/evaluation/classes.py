@@ -78,7 +78,7 @@ def read_dataset(
     Args:
         reference: folder of the true label maps.
         predictions: folders of predicted label maps.
-        dataset_json: file; by default the one beside the folder of the truth, in it, or with the predictions.
+        dataset_json: file; by default the one next to the folder of the truth, in it, or with the predictions.
         groups: JSON file with groups of classes, name -> list of labels or class names. By default those under
             ``class_groups`` in ``dataset.json``.
 
@@ -104,7 +104,7 @@ def read_dataset(
         declared = _labels_in([os.path.join(reference, name) for name in examples], reader) | {0}
         classes = {label: str(label) for label in sorted(declared) if label > 0}
     if not classes:
-        raise UserError(f"{file or reference} has no label but the background: there is nothing to evaluate.")
+        raise UserError(f"{file or reference} has no label except the background: there is nothing to evaluate.")
 
     group_content = content.get(GROUPS_KEY, {})
     if groups:
@@ -182,7 +182,7 @@ def classes_of(dataset_json: dict, source: str) -> tuple[dict[Label, str], int |
 
 
 def declared_labels(classes: Iterable[Label], ignore_label: int | None) -> frozenset[int]:
-    """The labels that a label map may hold: background, those of all classes, and the ignore label."""
+    """The labels that a label map may hold: background, the labels of all classes, and the ignore label."""
     ignored = () if ignore_label is None else (ignore_label,)
     return frozenset({0, *ignored, *(label for members in map(labels_of, classes) for label in members)})
 
@@ -221,7 +221,7 @@ def _groups(content: object, classes: dict[Label, str], file: str) -> dict[str, 
         unknown = [m for m, label in zip(members, resolved, strict=True) if label not in classes]
         if unknown:
             raise UserError(
-                f"{file}: group {name} names {unknown[0]!r}, which is no class of this dataset; the classes are "
+                f"{file}: group {name} names {unknown[0]!r}, which is not a class of this dataset; the classes are "
                 f"{', '.join(f'{label} ({n})' for label, n in classes.items())}."
             )
         groups[name] = tuple(dict.fromkeys(resolved))

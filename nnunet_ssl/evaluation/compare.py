@@ -20,8 +20,8 @@ EQUAL = 1e-9  # differences up to this are rounding
 RESAMPLES = 9999
 EXPLANATION = (
     "Differences are means over the cases in which both methods are defined. Interval: 95 % bootstrap over cases "
-    f"(BCa, {RESAMPLES} resamples, seeded). p: Wilcoxon signed-rank test, two-sided, ties dropped. p (Holm): "
-    "corrected, that of a class over the classes of its metric and method, that of a mean or a group over the methods."
+    f"(BCa, {RESAMPLES} resamples, seeded). p: two-sided Wilcoxon signed-rank test, ties dropped. p (Holm): corrected, "
+    "for a class over the classes of its metric and method, for the mean or a group over the methods."
 )
 
 
@@ -206,7 +206,7 @@ def comparison_markdown(evaluations: Sequence[Evaluation], differences: Sequence
     lines = [
         f"# Comparison with {baseline.method}",
         "",
-        f"{len(baseline.cases)} cases. In brackets: difference to {baseline.method}. Best in bold.",
+        f"{len(baseline.cases)} cases. Brackets: difference to {baseline.method}. Bold: best value.",
         "",
         *methods_table(evaluations),
     ]

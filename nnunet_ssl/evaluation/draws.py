@@ -1,4 +1,4 @@
-"""Claims over draws: labeled sets drawn anew, all of them judged by the same cases.
+"""Claims over draws: several labeled sets, all judged by the same cases.
 
 Draws and cases are crossed: a draw has a value for each case. Both are resampled, independently of each other, and a
 value counts as often as its draw times as often as its case (Owen, The pigeonhole bootstrap, Ann. Appl. Stat.
@@ -33,7 +33,7 @@ def mean_over_draws(values: np.ndarray, units: Sequence[str], seed: int = 0) -> 
 
     Args:
         values: NaN where undefined; a draw has at least one.
-        units: of each case the patient, or whatever is resampled as one.
+        units: of each case the patient, or another unit that is resampled as one.
         seed: of the bootstrap.
     """
     means = _resampled_means([values], units, seed)[0]

@@ -64,7 +64,7 @@ def evaluate_folders(
     if not cases:
         raise UserError(
             f"no {dataset.file_ending} file of {reference} is in every prediction folder "
-            f"({', '.join(predictions.values())}). Label maps must be named as the true ones."
+            f"({', '.join(predictions.values())}). Label maps must have the same names as the true ones."
         )
     jobs = [(case, dataset, options) for case in cases]
     measured: list[Case] = []
@@ -89,7 +89,7 @@ def find_cases(reference: str, predictions: Mapping[str, str], ending: str) -> t
     for method, files in folders.items():
         missing += [f"{os.path.join(predictions[method], file)} is missing" for file in sorted(true_files - files)]
         missing += [
-            f"{os.path.join(reference, file)} is missing, but {method} has a prediction of it"
+            f"{os.path.join(reference, file)} is missing, but {method} has a prediction for it"
             for file in sorted(files - true_files)
         ]
     common = sorted(true_files.intersection(*folders.values()))
@@ -108,7 +108,7 @@ def _refuse(problems: Sequence[str], hint: str = "") -> None:
     if problems:
         more = [f"and {len(problems) - MAX_PROBLEMS} more"] if len(problems) > MAX_PROBLEMS else []
         listed = "\n  ".join([*problems[:MAX_PROBLEMS], *more])
-        raise UserError(f"nothing was evaluated, for there are {len(problems)} problem(s).{hint}\n  {listed}")
+        raise UserError(f"nothing was evaluated, because there are {len(problems)} problem(s).{hint}\n  {listed}")
 
 
 def evaluate_case(case: Case, dataset: Dataset, options: Options) -> Case | list[str]:

@@ -1,7 +1,7 @@
 """Dice, Jaccard, HD95, ASD, ASSD and NSD of one case, on arrays.
 
 Published definitions of surface metrics differ by half on the same masks, so each is written out in ``METRICS`` and
-travels with the numbers. They are those of medpy, which the code of most semi-supervised papers calls: the surface
+travels with the numbers. They are medpy's, which the code of most semi-supervised papers calls: the surface
 is a set of voxels, a distance runs between voxel centres, and HD95 pools the distances of both directions.
 """
 
@@ -21,8 +21,8 @@ Label = int | tuple[int, ...]  # a class, or a region of several labels
 _BLOCK = 2**17  # voxels counted at a time: what fits into the cache
 
 SURFACE = (
-    "Surface: the voxels of a mask with a face neighbour that is not in it; beyond the image nothing is. Distances are "
-    "exact, between voxel centres. P: surface of the prediction, T: surface of the truth."
+    "Surface: the voxels of a mask with a face neighbour outside it; everything beyond the image is outside. Distances "
+    "are exact, between voxel centres. P: surface of the prediction, T: surface of the truth."
 )
 
 
@@ -90,7 +90,7 @@ class Options:
     """What is measured, and how.
 
     Attributes:
-        metrics: keys of ``METRICS``. Dice and Jaccard cost nothing beside the counts.
+        metrics: keys of ``METRICS``. Dice and Jaccard cost nothing once the counts are known.
         in_mm: distances in mm (the image's spacing), or in voxels.
         tolerance: of NSD, in the unit of the distances.
         empty: key of ``EMPTY_RULES``.
@@ -126,11 +126,11 @@ def case_metrics(
         ignore_label: voxels that have it in the truth count as background on both sides, and not at all in TN.
 
     Returns:
-        class -> key -> value: nnU-Net's keys (Dice, IoU, FP, TP, FN, TN, n_pred, n_ref) and those of the surface
+        class -> key -> value: nnU-Net's keys (Dice, IoU, FP, TP, FN, TN, n_pred, n_ref) and the keys of the surface
         metrics that were asked for.
     """
     labels = sorted({label for members in map(labels_of, classes) for label in members})
-    position = {label: i for i, label in enumerate(labels, start=1)}  # 0 is whatever belongs to no class
+    position = {label: i for i, label in enumerate(labels, start=1)}  # 0 is everything that belongs to no class
     truth, guess = positions(reference, labels), positions(prediction, labels)
     num_counted = truth.size
     if ignore_label is not None:
@@ -192,7 +192,7 @@ def surface_metrics(
     if "assd" in options.metrics:
         values["ASSD"] = float((to_truth.mean() + to_prediction.mean()) / 2)
     if "nsd" in options.metrics:
-        tolerance = options.tolerance * (1 + 1e-5)  # three steps of 0.1 mm are within 0.3 mm, whatever floats say
+        tolerance = options.tolerance * (1 + 1e-5)  # three steps of 0.1 mm are within 0.3 mm, despite float rounding
         near = int((to_truth <= tolerance).sum() + (to_prediction <= tolerance).sum())
         values["NSD"] = near / (len(to_truth) + len(to_prediction))
     return values
@@ -244,7 +244,7 @@ def _empty_surface_metrics(options: Options, both: bool) -> dict[str, float]:
 
 
 def labels_of(cls: Label) -> tuple[int, ...]:
-    """The labels that a class has: one, or those of a region."""
+    """The labels of a class: one, or several for a region."""
     return cls if isinstance(cls, tuple) else (cls,)
 
 

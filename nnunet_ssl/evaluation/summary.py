@@ -51,7 +51,7 @@ class Evaluation:
         return dict(zip(self.dataset.classes, map(nanmean, self.values(key).T), strict=True))
 
     def mean(self, key: str, classes: Iterable[Label] | None = None) -> float:
-        """Mean over classes (all, or those of a group) of their means over cases."""
+        """Mean over classes (all, or the classes of a group) of their means over cases."""
         means = self.class_means(key)
         return nanmean([means[c] for c in (means if classes is None else classes)])
 
@@ -100,7 +100,7 @@ def write_summary(evaluation: Evaluation, folder: str) -> None:
 
 
 def _write_json(evaluation: Evaluation, file: str) -> None:
-    """nnU-Net's keys by nnU-Net's own writer; what it does not know stands beside them."""
+    """nnU-Net's keys by nnU-Net's own writer, plus the keys that it does not know."""
     from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key, save_summary_json
 
     dataset, options = evaluation.dataset, evaluation.options

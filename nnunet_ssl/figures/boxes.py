@@ -144,10 +144,10 @@ def _caption(
     evaluations: Sequence[Evaluation], runs: Sequence[TrainedRun], cases: Sequence[Case], options: FigureOptions
 ) -> str:
     head = [
-        f"**Dice, case by case.** {cases_in_words(cases)}. A point is a case; lines join the same case (up to "
-        f"{LINES_UP_TO} cases). Boxes: quartiles and median; whiskers: the last case within 1.5 interquartile ranges. "
-        f"{MEAN}: of each case, over the classes that are defined in it for all runs. What is undefined (truth and "
-        "prediction empty) is left out.",
+        f"**Dice, case by case.** {cases_in_words(cases)}. Each point is a case; lines join the same case (up "
+        f"to {LINES_UP_TO} cases). Boxes: quartiles and median; whiskers: the last case within 1.5 interquartile "
+        f"ranges. {MEAN}: for each case, over the classes that are defined in it for all runs. Undefined values (truth "
+        "and prediction empty) are left out.",
         "",
         "Predictions and models:",
         "",

@@ -160,8 +160,8 @@ def _caption(slices: Sequence[Slice], runs: Sequence[TrainedRun], cases: Sequenc
             f"**Worst, median and best slice of {name}.** Outline: the truth's {name}. Colours: predictions, {name} in "
             "full colour and other chosen classes pale. Numbers: Dice (%) of the class in the slice. The window is a "
             f"square of {ZOOM:g} times the class's extent, at least {MIN_WINDOW:.0%} of the image. Grey values: CT in "
-            "the window of nnU-Net's plans, other images from their 0.5th to 99.5th percentile; of several channels "
-            "the first.",
+            "the window of nnU-Net's plans, other images from their 0.5th to 99.5th percentile; the first channel if "
+            "there are several.",
             "",
             RULE,
             "",

@@ -40,13 +40,13 @@ PANELS = {
     "labeled": Panel(
         "Loss, labeled images",
         "nnU-Net's loss of the (first) network on labeled patches: `loss_sup` (SASNet: `loss_seg_high`) of "
-        "`ssl_log.csv`; of trainers without one nnU-Net's training loss",
+        "`ssl_log.csv`; for trainers without one, nnU-Net's training loss",
     ),
     "validation": Panel("Loss, validation", "nnU-Net's validation loss"),
     "further": Panel(
         "Further terms, weighted",
-        "the sum of all other terms of the loss times their weights, as far as they are not losses of a second network "
-        "or branch on labeled patches; trainers without such terms have no curve",
+        "the weighted sum of all other loss terms, except losses of a second network or branch on labeled patches; "
+        "trainers without such terms have no curve",
     ),
     "shta_token_accuracy": Panel("Token accuracy (%)", "SHTA: tokens whose nearest proxy is their most frequent class"),
     "shta_hard_share": Panel("Hard tokens (%)", "SHTA: share of labeled tokens that are selected as hard"),
@@ -100,7 +100,7 @@ def nnunet_log(run: TrainedRun) -> dict[str, list]:
     """What nnU-Net logged an epoch each, from the final checkpoint; from the run's own if there is none."""
     final = run.fold_folder / FINAL
     file = final if final.is_file() else run.checkpoint_file
-    remedy = "Leave out the curves with --which: exported models have no log of nnU-Net's."
+    remedy = "Leave out the curves with --which: exported models have no nnU-Net log."
     log = read_checkpoint(file, remedy, {"logging": dict})["logging"]
     names = ("mean_fg_dice", "ema_fg_dice", "train_losses", "val_losses")
     try:
@@ -112,7 +112,7 @@ def nnunet_log(run: TrainedRun) -> dict[str, list]:
 def ssl_log(run: TrainedRun) -> list[dict[str, float]]:
     """The rows of ``ssl_log.csv``; none for a trainer that is not of this package."""
     file = run.fold_folder / "ssl_log.csv"
-    return read_rows(str(file), "Fix it or remove it: nnU-Net's log is left.") if file.exists() else []
+    return read_rows(str(file), "Fix it or remove it: nnU-Net's log remains.") if file.exists() else []
 
 
 def _of_list(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -182,7 +182,7 @@ def _caption(runs: Sequence[TrainedRun], curves: Mapping[str, Mapping[str, Curve
         rows.append([run.name, str(epochs), str(steps), ", ".join(f"`{file}`" for file in files)])
     return "\n".join(
         [
-            "**Training curves.** A value an epoch, the mean over its steps.",
+            "**Training curves.** One value per epoch, the mean over its steps.",
             "",
             *(f"- {panel.heading}: {panel.explanation}." for panel in shown),
             "",

@@ -22,7 +22,7 @@ class FigureOptions:
 
     dataset_json: dict[str, Any]  # from the raw dataset
     labels: dict[str, Label]  # name -> label, or labels of a region; without background and ignore label
-    classes: list[Label]  # those of ``labels`` that are drawn
+    classes: list[Label]  # the ``labels`` that are drawn
     device: str = "cpu"  # or cuda, mps
     tta: bool = True  # predict with nnU-Net's mirroring
     num_processes: int = 1  # at most
@@ -68,6 +68,6 @@ def find_classes(
     for text in chosen or ():
         if text not in by_text:
             known = ", ".join(f"{label} ({name})" for name, label in labels.items())
-            raise UserError(f"--classes {text} is no class of this dataset; the classes are {known}.")
+            raise UserError(f"--classes {text} is not a class of this dataset; the classes are {known}.")
     wanted = set(labels.values()) if chosen is None else {by_text[text] for text in chosen}
     return labels, [label for label in labels.values() if label in wanted]

@@ -43,7 +43,7 @@ STYLE = {
 
 @contextmanager
 def paper_style() -> Iterator[None]:
-    """Matplotlib's settings while a figure is drawn; those of the process, which nnU-Net changes, come back after."""
+    """Matplotlib's settings while a figure is drawn; the process's own, which nnU-Net changes, come back after."""
     with style.context(["default", STYLE]):
         yield
 

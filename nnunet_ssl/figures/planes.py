@@ -156,7 +156,7 @@ def upright(properties: dict, axis: int) -> tuple[slice, slice]:
         affine[:3, :3] = np.reshape(direction, (3, 3)) * [[-1], [-1], [1]]  # to right, front, head, as nibabel's
     else:
         return slice(None), slice(None)
-    # what grows to the right, front or head is turned; the affine's axes are x, y, z, those of arrays z, y, x
+    # what grows to the right, front or head is turned; the affine's axes are x, y, z, an array's are z, y, x
     toward = nibabel.io_orientation(affine)[::-1, 1]
     rows, columns = (slice(None, None, -1) if toward[a] > 0 else slice(None) for a in range(3) if a != axis)
     return rows, columns

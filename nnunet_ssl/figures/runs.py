@@ -100,7 +100,7 @@ def find_runs(
 
 
 def refuse_other_labels(runs: Iterable[TrainedRun], dataset_json: dict[str, Any]) -> None:
-    """Refuse a model that was trained for other classes than those of the cases.
+    """Refuse a model that was trained for other classes than the cases have.
 
     Raises:
         UserError: names its file.

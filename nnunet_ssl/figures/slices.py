@@ -23,8 +23,8 @@ from nnunet_ssl.pools import all_outcomes
 MIN_SHARE = 0.25  # of the largest cross-section
 RULE = (
     "Slices lie across the axis with the largest spacing. Candidates are the slices in which the truth has at least "
-    f"{MIN_SHARE:.0%} of the class's largest cross-section in the case. Worst, median and best are by the Dice of the "
-    "class in the slice, in the mean over the runs shown; of equal ones the slice with more truth."
+    f"{MIN_SHARE:.0%} of the class's largest cross-section in the case. Worst, median and best are ranked by the "
+    "Dice of the class in the slice, averaged over the runs shown; if slices tie, the one with more truth is taken."
 )
 
 

@@ -1,4 +1,4 @@
-"""The cases that are shown: those of the test set with a truth, or where there are none those of the fold."""
+"""The cases that are shown: test cases with a truth, or the cases of the fold if there are none."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def find_cases(dataset_id: str | int, fold: str) -> list[Case]:
         images = find_images(str(raw / "imagesTs"), ending)[0]
         labels = {name: raw / "labelsTs" / f"{name}{ending}" for name in images}
         if without := [name for name, label in labels.items() if not label.is_file()]:
-            print(f"Left out, for {raw / 'labelsTs'} does not have their truth: {', '.join(without)}", flush=True)
+            print(f"Left out, because {raw / 'labelsTs'} does not have their truth: {', '.join(without)}", flush=True)
         if len(without) < len(images):
             return [_case(name, images[name], labels[name]) for name in images if name not in without]
     return _cases_of_fold(dataset, raw, dataset_json, fold)
@@ -56,7 +56,7 @@ def _cases_of_fold(dataset: str, raw: Path, dataset_json: dict[str, Any], fold: 
     if fold != "all":
         file = Path(required_folder("nnUNet_preprocessed")) / dataset / SPLITS
         remedy = (
-            f"It must name the validation cases, since {raw} has no test cases with a truth (imagesTs and labelsTs): "
+            f"It must name the validation cases, because {raw} has no test cases with a truth (imagesTs and labelsTs): "
             "add one or the other."
         )
         splits = read_splits(str(file), remedy)

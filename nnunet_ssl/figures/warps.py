@@ -54,7 +54,7 @@ def draw_warps(wish: Wish) -> Path:
             )
         caption = (
             "A labeled image, an unlabeled one, and the labeled one warped onto it, with outlines of its classes. "
-            f"Of the {len(kept)} warps that are kept, by correlation around the labeled structures: " + "; ".join(lines)
+            f"From the {len(kept)} kept warps, by correlation around the labeled structures: " + "; ".join(lines)
         )
         save_figure(figure, Path(wish.folder), "warps", f"{caption}.")
     return Path(wish.folder, "warps.png")

@@ -31,7 +31,7 @@ def figures(made: MadeUp, *arguments: str, trainers: tuple[str, ...] = TRAINERS)
     [
         (("-f", "first"), "-f: 'first' is not a fold"),
         (("-np", "0"), "-np: '0' must be"),
-        (("--classes", "spleen"), "--classes spleen is no class"),
+        (("--classes", "spleen"), "--classes spleen is not a class"),
         (("--names", "A"), "--names gives 1 name"),
         (("-p", "nnUNetPlans_other"), "there is no such trained model"),
     ],

@@ -65,7 +65,7 @@ def assignment_figure(names: Sequence[str], counts: Sequence[np.ndarray], option
     num_nodes = max(max((c.sum(0) > 0).sum(), (c.sum(1) > 0).sum()) for c in counts)
     margin = CHARACTER * max(len(f"{every[k]} {c.max()}") for c in counts for k in every if c[k].any() or c[:, k].any())
     narrow, wide = column_width(1), column_width(2)
-    enough = narrow - 2 * margin >= MIN_FLOWS  # for the flows themselves, beside long names
+    enough = narrow - 2 * margin >= MIN_FLOWS  # for the flows themselves, next to long names
     num_columns = min(len(names), 2 if enough else 1)
     num_rows = -(-len(names) // num_columns)
     height = max(1.6, 2 * LINE * (num_nodes + 2))
@@ -185,15 +185,15 @@ def _caption(counts: Mapping[TrainedRun, np.ndarray], cases: Sequence[Case], opt
     names = {0: "background", **{label: name for name, label in options.labels.items()}}
     lines = [
         "**Assignment of foreground tokens.** Left: the class whose proxy is nearest to a token's embedding (largest q "
-        "of Eq. 3). Right: the class that most of the token's foreground has by the truth. Flows and nodes are as wide "
-        "as there are tokens, each panel in its own scale. Flows have the colour of the class by the truth; those "
-        "between different classes, misassigned tokens, are in full colour, the others pale.",
+        "of Eq. 3). Right: the true class of most of the token's foreground. The width of flows and nodes is the "
+        "number of tokens, with a separate scale for each panel. Flows have the colour of the true class: in full "
+        "colour if the classes differ (misassigned tokens), otherwise pale.",
         "",
-        f"Rule: all {RULE} Of them those that belong to one of the chosen classes. So background is a class that "
-        "tokens are assigned to, and none that they belong to.",
+        f"Rule: all {RULE} Only tokens of the chosen classes are shown. So tokens can be assigned to the background, "
+        "but none belongs to it.",
         "",
-        "A panel named by an epoch is of the earliest checkpoint that the training kept (setting `keep_epochs`), with "
-        "the share of all epochs that were done by then: not of the training's start.",
+        "A panel named by an epoch shows the earliest checkpoint that the training kept (setting `keep_epochs`), with "
+        "the share of all epochs done by then. It does not show the start of the training.",
     ]
     for run, c in counts.items():
         left, right = np.flatnonzero(c.sum(0)), np.flatnonzero(c.sum(1))

@@ -1,6 +1,6 @@
 """What SHTA's branch says of labeled images: their tokens, embeddings and assignments, read from trained runs.
 
-The branch is no part of a model that predicts. It lies in the training state beside a checkpoint, and reads the feature
+The branch is not part of a model that predicts. It is in the training state next to a checkpoint, and reads the feature
 that the checkpoint's network has before its last layer. Images and labels go through nnU-Net's preprocessing; patches
 lie side by side and do not overlap, so each token is seen once.
 """
@@ -28,7 +28,7 @@ from nnunet_ssl.trainers.resuming import find_training_state, training_state_fil
 from nnunet_ssl.trainers.shta import SHTASettings, build_branch
 
 BRANCH = "shta_first."  # of the network that predicts
-BACKGROUND = "#999999"  # beside the colours of classes
+BACKGROUND = "#999999"  # unlike the colours of classes
 NOT_SHOWN = -1
 PREPARED_BY = ("preprocessor_name", "patch_size", "spacing", "normalization_schemes", "use_mask_for_norm")
 
@@ -60,7 +60,7 @@ class Tokens:
     feature: Tensor  # [N, C], T of Eq. 1
     classes: Tensor  # [N], as of Patches
     embedding: Tensor | None = None  # [N, C_z], Z of Eq. 1; None of a network without a branch
-    assignment: Tensor | None = None  # [N, K], q of Eq. 3; likewise
+    assignment: Tensor | None = None  # [N, K], q of Eq. 3; also None without a branch
 
 
 def has_branch(run: TrainedRun) -> bool:

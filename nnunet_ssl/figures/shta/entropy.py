@@ -38,12 +38,12 @@ WINDOW = 0.25  # side of the window, of the slice's longer side
 MIN_WINDOW = 24  # voxels
 OUTLINE = 0.8  # points
 RULE = (
-    f"A row a class: of the chosen ones the {MAX_ROWS} on which the two runs disagree most, in voxels that only one of "
-    "them gives to the class, for each voxel of the class in the truth of all cases. Case: the one with most such "
-    "voxels. In it slice and window: where the sum of the absolute difference of the two entropies is largest, over "
-    "voxels that the truth or either run gives to the class. Slices lie across the axis with the largest spacing; the "
-    f"window's side is {WINDOW:.0%} of the slice's longer side and at least {MIN_WINDOW} voxels. Neither run is "
-    "favoured: differences count whoever is right."
+    f"One row per class, for the {MAX_ROWS} chosen classes on which the two runs disagree most: in voxels that only "
+    "one of them assigns to the class, relative to the voxels of the class in the truth of all cases. Case: the one "
+    "with most such voxels. Slice and window: where the sum of the absolute entropy differences is largest, over "
+    "voxels that the truth or either run assigns to the class. Slices lie across the axis with the largest spacing; "
+    f"the window's side is {WINDOW:.0%} of the slice's longer side and at least {MIN_WINDOW} voxels. Neither run is "
+    "favoured: a difference counts no matter which run is right."
 )
 
 
@@ -138,12 +138,12 @@ def best_window(values: np.ndarray, side: tuple[int, int]) -> tuple[int, tuple[i
 
     Args:
         values: ``[slices, rows, columns]``.
-        side: rows and columns of the window, at most those of a slice.
+        side: rows and columns of the window, at most the slice's.
 
     Returns:
         The slice, and the window's first row and column.
     """
-    # the origin makes each sum that of the window which begins there
+    # the origin makes each sum belong to the window that begins there
     sums = uniform_filter(
         values.astype(float), (1, *side), mode="constant", origin=(0, -(side[0] // 2), -(side[1] // 2))
     )
@@ -238,9 +238,9 @@ def _caption(
     return "\n".join(
         [
             f"**Entropy of {pair[0].name} and {pair[1].name} where they differ most.** From the left: the slice with "
-            "the window, then in the window truth, both predictions and the entropy of their probabilities over the "
-            "classes, divided by log K (0 sure, 1 all classes alike; one scale for all). Outline: the truth's class of "
-            "the row.",
+            "the window, then within the window the truth, both predictions and the entropy of their probabilities "
+            "over the classes, divided by log K (0: certain, 1: all classes equally likely; one scale for all). "
+            "Outline: the row's class in the truth.",
             "",
             RULE,
             "",

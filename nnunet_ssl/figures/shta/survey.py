@@ -36,8 +36,8 @@ from nnunet_ssl.trainers.resuming import training_state_file
 TOKENS_PER_CLASS = 400  # at most
 RULE = (
     "tokens that are eligible by Eq. 7 (share of foreground and of the most frequent class; the run's own thresholds). "
-    "They are of patches side by side, without overlap, and padded with zeros where the image ends, so near a patch's "
-    "border a network sees less than it does when it predicts."
+    "They come from patches side by side, without overlap, padded with zeros beyond the image, so near a patch border "
+    "a network sees less than it does when it predicts."
 )
 
 
@@ -179,7 +179,7 @@ def lowest_of_each_class(classes: np.ndarray, draws: np.ndarray, size: int) -> n
     Args:
         classes: ``[N]``.
         draws: ``[N]`` float.
-        size: at most so many of a class.
+        size: at most this many of a class.
     """
     order = np.lexsort((draws, classes))
     rank = np.arange(len(order)) - np.searchsorted(classes[order], classes[order])

@@ -2,7 +2,7 @@
 
 As Fig. 6 of the SHTA paper: the same tokens as the host sees them, as the network trained with SHTA sees them, and
 after the embedding head, there with the class proxies. The tokens are drawn at random by a seed, as many of each class
-where there are. One class alone would show nothing, so it is shown beside the background.
+where there are. One class alone would show nothing, so the background is shown too.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from nnunet_ssl.figures.test_set import Case, cases_in_words
 PERPLEXITY = 30
 METHODS = {"pca": "PCA", "tsne": "t-SNE"}
 PROXY = "class proxy"
-OTHER_PLANS = "whose plans prepare images in another way than those of the run with SHTA"
-MARKERS = "osD^vP"  # beside colour, for readers without it; the background's is X
+OTHER_PLANS = "whose plans prepare images differently from the plans of the run with SHTA"
+MARKERS = "osD^vP"  # in addition to colour, for readers who cannot see it; the background's is X
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,8 @@ def _caption(
         rows.append([names[label], str(drawn), str(sample.total[label]), *values])
     rows.append(["mean", "", "", *(f"{np.mean(means):.3f}" for means in by_space)])
     background = (
-        " Background: the tokens without any foreground in patches that have such tokens, for one class alone would "
-        "show nothing."
+        " Background: tokens without any foreground, from patches that have such tokens, because one class alone "
+        "would show nothing."
         if 0 in classes
         else ""
     )
@@ -175,19 +175,19 @@ def _caption(
     return "\n".join(
         [
             "**Tokens in two dimensions.** Each point is a token, the mean over "
-            f"{' x '.join(map(str, found.stride))} voxels; colour and shape are the class that most of its foreground "
-            "has by the truth. Columns: the feature that the last layer of the network takes in, and SHTA's embedding "
-            "z of it, scaled to unit length. Stars: the class proxies, scaled as well, at their place in the PCA; "
-            "t-SNE has no place for them. The axes have no unit.",
+            f"{' x '.join(map(str, found.stride))} voxels; colour and shape show the true class of most of its "
+            "foreground. Columns: the input feature of the network's last layer, and SHTA's embedding z of it, scaled "
+            "to unit length. Stars: the class proxies, scaled as well, at their place in the PCA; t-SNE has no place "
+            "for them. The axes have no unit.",
             "",
             f"Rule: all {RULE}{background} At most {TOKENS_PER_CLASS} of each class are drawn at random with seed "
-            f"{options.seed}, the same ones in every column. PCA is fitted in each column to its points. t-SNE: "
-            f"perplexity {PERPLEXITY} (less where there are few tokens), started from the PCA, same seed. Distances "
+            f"{options.seed}, the same ones in every column. PCA is fitted to the points of each column. t-SNE: "
+            f"perplexity {PERPLEXITY} (less if there are few tokens), started from the PCA, same seed. Distances "
             "between groups mean nothing in t-SNE.",
-            *(["", f"Without tokens, and not shown: {', '.join(left_out)}."] if left_out else []),
+            *(["", f"Not shown, because they have no tokens: {', '.join(left_out)}."] if left_out else []),
             *(["", f"Not shown: {found.left_out.name}, {OTHER_PLANS}."] if found.left_out else []),
             "",
-            "The silhouette (-1 to 1) says how compact and how far from the others a class is, in the full space.",
+            "The silhouette (-1 to 1) measures how compact and how far from the others a class is, in the full space.",
             "",
             *table(rows),
             "",
