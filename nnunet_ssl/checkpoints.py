@@ -56,7 +56,7 @@ def read_checkpoint(file: str | Path, remedy: str, keys: Mapping[str, type] | No
         if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL (\S+)", str(error))):
             raise UserError(
                 f"{file} calls {found[1]} when it is read, which neither weights nor nnU-Net's log need and which "
-                f"could do anything. If you trust whoever made the file, set {TRUST}=1."
+                f"could do anything. If you trust the author of the file, set {TRUST}=1."
             ) from None
         what = "is empty" if empty else "is cut off, damaged or no checkpoint at all"
         raise UserError(f"{file} {what}. {remedy}") from error

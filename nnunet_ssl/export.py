@@ -2,7 +2,7 @@
 
 The checkpoints of this package hold nnU-Net's own network already. An export is what one hands on: weights on the CPU,
 no optimiser, nothing but tensors and builtins (so that ``torch.load(..., weights_only=True)`` reads it), under the
-name of nnU-Net's own trainer. The second network of a method with two becomes a fold of its own: nnU-Net averages the
+name of nnU-Net's own trainer. The second network of a method with two becomes a separate fold: nnU-Net averages the
 folds that it is given.
 """
 
@@ -149,7 +149,7 @@ def plain_checkpoint(checkpoint: dict, weights: dict[str, torch.Tensor]) -> dict
 
 
 def second_network_weights(checkpoint_file: str, first: nn.Module, trainer: str) -> dict[str, torch.Tensor]:
-    """The weights of the second network, from the training state beside a checkpoint.
+    """The weights of the second network, from the training state next to a checkpoint.
 
     Args:
         checkpoint_file: the checkpoint.
@@ -251,8 +251,8 @@ def _export_fold(source: str, trainer: str, configuration: str, new: ExportedFol
     elif getattr(trained, "low_decoder", None) is not None:
         if new.network != "high":
             raise UserError(
-                f"{trainer} trains a network with two branches, which plain nnU-Net does not know. Export the "
-                "high-level one alone with --branch high, or predict with this package installed."
+                f"{trainer} trains a network with two branches, which plain nnU-Net does not know. Export only "
+                "the high-level one with --branch high, or predict with this package installed."
             )
         trained.branch = "high"
         weights = {k: v for k, v in weights.items() if not k.startswith("low_decoder.")}

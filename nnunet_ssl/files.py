@@ -19,9 +19,9 @@ Stamp = list  # [size in bytes, time of the last change in ns, SHA-256 of the co
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[str]:
-    """Yield a temporary file beside ``path``; on success it becomes ``path``, on failure it is removed.
+    """Yield a temporary file next to ``path``; on success it becomes ``path``, on failure it is removed.
 
-    Nobody can foresee the temporary name, and the file is made anew: a link that somebody has put into a shared folder
+    Nobody can foresee the temporary name, and the file is a new one: a link that somebody has put into a shared folder
     is not followed. What a kill leaves is removed by the next write of the same file.
 
     Args:
@@ -57,7 +57,7 @@ def writing(remedy: str) -> Iterator[None]:
         remedy: a sentence.
 
     Raises:
-        UserError: for an OSError within, such as that of a full disk.
+        UserError: for an OSError within, for instance on a full disk.
     """
     try:
         yield

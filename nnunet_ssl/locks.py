@@ -1,7 +1,7 @@
 """Locks between processes, on file systems that have them and on those that have not.
 
 A lock is freed by the system when its holder dies. Some network file systems have none (NFS without lockd): there we
-say so once and go on, as nnU-Net itself does everywhere.
+say so once and continue, as nnU-Net itself does everywhere.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def take(
         busy: what to say where another process holds it.
         wait: print ``busy`` and wait, rather than refuse.
         patience: seconds to wait before either, for a holder that is about to end.
-        of_process: whoever takes it again in this process shares it. It is free when all have released it or are gone.
+        of_process: taking it again in this process shares it. It is free when all have released it or are gone.
 
     Returns:
         The lock; None on a file system without locks.
@@ -53,8 +53,8 @@ def take(
         if folder not in _said:
             _said.add(folder)
             print(
-                f"nnunet_ssl: {folder} is on a file system without locks: see to it that no two processes work there "
-                "at a time.",
+                f"nnunet_ssl: {folder} is on a file system without locks: make sure that no two processes work there "
+                "at the same time.",
                 flush=True,
             )
         return None

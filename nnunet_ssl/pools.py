@@ -35,7 +35,7 @@ def outcomes(
     Args:
         function: of a module, so that other processes find it. It should return problems: raising ends everything.
         jobs: arguments of each call.
-        num_processes: at most so many.
+        num_processes: at most this many.
 
     Yields:
         In any order.
@@ -88,7 +88,7 @@ def _outcomes_of_pool(
 
 
 def die_with_parent() -> None:
-    """End this worker when its parent is gone: by itself it would wait for work, or for room for its results, for ever.
+    """End this worker when its parent is gone: by itself it would wait for work, or for room for its results, forever.
 
     In a process that is nobody's worker this does nothing.
     """

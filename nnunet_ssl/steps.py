@@ -1,4 +1,4 @@
-"""Short sequences of commands that go on where they were stopped.
+"""Short sequences of commands that resume where they were stopped.
 
 A step is done when its record says so and what it makes is there; then it is skipped. One that was done with other
 settings is refused, since what comes after was made from it.
@@ -68,7 +68,7 @@ class Steps:
         """
         if not all(path.exists() for path in (step.record, *step.makes)):
             return False
-        remedy = f"It says how {step.record.parent} was made: restore it, or {self.elsewhere}."
+        remedy = f"It records how {step.record.parent} was made: restore it, or {self.elsewhere}."
         made_with = read_json(step.record, remedy, keys={"made_with": dict})["made_with"]
         if changed := differences(made_with, step.made_with):
             raise UserError(
@@ -120,15 +120,15 @@ class Steps:
                     self.show(line)
             code = process.wait()
         if code != 0:
-            where = f"its output is at the end of {self.log}" if self.log else "what it printed above says why"
+            where = f"its output is at the end of {self.log}" if self.log else "its output is above"
             raise UserError(
-                f"{words[0]} ended with exit code {code}; {where}. Started again with the same options, this command "
-                "goes on from here."
+                f"{words[0]} ended with exit code {code}; {where}. Start this command again with the same options "
+                "to resume from here."
             )
 
 
 def training(words: Sequence[str], fold: Path, *anew: str) -> list[str]:
-    """The words of a training: with ``--c`` where the folder of its fold has a checkpoint, else with ``anew``."""
+    """The words of a training: with ``--c`` if the folder of its fold has a checkpoint, otherwise with ``anew``."""
     return [*words, "--c"] if any(fold.glob("checkpoint_*.pth")) else [*words, *anew]
 
 
@@ -136,7 +136,7 @@ def differences(then: Any, now: dict[str, Any], of: str = "") -> list[str]:
     """How a dataset or a teacher differs from the one that a record names, in words.
 
     Args:
-        then: what the record says, of whatever shape.
+        then: the content of the record, of any shape.
         now: the same of now. ``checkpoint`` (with a fold, where there are several) is a file's name and its stamp,
             whose time tells nothing.
         of: what comes before the names of its fields, for instance ``"teacher's "``.

@@ -1,9 +1,9 @@
-"""Runs a command, and ends it with every process that it has started when the one who asked for it is gone.
+"""Runs a command, and ends it and every process it has started once the process that asked for it is gone.
 
-``stock_commands.running`` starts this file by its path, in a Python of its own, with the command's words as arguments;
-it needs nothing but the standard library. Whoever started it holds the other end of its standard input. When that
-closes, by intent or because its holder was killed, everything is ended: SIGKILL tells no child, and nnU-Net's worker
-processes do not notice that they are alone.
+``stock_commands.running`` starts this file by its path, in a separate Python process, with the command's words as
+arguments; it needs only the standard library. The process that started it holds the other end of its standard input.
+When that closes, on purpose or because its holder was killed, everything is ended: children are not told of a SIGKILL,
+and nnU-Net's worker processes do not notice that they are alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import threading
 
 def main(words: list[str]) -> int:
     """Run ``words``; returns the exit code, 128 and the signal's number where one ended it, as a shell does."""
-    os.setsid()  # a process group of its own, which holds the command and its workers
+    os.setsid()  # a separate process group, which holds the command and its workers
     signal.signal(signal.SIGTERM, _end)
     threading.Thread(target=_watch, daemon=True).start()
     code = subprocess.Popen(words, stdin=subprocess.DEVNULL).wait()

@@ -160,7 +160,7 @@ def _read_through(file: str, start: int = 0, dtype: np.dtype | None = None) -> t
     """Read a file to its end; gzip checks its checksum there.
 
     Args:
-        file: compressed or not, whatever its name.
+        file: compressed or not, regardless of its name.
         start: where the voxels begin, bytes.
         dtype: of the voxels; None if they are not to be looked at.
 

@@ -1,4 +1,4 @@
-"""How long ``nnUNetv2_ssl_evaluate`` takes beside ``nnUNetv2_evaluate_folder``, and what its time grows with.
+"""How long ``nnUNetv2_ssl_evaluate`` takes compared with ``nnUNetv2_evaluate_folder``, and how its time grows.
 
     python scripts/benchmark_evaluate.py -ref labelsTs -pred predictions -djfile dataset.json -pfile plans.json
 
@@ -47,13 +47,13 @@ def commands(args: argparse.Namespace, out: Path) -> dict[str, list[str]]:
 
 
 def ball(size: int, radius: int, shift: int) -> np.ndarray:
-    """A ball beside the middle of a volume."""
+    """A ball off the middle of a volume."""
     axis = np.arange(size) - size // 2
     return (((axis - shift) ** 2)[:, None, None] + (axis**2)[:, None] + axis**2 <= radius**2).astype(np.uint8)
 
 
 def surface_seconds(size: int, radius: int) -> float:
-    """What the surface metrics of a ball and a shifted one take beside the overlap, the least of nine."""
+    """The time of the surface metrics of a ball and a shifted one on top of the overlap, the least of nine."""
     truth, guess = ball(size, radius, 0), ball(size, radius, radius // 4)
     seconds = {}
     for metrics in (("dice",), ("dice", "hd95", "asd")):

@@ -4,7 +4,7 @@
     python scripts/benchmark_sasnet.py -device cuda --views rotate
 
 A made-up dataset, batch 2 + 2, single precision on a CPU, as nnU-Net does it. The step is the trainer's own; its parts
-are timed where they are called. Making a batch happens in nnU-Net's workers, beside the step, so views are stated as a
+are timed where they are called. nnU-Net's workers make batches in parallel with the step, so views are stated as a
 share of the step too. With one CPU thread the clock is the thread's CPU time, else wall-clock time.
 """
 

@@ -1,4 +1,4 @@
-"""Seconds and peak memory of a training step of each trainer, beside nnU-Net's own on the same plan and machine.
+"""Seconds and peak memory of a training step of each trainer, compared with nnU-Net's own on the same plan and machine.
 
     python scripts/benchmark_trainers.py                                    # a tiny plan, on a CPU
     python scripts/benchmark_trainers.py --plan 128 --page docs/results/cost.md     # nnU-Net's usual size, on a GPU
@@ -15,7 +15,7 @@ device as in a training and no more. On a GPU batches are pinned, the step moves
 trial, and networks are compiled unless nnUNet_compile says otherwise, all as nnUNetv2_train does it. With one CPU
 thread the clock is the process's CPU time, which other programs hardly disturb; else it is wall-clock time.
 
-Parts of a step, in steps of their own that wait for the device at each border: ``forward`` is the networks,
+Parts of a step, in separate steps that wait for the device at each border: ``forward`` is the networks,
 ``backward`` the backward passes, ``update`` what follows the last of them, and ``loss`` the rest: losses and
 pseudo-labels, and SHTA's forward too.
 
@@ -104,7 +104,7 @@ class Setup:
 
 
 def trainers_to_measure(names: list[str]) -> list[tuple[str, str | None]]:
-    """nnU-Net's own trainer and those of ``names``, each with its default passes; two networks both ways."""
+    """nnU-Net's own trainer and the ones in ``names``, each with its default passes; two networks both ways."""
     found: list[tuple[str, str | None]] = [(BASELINE, None)]
     for name in names:
         found += [(name, "lean"), (name, "joint")] if name.endswith(WITH_TWO_NETWORKS) else [(name, None)]
@@ -310,7 +310,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-p", default="nnUNetPlans", help="with -d: the plans")
     parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), metavar="TRAINER", help="default: all of ours")
     parser.add_argument("-device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
-    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU; nnU-Net takes 1 beside a GPU")
+    parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU; nnU-Net takes 1 with a GPU")
     parser.add_argument("--rounds", type=int, default=2, help="through the list, there and back")
     parser.add_argument("--steps", type=int, default=6, help="timed steps of a turn")
     parser.add_argument("--warm-up", type=int, default=3, help="steps of a turn before them")

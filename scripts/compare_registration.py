@@ -7,7 +7,7 @@
 The folder holds ``images``, ``labels`` and ``protocol.json``, as ``nnUNetv2_ssl_dataset hippocampus -h`` has it. Moving
 images are the first five of the first order, fixed ones are drawn from the rest; their labels are read to judge alone.
 Images are resampled to ``--spacing`` (x, y, z in mm, 0 leaves an axis), z-scored, and share their middles. Seconds are
-CPU seconds a pair; set OMP_NUM_THREADS=1 and ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS=1. Libraries that are not installed
+CPU seconds per pair; set OMP_NUM_THREADS=1 and ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS=1. Libraries that are not installed
 are left out. ``ours`` is ``nnunet_ssl.shapes``.
 """
 
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
     names = [(one[i % len(one)], other[i % len(other)]) for i, (one, other) in enumerate(names)]
     pairs = [tuple(read(args.data, case, args.spacing) for case in pair) for pair in names]
     rows = {}
-    print("| Method | Dice | Lowest | CPU seconds a pair | Folding |\n| --- | ---: | ---: | ---: | ---: |")
+    print("| Method | Dice | Lowest | CPU seconds per pair | Folding |\n| --- | ---: | ---: | ---: | ---: |")
     for method in METHODS:
         if method.__name__ not in args.methods:
             continue

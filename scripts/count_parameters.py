@@ -1,4 +1,4 @@
-"""Parameters of SHTA's branch beside those of nnU-Net's U-Nets with 32 first-stage features.
+"""Parameters of SHTA's branch compared with nnU-Net's U-Nets with 32 first-stage features.
 
 python scripts/count_parameters.py
 """

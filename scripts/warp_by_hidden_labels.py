@@ -2,9 +2,9 @@
 
     python scripts/warp_by_hidden_labels.py -d 771 -t 776 -c 3d_fullres -p nnUNetPlans_2mm --pairs 30
 
-For a diagnosis on a dataset whose unlabeled images have labels after all: such warps know what nobody knows. They
-replace those of ``nnUNetv2_ssl_warp`` in the dataset's folder, and ``nnUNetTrainerWarps`` trains with them; to have the
-others again, delete the folder. ``-t`` is the dataset in which the same cases are labeled and prepared by the same
+For a diagnosis on a dataset whose unlabeled images do have labels, which a real use would not know. The new warps
+replace those by ``nnUNetv2_ssl_warp`` in the dataset's folder, and ``nnUNetTrainerWarps`` trains with them; to get the
+others back, delete the folder. ``-t`` is the dataset in which the same cases are labeled and prepared by the same
 plans. Maps of the classes are registered, and not the images.
 """
 

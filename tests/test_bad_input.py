@@ -347,7 +347,7 @@ SAID = {
     "damaged checkpoint at `--c`": ("checkpoint_final.pth", "move it away"),
     "disk full while preparing": ("_unlabeled", "room"),
     "plans changed after preparing": ("preparing 4 of 4", "plans changed: spacing"),
-    "`imagesUn` gone, all of it prepared": ("imagesUn", "taken as it is"),
+    "`imagesUn` gone, all of it prepared": ("imagesUn", "used as it is"),
 }
 
 

@@ -75,7 +75,7 @@ def test_a_step_that_fails_is_not_recorded(step, tmp_path):
     step.makes[0].unlink()
     half = f"open({str(step.makes[0])!r}, 'w'); raise SystemExit(3)"
     failing = replace(step, commands=(["python", "-c", half],))
-    with pytest.raises(UserError, match="python ended with exit code 3; what it printed above says why"):
+    with pytest.raises(UserError, match="python ended with exit code 3; its output is above"):
         STEPS.do(failing)
     assert not STEPS.is_done(step)
     log, seen = tmp_path / "log.txt", []

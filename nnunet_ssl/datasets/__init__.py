@@ -1,6 +1,6 @@
 """Datasets as their owners publish them, made into nnU-Net raw datasets with few labels: ``nnUNetv2_ssl_dataset``.
 
-A dataset has a module of its own, which says where its files are (``Files``), which cases have which part (``Lists``),
+Each dataset has its own module, which says where its files are (``Files``), which cases have which part (``Lists``),
 what the labels mean and what is done to a case (``Recipe``). ``writing.prepare`` does the rest, the same for all:
 
 1. every file that is needed is read and checked, and all problems are listed at once;

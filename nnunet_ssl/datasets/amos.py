@@ -6,7 +6,7 @@
 ``--data`` is the unpacked ``amos22.zip`` with ``imagesTr``, ``labelsTr``, ``imagesVa`` and ``labelsVa``
 (``amos_<number>.nii.gz``).
 
-The lists are those of GA-CPS, DHC and SKCDF, which agree: of the 240 cases of ``imagesTr`` 216 train and 24 validate;
+The lists come from GA-CPS, DHC and SKCDF, which agree: of the 240 cases of ``imagesTr`` 216 train and 24 validate;
 the 120 of ``imagesVa`` are test cases. ``--labeled 10`` and ``4`` are the published 5 % and 2 %; for the published
 10 % give ``--labeled-list`` its file. Of the published 20 % files (``labeled_20p``) a sixth of the cases are also
 validation cases; such a list is refused.

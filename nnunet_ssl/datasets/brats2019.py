@@ -14,10 +14,10 @@ The lists of 250 training, 25 validation and 60 test cases ship with SSL4MIS (``
 
 What differs from the literature's preprocessing:
 
-- Intensities above those of 99.9 % of the brain's box are cut, as there, but by the exact quantile instead of a
+- Intensities above the 99.9 % quantile of the brain's box are cut, as there, but by the exact value instead of a
   histogram of 256 bins.
 - Images are not cut to the brain's box: nnU-Net does that in training and puts predictions back into the whole image.
-  The literature's box, besides, lacks the last slice on each axis.
+  The literature's box also lacks the last slice on each axis.
 - nnU-Net itself makes mean 0 and standard deviation 1.
 """
 

@@ -2,7 +2,7 @@
 
     nnUNetv2_ssl_dataset demo -d 1
 
-The cases are those of ``nnUNetv2_ssl_demo`` with seed 0. Nothing has to be there for it; ``nnUNetv2_ssl_split`` hides
+The cases are the same as in ``nnUNetv2_ssl_demo`` with seed 0. It needs no data; ``nnUNetv2_ssl_split`` hides
 labels.
 """
 
@@ -16,7 +16,7 @@ from nnunet_ssl.files import writing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """It has no options of its own."""
+    """It has no further options."""
 
 
 def make(args: argparse.Namespace) -> None:

@@ -22,7 +22,7 @@ def add_labeled(parser: argparse.ArgumentParser, default: int, allowed: str = "a
 def add_lists(parser: argparse.ArgumentParser) -> None:
     """``--train-list`` and its like, for ``Lists.with_files`` and ``Lists.parts``."""
     for name in ("train", "validation", "test", "labeled"):
-        text = f"File with the {name} cases, one a line or a JSON list, in place of the published ones"
+        text = f"File with the {name} cases, one per line or a JSON list, instead of the published ones"
         parser.add_argument(f"--{name}-list", type=Path, metavar="FILE", help=text)
 
 

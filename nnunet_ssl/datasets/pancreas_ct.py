@@ -8,12 +8,12 @@ DIR, with any folders in between, holds either
 - the archive's own files: DICOM series below ``PANCREAS_<number>`` and labels ``label<number>.nii.gz``, or
 - the h5 files that the literature passes around: ``image<number>_norm.h5`` (needs h5py).
 
-The 20 test cases are those of MC-Net, the other 62 train. ``--labeled 6`` and ``12`` are its 10 and 20 %. BCP uses
+The 20 test cases are MC-Net's, the other 62 train. ``--labeled 6`` and ``12`` are its 10 and 20 %. BCP uses
 other lists and SASNet's are not published: give them as ``--train-list`` and ``--test-list``. There is no validation
 list; the fold validates on the first five labeled cases, by which nothing is to be chosen.
 
 Today the archive's folders of cases 0025 (a test case) and 0070 (one of the 12 labeled ones) are empty; without them
-(``--leave-out``) the sets are smaller than those of older papers.
+(``--leave-out``) the sets are smaller than in older papers.
 
 The labels' headers do not fit the DICOM ones. Their voxels follow the rows, columns and slice numbers of the DICOM
 series, and by those they are matched; a label whose median lies outside -50 to 250 HU is reported as misplaced.

@@ -55,8 +55,8 @@ def from_protocol(args: argparse.Namespace, title: str, recipe: Recipe, patients
         several = True
         print(
             f"Without {file} the lists were drawn ({len(train)} training and {len(test)} test cases of "
-            f"{len(images.found)}): results on them compare with each other, not with those of docs/results.md, whose "
-            f"lists are in a {FILE} of its own."
+            f"{len(images.found)}): results on them can be compared with each other, but not with docs/results.md, "
+            f"which uses its own {FILE}."
         )
     parts = Lists(train, test, ordered=len(train) - 1).parts(args.labeled)
     if cases_of:
@@ -90,7 +90,7 @@ def draw_lists(cases: Iterable[str], seed: int, folder: Path) -> tuple[list[str]
     names = sorted(cases)
     if len(names) < DRAWN_TEST + 2:
         raise UserError(
-            f"{folder} holds {len(names)} cases (.nii.gz), and without a {FILE} beside it {DRAWN_TEST} of them "
+            f"{folder} holds {len(names)} cases (.nii.gz), and without a {FILE} next to it {DRAWN_TEST} of them "
             f"are drawn as test cases. Give the folder of the whole dataset, or write a {FILE}."
         )
     drawn = [names[i] for i in np.random.default_rng(0).permutation(len(names))]

@@ -39,7 +39,7 @@ def _read(path: Path, key: str, recipe: Recipe) -> sitk.Image:
     else:
         image = _read_file(path)
     if image.GetNumberOfComponentsPerPixel() > 1:
-        raise VolumeError(f"{path} holds {image.GetNumberOfComponentsPerPixel()} values a voxel, expected one")
+        raise VolumeError(f"{path} holds {image.GetNumberOfComponentsPerPixel()} values per voxel, expected one")
     if not np.isfinite(sitk.GetArrayViewFromImage(image)).all():
         raise VolumeError(f"the {key} holds NaN or infinite voxels")
     recipe.mend(image)
@@ -99,7 +99,7 @@ def _read_dicom(folder: Path) -> sitk.Image:
     gaps = np.linalg.norm(np.diff(positions, axis=0), axis=1)
     if len(gaps) and gaps.max() - gaps.min() > 0.05 * gaps.min():
         raise VolumeError(
-            f"{folder}: slices are {gaps.min():g} to {gaps.max():g} mm apart; one may be missing or doubled"
+            f"{folder}: slices are {gaps.min():g} to {gaps.max():g} mm apart; one may be missing or duplicated"
         )
     steps = np.unique(np.diff(numbers))
     if len(steps) > 1 or (len(steps) and steps[0] not in (-1, 1)):

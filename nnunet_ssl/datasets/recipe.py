@@ -35,7 +35,7 @@ def align_by_header(label: sitk.Image, image: sitk.Image) -> sitk.Image:
 
 
 def align_by_voxels(label: sitk.Image, image: sitk.Image) -> sitk.Image:
-    """The label on its image's grid, voxel by voxel, whatever the headers say of position and direction.
+    """The label on its image's grid, voxel by voxel, regardless of position and direction in the headers.
 
     Raises:
         VolumeError: they differ in size or spacing.

@@ -3,7 +3,7 @@
     nnUNetv2_ssl_dataset synapse --data DIR --labeled 4 -d 701
     nnUNetv2_ssl_dataset synapse --data DIR --split dhc --labeled 8 -d 702
 
-DIR holds ``img<number>.nii.gz`` and ``label<number>.nii.gz`` in whatever folders, as ``RawData/Training`` does.
+DIR holds ``img<number>.nii.gz`` and ``label<number>.nii.gz`` in any folders, as ``RawData/Training`` does.
 
 Three splits are in circulation, and results on different ones do not compare:
 

@@ -115,13 +115,13 @@ def _write_image(image: sitk.Image, file: Path) -> None:
     Raises:
         OSError: the file is not whole.
     """
-    for key in image.GetMetaDataKeys():  # what DICOM and NIfTI headers say besides the geometry: names, dates
+    for key in image.GetMetaDataKeys():  # what DICOM and NIfTI headers contain apart from the geometry: names, dates
         image.EraseMetaData(key)
     try:
         sitk.WriteImage(image, str(file), useCompression=True)
         check_file(str(file))
     except (RuntimeError, VolumeError) as error:
-        raise OSError(errno.EIO, "the file is not whole; is the disk full?", str(file)) from error
+        raise OSError(errno.EIO, "the file is incomplete; is the disk full?", str(file)) from error
 
 
 def _is_plain(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """The demo's made-up anatomy: five organs in a body, few of the images with labels.
 
 Made so that five labeled cases are not enough: the organs overlap in intensity with each other and with unlabeled
-tissue beside them, contrast and shape change from case to case, and a smooth field and noise lie over the image.
+tissue next to them, contrast and shape change from case to case, and a smooth field and noise lie over the image.
 """
 
 from __future__ import annotations

@@ -96,9 +96,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("plans_file", type=Path, help="nnU-Net's plans, a JSON file")
     parser.add_argument("configuration", help="For instance 3d_fullres")
-    parser.add_argument("--features", type=int, nargs="+", required=True, help="Channels of each stage that is kept")
+    parser.add_argument("--features", type=int, nargs="+", required=True, help="Channels of each remaining stage")
     parser.add_argument("--patch-size", type=int, nargs="+", help="Voxels of each axis. Default: as planned")
-    parser.add_argument("--batch-size", type=int, default=2, help="Patches of a batch. Default: 2")
+    parser.add_argument("--batch-size", type=int, default=2, help="Patches per batch. Default: 2")
     shrink_plans(**vars(parser.parse_args(argv)))
 
 

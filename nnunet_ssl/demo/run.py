@@ -31,7 +31,7 @@ FIGURE_CASES = 3  # the first of the test set
 
 @dataclass(frozen=True)
 class Demo:
-    """A demo in a folder, step by step; a stopped one goes on where it was.
+    """A demo in a folder, step by step; a stopped one resumes where it was.
 
     Attributes:
         folder: everything is written here.
@@ -90,11 +90,11 @@ class Demo:
         """
         note = self.folder / "demo.json"
         if note.is_file():
-            seed = read_json(note, "It says which demo this is: choose another -o.", keys={"seed": int})["seed"]
+            seed = read_json(note, "It records which demo this is: choose another -o.", keys={"seed": int})["seed"]
             if seed != self.seed:
                 raise UserError(f"{self.folder} holds the demo of seed {seed}; choose another -o, or --seed {seed}.")
         elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise UserError(f"{self.folder} exists and is no demo; choose another -o.")
+            raise UserError(f"{self.folder} exists but is not a demo; choose another -o.")
 
     def _make_folders(self) -> None:
         """Note what the folder is for, and the settings."""
@@ -192,7 +192,7 @@ def read_dice(summary: Path) -> dict[str, float]:
     Raises:
         UserError: the file is damaged.
     """
-    remedy = "Remove it, and the test cases are predicted and evaluated again."
+    remedy = "Remove it to predict and evaluate the test cases again."
     metrics = read_json(summary, remedy, keys={"mean": dict, "foreground_mean": dict})
     organs = {name: label for name, label in ORGANS.items() if label}
     try:

@@ -172,7 +172,7 @@ def class_weights(counts: Tensor, temperature: float) -> Tensor:
 def blended_pseudo_labels(teacher_logits: Tensor, teacher_labels: Tensor, cube_logits: Tensor, omega: Tensor) -> Tensor:
     """Hard pseudo-labels from the teacher's view of the whole patch and the student's view of its cubes.
 
-    ``y = argmax (1 - omega(v)) t(v) + omega(v) o(v)``, where omega(v) is that of the teacher's class at v: frequent
+    ``y = argmax (1 - omega(v)) t(v) + omega(v) o(v)``, where omega(v) belongs to the teacher's class at v: frequent
     classes rather from the cubes, rare ones rather from the teacher.
 
     Args:

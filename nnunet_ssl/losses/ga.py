@@ -90,7 +90,7 @@ class GADiceLoss(nn.Module):
 
 
 class GACELoss(nn.Module):
-    """Cross-entropy of the hardest voxels, each class normalised by a mix of its own and the whole number (E4).
+    """Cross-entropy of the hardest voxels, each class normalised by a mix of its own and the total number (E4).
 
     A voxel's weight falls with the number of its class: with ``gamma`` 0.5 it is ``1 / sqrt(n_c M)``, where the plain
     mean has ``1 / M``. ``gamma`` 1 is the plain mean over the selected voxels, 0 the sum of the class means.
@@ -98,7 +98,7 @@ class GACELoss(nn.Module):
     Args:
         k: percentage of the voxels that is selected, in (0, 100]; 100 takes all, without ranking them. At least one
             voxel is, if there is one.
-        gamma: share of the whole number in the mix, in [0, 1].
+        gamma: exponent of the total number in the mix, in [0, 1].
         ignore_label: voxels with this value are removed first: they are neither ranked nor counted.
     """
 

@@ -40,7 +40,7 @@ def reweight(prob: Branches, confidence: Branches, alpha: float) -> Tensor:
 
     Args:
         prob: of both branches, ``[B, K, *spatial]``.
-        confidence: of both branches, ``[B, *spatial]`` in [0, 1], that of the previous visits, averaged.
+        confidence: of both branches, ``[B, *spatial]`` in [0, 1], averaged over the previous visits.
         alpha: the residual coefficient, 0.5 in the paper.
 
     Returns:

@@ -9,7 +9,7 @@ follow; E1 to E4 number what it computes:
     E3  L_s   = mean[(pbar - p_s)^2 W_s] / (mean[W_s] + 1e-8) + mean[KL_s]
     E4  L     = 1/S sum_s L_s
 
-The means are over samples and voxels, that of the square over classes as well. Gradients flow through all of it: pbar,
+The means are over samples and voxels, the mean of the square also over classes. Gradients flow through all of it: pbar,
 W_s and KL_s.
 """
 

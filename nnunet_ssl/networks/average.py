@@ -18,7 +18,7 @@ class WeightAverage(nn.Module):
     long run step i weighs as ``i ** (1 / share - 1)``; for the first ``1 / share`` steps it is the network itself, and
     with ``share`` 1 it is the mean of all steps.
 
-    The two change places in the network's own tensors, so whatever holds the network (an optimiser, a compiled or
+    The two change places in the network's own tensors, so anything that holds the network (an optimiser, a compiled or
     distributed wrapper) need not know. Buffers, which are batch norm's running statistics where there are any, are
     averages already and stay as they are.
 
@@ -60,7 +60,7 @@ class WeightAverage(nn.Module):
 
     @contextmanager
     def predicting(self, network: nn.Module) -> Iterator[None]:
-        """Around what needs the average in the network, wherever it is before and shall be after."""
+        """A context with the average in the network; before and after, it may be on either side."""
         before = self.in_network
         self.exchange(network, True)
         try:

@@ -86,7 +86,7 @@ class DualBranchUNet(nn.Module):
             if self._initialize is not None:
                 low.apply(self._initialize)
             self.low_decoder = low
-        # Not registered: a tap has no weights, and would name those of its decoder a second time.
+        # Not registered: a tap has no weights, and would list its decoder's weights a second time.
         self._taps = tuple(map(FeatureTap, self.decoders.named().values()))
 
     @property

@@ -1,4 +1,4 @@
-"""Reads the last decoder feature of a network beside its outputs, without changing the network."""
+"""Reads the last decoder feature of a network in addition to its outputs, without changing the network."""
 
 from __future__ import annotations
 

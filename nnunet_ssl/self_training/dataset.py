@@ -29,7 +29,7 @@ from nnunet_ssl.unlabeled.find import (
 from nnunet_ssl.unlabeled.folds import SPLITS, read_splits
 from nnunet_ssl.unlabeled.raw_dataset import Split, new_dataset, write_dataset
 
-WHO_IS_BEST = {"confidence": "the most confident is", "agreement": "the teachers agree most on"}
+WHO_IS_BEST = {"confidence": "the most confident is the one of", "agreement": "the teachers agree most on"}
 REPORT, PICTURE = "pseudolabels.csv", "pseudolabels.png"
 
 
@@ -96,7 +96,7 @@ def write_pseudolabeled(
 ) -> Split:
     """Make the raw dataset in which the teacher's best predictions are labels.
 
-    Images and true labels are links, as ``nnUNetv2_ssl_split`` makes them; the pseudo-labels are files of its own.
+    Images and true labels are links, as ``nnUNetv2_ssl_split`` makes them; the pseudo-labels are new files.
 
     Args:
         target: the new dataset's name.
@@ -105,7 +105,7 @@ def write_pseudolabeled(
         at_least, keep: as for ``choose``.
         made_with: what the record says of how it was made.
         copy: copy the files instead of linking to them.
-        by: which are the best: those of most ``confidence``, or of most ``agreement`` between two teachers.
+        by: which cases are the best: by ``confidence``, or by ``agreement`` between two teachers.
         finish: whether there is a fold 1, which trains on the labeled cases alone.
 
     Returns:
@@ -120,7 +120,7 @@ def write_pseudolabeled(
         best = max(scores, key=lambda case: scores[case])
         nothing = "The teacher sees no foreground." if by == "confidence" else "The teachers agree on no foreground."
         raise UserError(
-            f"no prediction in {predictions.folder} is kept: {WHO_IS_BEST[by]} that of {best}, with "
+            f"no prediction in {predictions.folder} is kept: {WHO_IS_BEST[by]} {best}, with "
             f"{scores[best]:.3f}. " + (f"Lower --min-{by}, or use --keep." if scores[best] else nothing)
         )
     rest = [case for case in source.unlabeled if case not in kept]

@@ -62,7 +62,7 @@ def stored_confidences(folder: str) -> Stored | None:
 
 
 class Predictions:
-    """A teacher's label maps of the unlabeled images, and how confident it was of each; or those of two teachers.
+    """A teacher's label maps of the unlabeled images, and its confidence in each; or the same for two teachers.
 
     They lie in one folder as nnU-Net wrote them, with ``confidences.json``. Probabilities are removed as soon as they
     are measured. What was made by another teacher or from another image is made again.
@@ -123,7 +123,7 @@ class Predictions:
         Args:
             plans_manager, dataset_json: the teacher's.
             votes: case -> what labeled cases say of it: files as ``--save_probabilities`` writes them, less ``.npz``
-                and ``.pkl``. With a network the label map becomes that of the mean of the two.
+                and ``.pkl``. With a network, the label map becomes the one of the two teachers' mean.
             network: whether one has predicted.
         """
         label_manager = plans_manager.get_label_manager(dataset_json)

@@ -38,7 +38,7 @@ def self_train(settings: Settings) -> list[str]:
         UserError: no trained model, no unlabeled image, an id that is taken, a command that failed, or a file that
             cannot be read or written.
     """
-    with writing("Started again with the same options, this command goes on from here."):
+    with writing("Start this command again with the same options to resume from here."):
         return _Rounds(settings).run()
 
 
@@ -78,7 +78,7 @@ class _Rounds:
                     print(f"  {shlex.join(step.commands[0])}")
         if self.settings.finish:
             epochs, target = self.settings.finish, targets[-1]
-            print(f"\nFinish: {epochs} epochs on the labels alone, as fold 1 of {target}", flush=True)
+            print(f"\nFinish: {epochs} epochs on labels alone, as fold 1 of {target}", flush=True)
             finished = student._replace(trainer=self._finishing_trainer, folds=("1",))
             self.steps.do(self._train(finished, student))
         return targets
@@ -120,7 +120,7 @@ class _Rounds:
         elif s.dry_run:
             teachers.predict(self.steps, trained)
             which = f"of {s.by} {s.at_least:g} or more" if s.keep is None else f"of the best {s.keep:g} of all cases"
-            self.steps.skip(f"here {target} is written, with the predictions {which}")
+            self.steps.skip(f"writes {target}, with the predictions {which}")
         else:
             options = (s.at_least, s.keep, self._made_with(teachers), s.copy, s.by)
             predictions = teachers.predict(self.steps)
@@ -133,7 +133,7 @@ class _Rounds:
                 flush=True,
             )
             if not split.unlabeled:
-                print("  No image is left without a label: a trainer that learns from such images cannot go on here.")
+                print("  No unlabeled image is left: a trainer that needs unlabeled images cannot continue here.")
         if not s.dry_run:
             self._complete_preprocessed(record.parent, _preprocessed(target))
 

@@ -28,7 +28,7 @@ class Settings(NamedTuple):
         finish: epochs that the last student trains on the labels alone, as fold 1 of its dataset.
         device: ``cpu``, ``cuda`` or ``mps``, as nnU-Net's ``-device``.
         mirroring: whether the teacher predicts with nnU-Net's test-time mirroring.
-        parts: predict in so many parts, of which only one has its probabilities on the disk at a time.
+        parts: predict in this many parts; only one part's probabilities are on the disk at a time.
         processes: of predicting and preprocessing; None leaves it to nnU-Net.
         copy: copy images instead of linking to them.
         dry_run: print the commands that are still to be run, and do nothing.

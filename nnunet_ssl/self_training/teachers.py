@@ -131,7 +131,7 @@ class Teachers:
                     predictions.save()
         elif steps.dry_run:
             if self.electorate:
-                steps.skip("here labeled images are registered onto each unlabeled one, unless that is done")
+                steps.skip("registers labeled images onto each unlabeled one, unless that is done")
             for part in range(self.settings.parts if self.network else 0):
                 if cases := predictions.missing(part, self.settings.parts):
                     steps.run(self._command(self._input_folder(cases)))
@@ -156,7 +156,7 @@ class Teachers:
         if missing := predictions.missing():
             raise UserError(
                 f"nnUNetv2_predict left no usable prediction of {missing[0]} in {self.folder}, nor of "
-                f"{len(missing) - 1} other(s). Look for what it printed above, and at the space on that disk."
+                f"{len(missing) - 1} other(s). Check its output above, and the space on that disk."
             )
 
     def _votes(self, electorate: Electorate) -> dict[str, str]:

@@ -123,7 +123,7 @@ def prepared_volume(plans: dict, configuration: str, folder: str, case: str, lab
 
 
 def structures_of(properties: dict) -> tuple[int, ...]:
-    """The labels whose voxels nnU-Net has listed: those of its classes or regions, not of all that is annotated."""
+    """The labels whose voxels nnU-Net has listed: its classes or regions, not everything that is annotated."""
     listed = [np.atleast_1d(key) for key in properties["class_locations"]]
     return tuple(sorted({int(label) for labels in listed if -1 not in labels for label in labels}))
 
@@ -138,7 +138,7 @@ def spacing_of(plans: dict, configuration: str, properties: dict) -> tuple[float
 
 
 def _save(moving_folder: str, moving: str, file: str, data: np.ndarray, seg: np.ndarray) -> None:
-    """As nnU-Net's preprocessor saves the labeled case, with class locations of its own."""
+    """As nnU-Net's preprocessor saves the labeled case, with its own class locations."""
     dataset_class = infer_dataset_class(moving_folder)
     old_data, old_seg, _, properties = dataset_class(moving_folder, [moving]).load_case(moving)
     seg = seg.astype(np.int16)

@@ -59,7 +59,7 @@ def choose(
         labeled: cases that are warped.
         unlabeled: cases they may be warped onto, those that matter most first.
         each: pairs of each labeled case, as far as there are unlabeled ones.
-        group_of: case -> patient; a case that it does not name is a patient of its own.
+        group_of: case -> patient; a case that it does not name counts as a separate patient.
         taken: pairs that there are, which count.
 
     Returns:

@@ -17,7 +17,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 from skimage.feature import match_template
 
-VERSION = 2  # of what is below: what was registered by another one is registered anew
+VERSION = 2  # of the code below: pairs registered by another version are registered again
 LEVELS = (4, 2, 1)  # shrink factors of the pyramid
 ITERATIONS = 40  # at each level
 SIGMA = 1.0  # voxels: of the Gaussian that smooths the field after each iteration
@@ -26,7 +26,7 @@ SHORTEST = 16  # voxels: an axis is not shrunk below
 TEMPLATE = 40  # voxels of an axis when the translation is looked for
 MOST_FOLDING = 0.01  # share of the voxels
 MARGIN = 0.15  # what is around the labeled structures counts too: this share of their extent
-GAIN = 0.05  # a correlation that is higher by this is worth a start of its own
+GAIN = 0.05  # a correlation that is higher by this is worth another start
 
 
 class Volume(NamedTuple):

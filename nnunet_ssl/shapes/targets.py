@@ -46,7 +46,7 @@ def groups_of_dataset(dataset_name: str) -> dict[str, str]:
 def test_images(dataset_name: str, ending: str) -> dict[str, list[str]]:
     """Test case -> its files, of the dataset's ``imagesTs``; none where that is not on this machine.
 
-    A dataset with pseudo-labels has those of the dataset that it was made from.
+    A dataset with pseudo-labels has the groups of the dataset that it was made from.
     """
     raw = os.path.join(nnUNet_raw.get() or os.devnull, dataset_name)
     folder, record = os.path.join(raw, "imagesTs"), os.path.join(raw, PSEUDOLABELED)
@@ -88,8 +88,8 @@ def find_targets(
     copies = _copies(images, tests) & set(unlabeled.cases)
     if left_out := sorted(of_patients(unlabeled.cases, groupings, tests) | copies):
         print(
-            f"nnunet_ssl: {len(left_out)} unlabeled images are not warped onto, since they are test images or of "
-            f"test patients ({a_few(left_out)}).",
+            f"nnunet_ssl: {len(left_out)} unlabeled images are not warped onto, because they are test images or "
+            f"show test patients ({a_few(left_out)}).",
             flush=True,
         )
     cases = [case for case in unlabeled.cases if case not in left_out]
@@ -104,7 +104,7 @@ def find_targets(
 
 
 def _copies(images: Mapping[str, list[str]], tests: Mapping[str, list[str]]) -> set[str]:
-    """Images whose first file holds what that of a test image holds."""
+    """Images whose first file has the same content as a test image's."""
     sizes: dict[int, list[str]] = {}
     for files in tests.values():
         sizes.setdefault(os.path.getsize(files[0]), []).append(files[0])

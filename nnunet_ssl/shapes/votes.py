@@ -56,7 +56,7 @@ class Electorate:
 
     @cached_property
     def about(self) -> dict:
-        """What determines a vote, beside the images."""
+        """What determines a vote, in addition to the images."""
         preprocessing = preprocessing_of(PlansManager(self.plans), self.configuration, self.dataset_json)
         labels = {key: self.dataset_json.get(key) for key in ("labels", "regions_class_order")}
         return json.loads(json.dumps({"preprocessing": preprocessing, **labels}))
@@ -165,7 +165,7 @@ def _complete(
         cases,
         processes,
         "Voting on unlabeled images",
-        "Vote on fewer at a time (-np 1); what is finished is kept.",
+        "Vote on fewer at a time (-np 1); finished votes are kept.",
     )
     if problems:
         raise UserError(f"{manifest.folder}: {problems[0]}; {len(problems)} image(s) in all. Train without an atlas.")

@@ -2,7 +2,7 @@
 
 The folder is ``<nnUNet_preprocessed>/<dataset>/<data_identifier>_warped``, as ``unlabeled/store.py`` keeps it. A warp
 is current if it was made from what its labeled and its unlabeled image hold now. It belongs to its labeled case: a
-fold trains with the warps of its own training cases alone.
+fold trains only with the warps of its own training cases.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from nnunet_ssl.unlabeled.store import Manifest, Outcome, PreparedFolder, cannot
 
 BUDGET = 10.0  # minutes that may be spent where no number of pairs is given
 MOST_EACH = 30  # warps of a labeled case then
-SPARE = 4 / 3  # so many pairs are registered for one that is kept: the least similar are left out
+SPARE = 4 / 3  # pairs registered per pair kept: the least similar are left out
 LESS_ALIKE = "are less alike than others"
 
 
@@ -52,7 +52,7 @@ class Wish:
         each: warps of each labeled case; None for what there is, or as many as ``BUDGET`` allows.
         groups: case -> patient; None for what an earlier call was given. What the dataset's ``groups.json`` says counts
             besides.
-        channels: that registration compares, () for all of them; None for those of an earlier call, or all.
+        channels: that registration compares, () for all of them; None for the channels of an earlier call, or all.
     """
 
     dataset_name: str
@@ -221,7 +221,7 @@ def wait_until_warped(wish: Wish, timeout: float = 24 * 3600) -> WarpedFolder:
     return store.wait_for(
         look,
         timeout,
-        f"{wish.folder} was not ready after {timeout:.0f} s. Warp ahead with nnUNetv2_ssl_warp "
+        f"{wish.folder} was not ready after {timeout:.0f} s. Make the warps first with nnUNetv2_ssl_warp "
         f"-d {wish.dataset_name} -c {wish.configuration}.",
     )
 
@@ -328,7 +328,7 @@ def _complete(state: _State, num_processes: int) -> None:
     if pairs:
         print(
             f"nnunet_ssl: registering {len(pairs)} pairs of {len(todo)} labeled and {len(targets)} unlabeled images; "
-            f"the {each} most alike of each labeled one are kept in {wish.folder}",
+            f"the {each} most similar per labeled image are kept in {wish.folder}",
             flush=True,
         )
 
@@ -346,7 +346,7 @@ def _complete(state: _State, num_processes: int) -> None:
             [_name(*pair) for pair in pairs],
             num_processes,
             "Warping labeled images",
-            "Warp with fewer at a time (nnUNetv2_ssl_warp -np 1); what is finished is kept.",
+            "Warp with fewer at a time (nnUNetv2_ssl_warp -np 1); finished warps are kept.",
             keep,
         )
     for case in todo:

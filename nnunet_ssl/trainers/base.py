@@ -1,4 +1,4 @@
-"""The base of every trainer: two streams of batches, one step, and what is kept beside a checkpoint.
+"""The base of every trainer: two streams of batches, one step, and the training state next to a checkpoint.
 
 A method is a subclass with a ``Settings`` dataclass and a ``losses`` generator. Everything that nnU-Net does already
 (plans, datasets, transforms, schedules, validation, export) is inherited.
@@ -54,8 +54,8 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
     A subclass writes ``losses``, and where it needs them ``term_weights``, ``build_training_modules``,
     ``build_own_optimizers`` and ``training_state``.
 
-    What is repeatable: with the same seed, software and device, initial weights and the content and order of all
-    batches are the same, whatever the number of workers and wherever a run was interrupted. So on the CPU, with the
+    Reproducibility: with the same seed, software and device, initial weights and the content and order of all
+    batches are the same, no matter how many workers there are and where a run was interrupted. So on the CPU, with the
     same number of threads, a resumed run ends with the weights of an uninterrupted one, bit for bit. On a GPU cuDNN
     chooses algorithms by speed, as nnU-Net wants it, and the last bits differ from run to run.
 
@@ -81,7 +81,7 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
         self._refuse_what_cannot_work(PlansManager(plans), configuration, dataset_json)
         continue_training = plans["continue_training"]  # nnU-Net removes it
         override = load_settings(self.Settings, os.environ.get(ENVIRONMENT_VARIABLE))
-        # before nnU-Net's loggers, which replace files of a run that is going on, and before any of them is read
+        # before nnU-Net's loggers, which replace files of a running training, and before any of them is read
         self._fold_lock = self._lock_fold(PlansManager(plans), configuration, fold)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.settings = self._settings_in_force(override, continue_training)
@@ -115,7 +115,7 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
         """Modules that only training needs, by name, in ``self.training_modules`` from then on.
 
         They go to the device, learn by nnU-Net's rule unless ``build_own_optimizers`` says otherwise, are clipped each
-        by itself, saved beside the checkpoint and resumed. What predicts never sees them. Build each under
+        by itself, saved next to the checkpoint and resumed. Prediction never sees them. Build each under
         ``self.seeded(name)``, so that one module does not change the initial weights of another.
         """
         return {}
@@ -141,7 +141,7 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
         return set()
 
     def on_feature(self, name: str, stream: Stream, feature: Tensor) -> dict[str, Tensor]:
-        """Terms that hang on the last decoder feature of a tapped network, whichever method has it run.
+        """Terms that depend on the last decoder feature of a tapped network, in any method that runs it.
 
         For what is added to a method, as SHTA is; a method itself calls ``forward_with_feature``.
 
@@ -170,10 +170,10 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
         return None
 
     def training_state(self, filename: str) -> dict[str, Any]:
-        """What a method wants to find again after ``--c``, beside modules and optimisers: tensors and plain types.
+        """State that must survive ``--c``, in addition to modules and optimisers: tensors and plain types.
 
         Args:
-            filename: of the checkpoint that it is kept beside.
+            filename: of the checkpoint that it belongs to.
         """
         return {}
 
@@ -283,7 +283,7 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
         return take(
             os.path.join(folder, LOCK),
             f"another nnUNetv2_train works in {folder}; two would overwrite each other's files. Wait until it has "
-            "ended, or stop it and go on from its last checkpoint with --c.",
+            "ended, or stop it and resume it from its last checkpoint with --c.",
             patience=PATIENCE,
             of_process=True,
         )

@@ -18,7 +18,7 @@ from nnunet_ssl.trainers.settings import SSLSettings
 
 @declared
 class CrossSupervisionSettings(SSLSettings):
-    """Settings of two networks that teach each other, whatever their losses."""
+    """Settings of two networks that teach each other, with any losses."""
 
     cps_weight: Weight = setting(1.0, "Full weight of the cross term", symbol="lambda", paper=0.1)
     cps_rampup: Share = setting(0.4, "Share of the training over which the weight grows", paper=1.0)
@@ -42,7 +42,7 @@ class nnUNetTrainerCPS(nnUNetTrainerSSL):  # noqa: N801
 
     The first network is the one that validates, is saved and predicts. Both see the same augmented images. The cross
     term is taken at full resolution, on hard labels without a confidence threshold and without gradient. Where both
-    streams take part it is the mean over the two, so that each stream can be a pass of its own; for the cross-entropy
+    streams take part it is the mean over the two, so that each stream can be a separate pass; for the cross-entropy
     that is the mean over all voxels.
     """
 

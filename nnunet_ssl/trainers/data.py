@@ -71,7 +71,7 @@ class Data(nnUNetTrainer):
         return dataset if self.warps is None else JoinedDataset(dataset, self.warps.places)
 
     def get_dataloaders(self) -> tuple[Any, Any]:
-        """nnU-Net's loaders and transforms, with an unlabeled stream beside the labeled one."""
+        """nnU-Net's loaders and transforms, with an unlabeled stream in addition to the labeled one."""
         patch_size = self.configuration_manager.patch_size
         scales = self._get_deep_supervision_scales()
         rotation, dummy_2d, initial_patch_size, mirror_axes = (

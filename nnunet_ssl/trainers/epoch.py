@@ -56,14 +56,14 @@ class Epoch(nnUNetTrainer):
             f"{self.output_folder}: in epoch {self.current_epoch} "
             + ("no step had a finite loss" if no_loss else "the weights became NaN or infinite")
             + (f" ({', '.join(terms)})" if terms else "")
-            + f". The training ends here; checkpoints of earlier epochs stay. Look at {self.settings_file}, and start "
-            "anew with smaller weights of the terms, or with a smaller initial_lr in a trainer of your own."
+            + f". The training ends here; checkpoints of earlier epochs are kept. Look at {self.settings_file}, and "
+            "start again with smaller weights of the terms, or with a smaller initial_lr in your own trainer."
         )
         self.print_to_log_file(message)
         raise UserError(message)
 
     def on_validation_epoch_start(self) -> None:
-        """As nnU-Net, with the weights that predict; they stay until training goes on."""
+        """As nnU-Net, with the weights that predict; they stay until training continues."""
         super().on_validation_epoch_start()
         if self.average is not None:
             self.average.exchange(self.plans_network, in_network=True)

@@ -31,7 +31,7 @@ class GACPSSettings(CrossSupervisionSettings):
 
 
 class nnUNetTrainerGACPS(nnUNetTrainerCPS):  # noqa: N801
-    """GA-CPS: cross pseudo supervision whose losses give rare and absent classes a gradient of their own.
+    """GA-CPS: cross pseudo supervision whose losses give rare and absent classes more gradient.
 
     Labels: GACE of the hardest voxels plus GADice, at each scale of deep supervision with nnU-Net's weights.
     Pseudo-labels: GACE of all voxels at full resolution, without a Dice. nnU-Net's validation loss stays nnU-Net's.

@@ -25,8 +25,8 @@ class ICTSettings(TeacherSettings):
 class nnUNetTrainerICT(Taught):  # noqa: N801
     """ICT: of a mix of two unlabeled images the student says the same mix of what the teacher says of each.
 
-    Images are mixed in pairs of a batch, after nnU-Net's augmentation, each pair with a share of its own; of an odd
-    number the last is left out. The port that papers compare with takes the first two images of a batch whatever its
+    Images are mixed in pairs of a batch, after nnU-Net's augmentation, each pair with its own share; of an odd
+    number the last is left out. The port that papers compare with takes the first two images of a batch of any
     size.
 
     Raises:

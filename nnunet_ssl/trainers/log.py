@@ -24,11 +24,11 @@ def read_rows(file: str, remedy: str) -> list[dict[str, float]]:
         with open(file, newline="", encoding="utf-8-sig") as stream:
             rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(stream)]
         if not all(math.isfinite(row["epoch"]) for row in rows):
-            raise ValueError("an epoch is no number")
+            raise ValueError("an epoch is not a number")
     except OSError as error:
         raise UserError(f"{file} cannot be read ({error.strerror or error}). {remedy}") from None
     except (ValueError, TypeError, LookupError, csv.Error) as error:
-        raise UserError(f"{file} is no log of a training ({error!r}). {remedy}") from error
+        raise UserError(f"{file} is not the log of a training ({error!r}). {remedy}") from error
     return rows
 
 
@@ -45,7 +45,7 @@ class SSLLog:
         self.png_file = os.path.join(folder, "progress_ssl.png")
         self.rows: list[dict[str, float]] = []
         if first_epoch and os.path.exists(self.csv_file):
-            rows = read_rows(self.csv_file, "Fix it, or remove it: then the log begins with the next epoch.")
+            rows = read_rows(self.csv_file, "Fix it, or remove it: the log then begins with the next epoch.")
             self.rows = [row | {"epoch": int(row["epoch"])} for row in rows if row["epoch"] < first_epoch]
 
     def add(self, epoch: int, values: dict[str, float]) -> None:

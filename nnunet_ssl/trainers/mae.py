@@ -47,7 +47,7 @@ class MAESettings(SSLSettings):
     def _no_warps(self) -> MAESettings:
         if self.warped_share or self.warped_share_last:
             raise ValueError(
-                "sets 'warped_share' or 'warped_share_last', but nnUNetTrainerMAE sees images alone; leave it out"
+                "sets 'warped_share' or 'warped_share_last', but nnUNetTrainerMAE sees only images; leave it out"
             )
         return self
 
@@ -55,7 +55,7 @@ class MAESettings(SSLSettings):
 class nnUNetTrainerMAE(nnUNetTrainerSSL):  # noqa: N801
     """MAE: the plans' network learns, without any label, to fill in hidden blocks of images; for -pretrained_weights.
 
-    Its images are those of the fold's training cases and of ``imagesUn``, each drawn as often as any other. A patch is
+    It sees the images of the fold's training cases and of ``imagesUn``, all drawn equally often. A patch is
     moved, scaled, rotated and mirrored as nnU-Net does it; its intensities stay, since noise cannot be foretold. Most
     blocks are then set to 0 in all channels, and a convolution of one voxel on the last decoder feature, which only
     training needs, tells what they were. The heads that segment are not run, so they keep their first weights.
@@ -105,7 +105,7 @@ class nnUNetTrainerMAE(nnUNetTrainerSSL):  # noqa: N801
         """
         raise UserError(
             "a model of nnUNetTrainerMAE fills in hidden blocks of images and has not learned to segment. Train "
-            "another trainer with -pretrained_weights and its checkpoint_final.pth, and use what comes out."
+            "another trainer with -pretrained_weights and its checkpoint_final.pth, and use that model."
         )
 
     def _refuse_another_network(self) -> None:
@@ -226,7 +226,7 @@ class nnUNetTrainerMAE(nnUNetTrainerSSL):  # noqa: N801
 
 
 def number_hidden(blocks: int, ratio: float) -> int:
-    """How many of so many blocks are hidden: at least one, and not all."""
+    """The number of hidden blocks: at least one, and not all."""
     return min(max(1, round(ratio * blocks)), blocks - 1)
 
 

@@ -58,7 +58,7 @@ class Prediction(nnUNetTrainer):
         try:
             with self.seeded("prediction"):
                 built = self._built_by(named[0] if named else recursive_find_trainer_class_by_name(name))
-        except Exception as error:  # whatever it is, it would be raised in prediction too
+        except Exception as error:  # any error would be raised in prediction too
             return f"building it fails: {error}"
         try:
             built.load_state_dict(self.plans_network.state_dict())

@@ -1,4 +1,4 @@
-"""Checkpoints and ``--c``: nnU-Net's own file, and the training state beside it."""
+"""Checkpoints and ``--c``: nnU-Net's own file, and the training state next to it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from nnunet_ssl.files import read_json, writing
 from nnunet_ssl.names import a_few
 from nnunet_ssl.trainers.settings import ENVIRONMENT_VARIABLE, SSLSettings, settings_from_dict
 
-# what nnU-Net reads of a checkpoint to go on with it
+# the keys of a checkpoint that nnU-Net reads to resume
 CHECKPOINT = {
     "network_weights": dict,
     "optimizer_state": dict,
@@ -35,7 +35,7 @@ CHECKPOINT = {
 
 
 class Resuming(nnUNetTrainer):
-    """A run that was stopped goes on as if it had not been."""
+    """A run that was stopped resumes as if it had not been."""
 
     def places_before(self) -> list[dict[str, str]]:
         """The machines and versions that this run was made with until now."""
@@ -68,7 +68,7 @@ class Resuming(nnUNetTrainer):
         return dataclasses.replace(override, seed=seed[0])
 
     def _refuse_other_images(self, what: str, now: dict[str, str], then: dict[str, str]) -> None:
-        """Refuse to go on with ``--c`` where images, case -> digest, are others than those of the run."""
+        """Refuse ``--c`` if the images, case -> digest, differ from the images of the run."""
         differences = {
             "added": sorted(now.keys() - then.keys()),
             "removed": sorted(then.keys() - now.keys()),
@@ -77,13 +77,13 @@ class Resuming(nnUNetTrainer):
         told = [f"{len(cases)} {how} ({a_few(cases)})" for how, cases in differences.items() if cases]
         if told:
             raise UserError(
-                f"{self._resumed_from} was trained with other {what} than there are now: {', '.join(told)}. "
-                "Put them back as they were to continue it, or start again without --c (-pretrained_weights "
+                f"{self._resumed_from} was trained with other {what} than are there now: {', '.join(told)}. "
+                "Put them back to continue it, or start again without --c (-pretrained_weights "
                 f"{self._resumed_from} keeps what was learned)."
             )
 
     def save_checkpoint(self, filename: str) -> None:
-        """Write a plain nnU-Net checkpoint of the plans' network, and the training state in a file beside it.
+        """Write a plain nnU-Net checkpoint of the plans' network, and the training state in a file next to it.
 
         Either file is replaced whole. A kill between the two leaves the new checkpoint and, under a temporary name, the
         new state; resuming finds it.
@@ -136,7 +136,7 @@ class Resuming(nnUNetTrainer):
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """Around what writes into the fold's folder."""
-        with writing("The last checkpoint is kept: make room or make it writable, and go on with --c."):
+        with writing("The last checkpoint is kept: make room or make it writable, and resume with --c."):
             try:
                 yield
             except OSError as error:
@@ -144,12 +144,12 @@ class Resuming(nnUNetTrainer):
                 raise
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """As nnU-Net. The training state is read when training goes on, so ``--val`` needs the checkpoint alone.
+        """As nnU-Net. The training state is read only when training resumes, so ``--val`` needs only the checkpoint.
 
         Raises:
             UserError: it is damaged, could run code, or is of another network.
         """
-        remedy = "Restore it, or move it away: --c goes on from the first that there is of checkpoint_final.pth, "
+        remedy = "Restore it, or move it away: --c resumes from the first that exists of checkpoint_final.pth, "
         remedy += "checkpoint_latest.pth and checkpoint_best.pth."
         # before nnU-Net reads it, which runs what a stranger may have put into it
         read_checkpoint(filename_or_checkpoint, remedy, CHECKPOINT)
@@ -170,12 +170,12 @@ class Resuming(nnUNetTrainer):
         """Take the training state that was written with the checkpoint that has been loaded.
 
         Raises:
-            UserError: if there is none, or only that of another checkpoint.
+            UserError: if there is none, or it belongs to another checkpoint.
         """
         # on the CPU: a GPU may not have room for all of it twice
         candidate, state = find_training_state(filename, self.plans_network, "cpu")
         if state is None:
-            what = "is of another checkpoint or damaged" if os.path.isfile(filename) else "is missing"
+            what = "belongs to another checkpoint or is damaged" if os.path.isfile(filename) else "is missing"
             raise UserError(
                 f"the training state {filename} {what}, so {self._resumed_from} cannot be continued; restore the file, "
                 f"or start again without --c (-pretrained_weights {self._resumed_from} keeps what was learned). "
@@ -189,8 +189,8 @@ class Resuming(nnUNetTrainer):
                 if getattr(stored, field.name) != getattr(self.settings, field.name)
             ]
             raise UserError(
-                f"{self._resumed_from} was trained with other settings than {self.settings_file} says "
-                f"({', '.join(names)}): a run was started anew in this folder and left no checkpoint; start it again "
+                f"{self._resumed_from} was trained with other settings than {self.settings_file} has "
+                f"({', '.join(names)}): a new run was started in this folder and left no checkpoint; start it again "
                 f"without --c, or delete {self.settings_file} and set {ENVIRONMENT_VARIABLE} to the old settings."
             )
         if self.current_epoch < self.num_epochs:  # else only validation is left
@@ -217,7 +217,7 @@ class Resuming(nnUNetTrainer):
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
                 f"the training state {filename} is not one of {type(self).__name__} in nnunet_ssl {__version__} "
-                f"({_first_line(error)}). Go on with the version that wrote it, or start anew without "
+                f"({_first_line(error)}). Continue with the version that wrote it, or start again without "
                 f"--c (-pretrained_weights {self._resumed_from} keeps what was learned)."
             ) from error
 

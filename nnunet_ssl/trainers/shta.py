@@ -109,7 +109,7 @@ class SHTAMixin(nnUNetTrainerSSL):
         shta = self.training_modules[f"shta_{name}"](feature, full_resolution(stream.target))
         for readout in READOUTS:
             self.log_value(f"shta_{readout}", getattr(shta, readout))
-        # panels of their own: counts among shares
+        # separate panels: counts among shares
         self.log_value("classes_references", shta.num_references)  # |K'|
         self.log_value("classes_centers", shta.num_centers)  # |K_h|
         self.log_value("tokens_hard", shta.num_hard)
@@ -158,7 +158,7 @@ def build_branch(
 
 
 def on_host(host: type[nnUNetTrainerSSL]) -> type[SHTAMixin]:
-    """``nnUNetTrainerSHTA_<X>``: SHTA on ``nnUNetTrainer<X>``, whatever its losses are."""
+    """``nnUNetTrainerSHTA_<X>``: SHTA on ``nnUNetTrainer<X>``, no matter what its losses are."""
     name = f"{trainers.SHTA}{host.__name__.removeprefix('nnUNetTrainer')}"
     body = {"__module__": __name__, "__doc__": f"Settings of SHTA on {host.__name__}."}
     settings = declared(type(f"{name}Settings", (SHTASettings, host.Settings), body))

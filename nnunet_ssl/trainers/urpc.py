@@ -66,7 +66,7 @@ class nnUNetTrainerURPC(nnUNetTrainerSSL):  # noqa: N801
         outputs = len(self._get_deep_supervision_scales() or [])
         if outputs < 2:
             raise UserError(
-                f"{type(self).__name__} compares a network's outputs at several resolutions, and that of "
+                f"{type(self).__name__} compares a network's outputs at several resolutions, and the one of "
                 f"'{self.configuration_name}' in {self.plans_manager.plans_name} gives {max(outputs, 1)}; use plans "
                 "with at least three stages, with deep supervision, or nnUNetTrainerCPS."
             )

@@ -20,7 +20,7 @@ class BadImageError(Exception):
 class CheckingPlans(PlansManager):
     """Plans whose image reader refuses what must not be learnt from.
 
-    So the check happens where a preprocessor reads, whichever preprocessor the plans name, and each image is read
+    So the check happens where a preprocessor reads, no matter which preprocessor the plans name, and each image is read
     once.
 
     Args:

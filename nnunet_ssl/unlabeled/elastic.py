@@ -11,7 +11,7 @@ from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from nnunet_ssl.errors import UserError
 
 # Displacements along each axis are white noise that a Gaussian has smoothed. Up to half of its sigma they do not fold.
-# Both ranges are those of batchgenerators' augment_spatial_2, without sigmas below a twentieth of the patch, whose
+# Both ranges are from batchgenerators' augment_spatial_2, without sigmas below a twentieth of the patch, whose
 # displacements are of about a voxel.
 SCALE = (0.05, 0.25)  # sigma of the Gaussian, as share of the patch
 LARGEST = (1 / 8, 1 / 2)  # the largest displacement, in sigmas
@@ -20,7 +20,7 @@ LARGEST = (1 / 8, 1 / 2)  # the largest displacement, in sigmas
 def deform_elastically(transforms: BasicTransform, probability: float, trainer: str) -> None:
     """Have nnU-Net's training transforms deform patches, image, label and all that goes with them alike.
 
-    Rotation and scaling go on as before, after it and in one interpolation with it. Where nnU-Net augments slice by
+    Rotation and scaling work as before, after it and in one interpolation with it. Where nnU-Net augments slice by
     slice (anisotropic patches), so does this: all slices of a patch are deformed alike, and within their plane.
 
     Args:

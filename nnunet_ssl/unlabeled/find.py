@@ -18,8 +18,8 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_json
 from nnunet_ssl.names import file_ending, path_component
 
-GROUPS = "groups.json"  # beside dataset.json: case -> patient, where patients have several cases
-PSEUDOLABELED = "ssl_pseudolabel.json"  # likewise: what a dataset with pseudo-labels was made from
+GROUPS = "groups.json"  # next to dataset.json: case -> patient, if patients have several cases
+PSEUDOLABELED = "ssl_pseudolabel.json"  # the same for a dataset with pseudo-labels
 UNLABELED_FOLDER = "imagesUn"
 
 
@@ -47,13 +47,13 @@ def find_unlabeled(raw_folder: str, dataset_json: dict) -> dict[str, list[str]]:
     if broken := [name for name in others if not os.path.exists(os.path.join(folder, name))]:
         link = os.path.join(folder, broken[0])
         raise UserError(
-            f"{link}{_and_more(broken)}: the link leads nowhere, since {os.path.realpath(link)} does not exist. Bring "
-            "that file back, or remove the link."
+            f"{link}{_and_more(broken)}: the link leads nowhere, because {os.path.realpath(link)} does not exist. "
+            "Bring that file back, or remove the link."
         )
     if others:
         raise UserError(
             f"{os.path.join(folder, others[0])}{_and_more(others)} is not an image of this dataset: its images are "
-            f"named <case>_0000{ending}, the four digits telling the channel. Rename, convert or remove it."
+            f"named <case>_0000{ending}, where the four digits are the channel. Rename, convert or remove it."
         )
     if not cases:
         raise UserError(
@@ -103,7 +103,7 @@ def find_images(folder: str, ending: str) -> tuple[dict[str, list[str]], list[st
 
 
 def with_spacing(case: str, files: list[str]) -> list[str]:
-    """A case's files, and the one beside them that nnU-Net's TIFF reader takes the spacing from, if it is there."""
+    """A case's files, and the one next to them that nnU-Net's TIFF reader takes the spacing from, if it is there."""
     spacing = os.path.join(os.path.dirname(files[0]), f"{case}.json")
     return [*files, spacing] if os.path.isfile(spacing) else files
 
@@ -155,7 +155,7 @@ def refuse_labeled_names(unlabeled: dict[str, list[str]], labeled_cases: Collect
 
 
 def refuse_labeled_images(unlabeled: dict[str, list[str]], labeled: dict[str, list[str]]) -> None:
-    """Refuse an unlabeled image that is a labeled one under another name: the same files, by whatever links.
+    """Refuse an unlabeled image that is a labeled one under another name: the same files, through any links.
 
     Args:
         unlabeled, labeled: case -> its channel files. Labeled files that are not there are passed over.

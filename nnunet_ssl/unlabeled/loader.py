@@ -98,10 +98,10 @@ class UnlabeledLoader(nnUNetDataLoader):
 
 
 class TwoStreamLoader(SlimDataLoaderBase):
-    """Batch number k is a function of the seed and k alone, whichever worker makes it.
+    """Batch number k depends only on the seed and k, not on the worker that makes it.
 
     So a resumed run sees the batches that the killed one would have seen, and two trainers with one seed see the same
-    labeled batches, with or without an unlabeled stream beside them. Only the number of the batch, not the number of
+    labeled batches, with or without an unlabeled stream. Only the number of the batch, not the number of
     workers, matters; cases are drawn with replacement, as nnU-Net does.
 
     Args:
@@ -142,7 +142,7 @@ class TwoStreamLoader(SlimDataLoaderBase):
         super().set_thread_id(thread_id)
 
     def generate_train_batch(self) -> dict[str, Any]:
-        """The next batch; in a worker that of the next ticket, with its ``number``, or nothing after the last one."""
+        """The next batch; in a worker the next ticket's, with its ``number``, or nothing after the last one."""
         if self.tickets is None:
             number, self.next_batch = self.next_batch, self.next_batch + 1
             return self.batch(number)

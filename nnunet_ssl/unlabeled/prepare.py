@@ -74,7 +74,7 @@ def prepare_unlabeled(
     if wanted is None:
         prepared = _take_as_it_is(folder, task, dataset_name, labeled_cases, reading)
         raw = os.path.join(nnUNet_raw.get() or "nnUNet_raw", dataset_name, UNLABELED_FOLDER)
-        print(f"nnunet_ssl: {raw} is not there; {folder} is complete and taken as it is.", flush=True)
+        print(f"nnunet_ssl: {raw} is not there; {folder} is complete and used as it is.", flush=True)
         return prepared
     looked_after = False
     while True:
@@ -142,7 +142,7 @@ def wait_until_prepared(
     return store.wait_for(
         look,
         timeout,
-        f"{folder} was not ready after {timeout:.0f} s. Prepare the images ahead with "
+        f"{folder} was not ready after {timeout:.0f} s. Prepare the images first with "
         f"nnUNetv2_ssl_preprocess -d {dataset_name} -c {configuration}.",
     )
 
@@ -245,7 +245,7 @@ class _Wanted:
         return reasons
 
     def copied_from(self, case: str, raw: list[list]) -> str | None:
-        """What to say of an image whose channel files hold what those of a labeled one hold; None of others."""
+        """What to say of an image whose channel files equal a labeled image's; None for others."""
         content = _content(raw, self.images[case])
         for twin, of_twin in self.labeled_stamps.items():
             if _content(of_twin, self.labeled[twin]) == content:
@@ -293,7 +293,7 @@ def _take_as_it_is(
         if not manifest.is_complete(task.preprocessing):
             raise UserError(
                 f"the raw dataset {dataset_name} is not in nnUNet_raw={nnUNet_raw.get()}, and {folder} does "
-                "not hold its unlabeled images prepared with these plans. Bring one of the two."
+                "not hold its unlabeled images prepared with these plans. Provide one of them."
             )
         refuse_labeled_names({case: [manifest.place(case)] for case in sorted(manifest.cases)}, labeled_cases)
         if not reading or manifest.keep():
@@ -339,7 +339,7 @@ def _complete(
         todo,
         num_processes,
         "Preparing unlabeled images",
-        "Prepare with fewer at a time (nnUNetv2_ssl_preprocess -np 1); what is finished is kept.",
+        "Prepare fewer at a time (nnUNetv2_ssl_preprocess -np 1); finished images are kept.",
         lambda outcome: outcome.problem or wanted.copied_from(outcome.case, outcome.entry["raw"]),
     )
     if problems:

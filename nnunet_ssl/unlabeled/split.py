@@ -6,7 +6,7 @@ new dataset can see a hidden label, since there is no path to one; here they are
 
 Which cases: one order of all cases of the source's ``imagesTr``, a permutation drawn from the seed, less those that a
 list names. Labeled cases are taken from its front, validation cases from its end. So the first 5 are among the first
-10, whatever the validation cases are, and the validation cases stay the same when more are labeled.
+10, no matter what the validation cases are, and the validation cases stay the same when more are labeled.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def read_list(file: str, option: str, otherwise: str = "") -> list[str]:
     Args:
         file: the list.
         option: the command's option that names it, for messages.
-        otherwise: what the option takes besides a file, for messages, for instance "a number or ".
+        otherwise: what the option takes apart from a file, for messages, for instance "a number or ".
 
     Raises:
         UserError: the file is not there, cannot be read or lists nothing.
@@ -218,7 +218,7 @@ def _read_cases(file: str, option: str, cases: list[str], source: str) -> list[s
     known = set(cases)
     if missing := [name for name in names if name not in known]:
         raise UserError(
-            f"{option} {file} names {missing[0]}, which is no labeled case of {source}. Cases are named without "
+            f"{option} {file} names {missing[0]}, which is not a labeled case of {source}. Cases are named without "
             f"channel and file ending, for instance {min(cases)}."
         )
     if twice := [name for name, count in Counter(names).items() if count > 1]:

@@ -1,7 +1,7 @@
 """A folder of prepared cases that is completed while others read it, and never changes under a training.
 
-* ``part_<number>/<case>/`` holds a case, files as nnU-Net's own. Each run that prepares makes a part of its own, and
-  what is finished is never written again, so a training reads what it began with whatever other processes do.
+* ``part_<number>/<case>/`` holds a case, files as nnU-Net's own. Each run that prepares makes its own part, and
+  finished files are never written again, so a training reads what it began with no matter what other processes do.
 * ``manifest.json`` lists the cases that are finished, each with where it lies and what it was made from. Everything
   else is made again, and replaced in the manifest alone.
 * ``part_<number>/.readers`` is a lock that every training shares that reads from the part. What the manifest does not
@@ -66,7 +66,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         case: its name.
-        entry: what the manifest is to say of it, beside where it lies.
+        entry: what the manifest says of it, apart from its place.
         problem: why it could not be made; None if it was.
         fatal: the next ones would fare no better.
     """
@@ -88,7 +88,7 @@ class Manifest(ABC):
     """
 
     FORMAT: ClassVar[int]
-    ABOUT: ClassVar[dict[str, type]]  # what the file has besides, and of which type
+    ABOUT: ClassVar[dict[str, type]]  # the file's other keys, and their types
 
     folder: str
     about: dict[str, Any]
@@ -118,7 +118,7 @@ class Manifest(ABC):
         return cls(folder, {key: kind() for key, kind in cls.ABOUT.items()}, {})
 
     def write(self) -> None:
-        """Write the manifest in one step: whoever reads it sees the old one or the new one."""
+        """Write the manifest in one step: a reader sees the old one or the new one."""
         write_json(os.path.join(self.folder, MANIFEST), {"format": self.FORMAT, **self.about, "cases": self.cases})
 
     def place(self, case: str) -> str:
@@ -169,7 +169,7 @@ class Manifest(ABC):
         lack_of_memory: str,
         keep: Callable[[Outcome], str | None] = lambda outcome: outcome.problem,
     ) -> list[str]:
-        """Make cases into a part of their own, and list what is finished as it comes. The folder's lock is held.
+        """Make cases into a new part, and list finished ones as they come. The folder's lock is held.
 
         Args:
             function: makes one case into the folder ``<part>/<case>``, which it is given last.
@@ -259,14 +259,14 @@ class Manifest(ABC):
             print(f"nnunet_ssl: {read} {what} stay until no training reads them.", flush=True)
         if untold:
             print(
-                f"nnunet_ssl: {untold} {what} stay, since without locks nobody can tell whether a training reads them. "
-                "To have the room, delete the folder when no training reads it: all is prepared again then.",
+                f"nnunet_ssl: {untold} {what} stay, because without locks nobody can tell whether a training reads "
+                "them. To free the space, delete the folder while no training reads it; all are then prepared again.",
                 flush=True,
             )
 
 
 def wait_for(look: Callable[[], T | None], timeout: float, late: str) -> T:
-    """Look until another process has made something, doing nothing else: for ranks beside the first.
+    """Look until another process has made something, doing nothing else: for all ranks except the first.
 
     They look at a folder rather than wait in a collective, which would time out.
 

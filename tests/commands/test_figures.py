@@ -75,7 +75,7 @@ def test_what_an_earlier_call_drew_is_removed(made: MadeUp) -> None:
     with pytest.raises(UserError, match="tokens: none of the trainers has SHTA"):
         figures(made, "--which", "cases", "boxes", "tokens", "--classes", "core", trainers=TRAINERS[:1])
     assert (made.out / "entropy.pdf").exists()
-    with pytest.raises(UserError, match=r"curves: .*is empty.*no log of nnU-Net"):
+    with pytest.raises(UserError, match=r"curves: .*is empty.*no nnU-Net log"):
         figures(made, "--classes", "core", trainers=TRAINERS[:1])
     drawn = [f"{name}.{kind}" for name in ("boxes", "cases_2_core") for kind in ("md", "pdf", "png")]
     assert sorted(file.name for file in made.out.iterdir()) == sorted([*drawn, "cases_of_mine.md", "notes.md"])

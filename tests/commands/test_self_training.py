@@ -234,7 +234,7 @@ def test_predictions_of_nnunet_become_labels_and_are_used_again(trained, in_proc
     assert (predictions / "un_02.nii.gz").is_file()
     assert (predictions / "un_01.nii.gz").stat().st_mtime_ns == before
     assert not (predictions / "to_predict").exists()
-    assert "No image is left without a label" in output
+    assert "No unlabeled image is left" in output
 
 
 @pytest.mark.timeout(600)

@@ -153,7 +153,7 @@ def test_the_published_folder(published, fresh_folders, capsys):
         main(["hippocampus", "--data", str(published), "--seed", str(seed), "-d", str(640 + seed)])
     said = capsys.readouterr().out
     assert "the lists were drawn (160 training and 40 test cases of 206)" in said
-    assert "not with those of docs/results.md" in said
+    assert "not with docs/results.md" in said
     zero, one = (parts(fresh_folders.raw / f"Dataset64{seed}_HippocampusSeed{seed}Labeled5") for seed in (0, 1))
     for found in (zero, one):
         assert found["imagesTr"] == found["labelsTr"]

@@ -192,7 +192,7 @@ HARMS = {
         lambda data: sitk.WriteImage(
             sitk.GetImageFromArray(np.zeros((*SHAPE, 3), np.uint8), isVector=True), str(path(data, "img", UNLABELED))
         ),
-        "synapse_0001: .*cannot be read|holds 3 values a voxel|expected one volume",
+        "synapse_0001: .*cannot be read|holds 3 values per voxel|expected one volume",
     ),
     "two volumes": (
         lambda data: sitk.WriteImage(

@@ -70,7 +70,7 @@ def test_dry_run_prints_the_commands_and_does_nothing(tmp_path, capsys):
     assert commands == ["nnUNetv2_plan_and_preprocess", "python", "nnUNetv2_ssl_warp", *train_and_test, *train_and_test]
     assert not folder.exists()
     (tmp_path / "thesis.txt").write_text("all of it")
-    with pytest.raises(UserError, match="is no demo; choose another -o"):
+    with pytest.raises(UserError, match="is not a demo; choose another -o"):
         main(["-o", str(tmp_path), "-device", "cpu", "--dry-run"])
 
 

@@ -106,5 +106,5 @@ def test_a_checkpoint_from_a_stranger_runs_nothing(tmp_path: Path) -> None:
 
 def test_a_damaged_table_is_named(tmp_path: Path) -> None:
     run = make_run(tmp_path, "A", "epoch,loss_sup\n0,abc\n")
-    with pytest.raises(UserError, match=r"ssl_log.csv is no log of a training"):
+    with pytest.raises(UserError, match=r"ssl_log.csv is not the log of a training"):
         read_curves(run)

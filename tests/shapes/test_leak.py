@@ -157,7 +157,7 @@ def test_names_of_test_images_count_where_imagesun_is_gone(dataset):
 def test_those_left_out_are_named(dataset, capsys):
     find_targets(dataset.name, ".nii.gz", prepare(dataset), [PATIENTS])
     told = capsys.readouterr().out
-    assert "3 unlabeled images are not warped onto, since they are test images or of test patients" in told
+    assert "3 unlabeled images are not warped onto, because they are test images or show test patients" in told
     assert "(a_copy, ts_00, un_03)" in told
 
 

@@ -459,7 +459,7 @@ def test_a_rank_waits_without_reading_the_labeled_cases_at_each_look(tiny_copy, 
     monkeypatch.setattr(
         "nnunet_ssl.shapes.case.stamp", lambda file, kept: digests.append(kept is None) or stamp(file, kept)
     )
-    with pytest.raises(UserError, match=r"was not ready after 0 s\. Warp ahead with nnUNetv2_ssl_warp"):
+    with pytest.raises(UserError, match=r"was not ready after 0 s\. Make the warps first with nnUNetv2_ssl_warp"):
         wait_until_warped(this, timeout=0.3)
     assert digests.count(True) == 3  # .b2nd, _seg.b2nd and .pkl, once
     assert len(digests) > 6

@@ -97,7 +97,7 @@ def test_a_foreign_or_damaged_state_is_refused(tiny, make_trainer, stopped, dama
         shutil.copy(stopped / "checkpoint_latest.pth", file)
     else:
         file.write_text("{}")
-    with pytest.raises(UserError, match="is of another checkpoint"):
+    with pytest.raises(UserError, match="belongs to another checkpoint"):
         resumed(make_trainer, tiny, stopped).on_train_start()
 
 

@@ -168,7 +168,7 @@ def test_it_goes_on_only_with_the_warps_that_it_began_with(tiny_copy, make_train
         ))  # fmt: skip
         manifest.about["dropped"] = {}
         manifest.write()
-        told = rf"other warps than there are now: 1 removed \({removed}\), 1 changed \({changed}\)\. Put them back"
+        told = rf"other warps than are there now: 1 removed \({removed}\), 1 changed \({changed}\)\. Put them back"
         with pytest.raises(UserError, match=told):
             resumed(make_trainer, lambda: dataset, folder, NAME).on_train_start()
     manifest.cases = json.loads(kept)

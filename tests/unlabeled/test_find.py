@@ -78,7 +78,7 @@ def test_other_names_are_refused(images_un, names, channels, told):
 def test_a_link_that_leads_nowhere_is_said_to(images_un):
     raw = images_un("a_0000.nii.gz")
     os.symlink("nowhere", f"{raw}/imagesUn/b_0000.nii.gz")
-    with pytest.raises(UserError, match=r"b_0000.nii.gz: the link leads nowhere, since .*imagesUn/nowhere does not"):
+    with pytest.raises(UserError, match=r"b_0000.nii.gz: the link leads nowhere, because .*imagesUn/nowhere does not"):
         find_unlabeled(raw, dataset_json())
 
 

@@ -198,7 +198,7 @@ def test_without_the_raw_images_the_prepared_ones_are_enough(tiny_copy, capsys):
     assert prepare_unlabeled(*arguments, 1) == there
     assert wait_until_prepared(*arguments) == there
     plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 1.0, 1.0]
-    with pytest.raises(UserError, match="Bring one of the two"):
+    with pytest.raises(UserError, match="Provide one of them"):
         prepare_unlabeled(dataset.name, PlansManager(plans), "3d_fullres", dataset_json, labeled, 1)
 
 

@@ -152,7 +152,7 @@ def test_where_there_are_no_locks_nothing_is_removed_and_it_is_said(tiny_copy, m
     image(dataset, old.cases[0]).unlink()
     new = prepare(dataset)
     assert new.cases == old.cases[1:]
-    assert "delete the folder when no training reads it" in capsys.readouterr().out
+    assert "delete the folder while no training reads it" in capsys.readouterr().out
     assert on_disk(old.folder) == made(*old.cases)
 
 

@@ -326,8 +326,8 @@ def test_a_link_that_lies_in_wait_is_not_followed(tiny_copy, tmp_path):
         (b'["case_01"', "is not JSON"),
         (b"[" * 100_000, "is not JSON"),
         (b"\xff\xfe", "is not UTF-8 text"),
-        (b"{}", "names {}, which is no labeled case"),
-        (b"[[1]]", r"names \[1\], which is no labeled case"),
+        (b"{}", "names {}, which is not a labeled case"),
+        (b"[[1]]", r"names \[1\], which is not a labeled case"),
         (None, "cannot be read"),
     ],
 )

@@ -21,7 +21,7 @@ class CoordinateLoader(nnUNetDataLoader):
     For 2D configurations ``case_dim`` is still 3, and the first coordinate is the number of the slice.
 
     They are found by sending them through nnU-Net's own transforms, as the ``regression_target`` that these treat like
-    the image. No random draw is added: data, target and keys are those of ``nnUNetDataLoader``, bit for bit.
+    the image. No random draw is added: data, target and keys equal ``nnUNetDataLoader``'s, bit for bit.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -86,7 +86,7 @@ class ConfidenceMemory:
         return sum(values.nbytes for values in self._values.values())
 
     def to(self, device: torch.device | str) -> None:
-        """Keep the values on ``device`` from now on, wherever they have been."""
+        """Keep the values on ``device`` from now on."""
         self._values = {case: values.to(device) for case, values in self._values.items()}
         self.device = torch.device(device)
 
@@ -194,7 +194,7 @@ class ConfidenceMemory:
         """
         if state.keys() != self._values.keys():
             differ = sorted(state.keys() ^ self._values.keys())
-            raise ValueError(f"the stored memory of confidence is of other cases: {', '.join(differ)}")
+            raise ValueError(f"the stored memory of confidence belongs to other cases: {', '.join(differ)}")
         for case, stored in state.items():
             if stored.shape != self._voxels(case).shape:
                 raise ValueError(

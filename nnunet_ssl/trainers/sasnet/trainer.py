@@ -32,7 +32,7 @@ from nnunet_ssl.trainers.sasnet.validation import BranchValidation
 from nnunet_ssl.trainers.sasnet.views import FrequencyRotation, view_transform
 from nnunet_ssl.trainers.settings import SSLSettings
 
-LATEST = "checkpoint_latest.pth"  # nnU-Net's name of the checkpoint that --c goes on from
+LATEST = "checkpoint_latest.pth"  # nnU-Net's name of the checkpoint that --c resumes from
 
 
 @declared
@@ -210,7 +210,7 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
             ) from None
 
     def after_step(self) -> None:
-        """After the first step, the GPU holds all that a step needs: the memory moves there if the rest has room."""
+        """After the first step, the GPU holds all that a step needs: the memory moves there if there is room."""
         super().after_step()
         if self._memory_may_move:
             self._memory_may_move = False
@@ -261,14 +261,14 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
         return state
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """Take the memory back, or begin it anew where the checkpoint has none."""
+        """Load the memory, or start with an empty one if the checkpoint has none."""
         super().load_training_state(state)
         if self.memory is None or self.current_epoch >= self.num_epochs:
             return
         if "memory" not in state:
             self.print_to_log_file(
-                f"WARNING: the memory of confidence is kept with {LATEST} alone, so it begins anew: until a voxel has "
-                "been seen again, SAR weighs both branches alike."
+                f"WARNING: the memory of confidence is only kept with {LATEST}, so it starts empty: until a voxel has "
+                "been seen again, SAR weighs both branches equally."
             )
             return
         try:
@@ -345,7 +345,7 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
 
 
 class FullPrecisionTanh(nn.Tanh):
-    """tanh in fp32 under autocast: that of float16 is flat from 5 on, where its gradient is exactly 0."""
+    """tanh in fp32 under autocast: in float16 it is flat from 5 on, where its gradient is exactly 0."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Of any float type, float32."""

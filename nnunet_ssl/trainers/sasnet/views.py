@@ -222,7 +222,7 @@ def _rotate(
 def _rotate_by_shears(planes: Tensor, angle: float) -> Tensor:
     """Three shears, ``[..., u, v]`` to a larger patch with the same centre; ``angle`` in radians."""
     # out(x) = in(A x), A = [[cos, sin], [-sin, cos]] = [[1, tan], [0, 1]] [[1, 0], [-sin, 1]] [[1, tan], [0, 1]],
-    # where tan is that of half the angle: along u, along v, along u.
+    # where tan is taken of half the angle: along u, along v, along u.
     along_u, along_v = -math.tan(angle / 2), math.sin(angle)
     width = planes.shape[-1]
     planes = _shear(_shear(planes.mT, along_u).mT, along_v)
