@@ -316,8 +316,8 @@ def _why_writing_fails(folder: str) -> str | None:
 def cannot_write(folder: str, reason: str) -> str:
     """What to say of a prepared folder that cannot be written."""
     return (
-        f"{folder} cannot be written ({reason}). Make room or make it writable and run the same command again: what "
-        "is finished is kept."
+        f"{folder} cannot be written ({reason}). Make room or make it writable and run the same command again: "
+        "finished work is kept."
     )
 
 

@@ -150,7 +150,7 @@ def test_the_dataset_holds_what_two_teachers_agree_on(dataset, predicted, tmp_pa
     ]  # fmt: skip
     assert rows[0]["agreement_core"] == "0.9000"
     assert rows[0]["confidence"] == "0.7000"
-    with pytest.raises(UserError, match=r"agree most on that of un_01, with 0\.900\. Lower --min-agreement, or use"):
+    with pytest.raises(UserError, match=r"agree most on un_01, with 0\.900\. Lower --min-agreement, or use"):
         write_pseudolabeled("Dataset961_X", source, predicted, 0.95, None, {}, by="agreement")
 
 
