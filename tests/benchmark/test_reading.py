@@ -83,7 +83,7 @@ def set_(*path):
         (set_("budgets", [{"steps": 80, "minutes": 1}]), "needs one of 'steps', 'minutes' and 'time_of'"),
         (set_("budgets", [{}]), "needs one of 'steps'"),
         (set_("budgets", [{"steps": 80}, {"steps": 80}]), r"budgets\[1\], is there twice"),
-        (set_("budgets", [{"time_of": "CPS"}]), "needs a budget in 'steps' besides"),
+        (set_("budgets", [{"time_of": "CPS"}]), "also needs a budget in 'steps'"),
         (set_("budgets", [{"steps": 80}, {"time_of": "X"}]), "the rows are"),
         (set_("budgets", [{"minutes": 0}]), "a number above 0"),
         (set_("budgets", [{"minutes": float("nan")}]), "a number above 0"),
@@ -111,10 +111,10 @@ def set_(*path):
             "the second decoder of nnUNetTrainerSASNet",
         ),
         (set_("figures", ["URPC"]), r"sets 'figures' to \['URPC'\]; the rows are Labels only, CPS"),
-        (set_("curve", [0.5]), "growing shares that end with 1"),
-        (set_("curve", [1, 0.5]), "growing shares"),
-        (set_("curve", [0.99, 1]), "growing shares"),  # of four epochs, both are the last
-        (set_("curve", [0.1, 1]), "growing shares"),  # epoch 0
+        (set_("curve", [0.5]), "increasing shares that end with 1"),
+        (set_("curve", [1, 0.5]), "increasing shares"),
+        (set_("curve", [0.99, 1]), "increasing shares"),  # of four epochs, both are the last
+        (set_("curve", [0.1, 1]), "increasing shares"),  # epoch 0
         (set_("shrink", {"features": [8, 16], "patch_size": [8, 8]}), "shrink, sets 'features' .* of three or more"),
         (set_("shrink", {"features": [8, 16, 32]}), "shrink, lacks 'patch_size'"),
         (set_("measure", {"epochs": 1}), "measure, sets 'epochs' to 1; it must be a whole number from 2"),

@@ -161,4 +161,4 @@ def test_a_dataset_with_one_class(
     assert "Skipped" not in capsys.readouterr().out
     caption = (out / "tokens.md").read_text(encoding="utf-8")
     assert "| background | " in caption
-    assert "Background: the tokens without any foreground" in caption
+    assert "Background: tokens without any foreground" in caption
