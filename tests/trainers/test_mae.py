@@ -74,7 +74,7 @@ def test_blocks_that_do_not_divide_the_patch_are_refused(tiny, make_trainer, blo
 
 
 def test_a_share_of_warps_is_refused(tiny, make_trainer):
-    with pytest.raises(UserError, match="sets 'warped_share' or 'warped_share_last', but nnUNetTrainerMAE sees only images"):
+    with pytest.raises(UserError, match="'warped_share_last', but nnUNetTrainerMAE sees only images"):
         make_trainer(NAME, tiny(), settings={"warped_share": 0.5})
 
 
