@@ -3,7 +3,7 @@
 The translation finds the labeled structures of the moving image by template matching, unless the images lie well as
 they are. Demons with symmetric forces follow on a pyramid, by SimpleITK: fields are added up, or, where the result
 folds, composed, which takes one and a half times as long (Vercauteren et al., NeuroImage 2009).
-scripts/compare_registration.py compares other libraries; an affine step raises the correlation and lowers Dice on LA.
+docs/shapes.md compares other libraries; an affine step raises the correlation and lowers Dice on LA.
 """
 
 from __future__ import annotations
