@@ -54,6 +54,7 @@ from torch.utils._pytree import tree_map
 
 from nnunet_ssl.benchmark.report import fill
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.stock_commands import executable
 from nnunet_ssl.surroundings import surroundings
 from nnunet_ssl.trainers import TRAINERS
 
@@ -111,14 +112,13 @@ def trainers_to_measure(names: list[str]) -> list[tuple[str, str | None]]:
     return found
 
 
-def build(setup: Setup, trainer_name: str, passes: str | None, **more: Any) -> Any:
-    """A trainer that is ready to step, with batches made in this process; ``more`` are settings."""
+def build(setup: Setup, trainer_name: str, passes: str | None) -> Any:
+    """A trainer that is ready to step, with batches made in this process."""
     from nnunetv2.run.run_training import get_trainer_from_args
 
     torch.set_num_threads(setup.threads)
-    settings = {"seed": 0, **({"passes": passes} if passes else {}), **more}
     config = Path(setup.folder) / f"{trainer_name}_{passes}.json"
-    config.write_text(json.dumps(settings))
+    config.write_text(json.dumps({"seed": 0, **({"passes": passes} if passes else {})}))
     os.environ["nnUNet_ssl_config"] = str(config)
     os.environ["nnUNet_results"] = str(Path(setup.folder) / f"results_{passes}")
     os.environ["nnUNet_n_proc_DA"] = "0"
@@ -235,9 +235,7 @@ def measure(setup: Setup, trainers: list[tuple[str, str | None]], rounds: int, s
     ]
 
 
-def make_dataset(
-    folder: Path, patch: tuple[int, ...], features: tuple[int, ...], batch_size: int
-) -> tuple[str, str, str]:
+def make_dataset(folder: Path, plan: Plan, batch_size: int) -> tuple[str, str, str]:
     """A made-up dataset, planned and prepared in ``folder``; returns dataset, configuration and plans."""
     from nnunet_ssl.demo.dataset import DATASET, write_dataset
     from nnunet_ssl.demo.plans import shrink_plans
@@ -245,17 +243,16 @@ def make_dataset(
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (folder / name).mkdir()
         os.environ[name] = str(folder / name)
-    shape = tuple(round(1.2 * n) for n in patch)
+    shape = tuple(round(1.2 * n) for n in plan.patch)
     write_dataset(folder / "nnUNet_raw", 0, labeled=5, unlabeled=4, test=0, shape=shape)
-    plan = [str(Path(sys.executable).parent / "nnUNetv2_plan_and_preprocess"), "-d", "1", "-c", "3d_fullres"]
-    plan += ["-np", "2", "-npfp", "2"]
+    words = [executable("nnUNetv2_plan_and_preprocess"), "-d", "1", "-c", "3d_fullres", "-np", "2", "-npfp", "2"]
     env = {**os.environ, "nnUNet_n_proc_DA": "1"}  # planning takes it for a number of threads
     with (folder / "log.txt").open("w") as log:
-        code = subprocess.run(plan, stdout=log, stderr=subprocess.STDOUT, env=env).returncode
+        code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env=env).returncode
     if code != 0:
         raise UserError(f"planning the made-up dataset failed:\n{(folder / 'log.txt').read_text()[-2000:]}")
     plans = folder / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json"
-    shrink_plans(plans, "3d_fullres", features, patch_size=patch, batch_size=batch_size)
+    shrink_plans(plans, "3d_fullres", plan.features, patch_size=plan.patch, batch_size=batch_size)
     return DATASET, "3d_fullres", "nnUNetPlans"
 
 
@@ -285,19 +282,10 @@ def table(results: dict[str, Any]) -> str:
         cells += [f"{1e3 * value(part):.1f}" for part in (*PARTS, "loader")]
         cells += [f"{value('peak'):.0f}", f"{peak:.2f}", f"{value('parameters'):,.0f}", f"{parameters:.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(
-        [*lines, "", f"{results['plan']}; {results['rounds']} round(s), {results['clock']}. {about(results)}"]
-    )
-
-
-def about(results: dict[str, Any]) -> str:
-    """What was measured, on what, with what, in a sentence."""
     made_on = results["surroundings"]
     versions = ", ".join(f"{name} {made_on[name]}" for name in ("nnunetv2", "torch", "batchgeneratorsv2"))
-    return (
-        f"{results['plan']}; {results['rounds']} round(s), {results['clock']}; {made_on['machine']}, "
-        f"{results['threads']} CPU thread(s); {versions}."
-    )
+    about = f"{results['plan']}; {results['rounds']} round(s), {results['clock']}; {made_on['machine']}, "
+    return "\n".join([*lines, "", f"{about}{results['threads']} CPU thread(s); {versions}."])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -336,7 +324,7 @@ def run(args: argparse.Namespace, device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         if args.d is None:
             plan = PLANS[args.plan]
-            which = make_dataset(Path(temporary), plan.patch, plan.features, args.batch)
+            which = make_dataset(Path(temporary), plan, args.batch)
             of_plan = f"Made-up data, batch {args.batch}, {' x '.join(map(str, plan.patch))} voxels, features "
             of_plan += ", ".join(map(str, plan.features))
         else:
