@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -21,9 +20,10 @@ from nnunet_ssl.evaluation.metrics import Options
 from nnunet_ssl.evaluation.summary import Evaluation, nanmean, summary_markdown
 from nnunet_ssl.figures.options import FigureOptions
 from nnunet_ssl.figures.page import (
+    add_legend,
+    caption,
     class_colors,
     column_width,
-    legend_columns,
     new_figure,
     paper_style,
     save_figure,
@@ -66,14 +66,10 @@ def evaluate(runs: Sequence[TrainedRun], cases: Sequence[Case], options: FigureO
     for case in cases:
         files = {run.name: str(run.predicted / f"{case.name}{options.file_ending}") for run in runs}
         jobs.append((EvaluatedCase(case.name, str(case.label), files), dataset, measure))
-    measured: list[EvaluatedCase] = []
-    for outcome in all_outcomes(evaluate_case, jobs, options.num_processes, "Evaluating"):
-        if not isinstance(outcome, EvaluatedCase):
-            raise UserError(
-                f"{outcome[0]}. Replace it, or remove it if it is a prediction that was made for the figures."
-            )
-        measured.append(outcome)
-    measured.sort(key=lambda case: case.name)
+    outcomes = all_outcomes(evaluate_case, jobs, options.num_processes, "Evaluating")
+    measured = sorted((case for case in outcomes if isinstance(case, EvaluatedCase)), key=lambda case: case.name)
+    if problems := [outcome[0] for outcome in outcomes if not isinstance(outcome, EvaluatedCase)]:
+        raise UserError(f"{problems[0]}. Replace it, or remove it if it is a prediction that was made for the figures.")
     return [Evaluation(run.name, measured, dataset, measure) for run in runs]
 
 
@@ -85,12 +81,11 @@ def boxes_figure(evaluations: Sequence[Evaluation], seed: int = 0) -> Figure:
         seed: of the points' places within a box's width.
     """
     names = list(evaluations[0].dataset.classes.values())
-    # [groups][runs, cases]; a case's mean is over the classes that are defined in it
-    values = list(np.stack([e.values("Dice") for e in evaluations]).transpose(2, 0, 1) * 100)
-    if len(names) > 1:
-        of_runs = np.stack([e.values("Dice") for e in evaluations]) * 100
-        of_runs[:, np.isnan(of_runs).any(0)] = np.nan  # the same classes of all runs
-        values.append(np.array([[nanmean(case) for case in run] for run in of_runs]))
+    dice = np.stack([e.values("Dice") for e in evaluations]) * 100  # [runs, cases, classes]
+    groups = list(np.moveaxis(dice, 2, 0))
+    if len(names) > 1:  # a case's mean is over the classes that are defined in it for all runs
+        defined = np.where(np.isnan(dice).any(0), np.nan, dice)
+        groups.append(np.apply_along_axis(nanmean, 2, defined))
         names.append(MEAN)
     num_runs = len(evaluations)
     a_row = max(1, BOXES_A_ROW // (num_runs + 1))
@@ -101,61 +96,45 @@ def boxes_figure(evaluations: Sequence[Evaluation], seed: int = 0) -> Figure:
     names = [wrapped(name, 0.9 * (width - 0.5) / a_row) for name in names]
     colors = class_colors(num_runs)
     rng = np.random.default_rng(seed)
-    shift = rng.uniform(-0.22, 0.22, values[0].shape[1])  # of a case, in all boxes: lines stay parallel
+    shift = rng.uniform(-0.22, 0.22, dice.shape[1])  # of a case, in all boxes: lines stay parallel
     for row, axes in enumerate(figure.subplots(num_rows, 1, squeeze=False, sharey=True)[:, 0]):
         part = slice(row * a_row, (row + 1) * a_row)
-        _panel(axes, values[part], names[part], colors, shift)
-        axes.set_xlim(-0.6, a_row * (num_runs + 1) - 1.4)
+        first = np.arange(len(names[part])) * (num_runs + 1)
+        for start, values in zip(first, groups[part], strict=True):
+            places = start + np.arange(num_runs)
+            boxes = axes.boxplot(
+                [run[~np.isnan(run)] for run in values], positions=places, widths=0.75, showfliers=False,
+                patch_artist=True, manage_ticks=False, medianprops={"color": "black", "linewidth": 1.2},
+                whiskerprops={"linewidth": 0.7}, capprops={"linewidth": 0.7}, boxprops={"linewidth": 0.7},
+            )  # fmt: skip
+            for box, color in zip(boxes["boxes"], colors, strict=True):
+                box.set_facecolor((*to_rgb(color), 0.55))
+            x = places[:, None] + shift
+            if values.shape[1] <= LINES_UP_TO:
+                axes.plot(x, values, color="0.5", linewidth=0.3, alpha=0.5, zorder=2.5)
+            axes.plot(x.T, values.T, ".", color="0.2", markersize=2, alpha=0.6, markeredgewidth=0, zorder=3)
+        axes.set_xticks(first + (num_runs - 1) / 2, names[part])
+        axes.tick_params("x", length=0)
+        axes.set(xlim=(-0.6, a_row * (num_runs + 1) - 1.4), ylabel="Dice (%)", axisbelow=True)
+        axes.grid(axis="y", alpha=0.4)
     handles = [Patch(color=color, alpha=0.6, linewidth=0, label=e.method)
                for color, e in zip(colors, evaluations, strict=True)]  # fmt: skip
-    figure.legend(
-        handles=handles, loc="outside upper center", ncols=legend_columns([e.method for e in evaluations], width)
-    )
+    add_legend(figure, "upper", handles)
     return figure
-
-
-def _panel(
-    axes: Axes, groups: Sequence[np.ndarray], names: Sequence[str], colors: Sequence[str], shift: np.ndarray
-) -> None:
-    num_runs = len(colors)
-    middles = []
-    for g, values in enumerate(groups):
-        places = g * (num_runs + 1) + np.arange(num_runs)
-        middles.append(places.mean())
-        boxes = axes.boxplot(
-            [run[~np.isnan(run)] for run in values], positions=places, widths=0.75, showfliers=False,
-            patch_artist=True, manage_ticks=False, medianprops={"color": "black", "linewidth": 1.2},
-            whiskerprops={"linewidth": 0.7}, capprops={"linewidth": 0.7}, boxprops={"linewidth": 0.7},
-        )  # fmt: skip
-        for box, color in zip(boxes["boxes"], colors, strict=True):
-            box.set_facecolor((*to_rgb(color), 0.55))
-        x = places[:, None] + shift
-        if values.shape[1] <= LINES_UP_TO:
-            axes.plot(x, values, color="0.5", linewidth=0.3, alpha=0.5, zorder=2.5)
-        axes.plot(x.T, values.T, ".", color="0.2", markersize=2, alpha=0.6, markeredgewidth=0, zorder=3)
-    axes.set_xticks(middles, names)
-    axes.tick_params("x", length=0)
-    axes.set_ylabel("Dice (%)")
-    axes.grid(axis="y", alpha=0.4)
-    axes.set_axisbelow(True)
 
 
 def _caption(
     evaluations: Sequence[Evaluation], runs: Sequence[TrainedRun], cases: Sequence[Case], options: FigureOptions
 ) -> str:
-    head = [
-        f"**Dice, case by case.** {cases_in_words(cases)}. Each point is a case; lines join the same case (up "
-        f"to {LINES_UP_TO} cases). Boxes: quartiles and median; whiskers: the last case within 1.5 interquartile "
-        f"ranges. {MEAN}: for each case, over the classes that are defined in it for all runs. Undefined values (truth "
-        "and prediction empty) are left out.",
-        "",
-        "Predictions and models:",
-        "",
-        *models_in_words(runs),
-        "",
-    ]
     if len(evaluations) > 1:
         tables = comparison_markdown(evaluations, compare(evaluations, options.seed))
     else:
         tables = summary_markdown(evaluations[0])
-    return "\n".join([*head, re.sub(r"^#", "##", tables, flags=re.MULTILINE)])
+    return caption(
+        "boxes",
+        cases=cases_in_words(cases),
+        lines_up_to=LINES_UP_TO,
+        mean=MEAN,
+        models=models_in_words(runs),
+        tables=re.sub(r"^#", "##", tables, flags=re.MULTILINE),
+    )

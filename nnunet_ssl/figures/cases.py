@@ -19,11 +19,11 @@ from nnunet_ssl.evaluation.metrics import Label
 from nnunet_ssl.evaluation.summary import table
 from nnunet_ssl.figures.options import FigureOptions
 from nnunet_ssl.figures.outlines import TRUTH, draw_outline, overlay, shadow
-from nnunet_ssl.figures.page import column_width, legend_columns, new_figure, paper_style, save_figure, wrapped
+from nnunet_ssl.figures.page import caption, column_width, panel_grid, paper_style, save_figure
 from nnunet_ssl.figures.planes import OpenCase, Plane, Window
 from nnunet_ssl.figures.predictions import models_in_words, with_predictions
 from nnunet_ssl.figures.runs import TrainedRun
-from nnunet_ssl.figures.slices import RULE, Slice, choose_slices, measure_all_slices
+from nnunet_ssl.figures.slices import MIN_SHARE, Slice, choose_slices, measure_all_slices
 from nnunet_ssl.figures.test_set import Case, cases_in_words
 
 MAX_PANEL = 1.9  # inches
@@ -92,39 +92,32 @@ def cases_figure(
     num_columns = 1 + len(names)
     width = min(column_width(1 if num_columns <= 2 else 2), 0.25 + MAX_PANEL * num_columns)
     panel = (width - 0.25) / num_columns
-    titles = [wrapped(title, panel) for title in ("Image, truth", *names)]
     line = min(1.0, 0.7 * panel)  # points; small panels take thin lines and small numbers
     colors = options.colors
-    on_top = {cls: (colors[cls], _opacity(cls, label)) for cls in sorted(colors, key=lambda cls: cls == label)}
+    opacity = {cls: 0.65 if cls == label else 0.3 for cls in colors}
+    on_top = {cls: (colors[cls], opacity[cls]) for cls in sorted(colors, key=lambda cls: cls == label)}
     windows = [window_around(np.isin(plane.truth, label), plane.size) for plane in planes]
     shown = [p[plane.inside(w)].ravel() for plane, w in zip(planes, windows, strict=True) for p in plane.predictions]
     seen = np.unique(np.concatenate(shown))
     handles = [Line2D([], [], color=TRUTH, lw=1, path_effects=shadow(1), label=f"truth, {options.names[label]}")]
     handles += [
-        Patch(color=colors[cls], alpha=_opacity(cls, label), linewidth=0, label=options.names[cls])
+        Patch(color=colors[cls], alpha=opacity[cls], linewidth=0, label=options.names[cls])
         for cls in colors
         if cls == label or np.isin(seen, cls).any()
     ]
-    in_legend = legend_columns([handle.get_label() for handle in handles], width)
-    lines_of_text = max(title.count("\n") for title in titles) + -(-len(handles) // in_legend)
-    figure = new_figure(width, 0.35 + 0.14 * lines_of_text + panel * len(slices))
+    figure, grid = panel_grid(len(slices), ("Image, truth", *names), width, panel, handles)
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
-    grid = figure.subplots(len(slices), num_columns, squeeze=False)
     for row, chosen, plane, window in zip(grid, slices, planes, windows, strict=True):
         row[0].set_ylabel(chosen.rank)
-        for axes, prediction, dice in zip(row, (None, *plane.predictions), (None, *chosen.dice), strict=True):
+        for axes in row:
             plane.draw(axes, plane.image, window, cmap="gray", vmin=0, vmax=1)
-            if prediction is not None:
-                plane.draw(axes, overlay(prediction, on_top), window)
             draw_outline(axes, np.isin(plane.truth, label), plane.size, line)
-            if prediction is not None:
-                axes.text(
-                    0.04, 0.04, f"{100 * dice:.1f}", transform=axes.transAxes, color=TRUTH, path_effects=shadow(line),
-                    fontsize=min(8, 8 * line),
-                )  # fmt: skip
-    for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title)
-    figure.legend(handles=handles, loc="outside lower center", ncols=in_legend)
+        for axes, prediction, dice in zip(row[1:], plane.predictions, chosen.dice, strict=True):
+            plane.draw(axes, overlay(prediction, on_top), window)
+            axes.text(
+                0.04, 0.04, f"{100 * dice:.1f}", transform=axes.transAxes, color=TRUTH, path_effects=shadow(line),
+                fontsize=min(8, 8 * line),
+            )  # fmt: skip
     return figure
 
 
@@ -148,27 +141,16 @@ def window_around(mask: np.ndarray, size: tuple[float, float]) -> Window:
     return start[1], start[1] + side, start[0] + side, start[0]
 
 
-def _opacity(cls: Label, label: Label) -> float:
-    return 0.65 if cls == label else 0.3
-
-
 def _caption(slices: Sequence[Slice], runs: Sequence[TrainedRun], cases: Sequence[Case], name: str) -> str:
     rows = [["Slice", "Case", "Index", *(f"{run.name}, Dice (%)" for run in runs)]]
     rows += [[s.rank, s.case.name, str(s.index), *(f"{100 * d:.1f}" for d in s.dice)] for s in slices]
-    return "\n".join(
-        [
-            f"**Worst, median and best slice of {name}.** Outline: the truth's {name}. Colours: predictions, {name} in "
-            "full colour and other chosen classes pale. Numbers: Dice (%) of the class in the slice. The window is a "
-            f"square of {ZOOM:g} times the class's extent, at least {MIN_WINDOW:.0%} of the image. Grey values: CT in "
-            "the window of nnU-Net's plans, other images from their 0.5th to 99.5th percentile; the first channel if "
-            "there are several.",
-            "",
-            RULE,
-            "",
-            *table(rows),
-            "",
-            f"Chosen from {cases_in_words(cases)}. Predictions and models:",
-            "",
-            *models_in_words(runs),
-        ]
+    return caption(
+        "cases",
+        name=name,
+        zoom=ZOOM,
+        min_window=MIN_WINDOW,
+        min_share=MIN_SHARE,
+        table="\n".join(table(rows)),
+        cases=cases_in_words(cases),
+        models=models_in_words(runs),
     )

@@ -8,14 +8,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nnunet_ssl.checkpoints import read_checkpoint
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.summary import table
 from nnunet_ssl.figures.options import FigureOptions
-from nnunet_ssl.figures.page import class_colors, column_width, legend_columns, new_figure, paper_style, save_figure
+from nnunet_ssl.figures.page import (
+    add_legend,
+    caption,
+    class_colors,
+    column_width,
+    new_figure,
+    paper_style,
+    save_figure,
+)
 from nnunet_ssl.figures.runs import FINAL, TrainedRun, settings_of
 from nnunet_ssl.figures.test_set import Case
 from nnunet_ssl.trainers.log import read_rows
@@ -87,10 +94,11 @@ def read_curves(run: TrainedRun) -> dict[str, Curve]:
     }
     own = next((name for name in SUPERVISED if rows and name in rows[0]), None)
     curves["labeled"] = _of_rows(rows, own) if own else Curve(*_of_list(log["train_losses"]))
-    further = _further_terms(rows)
-    if len(further.epochs):
-        curves["further"] = further
-    for name in ("shta_token_accuracy", "shta_hard_share"):
+    terms = [name for name in (rows[0] if rows else {}) if name.startswith("loss_") and not name.startswith(OF_LABELS)]
+    for row in rows:
+        if terms and all(name in row for name in terms):
+            row["further"] = sum(row[name] * row.get(name.replace("loss_", "weight_", 1), 1.0) for name in terms)
+    for name in ("further", "shta_token_accuracy", "shta_hard_share"):
         if len((curve := _of_rows(rows, name)).epochs):
             curves[name] = curve
     return curves
@@ -98,15 +106,19 @@ def read_curves(run: TrainedRun) -> dict[str, Curve]:
 
 def nnunet_log(run: TrainedRun) -> dict[str, list]:
     """What nnU-Net logged an epoch each, from the final checkpoint; from the run's own if there is none."""
-    final = run.fold_folder / FINAL
-    file = final if final.is_file() else run.checkpoint_file
-    remedy = "Leave out the curves with --which: exported models have no nnU-Net log."
+    file = _log_file(run)
+    remedy = "Leave out the curves with --which: exported models have no log of nnU-Net's."
     log = read_checkpoint(file, remedy, {"logging": dict})["logging"]
     names = ("mean_fg_dice", "ema_fg_dice", "train_losses", "val_losses")
     try:
         return {name: list(map(float, log[name])) for name in names}
     except (LookupError, TypeError, ValueError) as error:
         raise UserError(f"{file} has another log than nnU-Net's ({error!r}). {remedy}") from error
+
+
+def _log_file(run: TrainedRun) -> Path:
+    final = run.fold_folder / FINAL
+    return final if final.is_file() else run.checkpoint_file
 
 
 def ssl_log(run: TrainedRun) -> list[dict[str, float]]:
@@ -121,16 +133,6 @@ def _of_list(values: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
 
 def _of_rows(rows: Sequence[Mapping[str, float]], name: str) -> Curve:
     points = [(row["epoch"], row[name]) for row in rows if name in row]
-    return Curve(*np.array(points, float).reshape(-1, 2).T)
-
-
-def _further_terms(rows: Sequence[Mapping[str, float]]) -> Curve:
-    names = [name for name in (rows[0] if rows else {}) if name.startswith("loss_") and not name.startswith(OF_LABELS)]
-    points = [
-        (row["epoch"], sum(row[name] * row.get(f"weight_{name.removeprefix('loss_')}", 1.0) for name in names))
-        for row in rows
-        if names and all(name in row for name in names)
-    ]
     return Curve(*np.array(points, float).reshape(-1, 2).T)
 
 
@@ -153,39 +155,28 @@ def curves_figure(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:
         scale = 100 if name in IN_PERCENT else 1
         for i, (run, of_run) in enumerate(curves.items()):
             if name in of_run:
-                _line(axes, of_run[name], scale, run, lines[run], LINES[i % len(LINES)])
+                curve, color = of_run[name], lines[run]
+                if curve.raw is not None:
+                    axes.plot(curve.epochs, scale * curve.raw, color=color, linewidth=0.5, alpha=0.4)
+                single = {"marker": "o", "markersize": 2} if len(curve.epochs) == 1 else {}
+                line = LINES[i % len(LINES)]
+                axes.plot(curve.epochs, scale * curve.values, line, color=color, label=run, **single)
         axes.set(xlabel="Epoch", ylabel=PANELS[name].heading)
         axes.grid(alpha=0.4)
     for axes in grid[len(panels) :]:
         axes.remove()
-    handles, labels = figure.axes[0].get_legend_handles_labels()  # every run has a Dice
-    figure.legend(handles, labels, loc="outside upper center", ncols=legend_columns(labels, column_width(2)))
+    add_legend(figure, "upper", figure.axes[0].get_legend_handles_labels()[0])  # every run has a Dice
     return figure
-
-
-def _line(axes: Axes, curve: Curve, scale: float, name: str, color: str, line: str) -> None:
-    if curve.raw is not None:
-        axes.plot(curve.epochs, scale * curve.raw, color=color, linewidth=0.5, alpha=0.4)
-    single = {"marker": "o", "markersize": 2} if len(curve.epochs) == 1 else {}
-    axes.plot(curve.epochs, scale * curve.values, line, color=color, label=name, **single)
 
 
 def _caption(runs: Sequence[TrainedRun], curves: Mapping[str, Mapping[str, Curve]]) -> str:
     shown = [panel for name, panel in PANELS.items() if any(name in of_run for of_run in curves.values())]
     rows = [["Run", "Epochs", "Steps an epoch", "Files"]]
     for run in runs:
-        files = [run.fold_folder / FINAL if (run.fold_folder / FINAL).is_file() else run.checkpoint_file]
-        files += [file for file in (run.fold_folder / "ssl_log.csv",) if file.is_file()]
+        files = [_log_file(run), *run.fold_folder.glob("ssl_log.csv")]
         epochs = len(curves[run.name]["dice"].epochs)
         # nnU-Net's trainers do not write it down
         steps = settings_of(run).get("num_iterations_per_epoch", "not recorded")
         rows.append([run.name, str(epochs), str(steps), ", ".join(f"`{file}`" for file in files)])
-    return "\n".join(
-        [
-            "**Training curves.** One value per epoch, the mean over its steps.",
-            "",
-            *(f"- {panel.heading}: {panel.explanation}." for panel in shown),
-            "",
-            *table(rows),
-        ]
-    )
+    panels = "\n".join(f"- {panel.heading}: {panel.explanation}." for panel in shown)
+    return caption("curves", panels=panels, table="\n".join(table(rows)))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps, style
+from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
@@ -84,6 +85,45 @@ def legend_columns(labels: Sequence[str], width: float) -> int:
     return max(1, min(len(labels), int(width / (max(map(len, labels)) * CHARACTER + 0.42))))
 
 
+def add_legend(figure: Figure, where: str, handles: Sequence[Artist]) -> None:
+    """A legend outside the panels, in the columns that fit.
+
+    Args:
+        figure: gets it.
+        where: ``upper`` or ``lower``.
+        handles: its entries, with their labels.
+    """
+    columns = legend_columns([str(handle.get_label()) for handle in handles], figure.get_figwidth())
+    figure.legend(handles=handles, loc=f"outside {where} center", ncols=columns)
+
+
+def panel_grid(
+    num_rows: int, titles: Sequence[str], width: float, panel: float, handles: Sequence[Artist]
+) -> tuple[Figure, np.ndarray]:
+    """Square panels in rows and columns, with titles above and a legend below.
+
+    Args:
+        num_rows: of panels.
+        titles: of the columns.
+        width: of the figure, inches.
+        panel: its side, inches.
+        handles: of the legend.
+
+    Returns:
+        The figure, and its axes ``[rows, columns]``.
+    """
+    titles = ["\n".join(wrapped(line, panel) for line in title.split("\n")) for title in titles]
+    in_legend = legend_columns([str(handle.get_label()) for handle in handles], width)
+    lines_of_text = max(title.count("\n") for title in titles) + -(-len(handles) // in_legend)
+    figure = new_figure(width, 0.35 + 0.14 * lines_of_text + panel * num_rows)
+    # at the top of their cells, or the layout reckons with titles that are lower than they end up
+    grid = figure.subplots(num_rows, len(titles), squeeze=False, subplot_kw={"anchor": "N"})
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title)
+    add_legend(figure, "lower", handles)
+    return figure, grid
+
+
 def class_colors(num: int) -> list[str]:
     """So many colours, as ``#rrggbb``.
 
@@ -92,6 +132,12 @@ def class_colors(num: int) -> list[str]:
     if num <= len(PALETTE):
         return list(PALETTE[:num])
     return [to_hex(color) for color in colormaps["turbo"](np.linspace(0.05, 0.95, num))]
+
+
+def caption(name: str, /, **told: object) -> str:
+    """The Markdown of ``captions/<name>.md``, with what is told where it has braces."""
+    text = (Path(__file__).parent / "captions" / f"{name}.md").read_text(encoding="utf-8")
+    return text.format(**told)
 
 
 def save_figure(figure: Figure, folder: Path, name: str, caption: str) -> None:

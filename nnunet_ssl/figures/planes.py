@@ -28,15 +28,20 @@ Window = tuple[float, float, float, float]  # left, right, bottom, top, in the u
 class Plane:
     """A slice as it is drawn: rows downwards, columns to the right."""
 
-    image: np.ndarray  # float [rows, columns] or [rows, columns, 3], from 0 to 1
+    image: np.ndarray  # float [rows, columns], or from 0 to 1 [rows, columns, 3]
     truth: np.ndarray  # int [rows, columns]
     predictions: tuple[np.ndarray, ...]  # the same of each run
     size: tuple[float, float]  # mm (or what the spacing is in) of a row and of a column
 
+    @property
+    def whole(self) -> Window:
+        """The window that shows all of it."""
+        height, width = np.multiply(self.truth.shape, self.size)
+        return 0, width, height, 0
+
     def draw(self, axes: Axes, array: np.ndarray, window: Window, **options: Any) -> AxesImage:
         """Draw ``array``, values or colours of all voxels of the slice, to scale, and show the window of it."""
-        height, width = np.multiply(self.truth.shape, self.size)
-        drawn = axes.imshow(array, extent=(0, width, height, 0), **options)
+        drawn = axes.imshow(array, extent=self.whole, **options)
         axes.set(xlim=window[:2], ylim=window[2:], xticks=[], yticks=[], facecolor="black", aspect="equal")
         axes.spines[:].set_visible(False)
         return drawn

@@ -74,9 +74,9 @@ def with_given_predictions(
     return [replace(run, predicted=folder, how="given with -pred") for run, folder in zip(runs, folders, strict=True)]
 
 
-def models_in_words(runs: Iterable[TrainedRun]) -> list[str]:
+def models_in_words(runs: Iterable[TrainedRun]) -> str:
     """For captions: where each run's predictions and weights lie, and how the predictions were made."""
-    return [f"- {run.name}: `{run.predicted}` ({run.how}), `{run.checkpoint_file}`" for run in runs]
+    return "\n".join(f"- {run.name}: `{run.predicted}` ({run.how}), `{run.checkpoint_file}`" for run in runs)
 
 
 def prediction_folder(run: TrainedRun, out: Path) -> Path:

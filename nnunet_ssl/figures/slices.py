@@ -1,4 +1,4 @@
-"""Which slices a figure shows: the worst, the median and the best of a class, by ``RULE`` and never by hand.
+"""Which slices a figure shows: the worst, the median and the best of a class, by a rule and never by hand.
 
 At the tips of an organ a voxel or two decide, so they are no candidates. The mean over all runs that are drawn favours
 none. The median is the lower one in the middle. Of equal scores, at either end, the slice with more truth is taken,
@@ -21,11 +21,6 @@ from nnunet_ssl.figures.test_set import Case
 from nnunet_ssl.pools import all_outcomes
 
 MIN_SHARE = 0.25  # of the largest cross-section
-RULE = (
-    "Slices lie across the axis with the largest spacing. Candidates are the slices in which the truth has at least "
-    f"{MIN_SHARE:.0%} of the class's largest cross-section in the case. Worst, median and best are ranked by the "
-    "Dice of the class in the slice, averaged over the runs shown; if slices tie, the one with more truth is taken."
-)
 
 
 @dataclass(frozen=True)

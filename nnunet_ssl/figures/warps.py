@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 
 from nnunet_ssl.figures.outlines import draw_outline
 from nnunet_ssl.figures.page import column_width, new_figure, paper_style, save_figure, wrapped
-from nnunet_ssl.figures.planes import slice_axis
+from nnunet_ssl.figures.planes import Plane, slice_axis
 from nnunet_ssl.shapes.case import load, spacing_of, structures_of
 from nnunet_ssl.shapes.warped import WarpManifest, Wish
 
@@ -66,14 +66,11 @@ def _draw(
     """The slice in which ``where`` has the most foreground."""
     along = slice_axis(spacing, image.shape)
     index = int((where > 0).sum(axis=tuple(axis for axis in range(3) if axis != along)).argmax())
-    plane = image.take(index, along)
-    height, width = (s for axis, s in enumerate(spacing) if axis != along)
-    low, high = np.percentile(plane, (1, 99))
-    axes.imshow(plane, "gray", vmin=low, vmax=high, extent=(0, plane.shape[1] * width, plane.shape[0] * height, 0))
-    axes.set(xticks=[], yticks=[])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    size = tuple(s for axis, s in enumerate(spacing) if axis != along)
+    plane = Plane(image.take(index, along), where.take(index, along), (), size)
+    low, high = np.percentile(plane.image, (1, 99))
+    plane.draw(axes, plane.image, plane.whole, cmap="gray", vmin=low, vmax=high)
     if labels is not None:
         classes = labels.take(index, along)
         for label in np.unique(classes[classes > 0]):
-            draw_outline(axes, classes == label, (height, width), 0.7)
+            draw_outline(axes, classes == label, size, 0.7)

@@ -42,9 +42,9 @@ def test_nnunets_own_validation_is_used_only_if_this_model_made_it(
         return with_predictions([run], cases, made.out, replace(options, **changes))[0]
 
     assert found().predicted == validation
-    assert models_in_words([found()]) == [
+    assert models_in_words([found()]) == (
         f"- LabeledOnly: `{validation}` (nnU-Net's validation, with mirroring), `{final}`"
-    ]
+    )
     assert found(found(), tta=False).predicted == validation, "once resolved it stays"
     assert not asked
 
@@ -68,7 +68,8 @@ def test_given_predictions_must_be_whole(made: MadeUp) -> None:
     folders = [made.fold(trainer) / "validation" for trainer in TRAINERS]
     given = with_given_predictions(runs, folders, cases, options)
     assert [run.predicted for run in with_predictions(given, cases, made.out, options)] == folders
-    assert models_in_words(given)[1] == f"- SHTA_CPS: `{folders[1]}` (given with -pred), `{runs[1].checkpoint_file}`"
+    second = models_in_words(given).splitlines()[1]
+    assert second == f"- SHTA_CPS: `{folders[1]}` (given with -pred), `{runs[1].checkpoint_file}`"
     with pytest.raises(UserError, match=r"-pred gives 1 folder.s. for 2 model"):
         with_given_predictions(runs, folders[:1], cases, options)
     (folders[1] / "b.nii.gz").unlink()

@@ -17,7 +17,7 @@ from matplotlib.path import Path as Outline
 
 from nnunet_ssl.evaluation.summary import table
 from nnunet_ssl.figures.options import FigureOptions, NotApplicable
-from nnunet_ssl.figures.page import CHARACTER, column_width, new_figure, paper_style, save_figure, wrapped
+from nnunet_ssl.figures.page import CHARACTER, caption, column_width, new_figure, paper_style, save_figure, wrapped
 from nnunet_ssl.figures.runs import TrainedRun
 from nnunet_ssl.figures.shta.branch import BACKGROUND
 from nnunet_ssl.figures.shta.survey import RULE, survey
@@ -183,18 +183,7 @@ def ribbon(x0: float, x1: float, y0: float, y1: float, width: float) -> Outline:
 
 def _caption(counts: Mapping[TrainedRun, np.ndarray], cases: Sequence[Case], options: FigureOptions) -> str:
     names = {0: "background", **{label: name for name, label in options.labels.items()}}
-    lines = [
-        "**Assignment of foreground tokens.** Left: the class whose proxy is nearest to a token's embedding (largest q "
-        "of Eq. 3). Right: the true class of most of the token's foreground. The width of flows and nodes is the "
-        "number of tokens, with a separate scale for each panel. Flows have the colour of the true class: in full "
-        "colour if the classes differ (misassigned tokens), otherwise pale.",
-        "",
-        f"Rule: all {RULE} Only tokens of the chosen classes are shown. So tokens can be assigned to the background, "
-        "but none belongs to it.",
-        "",
-        "A panel named by an epoch shows the earliest checkpoint that the training kept (setting `keep_epochs`), with "
-        "the share of all epochs done by then. It does not show the start of the training.",
-    ]
+    tables = []
     for run, c in counts.items():
         left, right = np.flatnonzero(c.sum(0)), np.flatnonzero(c.sum(1))
         rows = [["By the truth", *(f"to {names[a]}" for a in left), "all", "misassigned (%)"]]
@@ -203,5 +192,5 @@ def _caption(counts: Mapping[TrainedRun, np.ndarray], cases: Sequence[Case], opt
             rows.append([names[t], *(str(c[t, a]) for a in left), str(c[t].sum()), f"{wrong:.2f}"])
         wrong = 100 * (1 - np.trace(c) / max(c.sum(), 1))
         rows.append(["all", *(str(c[:, a].sum()) for a in left), str(c.sum()), f"{wrong:.2f}"])
-        lines += ["", f"{run.name}, `{run.checkpoint_file}`:", "", *table(rows)]
-    return "\n".join([*lines, "", f"From {cases_in_words(cases)}."])
+        tables.append("\n".join([f"{run.name}, `{run.checkpoint_file}`:", "", *table(rows)]))
+    return caption("assignment", rule=RULE, tables="\n\n".join(tables), cases=cases_in_words(cases))

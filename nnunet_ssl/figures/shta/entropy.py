@@ -1,6 +1,7 @@
 """Figure 2: where a baseline and SHTA are sure, and where they are not, in the windows in which they differ most.
 
-As Fig. 5 of the SHTA paper, a row a class. Case, slice and window are chosen by a rule that favours neither run.
+As Fig. 5 of the SHTA paper, a row a class. Case, slice and window are chosen by the rule in
+``captions/entropy.md``, which favours neither run.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.summary import table
 from nnunet_ssl.figures.options import FigureOptions, NotApplicable
 from nnunet_ssl.figures.outlines import TRUTH, draw_outline, overlay, shadow
-from nnunet_ssl.figures.page import column_width, legend_columns, new_figure, paper_style, save_figure, wrapped
+from nnunet_ssl.figures.page import caption, column_width, panel_grid, paper_style, save_figure, wrapped
 from nnunet_ssl.figures.planes import OpenCase, Plane
 from nnunet_ssl.figures.predictions import current_folder, predicting, prediction_folder, with_predictions
 from nnunet_ssl.figures.runs import TrainedRun, load_predictor
@@ -37,14 +38,6 @@ MAX_ROWS = 4
 WINDOW = 0.25  # side of the window, of the slice's longer side
 MIN_WINDOW = 24  # voxels
 OUTLINE = 0.8  # points
-RULE = (
-    f"One row per class, for the {MAX_ROWS} chosen classes on which the two runs disagree most: in voxels that only "
-    "one of them assigns to the class, relative to the voxels of the class in the truth of all cases. Case: the one "
-    "with most such voxels. Slice and window: where the sum of the absolute entropy differences is largest, over "
-    "voxels that the truth or either run assigns to the class. Slices lie across the axis with the largest spacing; "
-    f"the window's side is {WINDOW:.0%} of the slice's longer side and at least {MIN_WINDOW} voxels. Neither run is "
-    "favoured: a difference counts no matter which run is right."
-)
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,7 @@ def draw_entropy(runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path, o
 
 
 def choose_cases(pair: Sequence[TrainedRun], cases: Sequence[Case], options: FigureOptions) -> dict[int, Case]:
-    """The classes on which two predicted runs disagree most, each with the case in which they do; by ``RULE``.
+    """The classes on which two predicted runs disagree most, each with the case in which they do.
 
     Returns:
         label -> case, in the dataset's order; only classes on which they disagree at all.
@@ -185,21 +178,15 @@ def entropy_figure(rows: Sequence[Row], names: Sequence[str], options: FigureOpt
     """Rows: classes. Columns: slice, truth, both predictions and both entropies in the window."""
     width = column_width(2)
     panel = (width - 0.7) / 6
-    names = [wrapped(name, 0.9 * panel) for name in names]
-    titles = ["Slice", "Truth", *names, *(f"{name},\nentropy" for name in names)]
     colors = {label: (color, 0.6) for label, color in options.colors.items()}
     shown = {cls for row in rows for a in (row.plane.truth, *row.plane.predictions) for cls in np.unique(a[row.window])}
     handles = [
         Patch(color=color, linewidth=0, label=options.names[label]) for label, color in colors.items() if label in shown
     ]
     handles.append(Line2D([], [], color=TRUTH, label="truth, the row's class", path_effects=shadow(OUTLINE)))
-    in_legend = legend_columns([handle.get_label() for handle in handles], width)
-    text = 0.13 * (1 + max(title.count("\n") for title in titles)) + 0.12 * -(-len(handles) // in_legend)
-    figure = new_figure(width, (panel + 0.02) * len(rows) + text + 0.2)
+    titles = ["Slice", "Truth", *names, *(f"{name},\nentropy" for name in names)]
+    figure, grid = panel_grid(len(rows), titles, width, panel, handles)
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
-    cells = figure.add_gridspec(len(rows), len(titles) + 1, width_ratios=[*[1] * len(titles), 0.06])
-    # at the top of their cells, or the layout reckons with titles that are lower than they end up
-    grid = [[figure.add_subplot(cells[i, j], anchor="N") for j in range(len(titles))] for i in range(len(rows))]
     highest = max(entropy[row.window].max() for row in rows for entropy in row.entropies)
     grey = {"cmap": "gray", "vmin": 0, "vmax": 1}
     for axes, row in zip(grid, rows, strict=True):
@@ -220,10 +207,9 @@ def entropy_figure(rows: Sequence[Row], names: Sequence[str], options: FigureOpt
             drawn = plane.draw(each, entropy, window, cmap="magma", vmin=0, vmax=highest)
         for each in axes[1:]:
             draw_outline(each, plane.truth == row.label, plane.size, OUTLINE)
-    for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title)
-    figure.colorbar(drawn, cax=figure.add_subplot(cells[:, -1]), label="entropy / log K")
-    figure.legend(handles=handles, loc="outside lower center", ncols=in_legend)
+    figure.colorbar(
+        drawn, ax=grid, label="entropy / log K", fraction=0.01, pad=0.005, aspect=17 * len(rows), panchor=False
+    )
     return figure
 
 
@@ -235,21 +221,14 @@ def _caption(
     for row in rows:
         means = [f"{entropy[row.window].mean():.4f}" for entropy in row.entropies]
         cells.append([options.names[row.label], *row.place, *means])
-    return "\n".join(
-        [
-            f"**Entropy of {pair[0].name} and {pair[1].name} where they differ most.** From the left: the slice with "
-            "the window, then within the window the truth, both predictions and the entropy of their probabilities "
-            "over the classes, divided by log K (0: certain, 1: all classes equally likely; one scale for all). "
-            "Outline: the row's class in the truth.",
-            "",
-            RULE,
-            "",
-            *table(cells),
-            "",
-            f"Chosen from {cases_in_words(cases)}. Probabilities by nnU-Net's predictor, "
-            f"{'with' if options.tta else 'without'} mirroring; their entropy is kept in `CASE.npz`. Indices count "
-            "from 0 in the arrays that nnU-Net reads:",
-            "",
-            *(f"- {run.name}: `{prediction_folder(run, out)}`, `{run.checkpoint_file}`" for run in pair),
-        ]
+    return caption(
+        "entropy",
+        names=[run.name for run in pair],
+        max_rows=MAX_ROWS,
+        window=WINDOW,
+        min_window=MIN_WINDOW,
+        table="\n".join(table(cells)),
+        cases=cases_in_words(cases),
+        how="with" if options.tta else "without",
+        models="\n".join(f"- {run.name}: `{prediction_folder(run, out)}`, `{run.checkpoint_file}`" for run in pair),
     )

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.summary import table
 from nnunet_ssl.figures.options import FigureOptions, NotApplicable
-from nnunet_ssl.figures.page import column_width, legend_columns, new_figure, paper_style, save_figure, wrapped
+from nnunet_ssl.figures.page import caption, column_width, panel_grid, paper_style, save_figure
 from nnunet_ssl.figures.runs import TrainedRun
 from nnunet_ssl.figures.shta.branch import BACKGROUND
 from nnunet_ssl.figures.shta.survey import RULE, TOKENS_PER_CLASS, Survey, survey
@@ -104,17 +104,17 @@ def tokens_figure(spaces: Sequence[Space], classes: np.ndarray, shown: Sequence[
         shown: labels in the order of colours.
         options: methods, seed and names.
     """
-    num_rows = len(options.embedding)
     width = column_width(2)
-    panel = min(width / len(spaces), 2.4)
-    titles = [wrapped(space.title, panel) for space in spaces]
     names = _names(options)
-    in_legend = legend_columns([*(names[label] for label in shown), PROXY], width)
-    lines_of_text = max(title.count("\n") for title in titles) + 1 + len(shown) // in_legend
-    figure = new_figure(width, panel * num_rows + 0.25 + 0.14 * lines_of_text)
-    grid = figure.subplots(num_rows, len(spaces), squeeze=False)
     colors = {**options.colors, 0: BACKGROUND}
     markers = {**{label: MARKERS[i % len(MARKERS)] for i, label in enumerate(options.names)}, 0: "X"}
+    dots = {"linestyle": "", "markersize": 4}
+    handles = [Line2D([], [], color=colors[k], marker=markers[k], label=names[k], **dots) for k in shown]
+    if "pca" in options.embedding:
+        star = {"marker": "*", "markersize": 8, "color": "white", "markeredgecolor": "black", "markeredgewidth": 0.7}
+        handles.append(Line2D([], [], linestyle="", label=PROXY, **star))
+    titles = [space.title for space in spaces]
+    figure, grid = panel_grid(len(options.embedding), titles, width, min(width / len(spaces), 2.4), handles)
     # all classes in mixed order, so that none hides another
     parts = np.array_split(np.random.default_rng(options.seed).permutation(len(classes)), min(20, len(classes)))
     for row, method in zip(grid, options.embedding, strict=True):
@@ -134,14 +134,6 @@ def tokens_figure(spaces: Sequence[Space], classes: np.ndarray, shown: Sequence[
                     *proxies.T, s=70, marker="*", c=[colors[label] for label in shown], edgecolors="black",
                     linewidths=0.7, zorder=3,
                 )  # fmt: skip
-    for axes, title in zip(grid[0], titles, strict=True):
-        axes.set_title(title)
-    dots = {"linestyle": "", "markersize": 4}
-    handles = [Line2D([], [], color=colors[k], marker=markers[k], label=names[k], **dots) for k in shown]
-    if "pca" in options.embedding:
-        star = {"marker": "*", "markersize": 8, "color": "white", "markeredgecolor": "black", "markeredgewidth": 0.7}
-        handles.append(Line2D([], [], linestyle="", label=PROXY, **star))
-    figure.legend(handles=handles, loc="outside lower center", ncols=in_legend)
     return figure
 
 
@@ -165,34 +157,24 @@ def _caption(
         values = [f"{means[i]:.3f}" for means in by_space]
         rows.append([names[label], str(drawn), str(sample.total[label]), *values])
     rows.append(["mean", "", "", *(f"{np.mean(means):.3f}" for means in by_space)])
-    background = (
-        " Background: tokens without any foreground, from patches that have such tokens, because one class alone "
-        "would show nothing."
-        if 0 in classes
-        else ""
-    )
-    left_out = [name for label, name in options.names.items() if label not in classes]
-    return "\n".join(
-        [
-            "**Tokens in two dimensions.** Each point is a token, the mean over "
-            f"{' x '.join(map(str, found.stride))} voxels; colour and shape show the true class of most of its "
-            "foreground. Columns: the input feature of the network's last layer, and SHTA's embedding z of it, scaled "
-            "to unit length. Stars: the class proxies, scaled as well, at their place in the PCA; t-SNE has no place "
-            "for them. The axes have no unit.",
-            "",
-            f"Rule: all {RULE}{background} At most {TOKENS_PER_CLASS} of each class are drawn at random with seed "
-            f"{options.seed}, the same ones in every column. PCA is fitted to the points of each column. t-SNE: "
-            f"perplexity {PERPLEXITY} (less if there are few tokens), started from the PCA, same seed. Distances "
-            "between groups mean nothing in t-SNE.",
-            *(["", f"Not shown, because they have no tokens: {', '.join(left_out)}."] if left_out else []),
-            *(["", f"Not shown: {found.left_out.name}, {OTHER_PLANS}."] if found.left_out else []),
-            "",
-            "The silhouette (-1 to 1) measures how compact and how far from the others a class is, in the full space.",
-            "",
-            *table(rows),
-            "",
-            f"From {cases_in_words(cases)}. Models:",
-            "",
-            *(f"- {run.name}: `{run.checkpoint_file}`" for run in found.compared),
-        ]
+    rule = RULE
+    if 0 in classes:
+        rule += " Background: the tokens without any foreground in patches that have such tokens, for one class alone "
+        rule += "would show nothing."
+    left_out = ""
+    if without := [name for label, name in options.names.items() if label not in classes]:
+        left_out += f"\n\nWithout tokens, and not shown: {', '.join(without)}."
+    if found.left_out:
+        left_out += f"\n\nNot shown: {found.left_out.name}, {OTHER_PLANS}."
+    return caption(
+        "tokens",
+        stride=" x ".join(map(str, found.stride)),
+        rule=rule,
+        per_class=TOKENS_PER_CLASS,
+        seed=options.seed,
+        perplexity=PERPLEXITY,
+        left_out=left_out,
+        table="\n".join(table(rows)),
+        cases=cases_in_words(cases),
+        models="\n".join(f"- {run.name}: `{run.checkpoint_file}`" for run in found.compared),
     )
