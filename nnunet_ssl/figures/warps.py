@@ -39,11 +39,11 @@ def draw_warps(wish: Wish) -> Path:
             image, labels, properties = load(wish.labeled_folder, moving)
             structures = structures_of(properties)
             labels = np.where(np.isin(labels, structures), labels, 0)
-            _draw(axes[0], image[0], labels[0], labels[0], spacing_of(wish.plans, wish.configuration, properties))
+            _draw(axes[0], image[0], labels[0], labels[0], spacing_of(wish, properties))
             image, _, properties = load(wish.unlabeled.places[fixed], fixed)
             warped, labels, _ = load(manifest.place(case), case)
             labels = np.where(np.isin(labels, structures), labels, 0)
-            spacing = spacing_of(wish.plans, wish.configuration, properties)
+            spacing = spacing_of(wish, properties)
             _draw(axes[1], image[0], labels[0], None, spacing)
             _draw(axes[2], warped[0], labels[0], labels[0], spacing)
             for axis, title in zip(axes, (moving, fixed, "warped"), strict=True):

@@ -23,9 +23,9 @@ from nnunet_ssl.self_training.dataset import REPORT, read_source, write_pseudola
 from nnunet_ssl.self_training.settings import NETWORK, Model, Settings
 from nnunet_ssl.self_training.teachers import Teachers
 from nnunet_ssl.steps import Step, Steps, training
+from nnunet_ssl.unlabeled.case import labeled_folder
 from nnunet_ssl.unlabeled.find import PSEUDOLABELED, required_folder, resolve_dataset
 from nnunet_ssl.unlabeled.folds import SPLITS
-from nnunet_ssl.unlabeled.prepare import labeled_folder
 from nnunet_ssl.unlabeled.raw_dataset import refuse_existing
 
 FINGERPRINT = "dataset_fingerprint.json"

@@ -25,27 +25,20 @@ from nnunet_ssl.shapes.registration import (
     warp,
     warp_labels,
 )
+from nnunet_ssl.unlabeled.case import Preparation
 from nnunet_ssl.unlabeled.store import Outcome, disk_failure
 
 
 @one_thread()
 def warp_case(
-    plans: dict,
-    configuration: str,
-    channels: list[int],
-    moving: str,
-    moving_folder: str,
-    fixed: str,
-    fixed_folder: str,
-    made_from: str,
-    place: str,
+    task: Preparation, channels: list[int], moving: str, fixed: str, fixed_folder: str, made_from: str, place: str
 ) -> Outcome:
     """Register one pair, and save the warped case into its own folder. Errors come back as values."""
     name = os.path.basename(place)
     entry: dict[str, Any] = {"moving": moving, "fixed": fixed, "made_from": made_from}
     try:
-        there = prepared_volume(plans, configuration, fixed_folder, fixed, False)
-        here = prepared_volume(plans, configuration, moving_folder, moving, True)
+        there = prepared_volume(task, fixed_folder, fixed, False)
+        here = prepared_volume(task, task.labeled_folder, moving, True)
         found, labels, why = registered(there, here, channels or None)
         if found is not None:
             entry |= {key: round(value, 4) for key, value in found._asdict().items() if key != "transform"}
@@ -53,7 +46,7 @@ def warp_case(
             return Outcome(name, entry, why)
         data = np.stack([array(warp(image, there.channels[0], found.transform)) for image in here.channels])
         os.makedirs(place)
-        _save(moving_folder, moving, os.path.join(place, name), data, array(labels)[None])
+        _save(task.labeled_folder, moving, os.path.join(place, name), data, array(labels)[None])
     except Exception as error:
         if lost := disk_failure(error, place):
             return Outcome(name, entry, lost, fatal=True)
@@ -84,21 +77,20 @@ def registered(
     return found, labels, why_not(found, before, after)
 
 
-def stamps_of(
-    folder: str, case: str, kept: Iterable[Sequence], remedy: str, needed: bool = True
-) -> list[list[str | Stamp]]:
-    """What tells that a prepared case is another one: name and stamp of each of its files.
+def stamps_of(task: Preparation, case: str, kept: Iterable[Sequence], needed: bool = True) -> list[list[str | Stamp]]:
+    """What tells that a prepared labeled case is another one: name and stamp of each of its files.
 
     Args:
-        folder, case: where it is.
+        task: how it was prepared.
+        case: its name.
         kept: what this said earlier; only files of another size or time are read.
-        remedy: a sentence that says what to do where it cannot be read.
         needed: whether it has to be there; else nothing is said of a case that is not.
 
     Raises:
         UserError: it is needed and not there, or cannot be read.
     """
-    earlier = {name: entry for name, *entry in kept}
+    folder, earlier = task.labeled_folder, {name: entry for name, *entry in kept}
+    remedy = f"Run nnUNetv2_preprocess -d {task.dataset_name} -c {task.configuration}."
     files = [f"{case}{end}" for end in (".b2nd", "_seg.b2nd", ".npz", ".pkl")]
     try:
         there = [file for file in files if os.path.isfile(os.path.join(folder, file))]
@@ -115,10 +107,10 @@ def load(folder: str, case: str) -> tuple[np.ndarray, np.ndarray, dict]:
     return data[:], seg[:], properties
 
 
-def prepared_volume(plans: dict, configuration: str, folder: str, case: str, labels: bool) -> Volume:
+def prepared_volume(task: Preparation, folder: str, case: str, labels: bool) -> Volume:
     """A prepared case for registration."""
     data, seg, properties = load(folder, case)
-    spacing = spacing_of(plans, configuration, properties)
+    spacing = spacing_of(task, properties)
     return volume(data, spacing, seg[0], structures_of(properties)) if labels else volume(data, spacing)
 
 
@@ -128,10 +120,10 @@ def structures_of(properties: dict) -> tuple[int, ...]:
     return tuple(sorted({int(label) for labels in listed if -1 not in labels for label in labels}))
 
 
-def spacing_of(plans: dict, configuration: str, properties: dict) -> tuple[float, ...]:
+def spacing_of(task: Preparation, properties: dict) -> tuple[float, ...]:
     """Of a prepared case, z, y, x in mm: a 2D configuration leaves that between slices as it was."""
-    plans_manager = PlansManager(plans)
-    spacing = list(plans_manager.get_configuration(configuration).spacing)
+    plans_manager = PlansManager(task.plans)
+    spacing = list(plans_manager.get_configuration(task.configuration).spacing)
     if len(spacing) == 2:
         spacing.insert(0, properties["spacing"][plans_manager.transpose_forward[0]])
     return tuple(map(float, spacing))

@@ -30,41 +30,29 @@ from nnunet_ssl.shapes.pairs import description
 from nnunet_ssl.shapes.quality import refuse_few
 from nnunet_ssl.shapes.registration import VERSION, one_thread, volume
 from nnunet_ssl.shapes.vote import Atlas, atlas, channels, vote
-from nnunet_ssl.unlabeled.case import preprocessing_of
-from nnunet_ssl.unlabeled.prepare import labeled_folder
+from nnunet_ssl.unlabeled.case import Preparation
 from nnunet_ssl.unlabeled.store import Manifest, Outcome, PreparedFolder, cannot_write, disk_failure
 
 ATLASES = 10  # that vote on an image: those most like it
 
 
 @dataclass(frozen=True)
-class Electorate:
+class Electorate(Preparation):
     """Who votes.
 
     Attributes:
-        dataset_name, plans, configuration, dataset_json: as nnU-Net has them.
         fold: for the folder's name.
         labeled: the cases that vote.
     """
 
-    dataset_name: str
-    plans: dict
-    configuration: str
-    dataset_json: dict
     fold: str
     labeled: tuple[str, ...]
 
     @cached_property
     def about(self) -> dict:
         """What determines a vote, in addition to the images."""
-        preprocessing = preprocessing_of(PlansManager(self.plans), self.configuration, self.dataset_json)
         labels = {key: self.dataset_json.get(key) for key in ("labels", "regions_class_order")}
-        return json.loads(json.dumps({"preprocessing": preprocessing, **labels}))
-
-    @cached_property
-    def labeled_folder(self) -> str:
-        """Of the prepared labeled cases."""
-        return labeled_folder(self.dataset_name, PlansManager(self.plans).get_configuration(self.configuration))
+        return {"preprocessing": self.preprocessing, **json.loads(json.dumps(labels))}
 
     @property
     def folder(self) -> str:
@@ -158,10 +146,9 @@ def _complete(
         f"onto {len(cases)} unlabeled ones; the votes are kept in {manifest.folder}",
         flush=True,
     )
-    how = (electorate.plans, electorate.configuration, electorate.dataset_json, electorate.labeled_folder)
     problems = manifest.make(
         vote_case,
-        [(*how, atlases[case], case, images.places[case], made_from[case]) for case in cases],
+        [(electorate, atlases[case], case, images.places[case], made_from[case]) for case in cases],
         cases,
         processes,
         "Voting on unlabeled images",
@@ -173,27 +160,19 @@ def _complete(
 
 @one_thread()
 def vote_case(
-    plans: dict,
-    configuration: str,
-    dataset_json: dict,
-    labeled_folder: str,
-    atlases: Sequence[str],
-    case: str,
-    case_folder: str,
-    made_from: str,
-    place: str,
+    task: Preparation, atlases: Sequence[str], case: str, case_folder: str, made_from: str, place: str
 ) -> Outcome:
     """Register the atlases onto one image, and save what they say of it into its own folder."""
     entry: dict[str, Any] = {"made_from": made_from, "atlases": {}}
     try:
-        plans_manager = PlansManager(plans)
-        labels = plans_manager.get_label_manager(dataset_json).all_labels
+        plans_manager = PlansManager(task.plans)
+        labels = plans_manager.get_label_manager(task.dataset_json).all_labels
         image, _, properties = load(case_folder, case)
-        there = volume(image, spacing_of(plans, configuration, properties))
+        there = volume(image, spacing_of(task, properties))
 
         def good() -> Iterator[Atlas]:
             for name in atlases:
-                here = prepared_volume(plans, configuration, labeled_folder, name, True)
+                here = prepared_volume(task, task.labeled_folder, name, True)
                 found, _, why = registered(there, here)
                 entry["atlases"][name] = {} if found is None else {"after": round(found.after, 4)}
                 if why:
@@ -204,7 +183,7 @@ def vote_case(
         votes = vote(image, good(), len(labels))
         os.makedirs(place)
         file = os.path.join(place, case)
-        probabilities = as_predicted(votes, properties, plans_manager, configuration, dataset_json)
+        probabilities = as_predicted(votes, properties, plans_manager, task.configuration, task.dataset_json)
         np.savez_compressed(f"{file}.npz", probabilities=probabilities.astype(np.float16))
         save_pickle(properties, f"{file}.pkl")
     except Exception as error:
@@ -269,10 +248,7 @@ def _stamps(electorate: Electorate, known: Mapping[str, list]) -> dict[str, list
     Raises:
         UserError: one is not there, or cannot be read.
     """
-    remedy = f"Run nnUNetv2_preprocess -d {electorate.dataset_name} -c {electorate.configuration}."
-    return {
-        case: stamps_of(electorate.labeled_folder, case, known.get(case, ()), remedy) for case in electorate.labeled
-    }
+    return {case: stamps_of(electorate, case, known.get(case, ())) for case in electorate.labeled}
 
 
 def _digest(about: dict, stamps: Mapping[str, list], content: str) -> str:

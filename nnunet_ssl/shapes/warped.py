@@ -17,9 +17,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
-
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from typing import Any, ClassVar
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_json
@@ -29,9 +27,8 @@ from nnunet_ssl.shapes.quality import refuse_few
 from nnunet_ssl.shapes.registration import VERSION
 from nnunet_ssl.shapes.targets import find_targets, groups_of_dataset, of_patients, read_groups, test_images
 from nnunet_ssl.unlabeled import store
-from nnunet_ssl.unlabeled.case import preprocessing_of
+from nnunet_ssl.unlabeled.case import Preparation
 from nnunet_ssl.unlabeled.find import GROUPS
-from nnunet_ssl.unlabeled.prepare import labeled_folder
 from nnunet_ssl.unlabeled.store import Manifest, Outcome, PreparedFolder, cannot_write
 
 BUDGET = 10.0  # minutes that may be spent where no number of pairs is given
@@ -41,11 +38,10 @@ LESS_ALIKE = "are less alike than others"
 
 
 @dataclass(frozen=True)
-class Wish:
+class Wish(Preparation):
     """What to warp, and onto what.
 
     Attributes:
-        dataset_name, plans, configuration, dataset_json: as nnU-Net has them.
         labeled: cases to warp: of a fold, its training cases.
         validation: of a fold, the cases that it is validated with.
         unlabeled: the prepared unlabeled images.
@@ -55,26 +51,12 @@ class Wish:
         channels: that registration compares, () for all of them; None for the channels of an earlier call, or all.
     """
 
-    dataset_name: str
-    plans: dict
-    configuration: str
-    dataset_json: dict
     labeled: tuple[str, ...]
     validation: tuple[str, ...]
     unlabeled: PreparedFolder
     each: int | None = None
     groups: dict[str, str] | None = None
     channels: tuple[int, ...] | None = None
-
-    @cached_property
-    def preprocessing(self) -> dict:
-        """What in the plans determines a prepared case."""
-        return preprocessing_of(PlansManager(self.plans), self.configuration, self.dataset_json)
-
-    @cached_property
-    def labeled_folder(self) -> str:
-        """Of the prepared labeled cases."""
-        return labeled_folder(self.dataset_name, PlansManager(self.plans).get_configuration(self.configuration))
 
     @property
     def folder(self) -> str:
@@ -102,18 +84,11 @@ class Wish:
         return [self.kept_groups if self.groups is None else self.groups, groups_of_dataset(self.dataset_name)]
 
 
-class WarpedFolder(NamedTuple):
-    """Where warps are, as ``PreparedFolder``, and the labeled case that each was made from."""
+@dataclass(frozen=True)
+class WarpedFolder(PreparedFolder):
+    """Where warps are, and the labeled case that each was made from."""
 
-    folder: str
-    places: dict[str, str]
-    contents: dict[str, str]
     moving: dict[str, str]
-
-    @property
-    def cases(self) -> list[str]:
-        """The warps, sorted."""
-        return list(self.places)
 
 
 class WarpManifest(Manifest):
@@ -154,14 +129,13 @@ class WarpManifest(Manifest):
         """The warps that a fold may train with: of its own cases, onto images of nobody who validates or tests."""
         fixed = {entry["fixed"] for entry in self.cases.values()}
         left_out = of_patients(fixed, wish.groupings, [*wish.tests, *wish.validation])
-        prepared = self.prepared()
-        cases = [
-            case
-            for case in prepared.cases
-            if self.cases[case]["moving"] in wish.labeled and self.cases[case]["fixed"] not in left_out
-        ]
-        places, contents = ({case: which[case] for case in cases} for which in prepared[1:])
-        return WarpedFolder(self.folder, places, contents, {case: self.cases[case]["moving"] for case in cases})
+        moving = {
+            case: entry["moving"]
+            for case, entry in sorted(self.cases.items())
+            if entry["moving"] in wish.labeled and entry["fixed"] not in left_out
+        }
+        places, contents = ({case: get(case) for case in moving} for get in (self.place, self.content_of))
+        return WarpedFolder(self.folder, places, contents, moving)
 
 
 def prepare_warps(wish: Wish, num_processes: int, reading: bool = False) -> WarpedFolder:
@@ -261,9 +235,8 @@ class _State:
         about = manifest.about
         kept = {**known, **about["labeled"]}
         moving = {entry["moving"] for entry in manifest.cases.values()}
-        remedy = f"Run nnUNetv2_preprocess -d {wish.dataset_name} -c {wish.configuration}."
         self.stamps = {
-            case: stamps_of(wish.labeled_folder, case, kept.get(case, ()), remedy, needed=case in wish.labeled)
+            case: stamps_of(wish, case, kept.get(case, ()), needed=case in wish.labeled)
             for case in sorted(moving | set(wish.labeled))
         }
         other = (
@@ -320,8 +293,7 @@ def _complete(state: _State, num_processes: int) -> None:
 
     ending = wish.dataset_json["file_ending"]
     targets = find_targets(wish.dataset_name, ending, wish.unlabeled, wish.groupings)
-    how = (wish.plans, wish.configuration, about["channels"])
-    each = each or _affordable(wish, how, targets, num_processes)
+    each = each or _affordable(wish, about["channels"], targets, num_processes)
     there = [(entry["moving"], entry["fixed"]) for entry in [*manifest.cases.values(), *state.dropped.values()]]
     given, of_dataset = wish.groupings
     pairs = choose(list(todo), targets, round(SPARE * each), {**of_dataset, **given}, there)
@@ -337,10 +309,11 @@ def _complete(state: _State, num_processes: int) -> None:
                 about["dropped"][outcome.case] = {**outcome.entry, "why": outcome.problem}
             return outcome.problem
 
+        task = Preparation(wish.dataset_name, wish.plans, wish.configuration, wish.dataset_json)
         manifest.make(
             warp_case,
             [
-                (*how, moving, wish.labeled_folder, fixed, wish.unlabeled.places[fixed], state.made_from(moving, fixed))
+                (task, about["channels"], moving, fixed, wish.unlabeled.places[fixed], state.made_from(moving, fixed))
                 for moving, fixed in pairs
             ],
             [_name(*pair) for pair in pairs],
@@ -358,7 +331,7 @@ def _complete(state: _State, num_processes: int) -> None:
     print(f"nnunet_ssl: {len(manifest.cases)} pairs are kept{told}.", flush=True)
 
 
-def _affordable(wish: Wish, how: tuple[dict, str, list[int]], targets: list[str], num_processes: int) -> int:
+def _affordable(wish: Wish, channels: list[int], targets: list[str], num_processes: int) -> int:
     """How many warps of each labeled case fit into ``BUDGET``, by the time that one takes here."""
     if not targets:
         return 1
@@ -366,7 +339,7 @@ def _affordable(wish: Wish, how: tuple[dict, str, list[int]], targets: list[str]
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         place = os.path.join(folder, "trial")
-        warp_case(*how, moving, wish.labeled_folder, fixed, wish.unlabeled.places[fixed], "", place)
+        warp_case(wish, channels, moving, fixed, wish.unlabeled.places[fixed], "", place)
     seconds = time.monotonic() - start
     of_one = SPARE * len(wish.labeled) * seconds / 60 / num_processes  # minutes, of a warp of each case
     each = max(1, min(MOST_EACH, len(targets), int(BUDGET / of_one)))

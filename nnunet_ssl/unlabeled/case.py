@@ -4,60 +4,36 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.names import file_ending
+from nnunet_ssl.names import file_ending, path_component
 from nnunet_ssl.unlabeled.check import BadImageError, CheckingPlans
-from nnunet_ssl.unlabeled.find import channel_names
+from nnunet_ssl.unlabeled.find import channel_names, required_folder
 from nnunet_ssl.unlabeled.stamps import image_stamps
 from nnunet_ssl.unlabeled.store import Outcome, disk_failure
 
 
-def preprocessing_of(plans_manager: PlansManager, configuration: str, dataset_json: dict) -> dict:
-    """What in the plans and ``dataset.json`` determines a prepared image. Patch size, batch size and network do not.
-
-    Returns:
-        By name, in plain JSON types.
-    """
-    plans = plans_manager.plans
-    of_configuration = plans_manager.get_configuration(configuration).configuration
-    decisive = {
-        **{
-            key: of_configuration.get(key)
-            for key in (
-                "data_identifier",
-                "preprocessor_name",
-                "spacing",
-                "normalization_schemes",
-                "use_mask_for_norm",
-                "resampling_fn_data",
-                "resampling_fn_data_kwargs",
-                "resampling_fn_seg",
-                "resampling_fn_seg_kwargs",
-            )
-        },
-        "transpose_forward": plans_manager.transpose_forward,
-        "foreground_intensity_properties": plans_manager.foreground_intensity_properties_per_channel,
-        "image_reader_writer": plans["image_reader_writer"],
-        "channel_names": channel_names(dataset_json),
-        "file_ending": dataset_json["file_ending"],
-    }
-    return json.loads(json.dumps(decisive))
-
-
-@dataclass
+@dataclass(frozen=True)
 class Preparation:
-    """How to prepare, in what a spawned worker can be sent."""
+    """What the images of a dataset are prepared by, in what a spawned worker can be sent.
 
+    Attributes:
+        dataset_name, plans, configuration, dataset_json: as nnU-Net has them.
+
+    Raises:
+        UserError: there is no such configuration, or ``dataset.json`` names no file ending.
+    """
+
+    dataset_name: str
     plans: dict
     configuration: str
     dataset_json: dict
-    preprocessing: dict = field(init=False)
 
     def __post_init__(self) -> None:
         plans_manager = PlansManager(self.plans)
@@ -67,11 +43,56 @@ class Preparation:
                 f"the plans {plans_manager.plans_name} have no configuration {self.configuration}, but "
                 f"{', '.join(plans_manager.available_configurations)}."
             )
-        self.preprocessing = preprocessing_of(plans_manager, self.configuration, self.dataset_json)
 
-    @property
-    def configuration_manager(self) -> ConfigurationManager:
-        return PlansManager(self.plans).get_configuration(self.configuration)
+    @cached_property
+    def preprocessing(self) -> dict:
+        """What in the plans and ``dataset.json`` determines a prepared image, by name, in plain JSON types.
+
+        Patch size, batch size and network do not.
+        """
+        plans_manager = PlansManager(self.plans)
+        of_configuration = plans_manager.get_configuration(self.configuration).configuration
+        decisive = {
+            **{
+                key: of_configuration.get(key)
+                for key in (
+                    "data_identifier",
+                    "preprocessor_name",
+                    "spacing",
+                    "normalization_schemes",
+                    "use_mask_for_norm",
+                    "resampling_fn_data",
+                    "resampling_fn_data_kwargs",
+                    "resampling_fn_seg",
+                    "resampling_fn_seg_kwargs",
+                )
+            },
+            "transpose_forward": plans_manager.transpose_forward,
+            "foreground_intensity_properties": plans_manager.foreground_intensity_properties_per_channel,
+            "image_reader_writer": self.plans["image_reader_writer"],
+            "channel_names": channel_names(self.dataset_json),
+            "file_ending": self.dataset_json["file_ending"],
+        }
+        return json.loads(json.dumps(decisive))
+
+    @cached_property
+    def labeled_folder(self) -> str:
+        """Of the prepared labeled cases; raises as the function of that name."""
+        return labeled_folder(self.dataset_name, PlansManager(self.plans).get_configuration(self.configuration))
+
+
+def labeled_folder(dataset_name: str, configuration_manager: ConfigurationManager) -> str:
+    """nnU-Net's folder of a configuration's prepared labeled cases.
+
+    Raises:
+        UserError: the names in the plans lead out of the dataset's folder.
+    """
+    source = f"the plans of {dataset_name}"
+    return os.path.join(
+        required_folder("nnUNet_preprocessed"),
+        path_component(dataset_name, "dataset_name", source),
+        path_component(configuration_manager.data_identifier, "data_identifier", source),
+    )
 
 
 def prepare_case(task: Preparation, case: str, files: list[str], folder: str) -> Outcome:

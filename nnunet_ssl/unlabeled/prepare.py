@@ -20,10 +20,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from nnunetv2.paths import nnUNet_raw
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.names import a_few, path_component
+from nnunet_ssl.names import a_few
 from nnunet_ssl.unlabeled import store
 from nnunet_ssl.unlabeled.case import Preparation, prepare_case
 from nnunet_ssl.unlabeled.find import (
@@ -33,7 +33,6 @@ from nnunet_ssl.unlabeled.find import (
     is_labeled,
     refuse_labeled_images,
     refuse_labeled_names,
-    required_folder,
 )
 from nnunet_ssl.unlabeled.stamps import Stamps, image_stamps, same_images
 from nnunet_ssl.unlabeled.store import Manifest, PreparedFolder, cannot_write
@@ -68,11 +67,11 @@ def prepare_unlabeled(
     Raises:
         UserError: an image, the plans or the disk stands in the way. What was finished is kept.
     """
-    task = Preparation(plans_manager.plans, configuration, dataset_json)
-    folder = prepared_folder(dataset_name, task.configuration_manager)
-    wanted = _wanted(dataset_name, dataset_json, labeled_cases, folder, task)
+    task = Preparation(dataset_name, plans_manager.plans, configuration, dataset_json)
+    folder = f"{task.labeled_folder}_unlabeled"
+    wanted = _wanted(task, labeled_cases, folder)
     if wanted is None:
-        prepared = _take_as_it_is(folder, task, dataset_name, labeled_cases, reading)
+        prepared = _take_as_it_is(task, labeled_cases, folder, reading)
         raw = os.path.join(nnUNet_raw.get() or "nnUNet_raw", dataset_name, UNLABELED_FOLDER)
         print(f"nnunet_ssl: {raw} is not there; {folder} is complete and used as it is.", flush=True)
         return prepared
@@ -128,14 +127,14 @@ def wait_until_prepared(
         UserError: not prepared in time.
         SystemExit: the images cannot be prepared; the rank that prepares them says why.
     """
-    task = Preparation(plans_manager.plans, configuration, dataset_json)
-    folder = prepared_folder(dataset_name, task.configuration_manager)
+    task = Preparation(dataset_name, plans_manager.plans, configuration, dataset_json)
+    folder = f"{task.labeled_folder}_unlabeled"
     # once, as the rank that prepares: an image that comes while it does is not waited for
-    wanted = functools.cache(lambda: _wanted(dataset_name, dataset_json, labeled_cases, folder, task))
+    wanted = functools.cache(lambda: _wanted(task, labeled_cases, folder))
 
     def look() -> PreparedFolder | None:
         if (now := wanted()) is None:
-            return _take_as_it_is(folder, task, dataset_name, labeled_cases, reading=True)
+            return _take_as_it_is(task, labeled_cases, folder, reading=True)
         manifest = UnlabeledManifest.read(folder)
         return manifest.prepared() if not now.difference(manifest) and manifest.keep() else None
 
@@ -147,29 +146,10 @@ def wait_until_prepared(
     )
 
 
-def labeled_folder(dataset_name: str, configuration_manager: ConfigurationManager) -> str:
-    """nnU-Net's folder of a configuration's prepared labeled cases.
-
-    Raises:
-        UserError: the names in the plans lead out of the dataset's folder.
-    """
-    source = f"the plans of {dataset_name}"
-    return os.path.join(
-        required_folder("nnUNet_preprocessed"),
-        path_component(dataset_name, "dataset_name", source),
-        path_component(configuration_manager.data_identifier, "data_identifier", source),
-    )
-
-
-def prepared_folder(dataset_name: str, configuration_manager: ConfigurationManager) -> str:
-    """The folder of a configuration's prepared unlabeled images; raises as ``labeled_folder``."""
-    return f"{labeled_folder(dataset_name, configuration_manager)}_unlabeled"
-
-
 class UnlabeledManifest(Manifest):
     """The finished unlabeled images; an entry has "raw", stamps of a case's raw files.
 
-    Of all cases it says "preprocessing", what determined them (see ``preprocessing_of``), and "labeled", stamps of the
+    Of all cases it says "preprocessing", what determined them (see ``Preparation``), and "labeled", stamps of the
     labeled images that an unlabeled one could be a copy of.
     """
 
@@ -198,7 +178,7 @@ class _Wanted:
 
     Attributes:
         images, labeled: case -> channel files, of the unlabeled and of the labeled images.
-        preprocessing: see ``preprocessing_of``.
+        preprocessing: see ``Preparation``.
         stamps: of those images that were prepared at some time. Of the others it takes reading them.
         labeled_stamps: of the labeled images that have the sizes of an unlabeled one, and so could be the same.
     """
@@ -268,31 +248,27 @@ class _Wanted:
 GONE = f"no longer in {UNLABELED_FOLDER}"
 
 
-def _wanted(
-    dataset_name: str, dataset_json: dict, labeled_cases: Collection[str], folder: str, task: Preparation
-) -> _Wanted | None:
+def _wanted(task: Preparation, labeled_cases: Collection[str], folder: str) -> _Wanted | None:
     """The images to prepare, or None where they are not on this machine and the prepared folder has to do."""
-    raw = os.path.join(nnUNet_raw.get() or os.devnull, dataset_name)
+    raw = os.path.join(nnUNet_raw.get() or os.devnull, task.dataset_name)
     if not os.path.isdir(raw):
         return None
     if not os.path.isdir(os.path.join(raw, UNLABELED_FOLDER)) and UnlabeledManifest.read(folder).is_complete(
         task.preprocessing
     ):
         return None
-    images, labeled = find_unlabeled(raw, dataset_json), find_labeled(raw, dataset_json)
+    images, labeled = find_unlabeled(raw, task.dataset_json), find_labeled(raw, task.dataset_json)
     refuse_labeled_names(images, labeled_cases)
     refuse_labeled_images(images, labeled)
     return _Wanted(images, labeled, task.preprocessing)
 
 
-def _take_as_it_is(
-    folder: str, task: Preparation, dataset_name: str, labeled_cases: Collection[str], reading: bool
-) -> PreparedFolder:
+def _take_as_it_is(task: Preparation, labeled_cases: Collection[str], folder: str, reading: bool) -> PreparedFolder:
     while True:
         manifest = UnlabeledManifest.read(folder)
         if not manifest.is_complete(task.preprocessing):
             raise UserError(
-                f"the raw dataset {dataset_name} is not in nnUNet_raw={nnUNet_raw.get()}, and {folder} does "
+                f"the raw dataset {task.dataset_name} is not in nnUNet_raw={nnUNet_raw.get()}, and {folder} does "
                 "not hold its unlabeled images prepared with these plans. Provide one of them."
             )
         refuse_labeled_names({case: [manifest.place(case)] for case in sorted(manifest.cases)}, labeled_cases)

@@ -41,7 +41,8 @@ POLL_EVERY = 2.0  # seconds between two looks of a waiting rank
 T = TypeVar("T")
 
 
-class PreparedFolder(NamedTuple):
+@dataclass(frozen=True)
+class PreparedFolder:
     """Where prepared cases are, and what they were made from.
 
     Attributes:

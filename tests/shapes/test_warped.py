@@ -36,6 +36,7 @@ from nnunet_ssl.shapes.warped import (
     wait_until_warped,
 )
 from nnunet_ssl.unlabeled import store
+from nnunet_ssl.unlabeled.case import Preparation
 
 ROOT = Path(__file__).resolve().parents[2]
 PAIR = [("tr_00", 1), ("tr_01", 1)]
@@ -107,8 +108,8 @@ def test_a_warp_is_a_case_as_nnunet_prepares_it(tiny_copy, kind):
         assert len(where) == min(wanted.sum(), max(10000, len(where)))
         assert all(wanted[tuple(voxel)] for voxel in where), classes
     # image and label are warped by the same transform, which registration gives again
-    there = prepared_volume(dataset.plans, dataset.configuration, wish(dataset).unlabeled.places[fixed], fixed, False)
-    here = prepared_volume(dataset.plans, dataset.configuration, folder, "tr_00", True)
+    there = prepared_volume(wish(dataset), wish(dataset).unlabeled.places[fixed], fixed, False)
+    here = prepared_volume(wish(dataset), folder, "tr_00", True)
     transform, grid = register(there, here).transform, there.channels[0]
     assert np.array_equal(seg[0], array(warp_labels(here.labels, grid, transform)))
     assert np.array_equal(data, np.stack([array(warp(channel, grid, transform)) for channel in here.channels]))
@@ -117,7 +118,8 @@ def test_a_warp_is_a_case_as_nnunet_prepares_it(tiny_copy, kind):
 def test_a_2d_configuration_has_its_spacing_between_slices(tiny_copy):
     dataset = tiny_copy("2d")
     folder = str(warped_in(dataset)).removesuffix("_warped")
-    moving = prepared_volume(dataset.plans, "2d", folder, "tr_00", True)
+    task = Preparation(dataset.name, dataset.plans, "2d", dataset.dataset_json)
+    moving = prepared_volume(task, folder, "tr_00", True)
     *_, properties = load(folder, "tr_00")
     between = properties["spacing"][dataset.plans["transpose_forward"][0]]
     assert moving.channels[0].GetSpacing()[::-1] == pytest.approx(
@@ -297,7 +299,8 @@ def test_structures_are_classes_and_not_what_is_ignored(keys, structures):
 def test_where_some_is_ignored_only_classes_are_structures(tiny):
     dataset = tiny("ignore")
     folder = str(dataset.preprocessed / f"{dataset.plans_name}_3d_fullres")
-    moving = prepared_volume(dataset.plans, "3d_fullres", folder, "tr_00", True)
+    task = Preparation(dataset.name, dataset.plans, "3d_fullres", dataset.dataset_json)
+    moving = prepared_volume(task, folder, "tr_00", True)
     labels = PlansManager(dataset.plans).get_label_manager(dataset.dataset_json)
     assert moving.structures == tuple(labels.foreground_labels)
     assert labels.ignore_label not in moving.structures
