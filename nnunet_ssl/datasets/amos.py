@@ -29,7 +29,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from nnunet_ssl.datasets.cases import Files, make_cases
+from nnunet_ssl.datasets.cases import Files
 from nnunet_ssl.datasets.editing import add_window, windowed
 from nnunet_ssl.datasets.lists import Lists, add_labeled, add_lists
 from nnunet_ssl.datasets.recipe import Recipe
@@ -91,8 +91,8 @@ def make(args: argparse.Namespace) -> None:
     parts = lists.parts(args.labeled, args.labeled_list, is_ct if args.ct_only else lambda case: True)
 
     images, labels = Files(args.data, "images*/amos_{}.nii.gz"), Files(args.data, "labels*/amos_{}.nii.gz")
-    cases = make_cases(parts, images, labels, problems, prefix="amos_")
     number = list(parts.values()).count("labeled")
     recipe = replace(RECIPE, channel="CT") if args.ct_only else RECIPE
     only = None if args.clip_mri else frozenset(f"amos_{case}" for case in parts if is_ct(case))
-    prepare(cases, problems, windowed(recipe, args, WINDOW, only), f"AMOS{'CT' * args.ct_only}Labeled{number}", args)
+    recipe, name = windowed(recipe, args, WINDOW, only), f"AMOS{'CT' * args.ct_only}Labeled{number}"
+    prepare(parts, images, labels, recipe, name, args, prefix="amos_", problems=problems)

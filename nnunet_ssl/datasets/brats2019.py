@@ -29,7 +29,7 @@ from dataclasses import replace
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_ssl.datasets.cases import Case, Files, make_cases
+from nnunet_ssl.datasets.cases import Case, Files
 from nnunet_ssl.datasets.editing import clip
 from nnunet_ssl.datasets.lists import Lists, add_labeled, add_lists
 from nnunet_ssl.datasets.recipe import Recipe
@@ -72,7 +72,5 @@ def make(args: argparse.Namespace) -> None:
     if not images.found:
         images = labels = Files(args.data, "{}.h5")
         recipe = RECIPE
-    problems: list[str] = []
     parts = lists.parts(args.labeled, args.labeled_list)
-    cases = make_cases(parts, images, labels, problems)
-    prepare(cases, problems, recipe, f"BraTS2019Labeled{list(parts.values()).count('labeled')}", args)
+    prepare(parts, images, labels, recipe, f"BraTS2019Labeled{list(parts.values()).count('labeled')}", args)

@@ -59,24 +59,14 @@ class Files:
         return files[0] if len(files) == 1 else None
 
 
-def make_cases(
-    parts: dict[str, Part], images: Files, labels: Files, problems: list[str], prefix: str = "", open_all: bool = False
-) -> list[Case]:
-    """The cases with their files; missing and doubled files are added to ``problems``.
+def choose_h5(published: Files, h5: Files) -> bool:
+    """Whether a dataset comes as the h5 files that the literature passes around, rather than as its owners publish it.
 
-    Args:
-        parts: what ``Lists.parts`` gave.
-        images: the images' files.
-        labels: the labels' files.
-        problems: is added to.
-        prefix: before a case's name in nnU-Net's files.
-        open_all: whether labels of unlabeled cases are opened.
+    Raises:
+        UserError: both are there, or neither.
     """
-    cases = []
-    for case, part in parts.items():
-        image = images.one(case, problems)
-        wanted = part != "unlabeled" or open_all
-        label = labels.one(case, problems) if wanted else None
-        if image and (label or not wanted):
-            cases.append(Case(f"{prefix}{case}", part, image, label))
-    return cases
+    if bool(published.found) == bool(h5.found):
+        names = " and ".join(files.template.replace("{}", "<case>") for files in (published, h5))
+        many = "both" if h5.found else "neither"
+        raise UserError(f"{h5.root} holds {many} {names}; one of them is needed.")
+    return bool(h5.found)

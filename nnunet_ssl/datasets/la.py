@@ -33,7 +33,7 @@ from dataclasses import replace
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_ssl.datasets.cases import Case, Files, make_cases
+from nnunet_ssl.datasets.cases import Case, Files, choose_h5
 from nnunet_ssl.datasets.editing import crop_in_plane
 from nnunet_ssl.datasets.lists import Lists, add_labeled, add_lists
 from nnunet_ssl.datasets.protocol_json import FILE, add_order, from_protocol
@@ -108,10 +108,7 @@ def make(args: argparse.Namespace) -> None:
 
     images, labels = Files(args.data, "{}/lgemri.nrrd"), Files(args.data, "{}/laendo.nrrd")
     h5 = Files(args.data, "{}/mri_norm2.h5")
-    if bool(images.found) == bool(h5.found):
-        many = "both" if h5.found else "neither"
-        raise UserError(f"{args.data} holds {many} <case>/lgemri.nrrd and <case>/mri_norm2.h5; one of them is needed.")
-    if h5.found:
+    if choose_h5(images, h5):
         images = labels = h5
 
     test = sorted(set(images.found) - set(TRAIN))
@@ -123,8 +120,7 @@ def make(args: argparse.Namespace) -> None:
             f"on the other 20 of 100: give the folder of the challenge's 100 training cases, or --test-list."
         )
     lists = Lists(TRAIN, test, ordered=len(TRAIN) - 1).with_files(args)
-    problems: list[str] = []
     parts = lists.parts(args.labeled, args.labeled_list)
-    cases = make_cases(parts, images, labels, problems, prefix="la_", open_all=args.crop_to_label)
     recipe = replace(RECIPE, edit=crop) if args.crop_to_label else RECIPE
-    prepare(cases, problems, recipe, f"LALabeled{sum(case.part == 'labeled' for case in cases)}", args)
+    name = f"LALabeled{list(parts.values()).count('labeled')}"
+    prepare(parts, images, labels, recipe, name, args, prefix="la_", open_all=args.crop_to_label)

@@ -37,7 +37,7 @@ from functools import partial
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_ssl.datasets.cases import Case, Files, make_cases
+from nnunet_ssl.datasets.cases import Case, Files, choose_h5
 from nnunet_ssl.datasets.editing import clip, crop_in_plane
 from nnunet_ssl.datasets.lists import Lists, add_labeled, add_lists
 from nnunet_ssl.datasets.recipe import Recipe, align_by_header, align_by_voxels
@@ -115,21 +115,16 @@ def make(args: argparse.Namespace) -> None:
     """Check the data, then write the dataset and its one fold."""
     images, labels = Files(args.data, "PANCREAS_{}/**/*.dcm", folders=True), Files(args.data, "label{}.nii.gz")
     h5 = Files(args.data, "image{}_norm.h5")
-    if bool(images.found) == bool(h5.found):
-        many = "both" if h5.found else "neither"
-        raise UserError(
-            f"{args.data} holds {many} PANCREAS_<number>/**/*.dcm and image<number>_norm.h5; one is needed."
-        )
-    if h5.found and (args.resample or args.crop_to_label):
+    is_h5 = choose_h5(images, h5)
+    if is_h5 and (args.resample or args.crop_to_label):
         raise UserError("the h5 files are resampled and cut already: leave out --resample and --crop-to-label.")
 
     left_out = set(args.leave_out)
     parts = LISTS.with_files(args).parts(args.labeled, args.labeled_list, lambda case: case not in left_out)
-    if h5.found:
+    if is_h5:
         images, labels, recipe = h5, h5, H5_RECIPE
     else:
         to_1mm = args.resample or args.crop_to_label
         recipe = replace(RECIPE, edit=partial(edit, to_1mm=to_1mm, crop=args.crop_to_label))
-    problems: list[str] = []
-    cases = make_cases(parts, images, labels, problems, prefix="pancreas_", open_all=args.crop_to_label)
-    prepare(cases, problems, recipe, f"PancreasCTLabeled{list(parts.values()).count('labeled')}", args)
+    name = f"PancreasCTLabeled{list(parts.values()).count('labeled')}"
+    prepare(parts, images, labels, recipe, name, args, prefix="pancreas_", open_all=args.crop_to_label)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunet_ssl.datasets.cases import Files, make_cases
+from nnunet_ssl.datasets.cases import Files
 from nnunet_ssl.datasets.lists import Lists, twice
 from nnunet_ssl.datasets.recipe import Recipe
 from nnunet_ssl.datasets.writing import prepare
@@ -61,11 +61,10 @@ def from_protocol(args: argparse.Namespace, title: str, recipe: Recipe, patients
     parts = Lists(train, test, ordered=len(train) - 1).parts(args.labeled)
     if cases_of:
         parts = {case: part for patient, part in parts.items() for case in cases_of[patient]}
-    problems: list[str] = []
-    cases = make_cases(parts, images, labels, problems)
     seed = f"Seed{args.seed}" if several else ""
     name = f"{title}AllLabels" if args.labeled == "all" else f"{title}{seed}Labeled{args.labeled}"
-    prepare(cases, problems, recipe, name, args, {case: patient for patient in cases_of for case in cases_of[patient]})
+    groups = {case: patient for patient in cases_of for case in cases_of[patient]}
+    prepare(parts, images, labels, recipe, name, args, groups=groups)
 
 
 def draw_lists(cases: Iterable[str], seed: int, folder: Path) -> tuple[list[str], list[str]]:

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import argparse
 
-from nnunet_ssl.datasets.cases import Files, make_cases
+from nnunet_ssl.datasets.cases import Files
 from nnunet_ssl.datasets.editing import add_window, windowed
 from nnunet_ssl.datasets.lists import Lists, add_labeled, add_lists
 from nnunet_ssl.datasets.recipe import Recipe
@@ -86,8 +86,5 @@ def make(args: argparse.Namespace) -> None:
     """Check the data, then write the dataset and its one fold."""
     images, labels = Files(args.data, "img{}.nii.gz"), Files(args.data, "label{}.nii.gz")
     parts = SPLITS[args.split].with_files(args).parts(args.labeled, args.labeled_list)
-    problems: list[str] = []
-    cases = make_cases(parts, images, labels, problems, prefix="synapse_")
-    number = list(parts.values()).count("labeled")
-    name = f"Synapse{NAMES[args.split]}Labeled{number}"
-    prepare(cases, problems, windowed(RECIPE, args, WINDOWS[args.split]), name, args)
+    name = f"Synapse{NAMES[args.split]}Labeled{list(parts.values()).count('labeled')}"
+    prepare(parts, images, labels, windowed(RECIPE, args, WINDOWS[args.split]), name, args, prefix="synapse_")

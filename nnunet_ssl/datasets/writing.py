@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import errno
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import nibabel
 import SimpleITK as sitk
 
-from nnunet_ssl.datasets.cases import Case
+from nnunet_ssl.datasets.cases import Case, Files, Part
 from nnunet_ssl.datasets.reading import load
 from nnunet_ssl.datasets.recipe import Recipe, align_by_header, align_by_voxels, nothing
 from nnunet_ssl.errors import UserError
@@ -25,21 +26,29 @@ FOLDERS = {"labeled": "Tr", "validation": "Tr", "unlabeled": "Un", "test": "Ts"}
 
 
 def prepare(
-    cases: list[Case],
-    problems: list[str],
+    parts: dict[str, Part],
+    images: Files,
+    labels: Files,
     recipe: Recipe,
     name: str,
     args: argparse.Namespace,
+    *,
+    prefix: str = "",
+    open_all: bool = False,
+    problems: Sequence[str] = (),
     groups: dict[str, str] | None = None,
 ) -> None:
-    """Check all cases, then write the dataset and its one fold.
+    """Find and check the files of all cases, then write the dataset and its one fold.
 
     Args:
-        cases: all cases, the labeled ones in their order.
-        problems: what was found out before any file was read, such as missing files.
+        parts: what ``Lists.parts`` gave: all cases, the labeled ones in their order.
+        images, labels: their files.
         recipe: what the dataset is.
         name: the dataset's name without its number.
         args: what the command has parsed.
+        prefix: before a case's name in nnU-Net's files.
+        open_all: whether labels of unlabeled cases are opened.
+        problems: what was found out before.
         groups: case -> patient, where patients have several cases; goes into ``groups.json``.
 
     Raises:
@@ -55,8 +64,15 @@ def prepare(
     refuse_existing(args.target_id, dataset, "-d")
     if args.trust_voxels and recipe.align is align_by_header:
         recipe = replace(recipe, align=align_by_voxels)
+    cases, problems = [], list(problems)
+    for case, part in parts.items():
+        image = images.one(case, problems)
+        wanted = part != "unlabeled" or open_all
+        label = labels.one(case, problems) if wanted else None
+        if image and (label or not wanted):
+            cases.append(Case(f"{prefix}{case}", part, image, label))
     found = all_outcomes(_check, [(case, recipe) for case in cases], args.processes, "Checking")
-    problems = [*problems, *sorted(problem for of_case in found for problem in of_case)]
+    problems += sorted(problem for of_case in found for problem in of_case)
     if problems:
         raise UserError("nothing was written:\n" + "\n".join(problems))
 
