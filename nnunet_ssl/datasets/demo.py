@@ -12,7 +12,6 @@ import argparse
 from pathlib import Path
 
 from nnunet_ssl.demo.dataset import LABELED, TEST, UNLABELED, write_dataset
-from nnunet_ssl.files import writing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +30,5 @@ def make(args: argparse.Namespace) -> None:
 
     raw, name = Path(required_folder("nnUNet_raw")), f"Dataset{args.target_id:03d}_SSLDemoAllLabels"
     refuse_existing(args.target_id, option="-d")
-    with writing("Make room, or let nnUNet_raw name another folder."):
-        write_dataset(raw, seed=0, labeled=LABELED + UNLABELED + TEST, unlabeled=0, test=0, name=name)
+    write_dataset(raw, seed=0, labeled=LABELED + UNLABELED + TEST, unlabeled=0, test=0, name=name)
     print(f"{raw / name}: {LABELED + UNLABELED + TEST} labeled cases")

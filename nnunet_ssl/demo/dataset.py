@@ -6,14 +6,15 @@ tissue next to them, contrast and shape change from case to case, and a smooth f
 
 from __future__ import annotations
 
-import json
-import shutil
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 from scipy.ndimage import gaussian_filter
+
+from nnunet_ssl.files import write_json
 
 ORGANS = {"background": 0, "liver": 1, "spleen": 2, "kidney": 3, "nodule": 4, "vessel": 5}
 SHAPE = (32, 40, 36)  # z y x
@@ -141,29 +142,31 @@ def write_dataset(
 
     Returns:
         The dataset's folder.
+
+    Raises:
+        UserError: it cannot be written.
     """
-    target = raw / name
-    partial = raw / f".{name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    number = 0
-    for suffix, count in (("Tr", labeled), ("Un", unlabeled), ("Ts", test)):
-        (partial / f"images{suffix}").mkdir(parents=True)
-        if suffix != "Un":
-            (partial / f"labels{suffix}").mkdir()
-        for _ in range(count):
-            image, labels = make_case(np.random.default_rng([seed, number]), shape)
-            case = f"case_{number:03d}"
-            number += 1
-            sitk.WriteImage(sitk.GetImageFromArray(image), str(partial / f"images{suffix}" / f"{case}_0000.nii.gz"))
+    from nnunet_ssl.unlabeled.raw_dataset import new_dataset  # heavy
+
+    raw.mkdir(parents=True, exist_ok=True)
+    numbers = itertools.count()
+    with new_dataset(str(raw), name, copy=True) as building:
+        for suffix, count in (("Tr", labeled), ("Un", unlabeled), ("Ts", test)):
+            images, truths = Path(building, f"images{suffix}"), Path(building, f"labels{suffix}")
+            images.mkdir()
             if suffix != "Un":
-                sitk.WriteImage(sitk.GetImageFromArray(labels), str(partial / f"labels{suffix}" / f"{case}.nii.gz"))
-    dataset_json = {
-        "channel_names": {"0": "MRI"},
-        "labels": ORGANS,
-        "numTraining": labeled,
-        "file_ending": ".nii.gz",
-        "description": "Made up by nnUNetv2_ssl_demo",
-    }
-    (partial / "dataset.json").write_text(json.dumps(dataset_json, indent=2))
-    partial.rename(target)
-    return target
+                truths.mkdir()
+            for number in itertools.islice(numbers, count):
+                image, labels = make_case(np.random.default_rng([seed, number]), shape)
+                sitk.WriteImage(sitk.GetImageFromArray(image), str(images / f"case_{number:03d}_0000.nii.gz"))
+                if suffix != "Un":
+                    sitk.WriteImage(sitk.GetImageFromArray(labels), str(truths / f"case_{number:03d}.nii.gz"))
+        dataset_json = {
+            "channel_names": {"0": "MRI"},
+            "labels": ORGANS,
+            "numTraining": labeled,
+            "file_ending": ".nii.gz",
+            "description": "Made up by nnUNetv2_ssl_demo",
+        }
+        write_json(Path(building, "dataset.json"), dataset_json)
+    return raw / name

@@ -229,7 +229,6 @@ def draw_figure(raw: Path, predictions: dict[str, Path], file: Path) -> None:
         predictions: folder of predicted test cases by trainer.
         file: the picture to write.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import ListedColormap
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
@@ -238,7 +237,6 @@ def draw_figure(raw: Path, predictions: dict[str, Path], file: Path) -> None:
     cases = sorted(path.name for path in (raw / "labelsTs").glob("*.nii.gz"))[:FIGURE_CASES]
     folders = {"image": None, "truth": raw / "labelsTs", **predictions}
     figure = Figure(figsize=(2.7 * len(folders), 2.9 * len(cases) + 0.4))
-    FigureCanvasAgg(figure)
     axes = figure.subplots(len(cases), len(folders), squeeze=False)
     for title, panel in zip(folders, axes[0], strict=True):
         panel.set_title(title.removeprefix("nnUNetTrainer"), fontsize=10)

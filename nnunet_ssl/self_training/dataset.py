@@ -183,23 +183,18 @@ def draw_scores(
         at_least: the threshold; None where a fraction was kept, which the last of them bounds.
         by: what the scores are.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     kept = set(kept)
     threshold = min(scores[case] for case in kept) if at_least is None else at_least
-    groups = {
-        f"kept ({len(kept)})": [scores[case] for case in kept],
-        f"not kept ({len(scores) - len(kept)})": [scores[case] for case in scores if case not in kept],
-    }
+    groups = [scores[case] for case in kept], [scores[case] for case in scores if case not in kept]
+    labels = [f"kept ({len(groups[0])})", f"not kept ({len(groups[1])})"]
     figure = Figure(figsize=(6, 3.5))
-    FigureCanvasAgg(figure)
     axis = figure.subplots()
     bins = np.linspace(min([*scores.values(), threshold, 0.99]), 1, 31).tolist()
-    axis.hist(list(groups.values()), bins, stacked=True, label=list(groups), color=["#30638e", "#d1495b"])
+    axis.hist(groups, bins, stacked=True, label=labels, color=["#30638e", "#d1495b"])
     axis.axvline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.3g}")
-    axis.set_xlabel(f"{by} of a case")
-    axis.set_ylabel("cases")
+    axis.set(xlabel=f"{by} of a case", ylabel="cases")
     axis.legend()
     figure.tight_layout()
     figure.savefig(file, dpi=120)

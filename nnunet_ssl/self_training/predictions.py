@@ -17,6 +17,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from pydantic import TypeAdapter
 from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
@@ -43,22 +44,12 @@ def stored_confidences(folder: str) -> Stored | None:
     file = os.path.join(folder, CONFIDENCES)
     try:
         content = read_json(file, "", keys={"teacher": dict, "images": dict, "cases": dict})
-        if content["format"] != FORMAT:
-            return None
-        images = kept_stamps(content["images"], file)
-        cases = {
-            case: Measured(
-                {name: int(number) for name, number in entry["voxels"].items()},
-                *(
-                    {name: None if value is None else float(value) for name, value in entry.get(which, {}).items()}
-                    for which in ("probability", "dice")
-                ),
-            )
-            for case, entry in content["cases"].items()
-        }
+        if content["format"] == FORMAT:
+            cases = TypeAdapter(dict[str, Measured]).validate_python(content["cases"])
+            return Stored(content["teacher"], kept_stamps(content["images"], file), cases)
     except (UserError, LookupError, TypeError, ValueError, AttributeError):
-        return None
-    return Stored(content["teacher"], images, cases)
+        pass
+    return None
 
 
 class Predictions:
