@@ -11,6 +11,7 @@ list names. Labeled cases are taken from its front, validation cases from its en
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -227,8 +228,6 @@ def _read_cases(file: str, option: str, cases: list[str], source: str) -> list[s
 
 
 def _refuse_shared(lists: dict[str, list[str]]) -> None:
-    options = sorted(lists)
-    for i, one in enumerate(options):
-        for other in options[i + 1 :]:
-            if shared := sorted(set(lists[one]) & set(lists[other])):
-                raise UserError(f"{one} and {other} both name {shared[0]}. A case can be one thing only: remove one.")
+    for one, other in itertools.combinations(sorted(lists), 2):
+        if shared := sorted(set(lists[one]) & set(lists[other])):
+            raise UserError(f"{one} and {other} both name {shared[0]}. A case can be one thing only: remove one.")

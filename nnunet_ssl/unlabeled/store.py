@@ -18,6 +18,7 @@ import secrets
 import shutil
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
@@ -37,6 +38,13 @@ MANIFEST, LOCK, READERS = "manifest.json", ".lock", ".readers"
 PART = re.compile("part_[0-9a-f]{8}")
 SAVE_EVERY = 2.0  # seconds between two writes of the manifest
 POLL_EVERY = 2.0  # seconds between two looks of a waiting rank
+
+NOT_LISTED = {  # by whether a training reads them; None where nobody can tell
+    False: "removed {}.",
+    True: "{} stay until no training reads them.",
+    None: "{} stay, since without locks nobody can tell whether a training reads them. To have the room, delete the "
+    "folder when no training reads it: all is prepared again then.",
+}
 
 T = TypeVar("T")
 
@@ -241,29 +249,16 @@ class Manifest(ABC):
         Args:
             say: what the cases are called in what is printed of it; None prints nothing.
         """
-        removed = read = untold = 0
+        number: Counter[bool | None] = Counter()
         for part, cases in self.unlisted().items():
             shared = is_shared(os.path.join(self.folder, part, READERS))
+            number[shared] += len(cases)
             if shared is False:
                 _clear(os.path.join(self.folder, part), cases)
-                removed += len(cases)
-            elif shared:
-                read += len(cases)
-            else:
-                untold += len(cases)
-        if say is None:
-            return
-        what = f"{say} in {self.folder} that are no longer current"
-        if removed:
-            print(f"nnunet_ssl: removed {removed} {what}.", flush=True)
-        if read:
-            print(f"nnunet_ssl: {read} {what} stay until no training reads them.", flush=True)
-        if untold:
-            print(
-                f"nnunet_ssl: {untold} {what} stay, because without locks nobody can tell whether a training reads "
-                "them. To free the space, delete the folder while no training reads it; all are then prepared again.",
-                flush=True,
-            )
+        for shared, told in NOT_LISTED.items():
+            if say is not None and number[shared]:
+                what = f"{number[shared]} {say} in {self.folder} that are no longer current"
+                print(f"nnunet_ssl: {told.format(what)}", flush=True)
 
 
 def wait_for(look: Callable[[], T | None], timeout: float, late: str) -> T:
