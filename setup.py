@@ -88,7 +88,7 @@ setup(
     packages=find_packages(include=["nnunet_ssl", "nnunet_ssl.*"]),
     package_data={
         "nnunet_ssl": ["py.typed"],
-        "nnunet_ssl.figures": ["captions/*.md"],
+        "nnunet_ssl.figures": ["captions/*.md", "paper.mplstyle"],
         "nnunet_ssl.benchmark": ["Snakefile", "protocols/*.json", "protocols/*.txt"],
     },
     python_requires=">=3.10",

@@ -22,30 +22,13 @@ CHARACTER = 0.062  # inches, about the widest that a letter is on average
 WIDTHS = {1: 3.5, 2: 7.16}  # inches, of IEEE's columns
 # Okabe and Ito's colours, which the colour-blind tell apart; black is left to outlines and text
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-STYLE = {
-    "font.family": "sans-serif",
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "legend.fontsize": 7,
-    "legend.frameon": False,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "lines.linewidth": 1.2,
-    "grid.linewidth": 0.4,
-    "pdf.fonttype": 42,  # text stays text, in fonts that publishers accept
-    "image.interpolation": "nearest",
-    "savefig.dpi": DPI,
-}
+HERE = Path(__file__).parent
 
 
 @contextmanager
 def paper_style() -> Iterator[None]:
     """Matplotlib's settings while a figure is drawn; the process's own, which nnU-Net changes, come back after."""
-    with style.context(["default", STYLE]):
+    with style.context(["default", HERE / "paper.mplstyle"]):
         yield
 
 
@@ -136,7 +119,7 @@ def class_colors(num: int) -> list[str]:
 
 def caption(name: str, /, **told: object) -> str:
     """The Markdown of ``captions/<name>.md``, with what is told where it has braces."""
-    text = (Path(__file__).parent / "captions" / f"{name}.md").read_text(encoding="utf-8")
+    text = (HERE / "captions" / f"{name}.md").read_text(encoding="utf-8")
     return text.format(**told)
 
 
