@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.metrics import Options, case_metrics
 from nnunet_ssl.figures.options import FigureOptions
 from nnunet_ssl.figures.planes import OpenCase
@@ -42,16 +41,13 @@ class Measured:
     dice: np.ndarray  # [classes, runs, slices]; NaN where truth and prediction are empty
 
 
-def measure_slices(case: Case, runs: Sequence[TrainedRun], options: FigureOptions) -> Measured | str:
+def measure_slices(case: Case, runs: Sequence[TrainedRun], options: FigureOptions) -> Measured:
     """Dice of each class, run and slice of a case, as ``nnunet_ssl.evaluation`` measures it.
 
-    Returns:
-        What was measured, or what is wrong with a file: raising would end the other processes.
+    Raises:
+        UserError: a file cannot be read, or lies on another grid than the truth.
     """
-    try:
-        opened = OpenCase(case, runs, options)
-    except UserError as error:
-        return str(error).removeprefix("nnunet_ssl: ")
+    opened = OpenCase(case, runs, options)
     found = [
         [
             case_metrics(truth, guess, options.names, (1, 1), Options(metrics=("dice",)), options.ignore_label)
@@ -65,16 +61,9 @@ def measure_slices(case: Case, runs: Sequence[TrainedRun], options: FigureOption
 
 
 def measure_all_slices(runs: Sequence[TrainedRun], cases: Sequence[Case], options: FigureOptions) -> list[Measured]:
-    """``measure_slices`` of every case by predicted runs; cases by name.
-
-    Raises:
-        UserError: a file cannot be read, or lies on another grid than the truth.
-    """
+    """``measure_slices`` of every case by predicted runs; cases by name."""
     jobs = [(case, runs, options) for case in cases]
     measured = all_outcomes(measure_slices, jobs, options.num_processes, "Looking for slices")
-    for outcome in measured:
-        if isinstance(outcome, str):
-            raise UserError(outcome)
     return sorted(measured, key=lambda m: m.case.name)
 
 
