@@ -182,7 +182,8 @@ def warp_labels(labels: sitk.Image, grid: sitk.Image, transform: sitk.Transform,
 
 def region_around(moving: Volume) -> sitk.Image:
     """Where registration is judged: the structures and what is near them; everywhere without any. uint8."""
-    labels = _labels_of(moving)
+    labels = moving.labels
+    assert labels is not None  # a moving volume has them
     values = np.isin(sitk.GetArrayViewFromImage(labels), moving.structures)
     if not values.any():
         return _like(np.ones(values.shape, np.uint8), labels)
@@ -285,11 +286,6 @@ def folding(grid: sitk.Image, transform: sitk.Transform) -> float:
         transform, sitk.sitkVectorFloat64, grid.GetSize(), grid.GetOrigin(), grid.GetSpacing(), grid.GetDirection()
     )
     return float((sitk.GetArrayFromImage(sitk.DisplacementFieldJacobianDeterminant(field)) <= 0).mean())
-
-
-def _labels_of(moving: Volume) -> sitk.Image:
-    assert moving.labels is not None  # a moving volume has them
-    return moving.labels
 
 
 def _like(values: np.ndarray, image: sitk.Image) -> sitk.Image:

@@ -131,7 +131,10 @@ def prepare_votes(electorate: Electorate, images: PreparedFolder, num_processes:
             except OSError as error:
                 raise UserError(cannot_write(folder, error.strerror or str(error))) from error
         if manifest.keep():
-            _refuse_few(manifest)
+            atlases = [one for entry in manifest.cases.values() for one in entry["atlases"].values()]
+            bad = Counter(one["why"] for one in atlases if "why" in one)
+            remedy = "so an atlas teaches nothing here. Use --teachers network."
+            refuse_few(folder, len(atlases) - bad.total(), bad, remedy)
             return manifest
 
 
@@ -233,13 +236,6 @@ def _most_alike(electorate: Electorate, images: Mapping[str, str]) -> dict[str, 
         return [labeled[i] for i in np.argsort(distance, kind="stable")[:ATLASES]]
 
     return {case: nearest(case) for case in images}
-
-
-def _refuse_few(manifest: VoteManifest) -> None:
-    atlases = [one for entry in manifest.cases.values() for one in entry["atlases"].values()]
-    bad = Counter(one["why"] for one in atlases if "why" in one)
-    remedy = "so an atlas teaches nothing here. Use --teachers network."
-    refuse_few(manifest.folder, len(atlases) - bad.total(), bad, remedy)
 
 
 def _stamps(electorate: Electorate, known: Mapping[str, list]) -> dict[str, list[list[str | Stamp]]]:
