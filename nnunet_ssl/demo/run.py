@@ -45,25 +45,13 @@ class Demo:
     device: str
     seed: int
 
+    @writing("Make room, or take another -o.")
     def run(self) -> dict[str, Any]:
         """Do all of it; returns what is written to ``results.json``.
 
         Raises:
             UserError: the folder holds something else, or a command failed.
         """
-        with writing("Make room, or choose another -o."):
-            return self._run()
-
-    def dry_run(self) -> None:
-        """Print the commands that are still to be run, and do nothing.
-
-        Raises:
-            UserError: the folder holds something else.
-        """
-        self._refuse_other()
-        self._do_steps(dry_run=True)
-
-    def _run(self) -> dict[str, Any]:
         start = time.time()
         self._refuse_other()
         self._make_folders()
@@ -81,6 +69,15 @@ class Demo:
         print(f"\nDice on {len(list((self._raw / 'labelsTs').iterdir()))} test cases, seed {self.seed}.")
         print(f"Figure: {figure}\nResults: {results_file}\n{(time.time() - start) / 60:.1f} minutes.", flush=True)
         return results
+
+    def dry_run(self) -> None:
+        """Print the commands that are still to be run, and do nothing.
+
+        Raises:
+            UserError: the folder holds something else.
+        """
+        self._refuse_other()
+        self._do_steps(dry_run=True)
 
     def _refuse_other(self) -> None:
         """Refuse a folder that holds something else.

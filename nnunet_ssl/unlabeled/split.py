@@ -31,7 +31,7 @@ from nnunet_ssl.unlabeled.find import (
 )
 from nnunet_ssl.unlabeled.raw_dataset import Split, absent, new_dataset, refuse_existing, write_dataset
 
-RECORD = "ssl_split.json"
+RECORD = "ssl_split.json"  # how the dataset came about, and who is what
 
 
 def split_dataset(
@@ -88,7 +88,8 @@ def split_dataset(
 
     with new_dataset(raw, target, copy, preprocessed) as building:
         write_dataset(building, target, source_folder, dataset_json, {**images, **unlabeled}, split, copy)
-        write_record(building, source, target, split, seed)
+        record = {"name": target, "source": source, "seed": seed, **split._asdict()}
+        write_json(os.path.join(building, RECORD), record)
     return target, split
 
 
@@ -139,12 +140,6 @@ def choose(cases: list[str], labeled: str, validation: str | None, test: str | N
         sorted(case for case in cases if case not in taken),
         sorted(test_cases),
     )
-
-
-def write_record(folder: str, source: str, target: str, split: Split, seed: int) -> None:
-    """Write ``ssl_split.json``: how the dataset came about, and who is what."""
-    record = {"name": target, "source": source, "seed": seed, **split._asdict()}
-    write_json(os.path.join(folder, RECORD), record)
 
 
 def _refuse_lost(source_folder: str, images: dict[str, list[str]]) -> None:
