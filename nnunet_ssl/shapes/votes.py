@@ -151,8 +151,7 @@ def _complete(
     )
     problems = manifest.make(
         vote_case,
-        [(electorate, atlases[case], case, images.places[case], made_from[case]) for case in cases],
-        cases,
+        {case: (electorate, atlases[case], case, images.places[case], made_from[case]) for case in cases},
         processes,
         "Voting on unlabeled images",
         "Vote on fewer at a time (-np 1); finished votes are kept.",

@@ -310,13 +310,13 @@ def _complete(state: _State, num_processes: int) -> None:
             return outcome.problem
 
         task = Preparation(wish.dataset_name, wish.plans, wish.configuration, wish.dataset_json)
+        jobs = {}
+        for moving, fixed in pairs:
+            place, made_from = wish.unlabeled.places[fixed], state.made_from(moving, fixed)
+            jobs[_name(moving, fixed)] = (task, about["channels"], moving, fixed, place, made_from)
         manifest.make(
             warp_case,
-            [
-                (task, about["channels"], moving, fixed, wish.unlabeled.places[fixed], state.made_from(moving, fixed))
-                for moving, fixed in pairs
-            ],
-            [_name(*pair) for pair in pairs],
+            jobs,
             num_processes,
             "Warping labeled images",
             "Warp with fewer at a time (nnUNetv2_ssl_warp -np 1); finished warps are kept.",

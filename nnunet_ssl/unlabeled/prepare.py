@@ -311,8 +311,7 @@ def _complete(
         return manifest
     problems = manifest.make(
         prepare_case,
-        [(task, case, wanted.images[case]) for case in todo],
-        todo,
+        {case: (task, case, wanted.images[case]) for case in todo},
         num_processes,
         "Preparing unlabeled images",
         "Prepare fewer at a time (nnUNetv2_ssl_preprocess -np 1); finished images are kept.",

@@ -19,7 +19,7 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -171,8 +171,7 @@ class Manifest(ABC):
     def make(
         self,
         function: Callable[..., Outcome],
-        jobs: Sequence[tuple[Any, ...]],
-        cases: Sequence[str],
+        jobs: Mapping[str, tuple[Any, ...]],
         num_processes: int,
         title: str,
         lack_of_memory: str,
@@ -182,8 +181,7 @@ class Manifest(ABC):
 
         Args:
             function: makes one case into the folder ``<part>/<case>``, which it is given last.
-            jobs: its other arguments, one tuple a case.
-            cases: their names.
+            jobs: case -> its other arguments.
             num_processes: cases made at a time, where there is enough to do.
             title: of the progress bar.
             lack_of_memory: what to do where a process was killed, a sentence.
@@ -200,12 +198,11 @@ class Manifest(ABC):
         os.mkdir(os.path.join(self.folder, part))
         with open(os.path.join(self.folder, part, READERS), "x", encoding="utf-8"):
             pass
-        places = [os.path.join(self.folder, part, case) for case in cases]
         problems: list[str] = []
         try:
-            all_jobs = [(*job, place) for job, place in zip(jobs, places, strict=True)]
-            with contextlib.closing(outcomes(function, all_jobs, num_processes)) as finished:
-                for outcome in tqdm(finished, title, len(all_jobs)):
+            placed = [(*job, os.path.join(self.folder, part, case)) for case, job in jobs.items()]
+            with contextlib.closing(outcomes(function, placed, num_processes)) as finished:
+                for outcome in tqdm(finished, title, len(placed)):
                     if outcome.fatal:
                         raise UserError(outcome.problem)
                     if problem := keep(outcome):
