@@ -107,7 +107,7 @@ def read_curves(run: TrainedRun) -> dict[str, Curve]:
 def nnunet_log(run: TrainedRun) -> dict[str, list]:
     """What nnU-Net logged an epoch each, from the final checkpoint; from the run's own if there is none."""
     file = _log_file(run)
-    remedy = "Leave out the curves with --which: exported models have no log of nnU-Net's."
+    remedy = "Leave out the curves with --which: exported models have no nnU-Net log."
     log = read_checkpoint(file, remedy, {"logging": dict})["logging"]
     names = ("mean_fg_dice", "ema_fg_dice", "train_losses", "val_losses")
     try:

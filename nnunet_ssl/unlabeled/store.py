@@ -42,8 +42,8 @@ POLL_EVERY = 2.0  # seconds between two looks of a waiting rank
 NOT_LISTED = {  # by whether a training reads them; None where nobody can tell
     False: "removed {}.",
     True: "{} stay until no training reads them.",
-    None: "{} stay, since without locks nobody can tell whether a training reads them. To have the room, delete the "
-    "folder when no training reads it: all is prepared again then.",
+    None: "{} stay, because without locks nobody can tell whether a training reads them. To free the space, "
+    "delete the folder while no training reads it; all are then prepared again.",
 }
 
 T = TypeVar("T")

@@ -159,11 +159,11 @@ def _caption(
     rows.append(["mean", "", "", *(f"{np.mean(means):.3f}" for means in by_space)])
     rule = RULE
     if 0 in classes:
-        rule += " Background: the tokens without any foreground in patches that have such tokens, for one class alone "
-        rule += "would show nothing."
+        rule += " Background: tokens without any foreground, from patches that have such tokens, because one class "
+        rule += "alone would show nothing."
     left_out = ""
     if without := [name for label, name in options.names.items() if label not in classes]:
-        left_out += f"\n\nWithout tokens, and not shown: {', '.join(without)}."
+        left_out += f"\n\nNot shown, because they have no tokens: {', '.join(without)}."
     if found.left_out:
         left_out += f"\n\nNot shown: {found.left_out.name}, {OTHER_PLANS}."
     return caption(
