@@ -19,7 +19,7 @@ TITLES = {
 }
 FILES = {3.5: "hippocampus_shapes_first.json", 9: "hippocampus_shapes_9_minutes.json"}  # by minutes of training
 STEPS = {5360, 4560, 11400, 11160}  # of these minutes, registering taken off; the first file has longer runs too
-SETS = (0, 1, 2)  # labeled sets with which all three were trained for both times
+SETS = range(5)  # labeled sets with which all three were trained for both times
 
 
 def measured() -> dict[tuple[str, float], list[float]]:
