@@ -11,11 +11,12 @@ from typing import Any
 
 from nnunet_ssl.benchmark.protocol import row_key
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import read_json, write_json
+from nnunet_ssl.files import read_json, write_json, writing
 from nnunet_ssl.locks import holding
 
 ADDED_TO = ("seeds", "labeled", "rows", "budgets")  # what a protocol may get more of while its benchmark is under way
 FREE = ("about", "figures", "gap")
+FIRST_STEPS = "the first budget's steps"  # by which budgets go that are the time of a row
 IDS = "datasets.json"
 KEEP = "It records the protocol of this folder: restore it, or choose another -o."
 
@@ -34,18 +35,13 @@ def claimed(home: Path, given: dict[str, Any], device: str) -> Iterator[None]:
     """
     note = home / "protocol.json"
     if home.exists() and not note.is_file() and (not home.is_dir() or set(os.listdir(home)) - {".lock"}):
-        raise UserError(f"{home} exists but is not a benchmark folder; choose another -o.")
+        raise UserError(f"{home} exists and holds no benchmark; take another -o.")
+    busy = f"another nnUNetv2_ssl_benchmark works in {home}; wait for it, or take another -o."
     with ExitStack() as held:
-        try:
-            held.enter_context(
-                holding(home / ".lock", f"another nnUNetv2_ssl_benchmark is using {home}; wait, or choose another -o.")
-            )
-        except OSError as error:
-            raise UserError(
-                f"{error.filename or home} cannot be written ({error.strerror}); choose another -o."
-            ) from None
+        with writing("Take another -o."):
+            held.enter_context(holding(home / ".lock", busy))
         left_out = refuse_other(home, given, device)
-        write_json(str(note), {"device": device, "protocol": {**given, "rows": [*given["rows"], *left_out]}})
+        write_json(note, {"device": device, "protocol": {**given, "rows": [*given["rows"], *left_out]}})
         yield
 
 
@@ -62,46 +58,38 @@ def refuse_other(home: Path, given: dict[str, Any], device: str) -> list[dict[st
         return []
     before = read_json(note, KEEP, keys={"device": str, "protocol": dict})
     try:
-        return _left_out(home, before, given, device)
+        first = before["protocol"]
+        (old, old_rows), (new, new_rows) = _what_stays(first), _what_stays(given)
+        if not any("time_of" in budget for budget in first["budgets"]):
+            new[FIRST_STEPS] = old[FIRST_STEPS]
+        left_out = [row for row in first["rows"] if row_key(row["name"]) not in new_rows]
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{note} holds no protocol that a benchmark wrote ({error!r}). {KEEP}") from error
+    old, new = old | {"-device": before["device"]}, new | {"-device": device}
+    for name in sorted({*old, *new}):
+        _refuse_change(home, name, old.get(name), new.get(name))
+    for key in new_rows.keys() & old_rows:
+        _refuse_change(home, f"row {key}", old_rows[key], new_rows[key])
+    return left_out
 
 
-def _left_out(home: Path, before: dict[str, Any], given: dict[str, Any], device: str) -> list[dict[str, Any]]:
-    old, given = dict(before["protocol"]), dict(given)
-    seconds = [by_row(protocol.setdefault("measure", {}).get("seconds", {})) for protocol in (old, given)]
-    for protocol in (old, given):  # seconds come and go with their rows
-        protocol["measure"] = {k: v for k, v in protocol["measure"].items() if k != "seconds"}
-    if before["device"] != device:
-        raise UserError(f"{home} was started with -device {before['device']}; keep to it, or choose another -o.")
-    for name in sorted(set(old) | set(given)):
-        if name not in (*ADDED_TO, *FREE) and old.get(name) != given.get(name):
-            raise UserError(
-                f"{home} was started with '{name}' {json.dumps(old.get(name))}, the protocol now says "
-                f"{json.dumps(given.get(name))}; undo that, or choose another -o."
-            )
-    first, now = (next((b["steps"] for b in p["budgets"] if "steps" in b), None) for p in (old, given))
-    if first != now and any("time_of" in budget for budget in old["budgets"]):
+def _what_stays(protocol: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a benchmark goes by to its end: fields by name, and rows by key, each with its seconds per step."""
+    measure = dict(protocol.get("measure", {}))
+    seconds = by_row(measure.pop("seconds", {}))
+    fields = {name: value for name, value in protocol.items() if name not in (*ADDED_TO, *FREE)}
+    steps = next((budget["steps"] for budget in protocol["budgets"] if "steps" in budget), None)
+    rows = {row_key(row["name"]): row | {"against": None} for row in protocol["rows"]}
+    rows = {key: row | {"seconds per step": seconds.get(key)} for key, row in rows.items()}
+    return fields | {"measure": measure, FIRST_STEPS: steps}, rows
+
+
+def _refuse_change(home: Path, what: str, old: object, new: object) -> None:
+    if old != new:
         raise UserError(
-            f"{home} was started with {first} as the first budget in steps, on which 'time_of' is based; the protocol "
-            f"now says {now}; undo that, or choose another -o."
+            f"{home} was begun with {what} {json.dumps(old)}, now it is {json.dumps(new)}; undo that, give a row "
+            "another name, or take another -o."
         )
-    for key in {row_key(row["name"]) for row in old["rows"]} & {row_key(row["name"]) for row in given["rows"]}:
-        was, now = (one.get(key) for one in seconds)
-        if was != now:
-            raise UserError(
-                f"{home} was started with {was or 'measured'} seconds per step of {key!r}, the protocol now says "
-                f"{now or 'to measure them'}; undo that, or choose another -o."
-            )
-    rows = {row_key(row["name"]): row for row in old["rows"]}
-    for row in given["rows"]:
-        was = rows.pop(row_key(row["name"]), row)
-        if {k: v for k, v in was.items() if k != "against"} != {k: v for k, v in row.items() if k != "against"}:
-            raise UserError(
-                f"{home} was started with another row {row['name']!r} ({json.dumps(was)}); undo that, give the row "
-                "another name, or choose another -o."
-            )
-    return list(rows.values())
 
 
 def by_row(seconds: dict[str, float]) -> dict[str, float]:
