@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_ssl.benchmark.protocol import Protocol
 from nnunet_ssl.benchmark.runs import Benchmark, Run, epoch_seconds, trainings
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.compare import bootstrap_interval, holm, signed_rank_p
@@ -18,28 +19,32 @@ from nnunet_ssl.evaluation.metrics import METRICS
 from nnunet_ssl.evaluation.summary import nanmean
 from nnunet_ssl.files import read_json
 
+Summaries = dict[tuple[str, int], dict[str, Any]]  # of a table's finished runs, by row and seed
+
 
 def collect(benchmark: Benchmark) -> dict[str, Any]:
     """Everything that the report needs, as it goes into ``results.json``."""
     p = benchmark.protocol
-    runs = {run.folder: _result(benchmark, run) for run in benchmark.queue() if benchmark.is_finished(run)}
-    if not runs:
+    queue, keys = benchmark.queue(), [METRICS[name].key for name in p.metrics]
+    finished = [run for run in queue if benchmark.is_finished(run)]
+    if not finished:
         raise UserError(f"no run in {benchmark.home} is finished yet, so there is nothing to report.")
-    tables = [
-        {
-            "budget": table.budget.key,
-            "labeled": table.labeled,
+    last = {run.folder: read_summary(benchmark.summary(run, p.epochs), keys) for run in finished}
+    runs = {run.folder: _result(benchmark, run, last[run.folder]) for run in finished}
+    groups = groups_of_cases(benchmark)
+    tables = []
+    for table in benchmark.tables():
+        done = {(run.row.name, run.seed): last[run.folder] for run in table.runs if run.folder in last}
+        found = {
             "runs": [runs[run.folder] for run in table.runs if run.folder in runs],
-            "differences": list(_differences(benchmark, table.runs)),
-            "over_draws": over_draws(benchmark, table.runs),
+            "differences": list(_differences(p, done, groups)),
+            "over_draws": over_draws(p, done, groups),
         }
-        for table in benchmark.tables()
-    ]
-    folds = [fold for folder in runs for fold in trainings(folder)]
-    places = {json.dumps(place): place for fold in folds for place in _made_on(fold)}
+        tables.append({"budget": table.budget.key, "labeled": table.labeled, **found})
+    places = {json.dumps(place): place for folder in runs for fold in trainings(folder) for place in _made_on(fold)}
     return {
         "protocol": p.name,
-        "unfinished": [run.title for run in benchmark.queue() if run.folder not in runs],
+        "unfinished": [run.title for run in queue if run.folder not in last],
         "seconds_per_step": benchmark.seconds_per_step(),
         "surroundings": list(places.values()),
         "tables": tables,
@@ -79,28 +84,26 @@ def read_summary(file: Path, keys: Sequence[str]) -> dict[str, Any]:
     return summary
 
 
-def _result(benchmark: Benchmark, run: Run) -> dict[str, Any]:
+def _result(benchmark: Benchmark, run: Run, last: dict[str, Any]) -> dict[str, Any]:
     """One run: its numbers at the end and on the way."""
     p = benchmark.protocol
     leading = METRICS[p.metrics[0]].key
-    keys = [METRICS[name].key for name in p.metrics]
-    last = read_summary(benchmark.summary(run, p.epochs), keys)
-    points = [(epoch, read_summary(benchmark.summary(run, epoch), keys[:1])) for epoch in p.curve_epochs]
+    seconds = sum(sum(epoch_seconds(fold).values()) for fold in trainings(run.folder))
+    points = {epoch: read_summary(benchmark.summary(run, epoch), [leading]) for epoch in p.curve_epochs}
     return {
         "row": run.row.name,
         "trainer": run.row.trainer,
         "labeled": run.labeled,
         "seed": run.seed,
         "steps": run.steps_before + run.iterations * p.epochs,
-        "minutes": sum(sum(epoch_seconds(fold).values()) for fold in trainings(run.folder)) / 60
-        + (run.row.offline or 0),
-        "metrics": {key: _mean(last, key) for key in keys},
+        "minutes": seconds / 60 + (run.row.offline or 0),
+        "metrics": {METRICS[name].key: _mean(last, METRICS[name].key) for name in p.metrics},
         "groups": {name: values[leading] for name, values in last.get("group_mean", {}).items()},
         "classes": {last["class_names"][label]: values[leading] for label, values in last["mean"].items()},
         "options": last["options"],
         "curve": [
             {"steps": run.steps_before + epoch * run.iterations, leading: _mean(summary, leading)}
-            for epoch, summary in points
+            for epoch, summary in points.items()
         ],
     }
 
@@ -129,42 +132,37 @@ def groups_of_cases(benchmark: Benchmark) -> dict[str, str]:
     return {}
 
 
-def units_of(benchmark: Benchmark, summary: dict[str, Any]) -> list[str]:
+def units_of(p: Protocol, summary: dict[str, Any], groups: dict[str, str]) -> list[str]:
     """What counts as one when cases are resampled, for each case by name: its patient, or the case itself."""
-    groups = groups_of_cases(benchmark)
     cases = [os.path.basename(case["reference_file"]).split(".")[0] for case in _by_name(summary)]
     if groups and (without := [case for case in cases if case not in groups]):
-        raise UserError(
-            f"groups.json of {benchmark.protocol.name}'s datasets names no patient of {without[0]}; add it."
-        )
+        raise UserError(f"groups.json of {p.name}'s datasets names no patient of {without[0]}; add it.")
     return [groups.get(case, case) for case in cases]
 
 
-def _differences(benchmark: Benchmark, runs: Sequence[Run]) -> Iterator[dict[str, Any]]:
+def _gains(done: Summaries, row: str, other: str, seeds: Sequence[int], key: str) -> np.ndarray:
+    """``[seeds, cases]``: what a row has of a metric that another has not."""
+    pairs = [[case_values(done[name, seed], key) for name in (row, other)] for seed in seeds]
+    return np.array([case_differences(*pair) for pair in pairs])
+
+
+def _differences(p: Protocol, done: Summaries, groups: dict[str, str]) -> Iterator[dict[str, Any]]:
     """Each row but the first against the one it is compared with, in every metric."""
-    p = benchmark.protocol
-    keys = [METRICS[name].key for name in p.metrics]
-    done = {(run.row.name, run.seed): run for run in runs if benchmark.is_finished(run)}
     for row in p.rows:
         other = p.against(row)
         seeds = [seed for seed in p.seeds if (row.name, seed) in done and (other.name, seed) in done]
         if row is other or not seeds:
             continue
-        pairs = [
-            tuple(read_summary(benchmark.summary(done[name, seed], p.epochs), keys) for name in (row.name, other.name))
-            for seed in seeds
-        ]
-        units = units_of(benchmark, pairs[0][0])
-        for metric in (METRICS[name] for name in p.metrics):
-            by_seed = [case_differences(*(case_values(summary, metric.key) for summary in pair)) for pair in pairs]
-            by_case = np.array([nanmean(values) for values in np.stack(by_seed, axis=1)])
-            by_case = mean_of_units(by_case, units)
+        units = units_of(p, done[row.name, seeds[0]], groups)
+        for key in (METRICS[name].key for name in p.metrics):
+            gains = _gains(done, row.name, other.name, seeds, key)
+            by_case = mean_of_units(np.array([nanmean(of_seeds) for of_seeds in gains.T]), units)
             low, high = bootstrap_interval(by_case)
             yield {
                 "row": row.name,
                 "against": other.name,
-                "metric": metric.key,
-                "seeds": {str(seed): nanmean(values) for seed, values in zip(seeds, by_seed, strict=True)},
+                "metric": key,
+                "seeds": {str(seed): nanmean(values) for seed, values in zip(seeds, gains, strict=True)},
                 "mean": nanmean(by_case),
                 "low": low,
                 "high": high,
@@ -173,54 +171,38 @@ def _differences(benchmark: Benchmark, runs: Sequence[Run]) -> Iterator[dict[str
             }
 
 
-def over_draws(benchmark: Benchmark, runs: Sequence[Run]) -> dict[str, Any] | None:
-    """What the rows gain over labeled sets, in the leading metric; None if there are too few of these.
+def over_draws(p: Protocol, done: Summaries, groups: dict[str, str]) -> dict[str, Any] | None:
+    """What the rows gain over labeled sets, in the leading metric; None where there are not enough of these.
 
     Returns:
         ``draws``, ``units`` (how many), ``of_patients`` and ``rows``: of each row the difference to the one that it is
         compared with, and its share of the protocol's gap (NaN if it has none).
     """
-    p = benchmark.protocol
     key = METRICS[p.metrics[0]].key
-    done = {(run.row.name, run.seed): run for run in runs if benchmark.is_finished(run)}
     # the same labeled sets for all rows that are there at all
-    names = [row.name for row in p.rows if any(name == row.name for name, _ in done)]
+    names = {name for name, _ in done}
     seeds = [seed for seed in p.seeds if all((name, seed) in done for name in names)]
     if not p.data.order_by_seed or len(seeds) < MIN_DRAWS:
         return None
-    summaries = {
-        (name, seed): read_summary(benchmark.summary(done[name, seed], p.epochs), [key])
-        for name in names
-        for seed in seeds
-    }
-    units = units_of(benchmark, summaries[names[0], seeds[0]])
-
-    def gain(name: str, other: str) -> np.ndarray:
-        pairs = [[case_values(summaries[one, seed], key) for one in (name, other)] for seed in seeds]
-        return np.array([case_differences(*pair) for pair in pairs])
-
+    units = units_of(p, next(iter(done.values())), groups)
+    ends = {p.gap.lower, p.gap.upper} if p.gap else set()
     found = []
     for row in p.rows:
         other = p.against(row)
-        if row is other or not {row.name, other.name} <= set(names):
+        if row is other or not {row.name, other.name} <= names:
             continue
-        values = gain(row.name, other.name)
+        values = _gains(done, row.name, other.name, seeds, key)
         share = (float("nan"),) * 3
-        if p.gap and {p.gap.lower, p.gap.upper} <= set(names) and row.name not in (p.gap.lower, p.gap.upper):
-            share = share_of_gap(gain(row.name, p.gap.lower), gain(p.gap.upper, p.gap.lower), units)
-        found.append(
-            {
-                "row": row.name,
-                "against": other.name,
-                **dict(zip(("mean", "low", "high"), mean_over_draws(values, units), strict=True)),
-                **dict(zip(("t_low", "t_high", "p"), t_over_draws(values), strict=True)),
-                **dict(zip(("share", "share_low", "share_high"), share, strict=True)),
-            }
-        )
+        if ends and ends <= names - {row.name}:
+            of_row, of_gap = (_gains(done, name, p.gap.lower, seeds, key) for name in (row.name, p.gap.upper))
+            share = share_of_gap(of_row, of_gap, units)
+        fields = ("mean", "low", "high", "t_low", "t_high", "p", "share", "share_low", "share_high")
+        numbers = (*mean_over_draws(values, units), *t_over_draws(values), *share)
+        found.append({"row": row.name, "against": other.name, **dict(zip(fields, numbers, strict=True))})
     for line, p_holm in zip(found, holm([line["p"] for line in found]), strict=True):
         line["p_holm"] = p_holm
-    of_patients = any(unit in set(groups_of_cases(benchmark).values()) for unit in units)
-    return {"draws": len(seeds), "units": len(set(units)), "of_patients": of_patients, "rows": found} if found else None
+    about = {"draws": len(seeds), "units": len(set(units)), "of_patients": bool(groups)}
+    return about | {"rows": found} if found else None
 
 
 def case_differences(one: np.ndarray, other: np.ndarray) -> np.ndarray:
