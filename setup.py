@@ -99,6 +99,7 @@ setup(
         "batchgeneratorsv2",
         "dynamic-network-architectures",
         "numpy",
+        "pandas",
         "SimpleITK",
         "acvl-utils",
         "scipy>=1.15",  # stats.bootstrap(rng=...)

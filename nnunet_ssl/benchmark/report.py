@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import shutil
-import statistics
 from collections.abc import Iterator, Sequence
+from functools import partial, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from nnunet_ssl.benchmark.numbers import collect
-from nnunet_ssl.benchmark.protocol import Row
+from nnunet_ssl.benchmark.protocol import Protocol, Row
 from nnunet_ssl.benchmark.runs import Benchmark
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.evaluation.compare import interval, p_value, signed
-from nnunet_ssl.evaluation.metrics import METRICS, Metric, Options
+from nnunet_ssl.evaluation.compare import best_in_bold, interval, p_value, signed, with_gain
+from nnunet_ssl.evaluation.metrics import METRICS, Metric
 from nnunet_ssl.evaluation.summary import heading, nanmean, shown, table
 from nnunet_ssl.files import read_text, replacing, write_json, write_text
 
@@ -51,24 +53,22 @@ def write_report(benchmark: Benchmark, page: Path | None = None) -> str:
         UserError: no run is finished, or the page has no marks.
     """
     results = collect(benchmark)
-    name = benchmark.protocol.name
-    draw_curves(benchmark, results, benchmark.home / "curves.png")
-    write_json(str(benchmark.home / "results.json"), results)
-    pictures = [
-        Picture("learning_curves", "Learning curves", benchmark.home / "curves.png"),
-        *figure_pictures(benchmark),
-    ]
-    text = "\n".join([*markdown(benchmark, results), *shown_pictures(pictures, benchmark.home), ""])
-    write_text(str(benchmark.home / "report.md"), f"# {name}\n\n{text}")
+    name, home = benchmark.protocol.name, benchmark.home
+    draw_curves(benchmark, results, home / "curves.png")
+    write_json(home / "results.json", results)
+    pictures = [Picture("learning_curves", "Learning curves", home / "curves.png"), *figure_pictures(benchmark)]
+    lines = list(markdown(benchmark, results))
+    text = "\n".join([*lines, *shown_pictures(pictures, home), ""])
+    write_text(home / "report.md", f"# {name}\n\n{text}")
     if page is not None:
         folder = page.parent / "figures"
         copies = [picture._replace(file=folder / f"{name}_{picture.name}.png") for picture in pictures]
-        content = fill(page, name, [*markdown(benchmark, results), *shown_pictures(copies, page.parent)])
+        content = fill(page, name, [*lines, *shown_pictures(copies, page.parent)])
         folder.mkdir(exist_ok=True)
         for picture, copy in zip(pictures, copies, strict=True):
-            with replacing(str(copy.file)) as temporary:
+            with replacing(copy.file) as temporary:
                 shutil.copyfile(picture.file, temporary)
-        write_text(str(page), content)
+        write_text(page, content)
     return text
 
 
@@ -125,6 +125,7 @@ def shown_pictures(pictures: Sequence[Picture], folder: Path) -> Iterator[str]:
 def markdown(benchmark: Benchmark, results: dict[str, Any]) -> Iterator[str]:
     """The lines of the report, without its title and figure."""
     p = benchmark.protocol
+    leading = METRICS[p.metrics[0]]
     if p.about:
         yield from (p.about, "")
     yield f"{p.configuration}, {p.plans}, {p.epochs} epochs. {EXPLANATION}"
@@ -132,140 +133,97 @@ def markdown(benchmark: Benchmark, results: dict[str, Any]) -> Iterator[str]:
         if not content["runs"]:
             continue
         labeled = content["labeled"] if content["labeled"] == "all" else f"{content['labeled']:g}"
-        yield from ("", f"### {labeled} labeled, {_title(benchmark, content['budget'])}", "")
-        yield from methods_table(benchmark, content["runs"], content["differences"])
-        leading = METRICS[p.metrics[0]]
+        yield from ("", f"### {labeled} labeled, {_title(p, content['budget'])}", "")
+        yield from methods_table(p, content["runs"], content["differences"])
         first = [d for d in content["differences"] if d["metric"] == leading.key]
         others = [d for d in content["differences"] if d["metric"] != leading.key]
         if first:
-            yield from ("", "Differences, row by row:", "", *differences_table(benchmark, first))
+            yield from ("", "Differences, row by row:", "", *differences_table(first))
         if content["over_draws"]:
-            yield from ("", *draws_text(benchmark, content["over_draws"]))
+            yield from ("", *draws_text(p, content["over_draws"]))
         if others:
             yield from ("", "<details><summary>Differences in the other metrics</summary>", "")
-            yield from (*differences_table(benchmark, others), "", "</details>")
+            yield from (*differences_table(others), "", "</details>")
         if len(p.curve) > 1:
-            yield from (
-                "",
-                f"{leading.title} during the training, mean over seeds:",
-                "",
-                *curve_table(benchmark, content["runs"]),
-            )
+            yield from ("", f"{leading.title} on the way, mean over seeds:", "", *curve_table(p, content["runs"]))
     if results["unfinished"]:
         yield from ("", f"Not finished and left out above: {'; '.join(results['unfinished'])}.")
     if results["seconds_per_step"] and any(budget.steps is None for budget in p.budgets):
         names = {row.key: row.name for row in p.rows}
         seconds = ", ".join(f"{names[key]} {value:#.4g}" for key, value in results["seconds_per_step"].items())
-        given = list(p.measure.seconds)
-        which = "" if len(given) == len(p.rows) else f" ({', '.join(given)})"
-        source = f", as given in the protocol{which}" if given else ", measured"
-        yield from ("", f"Seconds per step on which equal time is based{source}: {seconds}.")
+        given = f"given by the protocol for {', '.join(p.measure.seconds)}" if p.measure.seconds else "measured"
+        yield from ("", f"Seconds per step by which equal time was made, {given}: {seconds}.")
     for place in results["surroundings"]:
         threads = ", one thread per run" if place["device"] == "cpu" else ""
         versions = ", ".join(f"{k} {v}" for k, v in place.items() if k not in ("device", "machine"))
         yield from ("", f"Made on {place['machine']} ({place['device']}{threads}) with {versions}.")
 
 
-def _title(benchmark: Benchmark, key: str) -> str:
-    budget = next(budget for budget in benchmark.protocol.budgets if budget.key == key)
+def _title(p: Protocol, key: str) -> str:
+    budget = next(budget for budget in p.budgets if budget.key == key)
     if budget.steps is not None:
         return f"equal steps ({budget.steps:,})"
     if budget.minutes is not None:
         return f"equal time ({budget.minutes:g} minutes of training)"
-    return f"equal time (as long as {budget.time_of} takes for {benchmark.protocol.equal_steps.steps:,} steps)"
+    return f"equal time (as long as {budget.time_of} takes for {p.equal_steps.steps:,} steps)"
 
 
-def _rows(benchmark: Benchmark, runs: Sequence[dict[str, Any]]) -> Iterator[tuple[Row, dict[int, dict[str, Any]]]]:
+def _rows(p: Protocol, runs: Sequence[dict[str, Any]]) -> Iterator[tuple[Row, dict[int, dict[str, Any]]]]:
     """Each row with its runs by seed."""
-    for row in benchmark.protocol.rows:
-        own = {run["seed"]: run for run in runs if run["row"] == row.name}
-        if own:
+    for row in p.rows:
+        if own := {run["seed"]: run for run in runs if run["row"] == row.name}:
             yield row, own
 
 
-def methods_table(
-    benchmark: Benchmark, runs: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]
-) -> list[str]:
-    """One row per method: steps, minutes, each metric, the leading one of groups or few classes, and of every seed.
+def methods_table(p: Protocol, runs: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]) -> list[str]:
+    """A row a method: steps, minutes, each metric, the leading one of groups or few classes, and of every seed.
 
     As in the papers' Table I: brackets show the gain over the method that this one is built on, the best value is
     bold. A row with other labels does not compete.
     """
-    p = benchmark.protocol
-    metrics = [METRICS[name] for name in p.metrics]
-    leading, given = metrics[0], runs[0]["options"]
-    options = Options(tuple(p.metrics), given["spacing"] == "mm", given["tolerance"], given["empty"])
-    seeds = [seed for seed in p.seeds if any(run["seed"] == seed for run in runs)]
+    rows, by_seed = map(list, zip(*_rows(p, runs), strict=True))
+    options, leading = runs[0]["options"], METRICS[p.metrics[0]]
     parts = "groups" if runs[0]["groups"] else "classes"
-    names = list(runs[0][parts]) if 1 < len(runs[0][parts]) <= 6 else []
-    offline = any(row.offline for row in p.rows)
-    first_metric = 4 if offline else 3  # column
-    head = [
-        "Method",
-        "Steps",
-        "Minutes",
-        *(["Of these offline"] if offline else []),
-        *(heading(metric, options) for metric in metrics),
-        *names,
-    ]
-    head += [f"{leading.title}, seed {seed}" for seed in seeds]
-    lines: list[tuple[Row, list[str]]] = []
-    for row, own in _rows(benchmark, runs):
-        first = next(iter(own.values()))
-        title = row.name if row.labeled is None else f"{row.name} ({row.labeled} labeled)"
-        cells = [title, f"{first['steps']:,}", f"{statistics.mean(run['minutes'] for run in own.values()):.1f}"]
-        cells += [f"{row.offline or 0:.1f}"] if offline else []
-        cells += [shown(m, nanmean(run["metrics"][m.key] for run in own.values())) for m in metrics]
-        cells += [shown(leading, nanmean(run[parts][name] for run in own.values())) for name in names]
-        cells += [shown(leading, own[seed]["metrics"][leading.key]) if seed in own else "" for seed in seeds]
-        lines.append((row, cells))
-    _embolden([cells for row, cells in lines if row.labeled is None], metrics, first_metric)
     gains = {(d["row"], d["metric"]): d["mean"] for d in differences}
-    for row, cells in lines:
-        for column, metric in enumerate(metrics, start=first_metric):
-            gain = gains.get((row.name, metric.key), float("nan"))
-            if row.against is not None and not np.isnan(gain):
-                cells[column] += f" ({signed(metric, gain)})"
-    return table([head, *(cells for _, cells in lines)])
+
+    def means(*way: str) -> list[float]:
+        """Of each row, over its seeds, what is found on the way into a run."""
+        return [nanmean(reduce(getitem, way, run) for run in own.values()) for own in by_seed]
+
+    titles = [row.name if row.labeled is None else f"{row.name} ({row.labeled} labeled)" for row in rows]
+    columns = [["Method", *titles], ["Steps", *(f"{steps:,.0f}" for steps in means("steps"))]]
+    columns.append(["Minutes", *(f"{minutes:.1f}" for minutes in means("minutes"))])
+    if any(row.offline for row in rows):
+        columns.append(["Of these offline", *(f"{row.offline or 0:.1f}" for row in rows)])
+    for metric in (METRICS[name] for name in p.metrics):
+        cells = best_in_bold(metric, means("metrics", metric.key), [row.labeled is None for row in rows])
+        gained = [gains.get((row.name, metric.key), math.nan) if row.against else math.nan for row in rows]
+        unit = "mm" if options["spacing"] == "mm" else "voxels"
+        columns.append([heading(metric, unit), *map(partial(with_gain, metric), cells, gained)])
+    if 1 < len(runs[0][parts]) <= 6:
+        columns += [[name, *(shown(leading, mean) for mean in means(parts, name))] for name in runs[0][parts]]
+    for seed in (seed for seed in p.seeds if any(seed in own for own in by_seed)):
+        own_cells = [shown(leading, own[seed]["metrics"][leading.key]) if seed in own else "" for own in by_seed]
+        columns.append([f"{leading.title}, seed {seed}", *own_cells])
+    return table([*zip(*columns, strict=True)])
 
 
-def _embolden(rows: list[list[str]], metrics: Sequence[Metric], start: int) -> None:
-    """Put the best of each metric's column, from ``start`` on, in bold, in place."""
-    for column, metric in enumerate(metrics, start=start):
-        values = [float(row[column]) for row in rows if row[column] != "–"]
-        if values:
-            best = (max if metric.higher_is_better else min)(values)
-            for row in rows:
-                if row[column] != "–" and float(row[column]) == best:
-                    row[column] = f"**{row[column]}**"
-
-
-def differences_table(benchmark: Benchmark, differences: Sequence[dict[str, Any]]) -> list[str]:
-    """One line per row and metric: the difference of each seed, their mean, interval and p."""
-    seeds = [seed for seed in benchmark.protocol.seeds if any(str(seed) in d["seeds"] for d in differences)]
+def differences_table(differences: Sequence[dict[str, Any]]) -> list[str]:
+    """A line a row and metric: the difference of each seed, their mean, interval and p."""
+    seeds = list(dict.fromkeys(seed for d in differences for seed in d["seeds"]))
     rows = [["Method", "Against", "Metric", *(f"Seed {seed}" for seed in seeds), "Mean", "95 % interval", "p"]]
     by_key = {metric.key: metric for metric in METRICS.values()}
     for d in differences:
         metric = by_key[d["metric"]]
-        each = [signed(metric, d["seeds"][str(seed)]) if str(seed) in d["seeds"] else "" for seed in seeds]
-        unit = metric.title if metric.is_distance else f"{metric.title} (%)"
-        rows.append(
-            [
-                d["row"],
-                d["against"],
-                unit,
-                *each,
-                signed(metric, d["mean"]),
-                interval(metric, d["low"], d["high"]),
-                p_value(d["p"]),
-            ]
-        )
+        cells = [d["row"], d["against"], metric.title if metric.is_distance else f"{metric.title} (%)"]
+        cells += [signed(metric, d["seeds"][seed]) if seed in d["seeds"] else "" for seed in seeds]
+        cells += [signed(metric, d["mean"]), interval(metric, d["low"], d["high"]), p_value(d["p"])]
+        rows.append(cells)
     return table(rows)
 
 
-def draws_text(benchmark: Benchmark, content: dict[str, Any]) -> Iterator[str]:
-    """The lines on the gains over labeled sets: an explanation and a table."""
-    p = benchmark.protocol
+def draws_text(p: Protocol, content: dict[str, Any]) -> Iterator[str]:
+    """The lines on what rows gain over labeled sets: what they are, and a table."""
     leading = METRICS[p.metrics[0]]
     units = "patients" if content["of_patients"] else "cases"
     about = f"Over {content['draws']} labeled sets and {content['units']} {units}, {leading.title}:"
@@ -285,11 +243,11 @@ def draws_text(benchmark: Benchmark, content: dict[str, Any]) -> Iterator[str]:
     yield from table(rows)
 
 
-def curve_table(benchmark: Benchmark, runs: Sequence[dict[str, Any]]) -> list[str]:
+def curve_table(p: Protocol, runs: Sequence[dict[str, Any]]) -> list[str]:
     """The leading metric at each point of the curve, mean over seeds."""
-    leading = METRICS[benchmark.protocol.metrics[0]]
-    rows = [["Method", *(f"{100 * share:g} % of the training" for share in benchmark.protocol.curve)]]
-    for row, own in _rows(benchmark, runs):
+    leading = METRICS[p.metrics[0]]
+    rows = [["Method", *(f"{100 * share:g} % of the training" for share in p.curve)]]
+    for row, own in _rows(p, runs):
         curves = [[point[leading.key] for point in run["curve"]] for run in own.values()]
         rows.append([row.name, *(shown(leading, nanmean(values)) for values in zip(*curves, strict=True))])
     return table(rows)
@@ -305,36 +263,32 @@ def draw_curves(benchmark: Benchmark, results: dict[str, Any], file: Path) -> No
     compared with, dashed.
     """
     from matplotlib import style
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     p = benchmark.protocol
     leading = METRICS[p.metrics[0]]
     contents = [content for content in results["tables"] if content["runs"]]
-    seconds = {row.name: results["seconds_per_step"].get(row.key) for row in p.rows}
     with style.context("default"):
         figure = Figure(figsize=(5.2 * len(contents) + 1.8, 4.6), layout="constrained")
-        FigureCanvasAgg(figure)
         panels = figure.subplots(1, len(contents), squeeze=False, sharey=True)[0]
         styles = dict(zip((row.name for row in p.rows), line_styles(p.rows), strict=True))
         drawn = {}
         for panel, content in zip(panels, contents, strict=True):
             in_steps = content["budget"].startswith("steps")
-            rows = list(_rows(benchmark, content["runs"]))
+            rows = list(_rows(p, content["runs"]))
             for row, own in rows:
-                colour, dashes = styles[row.name]
-                curves = [_points(run, leading, in_steps, seconds[row.name], row.offline or 0) for run in own.values()]
-                for x, y in curves if len(rows) <= MAX_WITH_SEEDS else ():
-                    panel.plot(x, y, color=colour, linestyle=dashes, alpha=0.35, linewidth=0.8)
-                x, y = (np.mean(values, axis=0) for values in zip(*curves, strict=True))
-                drawn[row.name] = panel.plot(x, y, color=colour, linestyle=dashes, marker="o", markersize=4)[0]
-            panel.set_title(f"{content['labeled']} labeled, {_title(benchmark, content['budget'])}", fontsize=9)
-            panel.set_xlabel("training steps" if in_steps else "minutes of training, from the seconds per step")
+                look = dict(zip(("color", "linestyle"), styles[row.name], strict=True))
+                seconds = results["seconds_per_step"].get(row.key)
+                curves = [_points(run, leading, in_steps, seconds, row.offline or 0) for run in own.values()]
+                for curve in curves if len(rows) <= MAX_WITH_SEEDS else ():
+                    panel.plot(*curve, alpha=0.35, linewidth=0.8, **look)
+                drawn[row.name] = panel.plot(*np.mean(curves, axis=0), marker="o", markersize=4, **look)[0]
+            panel.set_title(f"{content['labeled']} labeled, {_title(p, content['budget'])}", fontsize=9)
+            panel.set_xlabel("training steps" if in_steps else "minutes of training, by the seconds per step")
             panel.grid(alpha=0.3)
         panels[0].set_ylabel(f"test {leading.title}, mean of the classes")
-        names = [row.name for row in p.rows if row.name in drawn]
-        figure.legend([drawn[name] for name in names], names, fontsize=8, loc="outside right upper")
-        with replacing(str(file)) as temporary:
+        figure.legend(drawn.values(), drawn, fontsize=8, loc="outside right upper")
+        with replacing(file) as temporary:
             figure.savefig(temporary, format="png", dpi=130)
 
 

@@ -70,7 +70,6 @@ def main(argv: list[str] | None = None) -> None:
     from nnunetv2.configuration import default_num_processes
 
     from nnunet_ssl.evaluation.classes import read_dataset
-    from nnunet_ssl.evaluation.compare import write_comparison
     from nnunet_ssl.evaluation.folders import evaluate_folders
     from nnunet_ssl.evaluation.metrics import Options
     from nnunet_ssl.evaluation.summary import Evaluation, summary_markdown, write_summary
@@ -85,8 +84,12 @@ def main(argv: list[str] | None = None) -> None:
         for evaluation in evaluations:
             own = folders[evaluation.method] if args.folder is None else args.folder
             write_summary(evaluation, own if len(names) == 1 else os.path.join(own, evaluation.method))
-        several = len(names) > 1
-        text = write_comparison(evaluations, args.folder, args.seed) if several else summary_markdown(evaluations[0])
+        if len(names) > 1:
+            from nnunet_ssl.evaluation.compare import write_comparison  # pandas takes half a second
+
+            text = write_comparison(evaluations, args.folder, args.seed)
+        else:
+            text = summary_markdown(evaluations[0])
     print(text)
     print(f"Wrote {args.folder or args.pred[0]}")
 

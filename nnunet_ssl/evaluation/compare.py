@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
+import pandas as pd
 from scipy import stats
 
 from nnunet_ssl.evaluation.metrics import METRICS, Metric
@@ -25,39 +24,7 @@ EXPLANATION = (
 )
 
 
-@dataclass(frozen=True)
-class Difference:
-    """One method against the baseline, in one metric and one class, group or mean.
-
-    Attributes:
-        metric, method, baseline, target: by name; ``kind`` of target: class, group or mean.
-        n: cases in which both are defined.
-        baseline_mean, method_mean: over these cases.
-        difference: mean of method - baseline; ``low`` and ``high``: its 95 % interval.
-        p: of the Wilcoxon signed-rank test; ``p_holm``: corrected over the classes, or for a mean or a group over the
-            methods.
-        wins, ties, losses: cases in which the method is better, equal, worse.
-    """
-
-    metric: str
-    method: str
-    baseline: str
-    kind: str
-    target: str
-    n: int
-    baseline_mean: float
-    method_mean: float
-    difference: float
-    low: float
-    high: float
-    p: float
-    p_holm: float
-    wins: int
-    ties: int
-    losses: int
-
-
-def compare(evaluations: Sequence[Evaluation], seed: int = 0) -> list[Difference]:
+def compare(evaluations: Sequence[Evaluation], seed: int = 0) -> pd.DataFrame:
     """Compare every method with the first.
 
     A case's value of the mean (or of a group) is the mean over the classes that are defined for both methods, so that
@@ -68,53 +35,50 @@ def compare(evaluations: Sequence[Evaluation], seed: int = 0) -> list[Difference
         seed: of the bootstrap.
 
     Returns:
-        By metric, method and target: mean, groups, classes.
+        A row for each metric, method and target (mean, groups, classes), with the columns
+
+        - metric, method, baseline, target: by name; ``kind`` of target: class, group or mean;
+        - n: cases in which both are defined;
+        - baseline_mean, method_mean: over these cases;
+        - difference: mean of method - baseline; ``low`` and ``high``: its 95 % interval;
+        - p: of the Wilcoxon signed-rank test; ``p_holm``: corrected over the classes, or for a mean or a group over the
+          methods;
+        - wins, ties, losses: cases in which the method is better, equal, worse.
     """
     baseline, *others = evaluations
     classes, groups = baseline.dataset.classes, baseline.dataset.groups
     targets = [("mean", "Mean", tuple(classes)), *(("group", name, members) for name, members in groups.items())]
     targets += [("class", name, (label,)) for label, name in classes.items()]
     column = {label: i for i, label in enumerate(classes)}
-    differences: list[Difference] = []
+    rows = []
     for metric in baseline.metrics:
-        found = []
         for other in others:
             a, b = baseline.values(metric.key), other.values(metric.key)
             unpaired = np.isnan(a) | np.isnan(b)
             a[unpaired] = b[unpaired] = np.nan
+            names = {"metric": metric.title, "method": other.method, "baseline": baseline.method}
             for kind, target, members in targets:
                 columns = [column[label] for label in members]
                 pair = [np.array([nanmean(row[columns]) for row in values]) for values in (a, b)]
-                found.append(_difference(metric, other.method, baseline.method, kind, target, *pair, seed))
-        differences += _corrected(found)
-    return differences
+                rows.append({**names, "kind": kind, "target": target, **_difference(metric, *pair, seed)})
+    found = pd.DataFrame(rows)
+    # the classes of a method are a family of tests, and so is a mean or a group of all methods
+    family = found["method"].where(found["kind"] == "class", found["target"])
+    found["p_holm"] = found.groupby(["metric", "kind", family])["p"].transform(holm)
+    return found
 
 
-def _corrected(found: Sequence[Difference]) -> list[Difference]:
-    """Differences in one metric, with Holm's p: the classes of a method are a family, and a mean of all methods is."""
-    families: dict[tuple[str, str], list[int]] = {}
-    for i, d in enumerate(found):
-        families.setdefault(("class", d.method) if d.kind == "class" else (d.kind, d.target), []).append(i)
-    p_holm = {}
-    for members in families.values():
-        p_holm |= zip(members, holm([found[i].p for i in members]), strict=True)
-    return [replace(d, p_holm=p_holm[i]) for i, d in enumerate(found)]
-
-
-def _difference(
-    metric: Metric, method: str, baseline: str, kind: str, target: str, a: np.ndarray, b: np.ndarray, seed: int
-) -> Difference:
+def _difference(metric: Metric, a: np.ndarray, b: np.ndarray, seed: int) -> dict[str, float]:
     """Compare values ``[cases]`` of the baseline and of the method, NaN in both where there is no pair."""
     paired = ~np.isnan(a)
     a, b = a[paired], b[paired]
     d = b - a
     d[np.abs(d) <= EQUAL] = 0
-    gain = d if metric.higher_is_better else -d
     low, high = bootstrap_interval(d, seed)
-    return Difference(
-        metric.title, method, baseline, kind, target, len(d), nanmean(a), nanmean(b), nanmean(d), low, high,
-        signed_rank_p(d), math.nan, int((gain > 0).sum()), int((gain == 0).sum()), int((gain < 0).sum()),
-    )  # fmt: skip
+    gain = d if metric.higher_is_better else -d
+    outcomes = {"wins": int((gain > 0).sum()), "ties": int((gain == 0).sum()), "losses": int((gain < 0).sum())}
+    means = {"baseline_mean": nanmean(a), "method_mean": nanmean(b), "difference": nanmean(d)}
+    return {"n": len(d), **means, "low": low, "high": high, "p": signed_rank_p(d), "p_holm": math.nan, **outcomes}
 
 
 def bootstrap_interval(differences: np.ndarray, seed: int = 0) -> tuple[float, float]:
@@ -181,17 +145,11 @@ def write_comparison(evaluations: Sequence[Evaluation], folder: str, seed: int =
     os.makedirs(folder, exist_ok=True)
     differences = compare(evaluations, seed)
     markdown = comparison_markdown(evaluations, differences)
-    names = [field.name for field in fields(Difference)]
-    with (
-        replacing(os.path.join(folder, "comparison.csv")) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8") as stream,
-    ):
-        writer = csv.DictWriter(stream, names)
-        writer.writeheader()
-        writer.writerows(asdict(d) for d in differences)
+    with replacing(os.path.join(folder, "comparison.csv")) as temporary:
+        differences.to_csv(temporary, index=False, na_rep="nan")
     content = {
         "methods": {e.method: {m.title: e.mean(m.key) for m in e.metrics} for e in evaluations},
-        "differences": [asdict(d) for d in differences],
+        "differences": differences.to_dict("records"),
         "definitions": {**definitions(evaluations[0].options), "comparison": EXPLANATION},
         "seed": seed,
     }
@@ -200,7 +158,7 @@ def write_comparison(evaluations: Sequence[Evaluation], folder: str, seed: int =
     return markdown
 
 
-def comparison_markdown(evaluations: Sequence[Evaluation], differences: Sequence[Difference]) -> str:
+def comparison_markdown(evaluations: Sequence[Evaluation], differences: pd.DataFrame) -> str:
     """The papers' table, then the differences with their intervals and tests."""
     baseline = evaluations[0]
     lines = [
@@ -211,11 +169,12 @@ def comparison_markdown(evaluations: Sequence[Evaluation], differences: Sequence
         *methods_table(evaluations),
     ]
     for metric in baseline.metrics:
-        rows = [
-            ["Method", "Class", heading(metric, baseline.options), "95 % interval", "p", "p (Holm)", "Wins", "Ties",
-             "Losses"],
-            *(_row(metric, d) for d in differences if d.metric == metric.title),
-        ]  # fmt: skip
+        title = heading(metric, baseline.options.unit)
+        rows = [["Method", "Class", title, "95 % interval", "p", "p (Holm)", "Wins", "Ties", "Losses"]]
+        for d in differences[differences["metric"] == metric.title].itertuples():
+            cells = [d.method, d.target if d.kind == "class" else f"**{d.target}**", signed(metric, d.difference)]
+            cells += [interval(metric, d.low, d.high), p_value(d.p), p_value(d.p_holm)]
+            rows.append([*cells, *map(str, (d.wins, d.ties, d.losses))])
         lines += ["", f"## {metric.title}: difference to {baseline.method}", "", *table(rows)]
     lines += ["", EXPLANATION, ""]
     lines += [f"- {name}: {text}" for name, text in definitions(baseline.options).items()]
@@ -232,37 +191,30 @@ def methods_table(evaluations: Sequence[Evaluation]) -> list[str]:
     dataset, options = baseline.dataset, baseline.options
     leading = METRICS["dice"] if "dice" in options.metrics else baseline.metrics[0]
     # heading, metric, classes, whether the difference is shown
-    columns = [(f"Mean {heading(m, options)}", m, tuple(dataset.classes), True) for m in baseline.metrics]
-    columns += [(name, leading, classes, True) for name, classes in dataset.groups.items()]
-    columns += [(name, leading, (label,), False) for label, name in dataset.classes.items()]
-    rows = [["Method"], *([e.method] for e in evaluations)]
-    for title, metric, classes, with_difference in columns:
+    wanted = [(f"Mean {heading(m, options.unit)}", m, tuple(dataset.classes), True) for m in baseline.metrics]
+    wanted += [(name, leading, classes, True) for name, classes in dataset.groups.items()]
+    wanted += [(name, leading, (label,), False) for label, name in dataset.classes.items()]
+    columns = [["Method", *(e.method for e in evaluations)]]
+    for title, metric, classes, with_difference in wanted:
         values = [e.mean(metric.key, classes) for e in evaluations]
-        texts = [shown(metric, v) for v in values]
-        defined = [v for v in values if not math.isnan(v)]
-        best = shown(metric, (max if metric.higher_is_better else min)(defined)) if defined else None
-        rows[0].append(title)
-        for i, (row, text) in enumerate(zip(rows[1:], texts, strict=True)):
-            cell = f"**{text}**" if text == best else text
-            gain = values[i] - values[0]
-            if i > 0 and with_difference and not math.isnan(gain):
-                cell += f" ({signed(metric, gain)})"
-            row.append(cell)
-    return table(rows)
+        first, *others = best_in_bold(metric, values)
+        if with_difference:
+            others = [with_gain(metric, *cell) for cell in zip(others, np.subtract(values[1:], values[0]), strict=True)]
+        columns.append([title, first, *others])
+    return table([*zip(*columns, strict=True)])
 
 
-def _row(metric: Metric, d: Difference) -> list[str]:
-    target = d.target if d.kind == "class" else f"**{d.target}**"
-    counts = map(str, (d.wins, d.ties, d.losses))
-    return [
-        d.method,
-        target,
-        signed(metric, d.difference),
-        interval(metric, d.low, d.high),
-        p_value(d.p),
-        p_value(d.p_holm),
-        *counts,
-    ]
+def best_in_bold(metric: Metric, values: Sequence[float], competes: Sequence[bool] | None = None) -> list[str]:
+    """A column of values as they are printed, the best in bold, of those that compete (all, with None)."""
+    texts = [shown(metric, value) for value in values]
+    rivals = [i for i, value in enumerate(values) if not math.isnan(value) and (competes is None or competes[i])]
+    best = (max if metric.higher_is_better else min)((values[i] for i in rivals), default=math.nan)
+    return [f"**{t}**" if i in rivals and t == shown(metric, best) else t for i, t in enumerate(texts)]
+
+
+def with_gain(metric: Metric, cell: str, gain: float) -> str:
+    """A cell with what it has more than another in brackets, where that is known."""
+    return cell if math.isnan(gain) else f"{cell} ({signed(metric, gain)})"
 
 
 def signed(metric: Metric, value: float) -> str:

@@ -149,7 +149,7 @@ def _write_csv(evaluation: Evaluation, file: str) -> None:
 def summary_markdown(evaluation: Evaluation) -> str:
     """A table with a row a class, group and mean, and what its numbers are."""
     metrics, dataset, options = evaluation.metrics, evaluation.dataset, evaluation.options
-    rows = [["Class", *(heading(metric, options) for metric in metrics), "Missed", "Made up", "Absent"]]
+    rows = [["Class", *(heading(metric, options.unit) for metric in metrics), "Missed", "Made up", "Absent"]]
     for label, name in dataset.classes.items():
         column = list(dataset.classes).index(label)
         cells = [_mean_and_std(metric, evaluation.values(metric.key)[:, column]) for metric in metrics]
@@ -180,9 +180,9 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in [escaped[0], rule, *escaped[1:]]]
 
 
-def heading(metric: Metric, options: Options) -> str:
-    """Of a metric's column, with unit and direction."""
-    return f"{metric.title} ({options.unit if metric.is_distance else '%'}) {'↑' if metric.higher_is_better else '↓'}"
+def heading(metric: Metric, unit: str) -> str:
+    """Of a metric's column, with the unit of distances and the direction."""
+    return f"{metric.title} ({unit if metric.is_distance else '%'}) {'↑' if metric.higher_is_better else '↓'}"
 
 
 def shown(metric: Metric, value: float) -> str:
