@@ -66,7 +66,7 @@ def of_this_python(words: Sequence[str], device: str) -> list[str]:
     if name == "python":
         return [sys.executable, *rest]
     if name.startswith("nnUNetv2_ssl_"):
-        return [sys.executable, "-m", f"nnunet_ssl.commands.{name.removeprefix('nnUNetv2_ssl_')}", *rest]
+        return [sys.executable, "-m", "nnunet_ssl.commands", name.removeprefix("nnUNetv2_ssl_"), *rest]
     if device == "cpu" and name in TAKE_EVERY_CORE:
         # -P: the current directory is no place to import from, as it is not for an installed command
         isolated = ["-P"] if sys.version_info >= (3, 11) else []

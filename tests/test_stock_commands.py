@@ -20,7 +20,7 @@ from nnunet_ssl.stock_commands import end, of_this_python, running
 def test_every_command_is_this_environments():
     assert of_this_python(["python", "a.py"], "cuda") == [sys.executable, "a.py"]
     assert of_this_python(["nnUNetv2_ssl_split", "-d", "4"], "cpu") == [
-        sys.executable, "-m", "nnunet_ssl.commands.split", "-d", "4",
+        sys.executable, "-m", "nnunet_ssl.commands", "split", "-d", "4",
     ]  # fmt: skip
     program, *rest = of_this_python(["nnUNetv2_train", "4"], "cuda")
     assert Path(program).parent == Path(sys.executable).parent

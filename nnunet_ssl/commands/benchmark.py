@@ -181,7 +181,3 @@ def report(benchmark: Benchmark, page: Path | None) -> None:
 def _end(number: int, frame: FrameType | None) -> None:
     """What ``kill`` does: the same as Ctrl-C, so that no command is left running."""
     raise SystemExit(128 + number)
-
-
-if __name__ == "__main__":
-    main()

@@ -41,7 +41,3 @@ def main(argv: list[str] | None = None) -> None:
     if args.name is None:
         raise UserError(f"name a dataset, one of {', '.join(modules)}.")
     modules[args.name].make(args)
-
-
-if __name__ == "__main__":
-    main()

@@ -36,7 +36,3 @@ def main(argv: list[str] | None = None) -> None:
         demo.dry_run()
     else:
         demo.run()
-
-
-if __name__ == "__main__":
-    main()

@@ -114,7 +114,3 @@ def method_names(predictions: Sequence[str], names: Sequence[str] | None) -> lis
         twice = next(name for name in names if list(names).count(name) > 1)
         raise UserError(f"two methods are named {twice}. Tell them apart with --names.")
     return list(names)
-
-
-if __name__ == "__main__":
-    main()

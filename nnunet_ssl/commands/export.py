@@ -56,7 +56,3 @@ def main(argv: list[str] | None = None) -> None:
         with writing("Make room for it: the folder is complete."):
             archive = shutil.make_archive(zip_base, "zip", root_dir=args.folder)
         print(f"Wrote {archive}\n  nnUNetv2_install_pretrained_model_from_zip {archive}")
-
-
-if __name__ == "__main__":
-    main()

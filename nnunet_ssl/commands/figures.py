@@ -176,7 +176,3 @@ def _remove_old(out: Path, figure: str) -> None:
     for kind in ("png", "pdf", "md"):
         for file in out.glob("cases_[0-9]*." + kind if figure == "cases" else f"{figure}.{kind}"):
             file.unlink()
-
-
-if __name__ == "__main__":
-    main()

@@ -58,7 +58,3 @@ def main(argv: list[str] | None = None) -> None:
                 dataset, plans_manager, configuration, dataset_json, labeled, args.processes or default_num_processes
             )
             print(f"{configuration}: {len(prepared.cases)} unlabeled images are ready in {prepared.folder}")
-
-
-if __name__ == "__main__":
-    main()

@@ -92,7 +92,3 @@ def main(argv: list[str] | None = None) -> None:
     if args.at_least is None and args.keep is None:
         args.at_least = MIN_AGREEMENT if args.by == "agreement" else MIN_CONFIDENCE
     self_train(Settings(**{name: value for name, value in vars(args).items() if name in Settings._fields}))
-
-
-if __name__ == "__main__":
-    main()

@@ -40,7 +40,3 @@ def main(argv: list[str] | None = None) -> None:
         print("No unlabeled case is left: only trainers that need none, such as nnUNetTrainerLabeledOnly, work.")
     print(f"Train fold 0, for instance:\n  nnUNetv2_plan_and_preprocess -d {args.target_id} -c 3d_fullres\n"
           f"  nnUNetv2_train {args.target_id} 3d_fullres 0 -tr nnUNetTrainerSHTA_CPS")  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

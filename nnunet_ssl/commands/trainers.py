@@ -149,7 +149,3 @@ def main(argv: list[str] | None = None) -> None:
         wrong += finding.level == "WRONG"
     if wrong:
         raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    main()

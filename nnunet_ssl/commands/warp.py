@@ -84,7 +84,3 @@ def main(argv: list[str] | None = None) -> None:
     warps = prepare_warps(wish, processes)
     picture = draw_warps(wish)
     print(f"{args.configuration}: {len(warps.cases)} warps are ready in {warps.folder}; look at {picture}")
-
-
-if __name__ == "__main__":
-    main()

@@ -51,7 +51,7 @@ def test_jobs_of_slurm(fresh_folders, tmp_path):
     (tmp_path / "test.txt").write_text("case_005\ncase_006\n")
     protocol, home = tmp_path / "protocol.json", tmp_path / "out"
     protocol.write_text(json.dumps(PROTOCOL))
-    words = [sys.executable, "-m", "nnunet_ssl.commands.benchmark", protocol, "-device", "cpu", "-o", home]
+    words = [sys.executable, "-m", "nnunet_ssl.commands", "benchmark", protocol, "-device", "cpu", "-o", home]
     words += ["-np", 1, "--jobs", 2, "--executor", "slurm", "--latency-wait", 10]
     words += ["--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", 5]  # no accounting
     log = tmp_path / "log.txt"

@@ -24,7 +24,7 @@ def commands(tmp_path, write_protocol, monkeypatch):
 
     def run(given, *options):
         words = [write_protocol(given), "--dry-run", "-device", "cpu", "-np", 2, "-o", tmp_path / "home", *options]
-        command = [sys.executable, "-m", "nnunet_ssl.commands.benchmark", *map(str, words)]
+        command = [sys.executable, "-m", "nnunet_ssl.commands", "benchmark", *map(str, words)]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         text = (done.stdout + done.stderr).replace(str(tmp_path / "home"), "HOME").replace(str(tmp_path / "raw"), "RAW")

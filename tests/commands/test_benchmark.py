@@ -79,8 +79,8 @@ def test_without_snakemake(protocol, monkeypatch, tmp_path):
 
 
 def start(*arguments):
-    """The command in a separate process."""
-    words = [sys.executable, "-m", "nnunet_ssl.commands.benchmark", *map(str, arguments)]
+    """The command in a process of its own."""
+    words = [sys.executable, "-m", "nnunet_ssl.commands", "benchmark", *map(str, arguments)]
     return subprocess.Popen(words, stdout=subprocess.DEVNULL)
 
 

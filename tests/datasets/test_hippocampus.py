@@ -215,7 +215,7 @@ def test_a_full_disk_is_a_sentence(data, fresh_folders, kind):
             big = sub.startswith(kind)
             content = rng.integers(0, 3, (20, 20, 20)) if big else np.zeros((20, 20, 20))
             sitk.WriteImage(sitk.GetImageFromArray(content.astype(np.uint8)), str(data / sub / f"{case}.nii.gz"))
-    command = [sys.executable, "-B", "-m", "nnunet_ssl.commands.dataset", "hippocampus"]
+    command = [sys.executable, "-B", "-m", "nnunet_ssl.commands", "dataset", "hippocampus"]
     run = subprocess.run(
         [*command, "--data", str(data), "--labeled", "2", "-d", "640"],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
