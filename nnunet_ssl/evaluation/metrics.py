@@ -18,8 +18,6 @@ from scipy.spatial import cKDTree
 
 Label = int | tuple[int, ...]  # a class, or a region of several labels
 
-_BLOCK = 2**17  # voxels counted at a time: what fits into the cache
-
 SURFACE = (
     "Surface: the voxels of a mask with a face neighbour outside it; everything beyond the image is outside. Distances "
     "are exact, between voxel centres. P: surface of the prediction, T: surface of the truth."
@@ -138,7 +136,9 @@ def case_metrics(
         truth[ignored] = guess[ignored] = 0
         num_counted -= int(np.count_nonzero(ignored))
 
-    box = _bounding_box(truth, guess)
+    # the smallest box with all classes; one voxel where there are none
+    [box] = ndimage.find_objects(np.logical_or(truth, guess).view(np.uint8), 1)
+    box = box or (slice(1),) * truth.ndim
     truth, guess = truth[box], guess[box]
     # In an axis with one voxel (2D images have one) there is nothing to be a border against.
     axes = [axis for axis, size in enumerate(reference.shape) if size > 1] or [0]
@@ -157,14 +157,14 @@ def case_metrics(
         tp = int(counts[of_class][:, of_class].sum())
         fn = int(counts[of_class].sum()) - tp
         fp = int(counts[:, of_class].sum()) - tp
-        values = _overlap(tp, fp, fn, options.empty)
-        values.update(FP=fp, TP=tp, FN=fn, TN=num_counted - tp - fp - fn, n_pred=fp + tp, n_ref=fn + tp)
-        if set(options.metrics) & set(SURFACE_METRICS):
-            if fp + tp and fn + tp:
+        values = {"FP": fp, "TP": tp, "FN": fn, "TN": num_counted - tp - fp - fn, "n_pred": fp + tp, "n_ref": fn + tp}
+        if fp + tp and fn + tp:
+            values.update(Dice=2 * tp / (2 * tp + fp + fn), IoU=tp / (tp + fp + fn))
+            if set(options.metrics) & set(SURFACE_METRICS):
                 window = _union([boxes[i - 1] for boxes in (boxes_truth, boxes_guess) for i in members])
                 values.update(surface_metrics(of_class[guess[window]], of_class[truth[window]], step, options))
-            else:
-                values.update(_empty_surface_metrics(options, both=fp + fn == 0))
+        else:
+            values.update(_of_empty(options, both=fp + fn == 0))
         results[cls] = values
     return results
 
@@ -227,19 +227,11 @@ def _surface(mask: np.ndarray) -> np.ndarray:
     return mask & ~inside
 
 
-def _overlap(tp: int, fp: int, fn: int, empty: str) -> dict[str, float]:
-    rule = EMPTY_RULES[empty]
-    if tp + fp + fn == 0:
-        return {"Dice": rule.both_share, "IoU": rule.both_share}
-    if tp + fp == 0 or tp + fn == 0:
-        return {"Dice": rule.one_share, "IoU": rule.one_share}
-    return {"Dice": 2 * tp / (2 * tp + fp + fn), "IoU": tp / (tp + fp + fn)}
-
-
-def _empty_surface_metrics(options: Options, both: bool) -> dict[str, float]:
+def _of_empty(options: Options, both: bool) -> dict[str, float]:
+    """What is given where one mask has no voxel, or both."""
     rule = EMPTY_RULES[options.empty]
     share, distance = (rule.both_share, rule.both_distance) if both else (rule.one_share, rule.one_distance)
-    chosen = [METRICS[name] for name in SURFACE_METRICS if name in options.metrics]
+    chosen = [METRICS[name] for name in METRICS if name in ("dice", "jaccard", *options.metrics)]
     return {metric.key: distance if metric.is_distance else share for metric in chosen}
 
 
@@ -255,23 +247,11 @@ def positions(labels: np.ndarray, known: Sequence[int]) -> np.ndarray:
     return table[np.clip(labels, -1, known[-1] + 1) + 1]
 
 
-def _bounding_box(*arrays: np.ndarray) -> tuple[slice, ...]:
-    """The smallest box with all that is not 0; one voxel wide where there is nothing."""
-    any_of = np.logical_or.reduce(arrays)
-    box = []
-    for axis in range(any_of.ndim):
-        along = np.flatnonzero(any_of.any(axis=tuple(other for other in range(any_of.ndim) if other != axis)))
-        box.append(slice(along[0], along[-1] + 1) if len(along) else slice(0, 1))
-    return tuple(box)
-
-
 def _joint_counts(truth: np.ndarray, guess: np.ndarray, num: int) -> np.ndarray:
     """How many voxels have each pair of places: ``[num, num]``, truth first."""
     counts = np.zeros(num * num, np.int64)
-    at_a_time = max(1, _BLOCK // truth[0].size)
-    for start in range(0, len(truth), at_a_time):
-        part = slice(start, start + at_a_time)
-        counts += np.bincount((truth[part].astype(np.intp) * num + guess[part]).ravel(), minlength=num * num)
+    for of_truth, of_guess in zip(truth, guess, strict=True):  # slices fit into the cache
+        counts += np.bincount((of_truth.astype(np.intp) * num + of_guess).ravel(), minlength=num * num)
     return counts.reshape(num, num)
 
 

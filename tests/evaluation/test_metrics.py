@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from nnunet_ssl.evaluation import metrics
 from nnunet_ssl.evaluation.metrics import EMPTY_RULES, METRICS, Options, case_metrics, surface_metrics
 
 ALL = Options()
@@ -193,13 +192,6 @@ def test_only_what_is_asked_for_is_measured(name):
     everything = measured(blob((5, 6, 7), 0), blob((5, 6, 7), 1), (1, 1, 1))
     assert {"Dice", "IoU", METRICS[name].key} == set(result) & {m.key for m in METRICS.values()}
     assert result.items() <= everything.items()
-
-
-def test_counting_in_blocks_changes_nothing(monkeypatch):
-    prediction, reference = blob((9, 9, 10), 0), blob((9, 9, 10), 1)
-    whole = measured(prediction, reference, (1, 1, 1))
-    monkeypatch.setattr(metrics, "_BLOCK", 200)  # two slices, and one that is left
-    assert measured(prediction, reference, (1, 1, 1)) == whole
 
 
 def test_masks_need_not_be_contiguous():
