@@ -20,7 +20,6 @@ from nnunetv2.utilities.file_path_utilities import convert_trainer_plans_config_
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from nnunet_ssl import trainers
@@ -82,7 +81,10 @@ def export_model(
     if os.path.isfile(output) or (os.path.isdir(output) and os.listdir(output)):
         raise UserError(f"{output} exists already. Name a folder that does not exist yet, or empty this one.")
     model = find_model_folder(dataset, trainer, plans, configuration)
-    sources = [(fold, _existing_checkpoint(model, fold, checkpoint)) for fold in folds]
+    sources = {fold: os.path.join(model, f"fold_{fold}", checkpoint) for fold in folds}
+    for file in sources.values():
+        if not os.path.isfile(file):
+            raise UserError(f"no checkpoint {file}. Train this fold to its end, or name another with -f or -chk.")
 
     output = os.path.abspath(output)
     dataset_name = os.path.basename(os.path.dirname(model))
@@ -95,7 +97,7 @@ def export_model(
             os.makedirs(target)
             for file in MODEL_FILES:
                 shutil.copyfile(os.path.join(model, file), os.path.join(target, file))
-            for i, (fold, source) in enumerate(sources):
+            for i, (fold, source) in enumerate(sources.items()):
                 for j, network in enumerate(("first", "second") if both else (branch or "first",)):
                     new = ExportedFold(2 * i + j if both else fold, fold, network)
                     _export_fold(source, trainer, configuration, new, target)
@@ -124,28 +126,6 @@ def find_model_folder(dataset: int | str, trainer: str, plans: str, configuratio
     read_plans(os.path.join(model, "plans.json"), RESTORE, configuration)
     read_dataset_json(model)
     return model
-
-
-def plain_checkpoint(checkpoint: dict, weights: dict[str, torch.Tensor]) -> dict:
-    """What nnU-Net reads of a checkpoint to predict or to start from pretrained weights, and no more.
-
-    Args:
-        checkpoint: a checkpoint as ``nnUNetTrainer.save_checkpoint`` writes it.
-        weights: state dict of the network to export, on the CPU.
-
-    Returns:
-        A dict of tensors and builtins. Tensors that share memory still do: nnU-Net's state dict names the encoder
-        twice, and ``torch.save`` writes what is shared once.
-    """
-    init_args = {k: v for k, v in checkpoint["init_args"].items() if k != "device"}
-    plain = {
-        "current_epoch": checkpoint["current_epoch"],
-        "init_args": {**deepcopy(init_args), "device": "cpu"},
-        "trainer_name": PLAIN_TRAINER,
-        "inference_allowed_mirroring_axes": checkpoint.get("inference_allowed_mirroring_axes"),
-    }
-    recursive_fix_for_json_export(plain)  # numpy scalars become Python's
-    return {**plain, "network_weights": {k: v.detach() for k, v in weights.items()}}
 
 
 def second_network_weights(checkpoint_file: str, first: nn.Module, trainer: str) -> dict[str, torch.Tensor]:
@@ -184,38 +164,49 @@ def verify(exported_file: str, trained: nn.Module, model: str, predicts: str) ->
     """
     # weights_only refuses anything but tensors and builtins
     checkpoint = torch.load(exported_file, map_location="cpu", weights_only=True)
-    plain = _network_of(nnUNetTrainer, model, checkpoint["init_args"]["configuration"])
+    plain, patch_shape = _network_of(nnUNetTrainer, model, checkpoint["init_args"]["configuration"])
+    patch = torch.rand(1, *patch_shape)
     try:
         plain.load_state_dict(checkpoint["network_weights"])
-    except RuntimeError as error:
-        raise _not_the_plans_network(model, predicts) from error
-    patch = torch.rand(1, *_patch_shape(model, checkpoint["init_args"]["configuration"]))
-    with torch.no_grad():
-        if not torch.equal(trained.eval()(patch), plain.eval()(patch)):
-            raise _not_the_plans_network(model, predicts)
+    except RuntimeError:  # other weights
+        same = False
+    else:
+        with torch.no_grad():
+            same = torch.equal(trained.eval()(patch), plain.eval()(patch))
+    if not same:
+        advice = f"Predict where {predicts} is installed: nnUNetv2_predict builds its network."
+        if predicts == PLAIN_TRAINER:
+            advice = (
+                f"Its checkpoint names {PLAIN_TRAINER}, so nnUNetv2_predict would give other results than the network "
+                "that was trained. Train it again: with this version the checkpoint names the trainer itself."
+            )
+        raise UserError(
+            f"the trained network is not the one that {os.path.join(model, 'plans.json')} describes, so plain nnU-Net "
+            f"cannot stand in for it. {advice}"
+        )
 
 
-def build_network(trainer_class: type[nnUNetTrainer], model: str, configuration: str) -> nn.Module:
-    """The network that a trainer builds for prediction from the plans in a model folder."""
-    plans_manager, dataset_json = _plans_and_dataset(model)
-    configuration_manager = plans_manager.get_configuration(configuration)
-    return trainer_class.build_network_architecture(
-        plans_manager,
-        configuration_manager,
-        determine_num_input_channels(plans_manager, configuration_manager, dataset_json),
-        plans_manager.get_label_manager(dataset_json).num_segmentation_heads,
-        enable_deep_supervision=False,
-    )
+def _network_of(
+    trainer_class: type[nnUNetTrainer], model: str, configuration: str
+) -> tuple[nn.Module, tuple[int, ...]]:
+    """The network that a trainer builds for prediction from the plans in a model folder, and the shape of a patch.
 
-
-def _network_of(trainer_class: type[nnUNetTrainer], model: str, configuration: str) -> nn.Module:
-    """As :func:`build_network`; what nnU-Net cannot build from plans that somebody has edited is told."""
+    Raises:
+        UserError: nnU-Net cannot build it, from plans that somebody has edited.
+    """
+    file = os.path.join(model, "plans.json")
+    plans_manager, dataset_json = read_plans(file, RESTORE), read_dataset_json(model)
     try:
-        return build_network(trainer_class, model, configuration)
+        manager = plans_manager.get_configuration(configuration)
+        channels = determine_num_input_channels(plans_manager, manager, dataset_json)
+        heads = plans_manager.get_label_manager(dataset_json).num_segmentation_heads
+        network = trainer_class.build_network_architecture(
+            plans_manager, manager, channels, heads, enable_deep_supervision=False
+        )
     except Exception as error:
         what = f"{type(error).__name__}: {error}"
-        file = os.path.join(model, "plans.json")
         raise UserError(f"{trainer_class.__name__} cannot build its network from {file} ({what}). {RESTORE}") from error
+    return network, (channels, *manager.patch_size)
 
 
 def find_trainer(name: str) -> type[nnUNetTrainer]:
@@ -239,7 +230,7 @@ def _export_fold(source: str, trainer: str, configuration: str, new: ExportedFol
     checkpoint = read_checkpoint(source, remedy, {"network_weights": dict, "init_args": dict, "current_epoch": int})
     if (other := checkpoint["init_args"].get("configuration")) != configuration:
         raise UserError(f"{source} is of the configuration {other!r}, not of {configuration}. {remedy}")
-    trained = _network_of(find_trainer(trainer), target, configuration)
+    trained, _ = _network_of(find_trainer(trainer), target, configuration)
     weights = checkpoint["network_weights"]
     try:
         trained.load_state_dict(weights)
@@ -258,43 +249,23 @@ def _export_fold(source: str, trainer: str, configuration: str, new: ExportedFol
         weights = {k: v for k, v in weights.items() if not k.startswith("low_decoder.")}
     elif new.network == "high" and not hasattr(trained, "low_decoder"):
         raise UserError(f"{trainer} trains a network without branches. Export without --branch.")
-    plain = plain_checkpoint(checkpoint, weights)
-    plain["exported_from"] = {
-        "trainer": trainer,
-        "fold": str(new.source_fold),
-        "checkpoint": os.path.basename(source),
-        "network": new.network,
+    # what nnU-Net reads to predict or to start from pretrained weights, and no more
+    plain = {
+        "current_epoch": checkpoint["current_epoch"],
+        "init_args": {**deepcopy({k: v for k, v in checkpoint["init_args"].items() if k != "device"}), "device": "cpu"},
+        "trainer_name": PLAIN_TRAINER,
+        "inference_allowed_mirroring_axes": checkpoint.get("inference_allowed_mirroring_axes"),
+        "exported_from": {
+            "trainer": trainer,
+            "fold": str(new.source_fold),
+            "checkpoint": os.path.basename(source),
+            "network": new.network,
+        },
     }
+    recursive_fix_for_json_export(plain)  # numpy scalars become Python's
+    # tensors that share memory still do: the encoder is named twice, and what is shared is written once
+    plain["network_weights"] = {k: v.detach() for k, v in weights.items()}
     file = os.path.join(target, f"fold_{new.fold}", "checkpoint_final.pth")
     os.makedirs(os.path.dirname(file))
     save_whole(plain, file)
     verify(file, trained, target, str(checkpoint.get("trainer_name")))
-
-
-def _existing_checkpoint(model: str, fold: int | str, checkpoint: str) -> str:
-    file = os.path.join(model, f"fold_{fold}", checkpoint)
-    if not os.path.isfile(file):
-        raise UserError(f"no checkpoint {file}. Train this fold to its end, or name another with -f or -chk.")
-    return file
-
-
-def _plans_and_dataset(model: str) -> tuple[PlansManager, dict]:
-    return read_plans(os.path.join(model, "plans.json"), RESTORE), read_dataset_json(model)
-
-
-def _patch_shape(model: str, configuration: str) -> tuple[int, ...]:
-    plans_manager, dataset_json = _plans_and_dataset(model)
-    configuration_manager = plans_manager.get_configuration(configuration)
-    channels = determine_num_input_channels(plans_manager, configuration_manager, dataset_json)
-    return channels, *configuration_manager.patch_size
-
-
-def _not_the_plans_network(model: str, predicts: str) -> UserError:
-    file = os.path.join(model, "plans.json")
-    what = f"the trained network is not the one that {file} describes, so plain nnU-Net cannot stand in for it."
-    if predicts != PLAIN_TRAINER:
-        return UserError(f"{what} Predict where {predicts} is installed: nnUNetv2_predict builds its network.")
-    return UserError(
-        f"{what} Its checkpoint names {PLAIN_TRAINER}, so nnUNetv2_predict would give other results than the network "
-        "that was trained. Train it again: with this version the checkpoint names the trainer itself."
-    )
