@@ -109,6 +109,7 @@ setup(
         "filelock>=3.13",  # locks that a process shares
         "pydantic>=2.7",  # settings and protocols: types with ranges
         "edt>=3.0",  # exact distance transforms on the CPU, several times as fast as scipy's
+        "packaging",
         "psutil",
     ],
     extras_require={

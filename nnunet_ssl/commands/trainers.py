@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from functools import partial
 from importlib import metadata
 from typing import NamedTuple
 
+from packaging.specifiers import SpecifierSet
+
+from nnunet_ssl import trainers
 from nnunet_ssl._startup import EXT_FOLDER, VARIABLE
 from nnunet_ssl.commands.arguments import Parser
 
-NNUNET_FROM, NNUNET_BELOW = (2, 8, 0), (2, 9)
+NNUNET = ">=2.8.0,<2.9"
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 # A new Python process before every training does the same: nnU-Net's own search, by name.
@@ -31,27 +35,16 @@ class Finding(NamedTuple):
     text: str
 
 
-def list_trainers() -> Iterator[tuple[str, str, str]]:
-    """Yield the name, description (the first line of its docstring) and paper of every usable trainer."""
-    from nnunet_ssl import trainers
-
-    for name in trainers.TRAINERS:
-        trainer = getattr(trainers, name)
-        yield name, (trainer.__doc__ or "").strip().split("\n")[0], trainer.paper
-
-
 def check_nnunet() -> Finding:
-    """The installed nnU-Net is a supported version."""
-    wanted = f"{'.'.join(map(str, NNUNET_FROM))} or newer, below {'.'.join(map(str, NNUNET_BELOW))}"
-    remedy = f"pip install 'nnunetv2>={'.'.join(map(str, NNUNET_FROM))},<{'.'.join(map(str, NNUNET_BELOW))}'"
+    """The nnU-Net that is installed is one that this package was written for."""
+    remedy = f"pip install 'nnunetv2{NNUNET}'"
     try:
         version = metadata.version("nnunetv2")
     except metadata.PackageNotFoundError:
         return Finding("WRONG", f"nnU-Net is not installed in {sys.prefix}: {remedy}")
-    numbers = tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:3])
-    if not NNUNET_FROM <= numbers < NNUNET_BELOW:
-        return Finding("WRONG", f"nnU-Net {version} is installed, this package needs {wanted}: {remedy}")
-    return Finding("ok", f"nnU-Net {version} (needed: {wanted})")
+    if not SpecifierSet(NNUNET).contains(version, prereleases=True):
+        return Finding("WRONG", f"nnU-Net {version} is installed, this package needs {NNUNET}: {remedy}")
+    return Finding("ok", f"nnU-Net {version} (needed: {NNUNET})")
 
 
 def check_discovery(name: str = "nnUNetTrainerLabeledOnly") -> Finding:
@@ -60,23 +53,20 @@ def check_discovery(name: str = "nnUNetTrainerLabeledOnly") -> Finding:
     The process starts without our entry in the inherited variable and in an empty folder, so that the installation is
     tested and not the current process or folder.
     """
-    environment = dict(os.environ)
-    environment[VARIABLE] = os.pathsep.join(
-        folder for folder in environment.get(VARIABLE, "").split(os.pathsep) if folder != EXT_FOLDER
-    )
+    inherited = os.environ.get(VARIABLE, "").split(os.pathsep)
+    variable = {VARIABLE: os.pathsep.join(folder for folder in inherited if folder != EXT_FOLDER)}
     with tempfile.TemporaryDirectory() as folder:
         lookup = subprocess.run(
             [sys.executable, "-c", LOOKUP.format(name=name)],
-            env=environment, cwd=folder, capture_output=True, text=True, timeout=600,
+            env={**os.environ, **variable}, cwd=folder, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
-    lines = lookup.stdout.strip().splitlines()
-    if lookup.returncode == 0 and lines and lines[-1].startswith("FOUND nnunet_ssl."):
-        return Finding("ok", f"nnU-Net finds {name} without a variable of ours ({lines[-1].split()[1]})")
-    if lookup.returncode == 0 and lines and lines[-1].startswith("FOUND"):
+    if lookup.returncode == 0 and (found := re.search(r"^FOUND (\S+)\s*\Z", lookup.stdout, re.MULTILINE)):
+        if found[1].startswith("nnunet_ssl."):
+            return Finding("ok", f"nnU-Net finds {name} without a variable of ours ({found[1]})")
         return Finding(
             "WRONG",
-            f"nnU-Net takes {name} from the module {lines[-1].split()[1]}, not from this package: "
-            f"rename that trainer or remove its folder from {VARIABLE}",
+            f"nnU-Net takes {name} from the module {found[1]}, not from this package: rename that trainer or take its "
+            f"folder out of {VARIABLE}",
         )
     reason = (lookup.stderr.strip().splitlines() or [f"exit code {lookup.returncode}"])[-1]
     return Finding(
@@ -118,15 +108,6 @@ def check_gpu() -> Finding:
     )
 
 
-def check() -> Iterator[Finding]:
-    """Every finding about this installation, the quick ones first."""
-    yield check_nnunet()
-    for variable in FOLDERS:
-        yield check_folder(variable)
-    yield check_gpu()
-    yield check_discovery()
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(
         prog="nnUNetv2_ssl_trainers",
@@ -137,15 +118,15 @@ def main(argv: list[str] | None = None) -> None:
         help="Check nnU-Net's version, whether it finds the trainers, its three folders and the GPU; "
         "the exit code is 1 if something is wrong",
     )  # fmt: skip
-    arguments = parser.parse_args(argv)
-
-    if not arguments.check:
-        for name, what, paper in list_trainers():
-            print(f"{name:<26}  {what} [{paper}]")
+    if not parser.parse_args(argv).check:
+        for name in trainers.TRAINERS:
+            trainer = getattr(trainers, name)
+            print(f"{name:<26}  {(trainer.__doc__ or '').strip().splitlines()[0]} [{trainer.paper}]")
         return
-    wrong = 0
-    for finding in check():
-        print(f"{finding.level:<5}  {finding.text}", flush=True)
-        wrong += finding.level == "WRONG"
-    if wrong:
+    levels = set()
+    for find in (check_nnunet, *(partial(check_folder, name) for name in FOLDERS), check_gpu, check_discovery):
+        level, text = find()
+        print(f"{level:<5}  {text}", flush=True)
+        levels.add(level)
+    if "WRONG" in levels:
         raise SystemExit(1)
