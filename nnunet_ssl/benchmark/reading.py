@@ -14,6 +14,7 @@ from nnunet_ssl.files import read_json
 
 SHIPPED = Path(__file__).parent / "protocols"
 OURS = ("seed", "num_iterations_per_epoch", "save_every", "keep_epochs")  # settings that the benchmark makes itself
+OF_DATA = {"dataset": ("test", "validation"), "published": ("options",)}  # what belongs to each kind of data
 
 
 def shipped() -> dict[str, Path]:
@@ -64,12 +65,12 @@ def _data(data: Data, file: Path) -> Data:
     """Check what belongs together, and find the files next to the protocol."""
     if (data.published is None) == (data.dataset is None):
         raise UserError(f"{file}, data, needs either 'published' or 'dataset': one to make, or one to split.")
+    other = "dataset" if data.dataset is None else "published"
+    for name in OF_DATA[other]:
+        if getattr(data, name):
+            raise UserError(f"{file}, data, has {name!r}, which is for {other!r}; remove it.")
     if data.dataset is None:
-        if data.test or data.validation:
-            raise UserError(f"{file}, data, has 'test' or 'validation', which are for 'dataset'; use 'options'.")
         return data
-    if data.options:
-        raise UserError(f"{file}, data, has 'options', which are for 'published'; remove them.")
     if data.test is None:
         raise UserError(f"{file}, data, lacks 'test'; give a file that lists the test cases, one per line.")
     test = (file.parent / data.test).resolve()
@@ -114,17 +115,14 @@ def _check_rows(protocol: Protocol, file: Path) -> None:
                 f"{where} sets 'pretrained_by', but nnU-Net refuses weights without the second decoder of "
                 f"{row.trainer}; leave it out."
             )
-        if row.against is not None and row.against not in names:
-            raise UserError(f"{where} sets 'against' to {row.against!r}; the rows are {', '.join(names)}.")
-    for name in protocol.figures:
-        if name not in names:
-            raise UserError(f"{file} sets 'figures' to {list(protocol.figures)}; the rows are {', '.join(names)}.")
-    for name in protocol.measure.seconds:
-        if name not in names:
-            raise UserError(f"{file}, measure, gives 'seconds' of {name!r}; the rows are {', '.join(names)}.")
-    for name in (protocol.gap.lower, protocol.gap.upper) if protocol.gap else ():
-        if name not in names:
-            raise UserError(f"{file}, gap, names the row {name!r}; the rows are {', '.join(names)}.")
+    named = [(f"rows[{number}], sets 'against' to", row.against) for number, row in enumerate(protocol.rows)]
+    named += [(f"budgets[{number}], sets 'time_of' to", b.time_of) for number, b in enumerate(protocol.budgets)]
+    named += [("sets 'figures' to", name) for name in protocol.figures]
+    named += [("measure, gives 'seconds' of", name) for name in protocol.measure.seconds]
+    named += [("gap, names the row", name) for name in (vars(protocol.gap).values() if protocol.gap else ())]
+    for where, name in named:
+        if name is not None and name not in names:
+            raise UserError(f"{file}, {where} {name!r}; the rows are {', '.join(names)}.")
     if protocol.data.dataset is not None and "all" in [*protocol.labeled, *(row.labeled for row in protocol.rows)]:
         raise UserError(f"{file} sets 'labeled' to \"all\"; for a dataset that is split, give the number of cases.")
 
@@ -148,9 +146,6 @@ def _check_budgets(protocol: Protocol, file: Path) -> None:
                 why += f" x trainings of {row.name} ({row.trainings})" if row.trainings > 1 else ""
                 raise UserError(f"{where} sets 'steps' to {budget.steps}; take a multiple of {why}, {unit}.")
         if budget.time_of is not None:
-            names = [row.name for row in protocol.rows]
-            if budget.time_of not in names:
-                raise UserError(f"{where} sets 'time_of' to {budget.time_of!r}; the rows are {', '.join(names)}.")
             if protocol.row(budget.time_of).offline:
                 raise UserError(f"{where} sets 'time_of' to a row with 'offline' minutes; give 'minutes' instead.")
             if protocol.equal_steps is None:

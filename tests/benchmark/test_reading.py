@@ -58,8 +58,8 @@ def set_(*path):
         (set_("data", "published", "la"), "needs either 'published' or 'dataset'"),
         (set_("data", {"dataset": 1}), "lacks 'test'"),
         (set_("data", "test", "no.txt"), "no.txt does not exist"),
-        (set_("data", "options", ["--x"]), "'options', which are for 'published'"),
-        (set_("data", {"published": "la", "validation": 2}), "which are for 'dataset'"),
+        (set_("data", "options", ["--x"]), "'options', which is for 'published'"),
+        (set_("data", {"published": "la", "validation": 2}), "'validation', which is for 'dataset'"),
         (set_("data", {"published": "lung"}), "sets 'published' to 'lung'; it must be one of 'acdc', 'amos'"),
         (set_("rows", 1, "name", "labels ONLY"), r"rows\[1\], is named 'labels ONLY', as another row is"),
         (set_("rows", 1, "name", "a|b"), r"rows\[1\], sets 'name'"),
@@ -110,12 +110,12 @@ def set_(*path):
             lambda p: p["rows"][0].update(trainer="nnUNetTrainerSASNet", pretrained_by="nnUNetTrainerMAE"),
             "the second decoder of nnUNetTrainerSASNet",
         ),
-        (set_("figures", ["URPC"]), r"sets 'figures' to \['URPC'\]; the rows are Labels only, CPS"),
-        (set_("curve", [0.5]), "increasing shares that end with 1"),
-        (set_("curve", [1, 0.5]), "increasing shares"),
-        (set_("curve", [0.99, 1]), "increasing shares"),  # of four epochs, both are the last
-        (set_("curve", [0.1, 1]), "increasing shares"),  # epoch 0
-        (set_("shrink", {"features": [8, 16], "patch_size": [8, 8]}), "shrink, sets 'features' .* three or more"),
+        (set_("figures", ["URPC"]), "sets 'figures' to 'URPC'; the rows are Labels only, CPS"),
+        (set_("curve", [0.5]), "growing shares that end with 1"),
+        (set_("curve", [1, 0.5]), "growing shares"),
+        (set_("curve", [0.99, 1]), "growing shares"),  # of four epochs, both are the last
+        (set_("curve", [0.1, 1]), "growing shares"),  # epoch 0
+        (set_("shrink", {"features": [8, 16], "patch_size": [8, 8]}), "shrink, sets 'features' .* of three or more"),
         (set_("shrink", {"features": [8, 16, 32]}), "shrink, lacks 'patch_size'"),
         (set_("measure", {"epochs": 1}), "measure, sets 'epochs' to 1; it must be a whole number from 2"),
         (set_("measure", {"seconds": {"CPS": 0}}), "numbers above 0"),
