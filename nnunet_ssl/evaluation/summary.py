@@ -91,37 +91,23 @@ def write_summary(evaluation: Evaluation, folder: str) -> None:
         evaluation: of one method.
         folder: is made where it does not exist.
     """
-    os.makedirs(folder, exist_ok=True)
-    with replacing(os.path.join(folder, "summary.json")) as temporary:
-        _write_json(evaluation, temporary)
-    with replacing(os.path.join(folder, "cases.csv")) as temporary:
-        _write_csv(evaluation, temporary)
-    write_text(os.path.join(folder, "summary.md"), summary_markdown(evaluation))
-
-
-def _write_json(evaluation: Evaluation, file: str) -> None:
-    """nnU-Net's keys by nnU-Net's own writer, plus the keys that it does not know."""
     from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key, save_summary_json
 
-    dataset, options = evaluation.dataset, evaluation.options
-    keys = list(evaluation.of_case(evaluation.cases[0])[next(iter(dataset.classes))])
+    os.makedirs(folder, exist_ok=True)
+    method, classes, options = evaluation.method, evaluation.dataset.classes, evaluation.options
+    keys = list(evaluation.of_case(evaluation.cases[0])[next(iter(classes))])
     means = {key: evaluation.class_means(key) for key in keys}
-    summary = {
+    groups = evaluation.dataset.groups.items()
+    summary = {  # nnU-Net's keys, for its own writer; what it does not know stands beside them
         "metric_per_case": [
-            {
-                "reference_file": case.reference,
-                "prediction_file": case.predictions[evaluation.method],
-                "metrics": evaluation.of_case(case),
-            }
-            for case in evaluation.cases
+            {"reference_file": c.reference, "prediction_file": c.predictions[method], "metrics": evaluation.of_case(c)}
+            for c in evaluation.cases
         ],
-        "mean": {label: {key: means[key][label] for key in keys} for label in dataset.classes},
+        "mean": {label: {key: means[key][label] for key in keys} for label in classes},
         "foreground_mean": {key: evaluation.mean(key) for key in keys},
-        "group_mean": {
-            name: {key: evaluation.mean(key, classes) for key in keys} for name, classes in dataset.groups.items()
-        },
-        "class_names": {label_or_region_to_key(label): name for label, name in dataset.classes.items()},
-        "empty_cases": {label_or_region_to_key(label): evaluation.empties(label) for label in dataset.classes},
+        "group_mean": {name: {key: evaluation.mean(key, members) for key in keys} for name, members in groups},
+        "class_names": {label_or_region_to_key(label): name for label, name in classes.items()},
+        "empty_cases": {label_or_region_to_key(label): evaluation.empties(label) for label in classes},
         "definitions": definitions(options),
         "options": {
             "spacing": "mm" if options.in_mm else "voxel",
@@ -129,21 +115,20 @@ def _write_json(evaluation: Evaluation, file: str) -> None:
             "empty": options.empty,
         },
     }
-    save_summary_json(summary, file)
-
-
-def _write_csv(evaluation: Evaluation, file: str) -> None:
-    """A row for each case and class."""
-    with open(file, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream)
-        metrics = evaluation.metrics
-        writer.writerow(["case", "class", "name", *(metric.title for metric in metrics), *COUNTS])
-        for case in evaluation.cases:
-            for label, name in evaluation.dataset.classes.items():
-                values = evaluation.of_case(case)[label]
-                writer.writerow(
-                    [case.name, label, name, *(values[m.key] for m in metrics), *(values[key] for key in COUNTS)]
-                )
+    with replacing(os.path.join(folder, "summary.json")) as temporary:
+        save_summary_json(summary, temporary)
+    metrics = evaluation.metrics
+    rows = [["case", "class", "name", *(metric.title for metric in metrics), *COUNTS]]
+    for case in evaluation.cases:
+        for label, values in evaluation.of_case(case).items():
+            numbers = [values[key] for key in (*(metric.key for metric in metrics), *COUNTS)]
+            rows.append([case.name, label, classes[label], *numbers])
+    with (
+        replacing(os.path.join(folder, "cases.csv")) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8") as stream,
+    ):
+        csv.writer(stream).writerows(rows)
+    write_text(os.path.join(folder, "summary.md"), summary_markdown(evaluation))
 
 
 def summary_markdown(evaluation: Evaluation) -> str:
