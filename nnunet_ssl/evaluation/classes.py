@@ -85,7 +85,9 @@ def read_dataset(
     Raises:
         UserError: a file cannot be read or does not say what it must.
     """
-    file = dataset_json or find_dataset_json([os.path.dirname(os.path.abspath(reference)), reference, *predictions])
+    places = [os.path.dirname(os.path.abspath(reference)), reference, *predictions]
+    files = [os.path.join(folder, "dataset.json") for folder in places]
+    file = dataset_json or next(filter(os.path.isfile, files), None)
     content: dict = {"file_ending": ".nii.gz"}
     if file:
         content = read_json(file, NAME_DATASET_JSON, keys={"labels": dict, "file_ending": str})
@@ -112,12 +114,6 @@ def read_dataset(
         group_content = group_content.get(GROUPS_KEY, group_content)
     resolved = _groups(group_content, classes, groups or file or "")
     return Dataset(classes, ending, reader, ignore, resolved, declared, file or f"{reference} (no dataset.json)")
-
-
-def find_dataset_json(folders: Sequence[str]) -> str | None:
-    """The first ``dataset.json`` in these folders."""
-    files = [os.path.join(folder, "dataset.json") for folder in folders]
-    return next((file for file in files if os.path.isfile(file)), None)
 
 
 def files_in(folder: str, ending: str) -> list[str]:

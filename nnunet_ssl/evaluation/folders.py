@@ -10,6 +10,8 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.classes import Dataset, files_in
 from nnunet_ssl.evaluation.label_maps import Grid, grid_difference, grid_of, read_label_map
@@ -67,14 +69,9 @@ def evaluate_folders(
             f"({', '.join(predictions.values())}). Label maps must have the same names as the true ones."
         )
     jobs = [(case, dataset, options) for case in cases]
-    measured: list[Case] = []
-    for outcome in all_outcomes(evaluate_case, jobs, num_processes, "Evaluating"):
-        if isinstance(outcome, Case):
-            measured.append(outcome)
-        else:
-            problems.extend(outcome)
-    _refuse(sorted(problems))
-    return sorted(measured, key=lambda case: case.name)
+    found = all_outcomes(evaluate_case, jobs, num_processes, "Evaluating")
+    _refuse(sorted(problem for outcome in found if isinstance(outcome, list) for problem in outcome))
+    return sorted(found, key=lambda case: case.name)
 
 
 def find_cases(reference: str, predictions: Mapping[str, str], ending: str) -> tuple[list[Case], list[str]]:
@@ -88,19 +85,12 @@ def find_cases(reference: str, predictions: Mapping[str, str], ending: str) -> t
     missing = []
     for method, files in folders.items():
         missing += [f"{os.path.join(predictions[method], file)} is missing" for file in sorted(true_files - files)]
-        missing += [
-            f"{os.path.join(reference, file)} is missing, but {method} has a prediction for it"
-            for file in sorted(files - true_files)
-        ]
-    common = sorted(true_files.intersection(*folders.values()))
-    cases = [
-        Case(
-            file.removesuffix(ending),
-            os.path.join(reference, file),
-            {method: os.path.join(folder, file) for method, folder in predictions.items()},
-        )
-        for file in common
-    ]
+        without = [os.path.join(reference, file) for file in sorted(files - true_files)]
+        missing += [f"{file} is missing, but {method} has a prediction of it" for file in without]
+    cases = []
+    for file in sorted(true_files.intersection(*folders.values())):
+        own = {method: os.path.join(folder, file) for method, folder in predictions.items()}
+        cases.append(Case(file.removesuffix(ending), os.path.join(reference, file), own))
     return cases, missing
 
 
@@ -123,27 +113,27 @@ def evaluate_case(case: Case, dataset: Dataset, options: Options) -> Case | list
         The case with its metrics, or what is wrong with its files.
     """
     reader = dataset.reader()
+
+    def read(file: str) -> tuple[np.ndarray, Grid]:
+        labels, properties = read_label_map(file, reader)
+        dataset.check_labels(labels, file)
+        return labels, grid_of(labels, properties)
+
     try:
-        truth, properties = read_label_map(case.reference, reader)
-        dataset.check_labels(truth, case.reference)
+        truth, grid = read(case.reference)
     except VolumeError as error:
         return [str(error)]
-    grid = grid_of(truth, properties)
     metrics, problems = {}, []
     for method, file in case.predictions.items():
         try:
-            prediction, properties = read_label_map(file, reader)
-            dataset.check_labels(prediction, file)
-        except VolumeError as error:
-            problems.append(str(error))
-            continue
-        if difference := grid_difference(grid_of(prediction, properties), grid):
-            problems.append(f"{file} {difference}")
-            continue
-        try:
+            prediction, own = read(file)
+            if difference := grid_difference(own, grid):
+                raise VolumeError(f"{file} {difference}")
             metrics[method] = case_metrics(
                 truth, prediction, dataset.classes, grid.spacing, options, dataset.ignore_label
             )
+        except VolumeError as error:
+            problems.append(str(error))
         except Exception as error:
             problems.append(f"{file} cannot be evaluated ({type(error).__name__}: {error})")
     return problems or Case(case.name, case.reference, case.predictions, metrics)
@@ -155,17 +145,15 @@ def _header_problems(case: Case, reader: type) -> list[str]:
 
     if reader is not SimpleITKIO:  # others may turn the axes
         return []
-    problems, grids = [], []
+    problems, grids = [], {}
     for file in (case.reference, *case.predictions.values()):
         try:
-            grids.append(_grid_of_header(file))
+            grids[file] = _grid_of_header(file)
         except RuntimeError as error:
             problems.append(str(unreadable(file, error)))
-            grids.append(None)
-    truth = grids[0]
-    for file, grid in zip(case.predictions.values(), grids[1:], strict=True):
-        if truth and grid and (difference := grid_difference(grid, truth)):
-            problems.append(f"{file} {difference}")
+    if truth := grids.pop(case.reference, None):
+        found = {file: grid_difference(grid, truth) for file, grid in grids.items()}
+        problems += [f"{file} {difference}" for file, difference in found.items() if difference]
     return problems
 
 

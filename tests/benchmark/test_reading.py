@@ -141,13 +141,9 @@ def test_offline_work_that_leaves_no_time(given, write_protocol):
         read_protocol(str(write_protocol(given)))
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("{", "is not JSON"), ("[]", "Write one JSON object"), ("[" * 100_000, "is not JSON"), ("", "it is empty")],
-)
-def test_files_that_are_no_protocol(write_protocol, text, message):
-    with pytest.raises(UserError, match=message):
-        read_protocol(str(write_protocol(text)))
+def test_a_file_that_is_no_protocol(write_protocol):
+    with pytest.raises(UserError, match="Write one JSON object"):
+        read_protocol(str(write_protocol("[]")))
 
 
 def test_an_unknown_name_is_told_the_known_ones():

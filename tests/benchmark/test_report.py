@@ -168,11 +168,14 @@ def test_what_is_compared_with_a_method_has_its_colour_dashed():
     assert (a_line, b_line, b1_line, b2_line, a1_line) == ("-", "-", "--", "-.", "--")
 
 
-def test_minutes_of_the_curves_are_those_of_the_measurement():
-    run = {"minutes": 5.0, "steps": 100, "curve": [{"steps": 50, "Dice": 0.5}, {"steps": 100, "Dice": 0.6}]}
-    assert _points(run, METRICS["dice"], in_steps=False, seconds=1.2) == ([1.0, 2.0], [0.5, 0.6])
-    assert _points(run, METRICS["dice"], in_steps=False, seconds=None) == ([2.5, 5.0], [0.5, 0.6])
-    assert _points(run, METRICS["dice"], in_steps=True, seconds=1.2) == ([50.0, 100.0], [0.5, 0.6])
+@pytest.mark.parametrize("offline", [0, 3])
+def test_minutes_of_the_curves_are_those_of_the_measurement(offline):
+    """Offline ones come before."""
+    run = {"minutes": 5.0 + offline, "steps": 100}
+    run["curve"] = [{"steps": 50, "Dice": 0.5}, {"steps": 100, "Dice": 0.6}]
+    for in_steps, seconds, x in ((False, 1.2, [1.0, 2.0]), (False, None, [2.5, 5.0]), (True, 1.2, [50.0, 100.0])):
+        x = x if in_steps else [minutes + offline for minutes in x]
+        assert _points(run, METRICS["dice"], in_steps, seconds, offline) == (x, [0.5, 0.6])
 
 
 def test_differences_are_over_the_classes_that_both_have():
@@ -260,10 +263,3 @@ def test_offline_minutes_are_of_the_budget_and_shown(over_three):
     assert any(line.startswith("| Method | Steps | Minutes | Of these offline | Dice") for line in lines)
     assert any(line.startswith("| CPS | 3,300 | 5.5 | 4.5 |") for line in lines)
     assert any(line.startswith("| Labels only | 6,000 | 1.0 | 0.0 |") for line in lines)
-
-
-def test_offline_minutes_come_before_the_curve():
-    run = {"minutes": 5.0, "steps": 100, "curve": [{"steps": 50, "Dice": 0.5}, {"steps": 100, "Dice": 0.6}]}
-    assert _points(run, METRICS["dice"], in_steps=False, seconds=1.2, offline=3) == ([4.0, 5.0], [0.5, 0.6])
-    assert _points(run, METRICS["dice"], in_steps=False, seconds=None, offline=3) == ([4.0, 5.0], [0.5, 0.6])
-    assert _points(run, METRICS["dice"], in_steps=True, seconds=1.2, offline=3) == ([50.0, 100.0], [0.5, 0.6])
