@@ -43,22 +43,19 @@ def read_checkpoint(file: str | Path, remedy: str, keys: Mapping[str, type] | No
     """
     trusted = os.environ.get(TRUST, "").lower() in ("1", "true", "t")
     try:
-        with open(file, "rb") as stream:
-            empty = not stream.read(1)
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror or error}). {remedy}") from None
-    try:
         with torch.serialization.safe_globals(NUMBERS):
             content = torch.load(file, map_location="cpu", weights_only=not trusted, mmap=True)
     except MemoryError:
         raise
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        raise UserError(f"{file} cannot be read ({error.strerror or error}). {remedy}") from None
     except Exception as error:  # a damaged pickle ends in any of them
         if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL (\S+)", str(error))):
             raise UserError(
                 f"{file} calls {found[1]} when it is read, which neither weights nor nnU-Net's log need and which "
                 f"could do anything. If you trust the author of the file, set {TRUST}=1."
             ) from None
-        what = "is empty" if empty else "is cut off, damaged or no checkpoint at all"
+        what = "is cut off, damaged or no checkpoint at all" if os.path.getsize(file) else "is empty"
         raise UserError(f"{file} {what}. {remedy}") from error
     for key, kind in (keys or {}).items():
         if not isinstance(content, dict) or not isinstance(content.get(key), kind):

@@ -88,10 +88,6 @@ class Row:
             student = replace(own, name=f"{self.name}, student", trainer=self.self_training.student)
         return (*before, own, *[student] * self.rounds)
 
-    def alike(self, other: Row) -> bool:
-        """Whether a step of these stages is the same computation, so that it takes the same time."""
-        return (self.trainer, self.settings) == (other.trainer, other.settings)
-
     @property
     def rounds(self) -> int:
         """Of self-training."""
