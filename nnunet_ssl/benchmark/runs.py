@@ -92,7 +92,10 @@ class Benchmark:
         self, protocol: Protocol, home: Path, raw: Path, preprocessed: Path, ids: Mapping[str, int] | None = None
     ) -> None:
         self.protocol, self.home, self.raw, self.preprocessed = protocol, home, raw, preprocessed
-        self._measured: dict[str, float] = {}  # a complete measurement stays: its logs are read once
+        self._given = by_row(protocol.measure.seconds)
+        single = [row for row in protocol.rows[::-1] if row.key in self._given and row.trainings == 1]
+        self._given_kinds = {kind(row): self._given[row.key] for row in single}
+        self._seconds = {**self._given_kinds}  # by kind; a complete measurement stays: its logs are read once
         self.ids = self._choose_ids(dict(ids or {}))
 
     # ------------------------------------------------------------------------------------------------ datasets
@@ -170,7 +173,7 @@ class Benchmark:
         if all(budget.steps is not None for budget in p.budgets):
             return {}
         stages = [stage for row in p.rows if row.key not in self._given for stage in row.stages]
-        return {kind(stage): stage for stage in stages if self._given_of(stage) is None}
+        return {kind(stage): stage for stage in stages if kind(stage) not in self._given_kinds}
 
     def rounds(self) -> list[str]:
         """The short trainings of each kind in turn, forwards and backwards: what drifts drifts for all."""
@@ -187,25 +190,14 @@ class Benchmark:
                 seconds[row.key] = sum(stages) / len(stages)
         return seconds
 
-    @property
-    def _given(self) -> dict[str, float]:
-        return by_row(self.protocol.measure.seconds)
-
-    def _given_of(self, stage: Row) -> float | None:
-        """Given for a row that is but this."""
-        rows = (row for row in self.protocol.rows if row.key in self._given and row.trainings == 1)
-        return next((self._given[row.key] for row in rows if kind(row) == kind(stage)), None)
-
     def _seconds_of(self, stage: Row) -> float | None:
         """Given, or measured, or None as long as it is neither.
 
         The fastest epoch counts: other load on the machine makes an epoch longer, never shorter.
         """
-        given, m, name = self._given_of(stage), self.protocol.measure, kind(stage)
-        if given is not None:
-            return given
-        if name in self._measured:
-            return self._measured[name]
+        m, name = self.protocol.measure, kind(stage)
+        if name in self._seconds:
+            return self._seconds[name]
         folders = [self.home / "measure" / f"{name}_{number}" for number in range(m.rounds)]
         rounds = [epoch_seconds(fold) for folder in folders for fold in trainings(folder)]
         if [len(found) for found in rounds] != [m.epochs] * m.rounds:
@@ -217,7 +209,7 @@ class Benchmark:
                 f"the short runs of {stage.name} took no time that nnU-Net's log can show; set measure.iterations in "
                 f"{self.protocol.name} above {m.iterations} and choose another -o."
             )
-        self._measured[name] = seconds
+        self._seconds[name] = seconds
         return seconds
 
     # ------------------------------------------------------------------------------------------------ runs
