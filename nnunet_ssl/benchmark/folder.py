@@ -35,10 +35,10 @@ def claimed(home: Path, given: dict[str, Any], device: str) -> Iterator[None]:
     """
     note = home / "protocol.json"
     if home.exists() and not note.is_file() and (not home.is_dir() or set(os.listdir(home)) - {".lock"}):
-        raise UserError(f"{home} exists and holds no benchmark; take another -o.")
-    busy = f"another nnUNetv2_ssl_benchmark works in {home}; wait for it, or take another -o."
+        raise UserError(f"{home} exists but is not a benchmark folder; choose another -o.")
+    busy = f"another nnUNetv2_ssl_benchmark is using {home}; wait, or choose another -o."
     with ExitStack() as held:
-        with writing("Take another -o."):
+        with writing("Choose another -o."):
             held.enter_context(holding(home / ".lock", busy))
         left_out = refuse_other(home, given, device)
         write_json(note, {"device": device, "protocol": {**given, "rows": [*given["rows"], *left_out]}})
@@ -87,8 +87,8 @@ def _what_stays(protocol: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 def _refuse_change(home: Path, what: str, old: object, new: object) -> None:
     if old != new:
         raise UserError(
-            f"{home} was begun with {what} {json.dumps(old)}, now it is {json.dumps(new)}; undo that, give a row "
-            "another name, or take another -o."
+            f"{home} was started with {what} {json.dumps(old)}, now it is {json.dumps(new)}; undo that, give a row "
+            "another name, or choose another -o."
         )
 
 

@@ -23,15 +23,15 @@ def test_a_folder_takes_more_rows_and_seeds_but_no_other_protocol(given, tmp_pat
     more["gap"] = {"lower": "Labels only", "upper": "More labels"}
     more["rows"][2]["against"] = "Labels only"
     refuse_other(home, more, "cpu")
-    with pytest.raises(UserError, match='begun with -device "cpu", now it is "cuda"'):
+    with pytest.raises(UserError, match='started with -device "cpu", now it is "cuda"'):
         refuse_other(home, more, "cuda")
-    with pytest.raises(UserError, match="begun with epochs 4, now it is 5"):
+    with pytest.raises(UserError, match="started with epochs 4, now it is 5"):
         refuse_other(home, given | {"epochs": 5}, "cpu")
     more["rows"][1]["settings"] = {}
-    with pytest.raises(UserError, match="begun with row cps"):
+    with pytest.raises(UserError, match="started with row cps"):
         refuse_other(home, more, "cpu")
     more["rows"][1] = {"name": "cps", "trainer": "nnUNetTrainerCPS"}  # the folders' name is the same
-    with pytest.raises(UserError, match="begun with row cps"):
+    with pytest.raises(UserError, match="started with row cps"):
         refuse_other(home, more, "cpu")
 
 
@@ -44,7 +44,7 @@ def test_a_row_that_was_left_out_once_is_not_forgotten(given, tmp_path):
     with claimed(home, fewer, "cpu"):
         pass
     given["rows"][1]["settings"] = {"cps_weight": 2}
-    with pytest.raises(UserError, match="begun with row cps"):
+    with pytest.raises(UserError, match="started with row cps"):
         refuse_other(home, given, "cpu")
 
 
@@ -60,10 +60,10 @@ def test_seconds_that_a_row_was_begun_with_stay(given, tmp_path):
     without = given | {"rows": [row for row in given["rows"] if row["name"] != "CPS"], "measure": {**given["measure"]}}
     del without["measure"]["seconds"]
     refuse_other(home, without, "cpu")
-    with pytest.raises(UserError, match="begun with measure"):
+    with pytest.raises(UserError, match="started with measure"):
         refuse_other(home, given | {"measure": {"epochs": 5}}, "cpu")
     for seconds, now in ({"CPS": 0.4}, "0.4"), ({}, "null"):
-        with pytest.raises(UserError, match=f'begun with row cps .*"seconds per step": 0.5.* now .*step": {now}'):
+        with pytest.raises(UserError, match=f'started with row cps .*"seconds per step": 0.5.* now .*step": {now}'):
             refuse_other(home, given | {"measure": {**given["measure"], "seconds": seconds}}, "cpu")
 
 
@@ -72,7 +72,7 @@ def test_the_steps_that_equal_time_goes_by_stay(given, tmp_path):
     with claimed(home, given, "cpu"):
         pass
     refuse_other(home, given | {"budgets": [*given["budgets"], {"steps": 160}]}, "cpu")
-    with pytest.raises(UserError, match="begun with the first budget's steps 80, now it is 160"):
+    with pytest.raises(UserError, match="started with the first budget's steps 80, now it is 160"):
         refuse_other(home, given | {"budgets": [{"steps": 160}, *given["budgets"]]}, "cpu")
 
 
@@ -89,7 +89,7 @@ def test_a_file_system_without_locks_is_said_and_worked_on(given, tmp_path, monk
     monkeypatch.undo()
     (tmp_path / "file").touch()
     with (
-        pytest.raises(UserError, match=r"cannot be written .* Take another -o"),
+        pytest.raises(UserError, match=r"cannot be written .* Choose another -o"),
         claimed(tmp_path / "file" / "home", given, "cpu"),
     ):
         pass

@@ -186,5 +186,5 @@ def test_killed_resumed_and_reported(protocol, tmp_path, fresh_folders, capfd):
     assert len(trained) == 2  # measured and with equal steps; with equal time is known once it is measured
     assert all("cps_again" in line or "/measure/" in line for line in trained)
     protocol.write_text(json.dumps(PROTOCOL | {"epochs": 4}))
-    with pytest.raises(UserError, match="begun with epochs 2"):
+    with pytest.raises(UserError, match="started with epochs 2"):
         main([str(a) for a in arguments])
