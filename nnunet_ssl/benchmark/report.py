@@ -145,14 +145,19 @@ def markdown(benchmark: Benchmark, results: dict[str, Any]) -> Iterator[str]:
             yield from ("", "<details><summary>Differences in the other metrics</summary>", "")
             yield from (*differences_table(others), "", "</details>")
         if len(p.curve) > 1:
-            yield from ("", f"{leading.title} on the way, mean over seeds:", "", *curve_table(p, content["runs"]))
+            yield from (
+                "",
+                f"{leading.title} during the training, mean over seeds:",
+                "",
+                *curve_table(p, content["runs"]),
+            )
     if results["unfinished"]:
         yield from ("", f"Not finished and left out above: {'; '.join(results['unfinished'])}.")
     if results["seconds_per_step"] and any(budget.steps is None for budget in p.budgets):
         names = {row.key: row.name for row in p.rows}
         seconds = ", ".join(f"{names[key]} {value:#.4g}" for key, value in results["seconds_per_step"].items())
-        given = f"given by the protocol for {', '.join(p.measure.seconds)}" if p.measure.seconds else "measured"
-        yield from ("", f"Seconds per step by which equal time was made, {given}: {seconds}.")
+        given = f"as given in the protocol for {', '.join(p.measure.seconds)}" if p.measure.seconds else "measured"
+        yield from ("", f"Seconds per step on which equal time is based, {given}: {seconds}.")
     for place in results["surroundings"]:
         threads = ", one thread per run" if place["device"] == "cpu" else ""
         versions = ", ".join(f"{k} {v}" for k, v in place.items() if k not in ("device", "machine"))
@@ -176,7 +181,7 @@ def _rows(p: Protocol, runs: Sequence[dict[str, Any]]) -> Iterator[tuple[Row, di
 
 
 def methods_table(p: Protocol, runs: Sequence[dict[str, Any]], differences: Sequence[dict[str, Any]]) -> list[str]:
-    """A row a method: steps, minutes, each metric, the leading one of groups or few classes, and of every seed.
+    """One row per method: steps, minutes, each metric, the leading one of groups or few classes, and of every seed.
 
     As in the papers' Table I: brackets show the gain over the method that this one is built on, the best value is
     bold. A row with other labels does not compete.
@@ -187,7 +192,7 @@ def methods_table(p: Protocol, runs: Sequence[dict[str, Any]], differences: Sequ
     gains = {(d["row"], d["metric"]): d["mean"] for d in differences}
 
     def means(*way: str) -> list[float]:
-        """Of each row, over its seeds, what is found on the way into a run."""
+        """Of each row, over its seeds, what is found by its keys in a run."""
         return [nanmean(reduce(getitem, way, run) for run in own.values()) for own in by_seed]
 
     titles = [row.name if row.labeled is None else f"{row.name} ({row.labeled} labeled)" for row in rows]
@@ -209,7 +214,7 @@ def methods_table(p: Protocol, runs: Sequence[dict[str, Any]], differences: Sequ
 
 
 def differences_table(differences: Sequence[dict[str, Any]]) -> list[str]:
-    """A line a row and metric: the difference of each seed, their mean, interval and p."""
+    """One line per row and metric: the difference of each seed, their mean, interval and p."""
     seeds = list(dict.fromkeys(seed for d in differences for seed in d["seeds"]))
     rows = [["Method", "Against", "Metric", *(f"Seed {seed}" for seed in seeds), "Mean", "95 % interval", "p"]]
     by_key = {metric.key: metric for metric in METRICS.values()}
