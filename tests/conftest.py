@@ -7,6 +7,7 @@
 | ``fresh_folders`` | three empty nnU-Net folders for this test, set in the environment |
 | ``make_trainer(name, dataset, ...)`` | a trainer in this process, results in this test's own folder |
 | ``run_nnunet(command, *args, ...)`` | a real command in a separate process |
+| ``curves`` | for tests of ``progress.png`` and ``progress_ssl.png``, which trainers here draw only then |
 
 nnU-Net reads its three folders from the environment at each use, so setting the variables is enough.
 """
@@ -66,6 +67,27 @@ def session_folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folders = Folders.below(tmp_path_factory.mktemp("nnunet"))
     with datasets.environment(folders.environment()):
         yield folders
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_curves() -> Any:
+    """A training in this process draws no curves, which take two seconds an epoch; what a command runs does."""
+    from nnunetv2.training.logging.nnunet_logger import MetaLogger
+
+    from nnunet_ssl.trainers.log import SSLLog
+
+    drawing = [(cls, name, getattr(cls, name)) for cls, name in ((MetaLogger, "plot_progress_png"), (SSLLog, "_draw"))]
+    with pytest.MonkeyPatch.context() as patch:
+        for cls, name, _ in drawing:
+            patch.setattr(cls, name, lambda *_: None)
+        yield drawing
+
+
+@pytest.fixture
+def curves(no_curves: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draws ``progress.png`` and ``progress_ssl.png`` all the same."""
+    for drawing in no_curves:
+        monkeypatch.setattr(*drawing)
 
 
 @pytest.fixture(scope="session")

@@ -72,6 +72,7 @@ def test_readme_lists_trainers_that_there_are():
     assert set(rows) <= set(TRAINERS)
 
 
+@pytest.mark.usefixtures("curves")
 def test_files_and_columns_of_a_run_are_documented(tiny, make_trainer):
     trainer = make_trainer("nnUNetTrainerSHTA_CPS_1epochs", tiny("3d"), settings={"keep_epochs": [1]})
     trainer.run_training()
@@ -85,6 +86,7 @@ def test_files_and_columns_of_a_run_are_documented(tiny, make_trainer):
     assert set(re.findall(r"`([\w<>]+)`", "".join(re.findall(r"^\| `.*?\|", table, re.M)))) == columns
 
     known = {"training_log", "debug.json", "progress.png"}  # nnU-Net's
+    assert (folder / "progress_ssl.png").stat().st_size > 5000
     new = [f.name for f in folder.iterdir() if f.is_file() and not any(f.name.startswith(k) for k in known)]
     kinds = {"checkpoint_epoch1.pth": "checkpoint_epoch<N>.pth", "checkpoint_final_ssl.pth": "checkpoint_final_ssl.pth"}
     states = re.compile(r"checkpoint_(best|epoch1)_ssl.pth")  # "checkpoint_final_ssl.pth, ..."

@@ -96,6 +96,7 @@ def test_a_full_disk(running, tmp_path):
         subprocess.run(["umount", "--lazy", disk], check=True)
 
 
+@pytest.mark.usefixtures("curves")
 @pytest.mark.parametrize("what", ["ssl_log.csv", "progress.png"])
 def test_without_room_for_a_table_or_curves_it_says_so(running, make_trainer, tiny, what, monkeypatch):
     trainer, folder = running(LABELED_ONLY)

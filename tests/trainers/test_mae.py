@@ -170,7 +170,6 @@ def test_lowest_error_is_best(tiny, make_trainer):
     trainer.on_train_start()
     saved = []
     trainer.save_checkpoint = lambda file: saved.append(Path(file).name)
-    trainer.logger.plot_progress_png = lambda folder: None  # slow, and not the matter
     for error in (2.0, 1.0, 3.0):
         trainer.on_epoch_start()
         trainer.logger.log("train_losses", error, trainer.current_epoch)

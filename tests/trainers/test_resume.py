@@ -57,7 +57,6 @@ def test_resumed_in_process_it_ends_with_the_same_weights(tiny, make_trainer):
     folder = assert_resumed_equals_uninterrupted(lambda: make_trainer(NAME, tiny(), settings={"save_every": 1}))
     log = (folder / "ssl_log.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in log] == ["epoch", "0", "1", "2"]
-    assert (folder / "progress_ssl.png").stat().st_size > 5000
     assert not list(folder.glob("checkpoint_latest*"))
 
 
