@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # `from helpers import
 # Read by nnU-Net when it is imported, so set before that.
 os.environ.update(
     nnUNet_n_proc_DA="0",  # in this process: no workers
-    nnUNet_def_n_proc="2",
+    nnUNet_def_n_proc="1",  # each process of a pool imports nnU-Net, which takes longer than its work
     OMP_NUM_THREADS="1",
     MPLBACKEND="Agg",
     nnUNet_compile="f",

@@ -34,12 +34,6 @@ def test_a_copy_is_apart(tiny, tiny_copy):
     assert tiny("3d").plans_file.exists()
 
 
-def test_stock_command_runs_on_the_tiny_dataset(tiny, own_results, run_nnunet):
-    dataset = tiny("3d")
-    output = run_nnunet("nnUNetv2_train", dataset.id, dataset.configuration, 0, "-h").stdout
-    assert "-tr" in output
-
-
 def _backward():
     torch.ones((), requires_grad=True).backward()
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shlex
-import subprocess
-import sys
 
 import pytest
+
+from nnunet_ssl.commands.benchmark import main
 
 pytest.importorskip("snakemake", reason="Snakemake needs Python 3.11")
 
@@ -16,7 +16,7 @@ ONE_THREAD = "nnUNet_n_proc_DA=0 nnUNet_def_n_proc=1 OMP_NUM_THREADS=1"
 
 
 @pytest.fixture
-def commands(tmp_path, write_protocol, monkeypatch):
+def commands(tmp_path, write_protocol, monkeypatch, capfd):
     """``commands(given)``: what makes each output, by the output's name; below ``HOME`` and ``RAW``."""
     for name in ("raw", "preprocessed", "results"):
         (tmp_path / name).mkdir()
@@ -24,10 +24,10 @@ def commands(tmp_path, write_protocol, monkeypatch):
 
     def run(given, *options):
         words = [write_protocol(given), "--dry-run", "-device", "cpu", "-np", 2, "-o", tmp_path / "home", *options]
-        command = [sys.executable, "-m", "nnunet_ssl.commands", "benchmark", *map(str, words)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        text = (done.stdout + done.stderr).replace(str(tmp_path / "home"), "HOME").replace(str(tmp_path / "raw"), "RAW")
+        capfd.readouterr()
+        main([str(word) for word in words])
+        text = "".join(capfd.readouterr())
+        text = text.replace(str(tmp_path / "home"), "HOME").replace(str(tmp_path / "raw"), "RAW")
         found = re.findall(r"^    output: (.+?)$.+?^Shell command: (.+?)$", text, re.MULTILINE | re.DOTALL)
         return {output: re.sub(r" >> logs/\S+ 2>&1", "", command) for output, command in found}
 

@@ -47,9 +47,8 @@ def protocol(fresh_folders, tmp_path):
     return file
 
 
-def test_list(capsys):
-    main(["--list"])
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+def test_the_real_command_lists_the_protocols(run_nnunet):
+    assert [line.split()[0] for line in run_nnunet("nnUNetv2_ssl_benchmark", "--list").stdout.splitlines()] == [
         "acdc_shapes", "amos", "brats2019", "demo_choices", "demo_hosts", "hippocampus", "hippocampus_shapes", "la",
         "la_equal_time", "la_shapes", "pancreas_ct", "sasnet_parts", "shta_parts", "synapse",
     ]  # fmt: skip

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from batchgeneratorsv2.transforms.spatial.transpose import TransposeAxesTransform
+from helpers.datasets import threads_for_processes
 from helpers.runs import assert_resumed_equals_uninterrupted, train
 from helpers.steps import a_batch, half_a_step, on_two_ranks, with_stages
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
@@ -389,7 +390,8 @@ def test_validation_logs_both_branches_alone_and_together(tiny, make_trainer):
     trainer = make_trainer(f"{NAME}_1epochs", tiny("ignore"), settings={"sasnet_validate_branches": True})
     train(trainer)
     trainer.inference_allowed_mirroring_axes = None  # an eighth of the time
-    trainer.perform_actual_validation()
+    with threads_for_processes():
+        trainer.perform_actual_validation()
     columns = (Path(trainer.output_folder) / "ssl_log.csv").read_text().splitlines()[0].split(",")
     assert {"dice_high", "dice_low", "dice_both", "sar_changed", "confidence_high", "confidence_low"} <= set(columns)
     for folder in ("validation", "validation_high", "validation_low"):
@@ -483,14 +485,14 @@ def test_real_commands_train_continue_validate_predict_and_export(tiny, own_resu
         assert len(list(own_results.glob(f"*/{trainer}__*/fold_0/validation/*.npz"))) == 1  # what is there stays
     model = ["-d", dataset.id, "-c", dataset.configuration, "-f", 0, "-p", dataset.plans_name, "-tr", trainer]
     images = ["-i", dataset.raw / "imagesTs", "-device", "cpu", "--disable_tta", "--save_probabilities"]
-    run_nnunet("nnUNetv2_predict", *model, *images, "-o", tmp_path / "both")
+    run_nnunet("nnUNetv2_predict", *model, *images, "-o", tmp_path / "both", "-npp", 0, "-nps", 0)
     assert len(list((tmp_path / "both").glob(f"*{dataset.recipe.file_ending}"))) == 2
 
     main([*map(str, model), "-o", str(tmp_path / "high"), "--branch", "high"])
     [plain] = (tmp_path / "high").glob("Dataset*/nnUNetTrainer__*")
     run_nnunet(
         "nnUNetv2_predict_from_modelfolder", "-m", plain, "-f", 0, *images, "-o", tmp_path / "out",
-        env={"nnUNet_extTrainer": ""},
+        "-npp", 1, "-nps", 1, env={"nnUNet_extTrainer": ""},
     )  # fmt: skip
     case = dataset.cases("imagesTs")[0]
     both, high = (np.load(tmp_path / folder / f"{case}.npz")["probabilities"] for folder in ("both", "out"))
