@@ -8,6 +8,7 @@
 | ``make_trainer(name, dataset, ...)`` | a trainer in this process, results in this test's own folder |
 | ``run_nnunet(command, *args, ...)`` | a real command in a separate process |
 | ``curves`` | for tests of ``progress.png`` and ``progress_ssl.png``, which trainers here draw only then |
+| ``quick_registration`` | for tests of what is done with registrations: a few iterations each |
 
 nnU-Net reads its three folders from the environment at each use, so setting the variables is enough.
 """
@@ -23,6 +24,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -65,7 +67,8 @@ def own_locale() -> Any:
 def session_folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """nnU-Net's three folders of the session; no test sees a user's own."""
     folders = Folders.below(tmp_path_factory.mktemp("nnunet"))
-    with datasets.environment(folders.environment()):
+    few_warps = mock.patch("nnunet_ssl.shapes.warped.BUDGET", 0.0)  # one of each labeled case, where no test says more
+    with datasets.environment(folders.environment()), few_warps:
         yield folders
 
 
@@ -135,6 +138,12 @@ def own_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir(exist_ok=True)
     monkeypatch.setenv("nnUNet_results", str(folder))
     return folder
+
+
+@pytest.fixture
+def quick_registration(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real registrations of a third of the time, which bring the tiny images less close to each other."""
+    monkeypatch.setattr("nnunet_ssl.shapes.registration.ITERATIONS", 4)
 
 
 @pytest.fixture

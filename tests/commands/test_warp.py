@@ -43,6 +43,7 @@ def test_what_cannot_be_is_refused_in_a_sentence_and_makes_nothing(tiny_copy, ar
     assert not Path(str(folder_of(dataset)).replace("_warped", "_unlabeled")).exists()
 
 
+@pytest.mark.usefixtures("quick_registration")
 def test_it_warps_the_training_cases_of_all_folds_and_draws_them(tiny_copy, capsys):
     dataset = tiny_copy()
     groups = dataset.folders.raw / "patients.json"

@@ -14,6 +14,8 @@ from nnunet_ssl.figures.warps import draw_warps
 from nnunet_ssl.shapes.warped import WarpManifest, Wish, prepare_warps
 from nnunet_ssl.unlabeled.prepare import prepare_unlabeled
 
+pytestmark = pytest.mark.usefixtures("quick_registration")
+
 
 def warped(dataset, labeled: tuple[str, ...], each: int) -> Wish:
     names = dataset.name, PlansManager(dataset.plans), dataset.configuration, dataset.dataset_json

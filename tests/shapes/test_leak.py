@@ -20,6 +20,8 @@ from nnunet_ssl.shapes.targets import find_targets, groups_of_dataset, read_grou
 from nnunet_ssl.shapes.warped import WarpManifest, Wish
 from nnunet_ssl.unlabeled.find import GROUPS
 
+pytestmark = pytest.mark.usefixtures("quick_registration")
+
 # patients: un_00 is of tr_00's, un_01 of one who has tr_01 and tr_02, un_02 is named after the case itself, un_03 tests
 PATIENTS = {"tr_00": "A", "un_00": "A", "tr_01": "B", "tr_02": "B", "un_01": "B", "un_02": "tr_03", "ts_00": "T"}
 PATIENTS |= {"un_03": "T"}

@@ -21,9 +21,8 @@ NAME = "nnUNetTrainerWarps_3epochs"
 
 
 @pytest.fixture(autouse=True)
-def few_pairs(monkeypatch):
-    """One warp of each labeled case, or what the folder has."""
-    monkeypatch.setattr("nnunet_ssl.shapes.warped.BUDGET", 0.0)
+def quick_pairs(monkeypatch, quick_registration):
+    """Whatever becomes of them."""
     monkeypatch.setattr("nnunet_ssl.shapes.quality.TOO_FEW", 0.0)
 
 
