@@ -521,6 +521,7 @@ def test_bad_input(name, tiny_copy, capsys, request):
     assert new == []
 
 
+@pytest.mark.slow  # tests/trainers/test_lost.py has one that runs and ends so
 def test_the_real_command_ends_with_the_message(tiny_copy, run_nnunet):
     dataset = tiny_copy("3d")
     process = run_nnunet(
