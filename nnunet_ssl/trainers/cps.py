@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 from dynamic_network_architectures.initialization.weight_init import InitWeights_XavierUniform
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from torch import Tensor, nn
 
 from nnunet_ssl.declared import Share, Weight, declared, setting
@@ -132,4 +133,8 @@ class nnUNetTrainerCPS(nnUNetTrainerSSL):  # noqa: N801
         """What one network learns from the other's pseudo-labels, at full resolution."""
         if self.settings.cps_loss == "ce":
             return pseudo_label_cross_entropy(logits, labels, self.label_manager.has_regions)
-        return self.full_resolution_loss(logits, labels)
+        loss = self.full_resolution_loss
+        if type(loss) is DC_and_CE_loss and loss.ignore_label is not None:
+            # Nothing is ignored here, and nnU-Net's sum of the two would wait for the device to tell it so.
+            return loss.weight_ce * loss.ce(logits, labels) + loss.weight_dice * loss.dc(logits, labels)
+        return loss(logits, labels)

@@ -185,6 +185,13 @@ def test_where_axes_cannot_be_exchanged_views_are_rotated(tiny, make_trainer, ca
     assert bool(out) == bool(said)
 
 
+def test_the_log_says_what_the_memory_costs(tiny, make_trainer, capsys):
+    trainer = started(make_trainer(NAME, tiny()))
+    seconds = 0.6e-6 * 2 * 16**3
+    assert list(trainer.configuration_manager.patch_size) == [16] * 3
+    assert f"in RAM. There it takes about {seconds:.2g} s of a step." in capsys.readouterr().out
+
+
 def test_lean_and_joint_passes_give_the_same_gradients(tiny, make_trainer):
     found = []
     for passes in ("lean", "joint"):

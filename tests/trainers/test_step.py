@@ -174,6 +174,25 @@ def test_the_cross_term_is_the_papers_over_both_streams(tiny, make_trainer):
     assert [sorted(t) for t in terms] == [["cps", "sup"], ["cps", "sup_second"], ["cps"], ["cps"]]
 
 
+@pytest.mark.parametrize("kind", ["ignore", "3d"])
+def test_pseudo_labels_have_nnunets_loss_which_is_not_asked_what_it_ignores(tiny, make_trainer, kind, monkeypatch):
+    trainer = make_trainer("nnUNetTrainerCPS", tiny(kind))
+    loss = trainer.full_resolution_loss
+    torch.manual_seed(0)
+    logits = [torch.randn(2, 3, 8, 8, 8).requires_grad_() for _ in range(2)]
+    with torch.no_grad():
+        logits[1].copy_(logits[0])
+    labels = torch.randint(0, 3, (2, 1, 8, 8, 8)).to(torch.int16)
+    expected = loss(logits[0], labels)
+    if kind == "ignore":  # without asking, nothing can wait for a device
+        monkeypatch.setattr(type(loss), "forward", None)
+    found = trainer._cross_loss(logits[1], labels)
+    assert torch.equal(found, expected)
+    for value in (expected, found):
+        value.backward()
+    assert torch.equal(logits[0].grad, logits[1].grad)
+
+
 def test_unlabeled_images_never_enter_shta(tiny, make_trainer):
     trainer = make_trainer("nnUNetTrainerSHTA_CPS", tiny(), settings={"shta_attach": "all", "cps_weight": 0.0})
     batch = a_batch(trainer)
