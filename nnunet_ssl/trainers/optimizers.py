@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 
@@ -14,6 +16,13 @@ CLIP_NORM = 12  # nnU-Net's
 
 class Optimizers(nnUNetTrainer):
     """nnU-Net's optimiser for the network, its twin for the modules that only training needs, and methods' own."""
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
+        """nnU-Net's; its SGD on a GPU as one kernel, which reads by itself whether half precision overflowed."""
+        optimizer, schedule = super().configure_optimizers()
+        if self.device.type == "cuda" and type(optimizer) is torch.optim.SGD:
+            optimizer = schedule.optimizer = fused(optimizer)
+        return optimizer, schedule
 
     def _configure_training_optimizers(self) -> None:
         """The method's own optimisers; for the other modules that only training needs, nnU-Net's rule and schedule.
@@ -62,6 +71,36 @@ class Optimizers(nnUNetTrainer):
                 self.grad_scaler.step(optimizer)
         if self.grad_scaler is not None:
             self.grad_scaler.update()
+
+
+def fused(optimizer: torch.optim.SGD) -> torch.optim.SGD:
+    """The same optimiser, which steps by one kernel; it reads and writes the state of the plain one.
+
+    Momentum begins at zero, before the first step, which is then the plain one's: torch would allocate it only, and
+    where that step overflows the kernel writes nothing there.
+    """
+    plain = optimizer.defaults["fused"]
+    one_kernel = torch.optim.SGD(
+        [{**group, "fused": True} for group in optimizer.param_groups], **{**optimizer.defaults, "fused": True}
+    )
+
+    def begin_momentum(*_: Any) -> None:
+        for parameter in parameters_of(one_kernel):
+            if parameter.grad is not None and one_kernel.state[parameter].get("momentum_buffer") is None:
+                one_kernel.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def stay_fused(*_: Any) -> None:
+        for group in one_kernel.param_groups:
+            group["fused"] = True
+
+    def as_plain(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        for group in state["param_groups"]:
+            group["fused"] = plain
+
+    one_kernel.register_step_pre_hook(begin_momentum)
+    one_kernel.register_load_state_dict_post_hook(stay_fused)
+    one_kernel.register_state_dict_post_hook(as_plain)
+    return one_kernel
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
