@@ -43,12 +43,12 @@ def test_a_prepared_dataset_is_measured_and_its_page_filled(tiny_copy, tmp_path,
     results = json.loads((tmp_path / "out.json").read_text())
     assert [(e["trainer"], e["passes"]) for e in results["trainers"]] == [
         ("nnUNetTrainer", None),
+        ("nnUNetTrainerCPS", "paired"),
         ("nnUNetTrainerCPS", "lean"),
-        ("nnUNetTrainerCPS", "joint"),
     ]
     for entry in results["trainers"]:
         for taken in entry["turns"]:
             assert all(taken[key] > 0 for key in ("step", "loader", "peak", *benchmark_trainers.PARTS)), entry
-    single, lean, _ = (entry["turns"][0]["parameters"] for entry in results["trainers"])
-    assert lean == 2 * single
+    single, paired, _ = (entry["turns"][0]["parameters"] for entry in results["trainers"])
+    assert paired == 2 * single
     assert benchmark_trainers.table(results) in page.read_text()
