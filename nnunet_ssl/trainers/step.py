@@ -16,7 +16,7 @@ class Stream(NamedTuple):
     images: Tensor  # [B, C, *patch]
     target: list[Tensor] | Tensor | None  # nnU-Net's target, full resolution first; None for unlabeled images
     cases: list[str] | None = None  # names of the labeled cases
-    coordinates: Tensor | None = None  # [B, dim, *patch], where a method asks for them: see sasnet/coordinates.py
+    coordinates: Tensor | None = None  # where a method asks for them: see sasnet/coordinates.py
 
 
 class Batch(NamedTuple):

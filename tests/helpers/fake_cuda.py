@@ -223,7 +223,7 @@ def a_batch(trainer: Any) -> dict:
     if getattr(trainer, "uses_unlabeled", False):
         batch["unlabeled"] = images()
     if getattr(trainer, "uses_sar", False):
-        batch["coordinates"] = torch.empty(size, len(patch), *patch)
+        batch["coordinates"] = torch.empty(size, len(patch), len(patch) + 3)
     return batch
 
 

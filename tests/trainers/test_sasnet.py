@@ -18,6 +18,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.branches import Branches
 from nnunet_ssl.trainers.sasnet import trainer as sasnet
+from nnunet_ssl.trainers.sasnet.coordinates import positions
 from nnunet_ssl.trainers.sasnet.memory import ConfidenceMemory
 from nnunet_ssl.trainers.sasnet.views import FrequencyRotation
 
@@ -211,16 +212,17 @@ def test_two_classes_give_the_papers_formulas(tiny, make_trainer):
     batch = trainer._to_device(next(trainer.dataloader_train))
     target = (torch.rand(2, 1, 16, 16, 16, generator=rng) > 0.5).to(torch.int16)
     stream = batch.labeled._replace(target=[target])
+    where = positions(stream.coordinates, (16, 16, 16))
     for _ in range(2):  # the first visit of every voxel, and the second
-        before = torch.stack([trainer.memory.read(c, x) for c, x in zip(stream.cases, stream.coordinates, strict=True)])
+        before = torch.stack([trainer.memory.read(c, x) for c, x in zip(stream.cases, where, strict=True)])
         fused = trainer._fused_labels(stream, Branches(*two))
         weighted = (1 + 0.5 * before[:, :1]) * high + (1 + 0.5 * before[:, 1:]) * low
         background = (1 + 0.5 * before[:, :1]) * (1 - high) + (1 + 0.5 * before[:, 1:]) * (1 - low)
         expected = torch.softmax(torch.cat([background, weighted], 1), 1)[:, 1] > 0.5  # Eq. 6
         assert torch.equal(fused == 1, expected)
     confidence = (1 - high) * (target == 0) + high * (target == 1)  # Eq. 8
-    seen = trainer.memory.read(stream.cases[0], stream.coordinates[0])[0]
-    known = ~stream.coordinates[0].isnan().any(0)
+    seen = trainer.memory.read(stream.cases[0], where[0])[0]
+    known = ~where[0].isnan().any(0)
     if stream.cases[0] != stream.cases[1]:
         torch.testing.assert_close(seen[known], confidence[0, 0][known], rtol=0, atol=0.6)  # scaled patches average
         assert torch.corrcoef(torch.stack([seen[known], confidence[0, 0][known]]))[0, 1] > 0.8

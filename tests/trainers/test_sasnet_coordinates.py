@@ -13,12 +13,20 @@ from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.spatial.transpose import TransposeAxesTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from scipy.ndimage import map_coordinates
 
 from nnunet_ssl.randomness import seeded
-from nnunet_ssl.trainers.sasnet.coordinates import CoordinateLoader, TrackCoordinates, homogeneous_coordinates
+from nnunet_ssl.trainers.sasnet import coordinates as module
+from nnunet_ssl.trainers.sasnet.coordinates import (
+    CoordinateLoader,
+    TrackCoordinates,
+    homogeneous_coordinates,
+    positions,
+)
 from nnunet_ssl.trainers.sasnet.memory import ConfidenceMemory
+from nnunet_ssl.trainers.sasnet.views import FrequencyRotation
 from nnunet_ssl.unlabeled.loader import TwoStreamLoader, start_workers
 
 KINDS = ["3d", "2d", "png", "anisotropic", "multichannel"]
@@ -71,13 +79,18 @@ def spatial_part(probability):
     return choose
 
 
+def positions_in(batch):
+    """Of a batch, ``[B, case_dim, *patch]``."""
+    return positions(batch["coordinates"], batch["data"].shape[2:])
+
+
 def samples(loader, batches):
-    """Patch, coordinates and the preprocessed case it is from."""
+    """Patch, positions and the preprocessed case it is from."""
     for number in range(batches):
         with seeded(0, "test", number):
             batch = next(loader)
         for patch, target, coords, key in zip(
-            batch["data"], batch["target"], batch["coordinates"], batch["keys"], strict=True
+            batch["data"], batch["target"], positions_in(batch), batch["keys"], strict=True
         ):
             data, seg, _, _ = loader._data.load_case(key)
             yield patch.numpy(), target.numpy(), coords.numpy(), np.asarray(data[:]), np.asarray(seg[:])
@@ -92,7 +105,8 @@ def test_batches_are_nnunets_own_bit_for_bit(tiny, make_trainer, kind):
             with_coordinates = next(ours)
         with seeded(0, number):
             plain = next(theirs)
-        coordinates = with_coordinates.pop("coordinates")
+        coordinates = positions_in(with_coordinates)
+        del with_coordinates["coordinates"]
         assert with_coordinates.keys() == plain.keys()
         assert torch.equal(with_coordinates["data"], plain["data"])
         assert list(with_coordinates["keys"]) == list(plain["keys"])
@@ -102,6 +116,58 @@ def test_batches_are_nnunets_own_bit_for_bit(tiny, make_trainer, kind):
         assert coordinates.shape == (2, 3, *plain["data"].shape[2:])
         assert coordinates.dtype == torch.float32
         assert not coordinates.isnan().all()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "slice by slice"])
+def test_the_affine_map_gives_what_goes_through_the_transforms(tiny, make_trainer, monkeypatch, kind):
+    """The positions that nnU-Net's own transforms interpolate are the oracle, on the same draws."""
+    dummy_2d = kind == "slice by slice"
+    trainer = make_trainer("nnUNetTrainer", tiny("anisotropic" if dummy_2d else kind))
+    patch = trainer.configuration_manager.patch_size
+    equal = [axis for axis in range(len(patch)) if patch[axis] == patch[-1]]
+
+    def with_views(full):
+        return ComposeTransforms([*spatial_part(0.5)(full).transforms, TransposeAxesTransform(equal)])
+
+    loader = make_loader(trainer, transforms=with_views, batch_size=4, force_dummy_2d=dummy_2d)
+    known, outside = [], 0
+    for number in range(15):
+        found = []
+        for is_affine in (True, False):
+            with monkeypatch.context() as context:
+                if not is_affine:
+                    context.setattr(module, "are_affine", lambda _: False)
+                with seeded(2, number):
+                    found.append(next(loader))
+        by_map, carried = found
+        assert by_map["coordinates"].shape == (4, 3, len(patch) + 3)
+        assert carried["coordinates"].shape == (4, 3, *patch)
+        assert torch.equal(by_map["data"], carried["data"])
+        assert torch.equal(by_map["target"], carried["target"])
+        a, b = positions_in(by_map), positions_in(carried)
+        both = ~(a.isnan() | b.isnan())
+        torch.testing.assert_close(a[both], b[both], rtol=0, atol=2e-4)
+        differ = (a.isnan() != b.isnan()).float().mean()  # where validity is at its threshold, within rounding
+        assert differ < 1e-4
+        known.append(both.float().mean())
+        outside += int(b.isnan().sum())
+    assert 0.3 < np.mean(known) < 1
+    assert outside > 100
+
+
+def test_what_is_not_known_to_be_affine_goes_through_the_transforms(tiny, make_trainer):
+    trainer = make_trainer("nnUNetTrainer", tiny())
+    transforms = make_loader(trainer).transforms.transforms
+    (spatial,) = (t for t in transforms.transforms if isinstance(t, SpatialTransform))
+    assert module.are_affine(transforms)
+    for name, value in {"p_elastic_deform": 0.1, "mode_image": "nearest", "padding_mode_image": "border"}.items():
+        before = getattr(spatial, name)
+        setattr(spatial, name, value)
+        assert not module.are_affine(transforms)
+        setattr(spatial, name, before)
+    for more in (spatial, FrequencyRotation([(0, 1)], 30), RandomTransform(MirrorTransform((0,)))):
+        assert not module.are_affine(ComposeTransforms([*transforms.transforms, more]))
+    assert not module.are_affine(None)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -198,7 +264,7 @@ def test_what_augmented_patches_wrote_other_augmented_patches_read(tiny, make_tr
     for number in range(40):
         with seeded(1, number):
             batch = next(loader)
-        for key, coords in zip(batch["keys"], batch["coordinates"], strict=True):
+        for key, coords in zip(batch["keys"], positions_in(batch), strict=True):
             memory.write(str(key), coords, field_of_slices(coords).nan_to_num(0.0))
 
     errors, steepest = [], 0.4 * 2**0.5 / 6
@@ -259,7 +325,7 @@ def test_without_transforms_coordinates_are_those_of_the_crop(tiny, make_trainer
     dataset, _ = trainer.get_tr_and_val_datasets()
     loader = CoordinateLoader(dataset, 2, (8, 8, 8), (8, 8, 8), trainer.label_manager)
     batch = next(loader)
-    for patch, coords, key in zip(batch["data"], batch["coordinates"], batch["keys"], strict=True):
+    for patch, coords, key in zip(batch["data"], positions_in(batch), batch["keys"], strict=True):
         data = torch.from_numpy(np.asarray(dataset.load_case(key)[0][:]))
         assert torch.equal(patch, data[(slice(None), *coords.long())])
 

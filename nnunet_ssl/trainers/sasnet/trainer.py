@@ -27,7 +27,7 @@ from nnunet_ssl.losses.sdm import signed_distance_maps
 from nnunet_ssl.networks.dual_branch import DualBranchUNet, low_level_start_of
 from nnunet_ssl.ram import ram_limit
 from nnunet_ssl.trainers.base import Batch, Stream, full_resolution, nnUNetTrainerSSL
-from nnunet_ssl.trainers.sasnet.coordinates import CoordinateLoader
+from nnunet_ssl.trainers.sasnet.coordinates import CoordinateLoader, positions
 from nnunet_ssl.trainers.sasnet.memory import ConfidenceMemory
 from nnunet_ssl.trainers.sasnet.validation import BranchValidation
 from nnunet_ssl.trainers.sasnet.views import FrequencyRotation, view_transform
@@ -240,14 +240,15 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
         plain = prob.high + prob.low
         if self.memory is None or stream.target is None:
             return likeliest_class(plain)[:, 0]
-        before = torch.stack([self.memory.read(c, x) for c, x in zip(stream.cases, stream.coordinates, strict=True)])
+        coordinates = positions(stream.coordinates, plain.shape[2:])
+        before = torch.stack([self.memory.read(c, x) for c, x in zip(stream.cases, coordinates, strict=True)])
         labels = full_resolution(stream.target)[:, 0]
         fused = likeliest_class(reweight(prob, Branches(*before.unbind(1)), self.settings.sasnet_alpha))
         self.log_value("sar_changed", (plain.gather(1, fused) < plain.amax(1, keepdim=True)).float().mean())
 
         now = Branches(*(true_class_confidence(p, labels) for p in prob))  # Eq. 7-8
         ignored = (labels < 0) | (labels >= prob.high.shape[1])
-        coordinates = stream.coordinates.masked_fill(ignored[:, None], float("nan"))
+        coordinates = coordinates.masked_fill(ignored[:, None], float("nan"))
         for case, x, confidence in zip(stream.cases, coordinates, torch.stack(now, 1), strict=True):
             self.memory.write(case, x, confidence)
         for name, confidence in now.named().items():
