@@ -43,6 +43,40 @@ def hard_pseudo_labels(logits: Tensor, has_regions: bool = False, has_ignore_lab
     return regions
 
 
+def labels_and_confidence(prob: Tensor, regions: bool = False) -> tuple[Tensor, Tensor]:
+    """The hard decision of probabilities, and how sure it is.
+
+    Args:
+        prob: ``[B, K, *spatial]``.
+        regions: whether the channels are regions, each with a decision of its own.
+
+    Returns:
+        Labels ``[B, 1, *spatial]`` int16 and the largest probability; of regions labels ``[B, K, *spatial]`` bool,
+        probability above 0.5, and the larger of p and 1 - p.
+    """
+    if regions:
+        return prob > 0.5, torch.maximum(prob, 1 - prob)
+    confidence, labels = prob.max(1, keepdim=True)
+    return labels.to(torch.int16), confidence
+
+
+def cross_entropy_map(logits: Tensor, labels: Tensor, regions: bool = False) -> Tensor:
+    """Cross-entropy of each voxel, of regions of each voxel and region, in fp32.
+
+    Args:
+        logits: ``[B, K, *spatial]``.
+        labels: ``[B, 1, *spatial]`` integer classes below K; of regions ``[B, K, *spatial]``.
+        regions: whether the channels are regions.
+
+    Returns:
+        ``[B, 1, *spatial]`` float32, of regions ``[B, K, *spatial]``.
+    """
+    logits = logits.float()
+    if regions:
+        return F.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
+    return F.cross_entropy(logits, labels[:, 0].long(), reduction="none")[:, None]
+
+
 def pseudo_label_cross_entropy(logits: Tensor, labels: Tensor, has_regions: bool = False) -> Tensor:
     """Cross-entropy with pseudo-labels, the mean over all voxels (and regions), in fp32.
 

@@ -10,23 +10,28 @@ import torch
 from torch import Tensor
 
 
-def squared_dice_loss(logits: Tensor, labels: Tensor, mask: Tensor | None = None, smooth: float = 1e-10) -> Tensor:
+def squared_dice_loss(
+    logits: Tensor, labels: Tensor, mask: Tensor | None = None, smooth: float = 1e-10, regions: bool = False
+) -> Tensor:
     """``1 / K sum_k 1 - (2 sum p y + s) / (sum p^2 + sum y^2 + s)``, sums over all voxels of the batch, in fp32.
 
     Args:
-        logits: ``[B, K, *spatial]``, before softmax.
-        labels: ``[B, 1, *spatial]``, integer classes below K.
-        mask: ``[B, 1, *spatial]`` bool, the voxels that count; None for all.
+        logits: ``[B, K, *spatial]``, before softmax, of regions before sigmoid.
+        labels: ``[B, 1, *spatial]``, integer classes below K; of regions ``[B, K, *spatial]``.
+        mask: ``[B, 1, *spatial]`` bool, the voxels that count; None for all. Of regions ``[B, K, *spatial]`` too.
         smooth: s.
+        regions: whether the channels are regions, which overlap.
 
     Returns:
         0-dim float32 in [0, 1].
     """
-    p, y = probabilities_and_one_hot(logits, labels, mask)
+    p, y = probabilities_and_one_hot(logits, labels, mask, regions)
     return squared_dice_per_class(p, y, smooth).mean()
 
 
-def probabilities_and_one_hot(logits: Tensor, labels: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def probabilities_and_one_hot(
+    logits: Tensor, labels: Tensor, mask: Tensor | None = None, regions: bool = False
+) -> tuple[Tensor, Tensor]:
     """p and y of the Dice, both zero where the mask does not hold; arguments as in :func:`squared_dice_loss`.
 
     Returns:
@@ -35,6 +40,9 @@ def probabilities_and_one_hot(logits: Tensor, labels: Tensor, mask: Tensor | Non
     Raises:
         RuntimeError: if a label is out of range (on a GPU as a device assertion).
     """
+    if regions:
+        p, y = logits.float().sigmoid(), labels.bool()
+        return (p, y) if mask is None else (torch.where(mask, p, 0.0), y & mask)
     p = logits.float().softmax(1)
     y = torch.zeros_like(p, dtype=torch.bool)
     if mask is None:

@@ -30,7 +30,7 @@ from nnunet_ssl.locks import take
 from nnunet_ssl.losses.ramps import sigmoid_rampup
 from nnunet_ssl.networks.average import WeightAverage
 from nnunet_ssl.networks.feature_tap import FeatureTap
-from nnunet_ssl.randomness import seeded
+from nnunet_ssl.randomness import derived_seed, seeded
 from nnunet_ssl.shapes.warped import WarpedFolder
 from nnunet_ssl.surroundings import surroundings
 from nnunet_ssl.trainers.data import Data
@@ -235,6 +235,10 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
     def seeded(self, *purpose: str | int) -> AbstractContextManager[None]:
         """A context whose random draws follow from the run's seed and ``purpose``, on every rank alike."""
         return seeded(self.settings.seed, *purpose)
+
+    def draws(self, *purpose: str | int) -> np.random.Generator:
+        """Random numbers on the host that follow from the run's seed, this step, this rank and ``purpose``."""
+        return np.random.default_rng(derived_seed(self.settings.seed, *purpose, self.global_step, self.local_rank))
 
     def require_decoder(self, network: nn.Module, what_for: str) -> None:
         """Refuse a network without the parts of nnU-Net's U-Nets.

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+CUTMIX_SHARE = 0.02, 0.4  # of the patch, in the codes of UniMatch and MiDSS
 ASPECT = 10 / 3  # the largest ratio of two sides, each as a share of its axis
 
 
@@ -44,7 +45,7 @@ def random_boxes(
 
     Args:
         rng: on the host.
-        sides: ``[count, dim]`` voxels.
+        sides: ``[count, dim]`` voxels; a box with a side of 0 is empty.
         patch_size: voxels along each axis.
         device: of the mask.
 

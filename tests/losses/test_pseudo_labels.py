@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from nnunet_ssl.losses.pseudo_labels import hard_pseudo_labels, likeliest_class, pseudo_label_cross_entropy
+from nnunet_ssl.losses.pseudo_labels import (
+    cross_entropy_map,
+    hard_pseudo_labels,
+    labels_and_confidence,
+    likeliest_class,
+    pseudo_label_cross_entropy,
+)
 
 
 @pytest.mark.parametrize("spatial", [(5, 4), (4, 3, 5)])
@@ -44,3 +50,24 @@ def test_cross_entropy_is_in_fp32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = torch.randn(1, 3, 4, 4, dtype=torch.bfloat16)
         assert pseudo_label_cross_entropy(logits, hard_pseudo_labels(logits)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_confidence_is_the_probability_of_what_was_decided(regions):
+    logits = torch.randn(2, 3, 4, 5)
+    prob = logits.sigmoid() if regions else logits.softmax(1)
+    labels, confidence = labels_and_confidence(prob, regions)
+    assert torch.equal(labels, hard_pseudo_labels(logits, regions))
+    expected = torch.where(labels, prob, 1 - prob) if regions else prob.gather(1, labels.long())
+    assert torch.equal(confidence, expected)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_the_mean_of_the_map_is_the_cross_entropy(regions):
+    logits = torch.randn(2, 3, 4, 5)
+    labels = hard_pseudo_labels(torch.randn(2, 3, 4, 5), regions)
+    per_voxel = cross_entropy_map(logits.bfloat16(), labels, regions)
+    assert per_voxel.shape == labels.shape
+    assert per_voxel.dtype == torch.float32
+    mean = cross_entropy_map(logits, labels, regions).mean()
+    torch.testing.assert_close(mean, pseudo_label_cross_entropy(logits, labels, regions))

@@ -30,3 +30,25 @@ def test_a_class_without_voxels_has_a_dice_loss_of_one_and_a_perfect_one_of_zero
     p, y = probabilities_and_one_hot(logits, labels)  # the last voxel is half class 1, half class 2
     assert y.dtype == torch.bool
     assert squared_dice_per_class(p, y).tolist() == pytest.approx([0, 1 - 1 / 1.25, 1])
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (3, 4, 5)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_regions_one_by_one_with_a_mask_of_all_or_of_each(shape, channels):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 3, *shape), torch.rand(2, 3, *shape) > 0.6
+    mask = torch.rand(2, channels, *shape) > 0.3
+    expected = 0.0
+    for k in range(3):
+        inside = mask[:, min(k, channels - 1)]
+        pk, yk = logits.sigmoid()[:, k][inside], labels[:, k][inside].float()
+        expected += (1 - (2 * (pk * yk).sum() + 1e-5) / ((pk**2).sum() + (yk**2).sum() + 1e-5)) / 3
+    torch.testing.assert_close(squared_dice_loss(logits, labels, mask, 1e-5, regions=True), expected)
+    everywhere = torch.ones(2, 1, *shape, dtype=torch.bool)
+    torch.testing.assert_close(
+        squared_dice_loss(logits, labels, regions=True), squared_dice_loss(logits, labels, everywhere, regions=True)
+    )
+    nowhere = squared_dice_loss(logits.requires_grad_(), labels, ~everywhere, 1e-5, regions=True)
+    nowhere.backward()
+    assert nowhere == 0
+    assert not logits.grad.any()

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from nnunet_ssl.views.boxes import ASPECT, random_boxes, random_sides
+from nnunet_ssl.views.boxes import ASPECT, CUTMIX_SHARE, random_boxes, random_sides
 
 
 @pytest.mark.parametrize("patch", [(200, 100), (60, 90, 120)])
 def test_sides_take_the_share_and_fit(patch):
-    sides = random_sides(np.random.default_rng(0), 2000, patch, (0.02, 0.4))
+    sides = random_sides(np.random.default_rng(0), 2000, patch, CUTMIX_SHARE)
     relative = sides / np.array(patch)
     assert (sides >= 1).all()
     assert (relative <= 1).all()
@@ -41,3 +41,8 @@ def test_boxes_are_boxes_of_their_sides_everywhere(patch):
 def test_a_place_is_drawn_uniformly():
     masks = random_boxes(np.random.default_rng(0), np.full((3000, 2), 1), (4, 5))
     np.testing.assert_allclose(masks[:, 0].float().mean(0), 1 / 20, atol=0.015)
+
+
+def test_no_sides_no_box():
+    masks = random_boxes(np.random.default_rng(0), np.array([[0, 0], [2, 3]]), (4, 5))
+    assert masks.flatten(1).sum(1).tolist() == [0, 6]
