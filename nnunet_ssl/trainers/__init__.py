@@ -16,7 +16,10 @@ from nnunet_ssl._startup import folders_of_the_user
 from nnunet_ssl.errors import UserError
 
 SHTA = "nnUNetTrainerSHTA_"
-SHTA_HOSTS = ("LabeledOnly", "CPS", "GACPS", "URPC", "MagicNet", "MeanTeacher", "UAMT", "ICT", "EntMin")
+SHTA_HOSTS = (
+    *("LabeledOnly", "CPS", "GACPS", "URPC", "MagicNet", "MeanTeacher", "UAMT", "ICT", "EntMin"),
+    *("UniMatch",),
+)
 TRAINERS = {
     "nnUNetTrainerLabeledOnly": "labeled_only",
     "nnUNetTrainerWarps": "warps",
@@ -29,6 +32,7 @@ TRAINERS = {
     "nnUNetTrainerUAMT": "ua_mt",
     "nnUNetTrainerICT": "ict",
     "nnUNetTrainerEntMin": "ent_min",
+    "nnUNetTrainerUniMatch": "unimatch",
     **{f"{SHTA}{host}": "shta" for host in SHTA_HOSTS},
     "nnUNetTrainerMAE": "mae",
 }
