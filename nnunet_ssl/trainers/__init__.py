@@ -33,6 +33,7 @@ TRAINERS = {
     "nnUNetTrainerICT": "ict",
     "nnUNetTrainerEntMin": "ent_min",
     "nnUNetTrainerUniMatch": "unimatch",
+    "nnUNetTrainerBCP": "bcp",
     **{f"{SHTA}{host}": "shta" for host in SHTA_HOSTS},
     "nnUNetTrainerMAE": "mae",
 }
