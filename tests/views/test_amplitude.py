@@ -1,0 +1,43 @@
+"""Mixed amplitudes against numpy's whole spectrum, shifted and cut as the authors do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from nnunet_ssl.views import amplitude
+from nnunet_ssl.views.amplitude import amplitude_mixed
+
+
+def by_numpy(image, style, share, band):
+    spectrum, of_style = (np.fft.fftshift(np.fft.fftn(x)) for x in (image, style))
+    size, phase = np.abs(spectrum), np.angle(spectrum)
+    window = tuple(slice(n // 2 - int(band * n), n // 2 + int(band * n) + 1) for n in image.shape)
+    size[window] = (1 - share) * size[window] + share * np.abs(of_style)[window]
+    mixed = np.fft.ifftn(np.fft.ifftshift(size * np.exp(1j * phase))).real
+    return mixed.clip(min(image.min(), style.min()), max(image.max(), style.max()))
+
+
+@pytest.mark.parametrize("band", [0.01, 0.1])
+@pytest.mark.parametrize("spatial", [(24, 31), (16, 10, 21)])
+def test_each_channel(monkeypatch, spatial, band):
+    monkeypatch.setattr(amplitude, "BAND", band)
+    torch.manual_seed(0)
+    images, styles = torch.randn(2, 2, *spatial), 2 * torch.randn(2, 2, *spatial) + 1
+    share = torch.tensor([0.3, 1.0])
+    mixed = amplitude_mixed(images, styles, share)
+    for b, c in np.ndindex(2, 2):
+        expected = by_numpy(images[b, c].double().numpy(), styles[b, c].double().numpy(), share[b].item(), band)
+        np.testing.assert_allclose(mixed[b, c], expected, atol=1e-5)
+    assert not torch.allclose(mixed, images)
+
+
+def test_no_share_no_change():
+    images = torch.randn(1, 1, 12, 13)
+    torch.testing.assert_close(amplitude_mixed(images, images + 5, torch.zeros(1)), images, atol=1e-5, rtol=0)
+
+
+def test_half_precision_is_transformed_in_single():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert amplitude_mixed(torch.randn(1, 1, 8, 8), torch.randn(1, 1, 8, 8), torch.ones(1)).dtype == torch.float32
