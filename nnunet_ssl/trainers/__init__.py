@@ -18,7 +18,7 @@ from nnunet_ssl.errors import UserError
 SHTA = "nnUNetTrainerSHTA_"
 SHTA_HOSTS = (
     *("LabeledOnly", "CPS", "GACPS", "URPC", "MagicNet", "MeanTeacher", "UAMT", "ICT", "EntMin"),
-    *("UniMatch",),
+    *("UniMatch", "MiDSS"),
 )
 TRAINERS = {
     "nnUNetTrainerLabeledOnly": "labeled_only",
@@ -34,6 +34,7 @@ TRAINERS = {
     "nnUNetTrainerEntMin": "ent_min",
     "nnUNetTrainerUniMatch": "unimatch",
     "nnUNetTrainerBCP": "bcp",
+    "nnUNetTrainerMiDSS": "midss",
     **{f"{SHTA}{host}": "shta" for host in SHTA_HOSTS},
     "nnUNetTrainerMAE": "mae",
 }
