@@ -18,7 +18,7 @@ from nnunet_ssl.errors import UserError
 SHTA = "nnUNetTrainerSHTA_"
 SHTA_HOSTS = (
     *("LabeledOnly", "CPS", "GACPS", "URPC", "MagicNet", "MeanTeacher", "UAMT", "ICT", "EntMin"),
-    *("UniMatch", "MiDSS"),
+    *("UniMatch", "MiDSS", "ABD"),
 )
 TRAINERS = {
     "nnUNetTrainerLabeledOnly": "labeled_only",
@@ -35,6 +35,7 @@ TRAINERS = {
     "nnUNetTrainerUniMatch": "unimatch",
     "nnUNetTrainerBCP": "bcp",
     "nnUNetTrainerMiDSS": "midss",
+    "nnUNetTrainerABD": "abd",
     **{f"{SHTA}{host}": "shta" for host in SHTA_HOSTS},
     "nnUNetTrainerMAE": "mae",
 }

@@ -1,0 +1,150 @@
+"""ABD: Adaptive Bidirectional Displacement (Chi et al., CVPR 2024), on two networks that teach each other."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from contextlib import nullcontext
+
+import torch
+from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
+from torch import Tensor
+
+from nnunet_ssl.declared import Share, Weight, declared, setting
+from nnunet_ssl.losses.cubes import partition, recover
+from nnunet_ssl.losses.displacement import CellScores, cell_counts, cell_scores, put, reliable_match, take
+from nnunet_ssl.losses.squared_dice import squared_dice_loss
+from nnunet_ssl.trainers.base import Batch, Stream, full_resolution
+from nnunet_ssl.trainers.cps import TwinSettings, nnUNetTrainerCPS
+from nnunet_ssl.trainers.strong_view import StronglyViewed, StrongViewSettings
+
+
+@declared
+class ABDSettings(StrongViewSettings, TwinSettings):
+    """Settings of ABD."""
+
+    cps_weight: Weight = setting(0.2, "Full weight of the cross terms", symbol="w")
+    cps_rampup: Share = setting(1.0, "Share of the training over which that weight grows")
+    abd_labeled_weight: Weight = setting(2.0, "Weight of displaced labeled images", symbol="s")
+    abd_labeled_share: Share = setting(2 / 3, "Share of the training after which there are none")
+    abd_labeled_probability: Share = setting(0.5, "Probability that the cells of a labeled image are displaced")
+
+
+class nnUNetTrainerABD(StronglyViewed, nnUNetTrainerCPS):  # noqa: N801
+    """ABD: two networks see a weak and a strong view, and both see images in which cells have changed places.
+
+    The first network, which predicts, sees the weak view. Of an unlabeled image the cell of which one network is least
+    sure is taken by a cell of the other view of which the other network is sure and says something alike. Of a labeled
+    image what neither is sure of takes the place of what both know, labels with it. The networks teach each other on
+    unlabeled images as they are and displaced, by the Dice loss of hard pseudo-labels.
+    """
+
+    paper = "Chi et al., Adaptive Bidirectional Displacement for Semi-Supervised Medical Image Segmentation, CVPR 2024"
+    Settings = ABDSettings
+
+    def initialize(self) -> None:
+        """As CPS; and the cells."""
+        super().initialize()
+        self.cells = cell_counts(self.configuration_manager.patch_size)
+        self.print_to_log_file(f"ABD: {' x '.join(map(str, self.cells))} cells")
+
+    @property
+    def displaces_labeled(self) -> bool:
+        """Whether there are displaced labeled images at this step."""
+        settings = self.settings
+        return settings.abd_labeled_weight > 0 and self.global_step < settings.abd_labeled_share * self.total_steps
+
+    def term_weights(self) -> dict[str, float]:
+        """w grows along a sigmoid; s is constant, then 0."""
+        displaced = self.settings.abd_labeled_weight if self.displaces_labeled else 0.0
+        return {**super().term_weights(), "displaced": displaced}
+
+    def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
+        """A pass of each network on labeled images, on displaced ones, then on unlabeled and on displaced ones."""
+        labeled, unlabeled = batch
+        views = self._views(labeled.images, "labeled")
+        scores = {}
+        for name, term in (("first", "sup"), ("second", "sup_second")):
+            outputs = self.forward(name, labeled._replace(images=views[name]))
+            scores[name] = self._scores(outputs)
+            terms = {term: self.loss(outputs, labeled.target)}
+            del outputs  # before the pass is backpropagated, here and below: a local name keeps logits alive
+            yield terms
+        if self.displaces_labeled:
+            for images, target in self._displaced_labeled(views, full_resolution(labeled.target), scores):
+                targets = self._scaled(target)
+                for name in views:  # no stream of its own: what hangs on labeled features is there already
+                    yield {"displaced": self.loss(self.forward(name, Stream(images, None)), targets)}
+
+        views = self._views(unlabeled.images, "unlabeled")
+        scores = yield from self._teach_each_other(views)
+        for images in self._displaced_unlabeled(views, scores):
+            yield from self._teach_each_other({"first": images, "second": images})
+
+    def _views(self, images: Tensor, kind: str) -> dict[str, Tensor]:
+        """What each network sees."""
+        return {"first": images, "second": self.strong_view(images, self.draws("abd", kind))}
+
+    def _scores(self, outputs: list[Tensor] | Tensor) -> CellScores:
+        return cell_scores(full_resolution(outputs), self.cells, self.label_manager.has_regions)
+
+    def _teach_each_other(self, views: dict[str, Tensor]) -> Generator[dict[str, Tensor], None, dict[str, CellScores]]:
+        """The cross terms of both networks, in the order of passes that CPS has; gives the scores of the cells."""
+        streams = {name: Stream(images, None) for name, images in views.items()}
+        paired = self.settings.passes != "lean"
+        with nullcontext() if paired else torch.no_grad():
+            second = self.forward("second", streams["second"])
+        of_feature = self.take_terms_of_features()
+        labels_of_second, scores_of_second = self._pseudo_labels(second), self._scores(second)
+        if not paired:
+            second = None
+
+        first = self.forward("first", streams["first"])
+        labels_of_first, scores_of_first = self._pseudo_labels(first), self._scores(first)
+        terms = {"cps": self._cross_loss(full_resolution(first), labels_of_second)}
+        del first
+        yield terms
+
+        if second is None:
+            second = self.forward("second", streams["second"])
+        terms = {"cps": self._cross_loss(full_resolution(second), labels_of_first)}
+        del second
+        yield terms | of_feature
+        return {"first": scores_of_first, "second": scores_of_second}
+
+    def _cross_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The Dice loss with pseudo-labels, at full resolution."""
+        regions = self.label_manager.has_regions
+        labels = labels[:, : logits.shape[1]]  # without the channel of what is ignored
+        return squared_dice_loss(logits, labels, smooth=1e-5, regions=regions)
+
+    def _displaced_unlabeled(self, views: dict[str, Tensor], scores: dict[str, CellScores]) -> list[Tensor]:
+        """Both views with the cell of which their network is least sure taken from the other view."""
+        regions = self.label_manager.has_regions
+        first, second = (partition(views[name], self.cells) for name in ("first", "second"))
+        unsure, reliable = reliable_match(scores["first"], scores["second"], regions)
+        first = put(first, unsure, take(second, reliable))
+        unsure, reliable = reliable_match(scores["second"], scores["first"], regions)
+        second = put(second, unsure, take(first, reliable))
+        return [recover(cells, self.cells) for cells in (first, second)]
+
+    def _displaced_labeled(
+        self, views: dict[str, Tensor], target: Tensor, scores: dict[str, CellScores]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Both views, and their targets, with the cell of which their network is surest taken from the other view."""
+        coins = self.draws("abd", "coins").random(len(target)) < self.settings.abd_labeled_probability
+        chosen = torch.from_numpy(coins).to(target.device, non_blocking=True)
+        cells = {name: [partition(images, self.cells), partition(target, self.cells)] for name, images in views.items()}
+        for name, other in (("first", "second"), ("second", "first")):  # one after the other, as in the code
+            sure, unsure = scores[name].confidence.argmax(1), scores[other].confidence.argmin(1)
+            cells[name] = [
+                put(own, sure, take(its, unsure), chosen) for own, its in zip(cells[name], cells[other], strict=True)
+            ]
+        return [(recover(images, self.cells), recover(labels, self.cells)) for images, labels in cells.values()]
+
+    def _scaled(self, target: Tensor) -> list[Tensor] | Tensor:
+        """A target at full resolution as nnU-Net's loader scales it for deep supervision."""
+        if not self.enable_deep_supervision:
+            return target
+        scales = DownsampleSegForDSTransform(self._get_deep_supervision_scales())
+        scaled = scales(segmentation=target.flatten(0, 1))["segmentation"]  # each is a channel to it
+        return [part.unflatten(0, target.shape[:2]) for part in scaled]
