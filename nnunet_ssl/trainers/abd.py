@@ -25,7 +25,7 @@ class ABDSettings(StrongViewSettings, TwinSettings):
     cps_weight: Weight = setting(0.2, "Full weight of the cross terms", symbol="w")
     cps_rampup: Share = setting(1.0, "Share of the training over which that weight grows")
     abd_labeled_weight: Weight = setting(2.0, "Weight of displaced labeled images", symbol="s")
-    abd_labeled_share: Share = setting(2 / 3, "Share of the training after which there are none")
+    abd_labeled_share: Share = setting(0.667, "Share of the training after which there are none")
     abd_labeled_probability: Share = setting(0.5, "Probability that the cells of a labeled image are displaced")
 
 
