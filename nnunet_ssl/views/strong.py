@@ -42,7 +42,7 @@ class StrongView:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, rng: np.random.Generator) -> Tensor:
-        """Another tensor with the strong view; noise is of the device's own generator.
+        """The strong view, or the images themselves if nothing is drawn; noise is of the device's own generator.
 
         Args:
             images: ``[B, C, *patch]`` float32, left as they are.
@@ -78,9 +78,6 @@ class StrongView:
         if (exponent != 1).any():
             view = intensity.gamma(view, on_device(exponent), on_device(sign))
         if any(self.zero_outside):
-            masked = [c for c, zero in enumerate(self.zero_outside) if zero]
-            outside = torch.zeros_like(images, dtype=torch.bool)
-            for c in masked:
-                outside[:, c] = images[:, c] == 0
-            view = view.masked_fill(outside, 0)
+            outside = [(images[:, c] == 0) & zero for c, zero in enumerate(self.zero_outside)]
+            view = view.masked_fill(torch.stack(outside, 1), 0)
         return view

@@ -130,7 +130,7 @@ def test_at_first_labeled_images_alone_are_mixed_then_the_teacher_is_the_student
 
 
 def test_resumed_between_the_stages_it_ends_with_the_weights_of_an_uninterrupted_run(tiny, make_trainer):
-    settings = {"save_every": 1, "seed": 3, "bcp_pretraining": 0.25}
+    settings = {"save_every": 1, "seed": 3, "bcp_pretraining": 0.5}
     assert_resumed_equals_uninterrupted(lambda: make_trainer(f"{NAME}_2epochs", tiny(), settings=settings))
 
 
