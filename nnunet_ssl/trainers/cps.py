@@ -22,7 +22,7 @@ class TwinSettings(SSLSettings):
     """Settings of two networks that teach each other, on whatever images."""
 
     cps_weight: Weight = setting(1.0, "Full weight of the cross term", symbol="lambda", paper=0.1)
-    cps_rampup: Share = setting(0.4, "Share of the training over which that weight grows", paper=1.0)
+    cps_rampup: Share = setting(0.4, "Share of the training over which the weight grows", paper=1.0)
     cps_init: Literal["xavier", "he"] = setting(
         "xavier", "How the second network's weights are drawn; the first has nnU-Net's own `\"he\"`"
     )
@@ -32,7 +32,7 @@ class TwinSettings(SSLSettings):
 class CrossSupervisionSettings(TwinSettings):
     """Settings of two networks that teach each other on the same images, whatever their losses."""
 
-    cps_on_labeled: bool = setting(True, "Whether the cross term is taken on labeled patches as well")
+    cps_on_labeled: bool = setting(True, "Whether the cross term also covers labeled patches")
 
 
 @declared
