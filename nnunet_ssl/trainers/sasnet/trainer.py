@@ -25,6 +25,7 @@ from nnunet_ssl.losses.pseudo_labels import likeliest_class
 from nnunet_ssl.losses.sar import reweight, true_class_confidence
 from nnunet_ssl.losses.sdm import signed_distance_maps
 from nnunet_ssl.networks.dual_branch import DualBranchUNet, low_level_start_of
+from nnunet_ssl.networks.regression_head import regression_head
 from nnunet_ssl.ram import ram_limit
 from nnunet_ssl.trainers.base import Batch, Stream, full_resolution, nnUNetTrainerSSL
 from nnunet_ssl.trainers.sasnet.coordinates import CoordinateLoader, positions
@@ -150,19 +151,12 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
         super().load_checkpoint(filename_or_checkpoint)
 
     def build_training_modules(self) -> dict[str, nn.Module]:
-        """A regression head for each branch: a convolution of one voxel and tanh, a channel a foreground class.
-
-        They start at zero, where tanh is steepest: with nnU-Net's momentum of 0.99, heads that start with random
-        weights often end up where tanh is flat, and stay there.
-        """
+        """A regression head for each branch, with a map a foreground class."""
         modules = super().build_training_modules()
         if self.settings.sasnet_sdm:
             for name, decoder in self.plans_network.decoders.named().items():
-                head = decoder.seg_layers[-1]
-                conv = type(head)(head.in_channels, self.label_manager.num_segmentation_heads - 1, 1)
-                nn.init.zeros_(conv.weight)
-                nn.init.zeros_(conv.bias)
-                modules[f"regression_{name}"] = nn.Sequential(conv, FullPrecisionTanh())
+                num_maps = self.label_manager.num_segmentation_heads - 1
+                modules[f"regression_{name}"] = regression_head(decoder.seg_layers[-1], num_maps)
         return modules
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
@@ -348,14 +342,6 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
         prob = Branches(**{name: self.probabilities(x) for name, x in logits.named().items()})
         fused = self._fused_labels(stream, prob)
         return signed_distance_maps(fused, prob.high.shape[1], self.configuration_manager.spacing, self._compiles)
-
-
-class FullPrecisionTanh(nn.Tanh):
-    """tanh in fp32 under autocast: in float16 it is flat from 5 on, where its gradient is exactly 0."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Of any float type, float32."""
-        return super().forward(x.float())
 
 
 def dual_branch_network(
