@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -13,7 +15,7 @@ class FullPrecisionTanh(nn.Tanh):
         return super().forward(x.float())
 
 
-def regression_head(segmentation_head: nn.Module, num_maps: int) -> nn.Module:
+def regression_head(segmentation_head: Any, num_maps: int) -> nn.Module:
     """A convolution of one voxel and tanh: ``[B, C, *patch]`` -> maps in (-1, 1), float32 ``[B, num_maps, *patch]``.
 
     It starts at zero, where tanh is steepest: with nnU-Net's momentum of 0.99, heads that start with random weights

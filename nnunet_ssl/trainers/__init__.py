@@ -18,7 +18,7 @@ from nnunet_ssl.errors import UserError
 SHTA = "nnUNetTrainerSHTA_"
 SHTA_HOSTS = (
     *("LabeledOnly", "CPS", "GACPS", "URPC", "MagicNet", "MeanTeacher", "UAMT", "ICT", "EntMin"),
-    *("UniMatch", "MiDSS", "ABD"),
+    "DTC",
 )
 TRAINERS = {
     "nnUNetTrainerLabeledOnly": "labeled_only",
@@ -32,10 +32,7 @@ TRAINERS = {
     "nnUNetTrainerUAMT": "ua_mt",
     "nnUNetTrainerICT": "ict",
     "nnUNetTrainerEntMin": "ent_min",
-    "nnUNetTrainerUniMatch": "unimatch",
-    "nnUNetTrainerBCP": "bcp",
-    "nnUNetTrainerMiDSS": "midss",
-    "nnUNetTrainerABD": "abd",
+    "nnUNetTrainerDTC": "dtc",
     **{f"{SHTA}{host}": "shta" for host in SHTA_HOSTS},
     "nnUNetTrainerMAE": "mae",
 }
