@@ -18,7 +18,7 @@ from nnunet_ssl.errors import UserError
 SHTA = "nnUNetTrainerSHTA_"
 SHTA_HOSTS = (
     *("LabeledOnly", "CPS", "GACPS", "URPC", "MagicNet", "MeanTeacher", "UAMT", "ICT", "EntMin"),
-    "DTC",
+    *("DTC", "SASSNet"),
 )
 TRAINERS = {
     "nnUNetTrainerLabeledOnly": "labeled_only",
@@ -33,6 +33,7 @@ TRAINERS = {
     "nnUNetTrainerICT": "ict",
     "nnUNetTrainerEntMin": "ent_min",
     "nnUNetTrainerDTC": "dtc",
+    "nnUNetTrainerSASSNet": "sassnet",
     **{f"{SHTA}{host}": "shta" for host in SHTA_HOSTS},
     "nnUNetTrainerMAE": "mae",
 }
