@@ -132,7 +132,8 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
     def networks(self) -> dict[str, nn.Module]:
         """The networks that ``forward`` may run, by name, compiled where nnU-Net compiles its own.
 
-        ``first`` is the plans' own, which predicts; others, twins and teachers, are of ``self.training_modules``.
+        ``first`` is the plans' own, which predicts, or runs it together with what only trains; others, twins and
+        teachers, are of ``self.training_modules``.
         """
         return {"first": self.plans_network}
 
@@ -328,7 +329,7 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
         for name, network in self.networks().items():
             if name in self.tapped_networks():
                 network = FeatureTap(network)
-            elif name == "first":
+            elif network is self.plans_network:
                 self._runnable[name] = compiled
                 continue
             self._runnable[name] = self.compiled(network)
