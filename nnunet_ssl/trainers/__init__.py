@@ -18,7 +18,7 @@ from nnunet_ssl.errors import UserError
 SHTA = "nnUNetTrainerSHTA_"
 SHTA_HOSTS = (
     *("LabeledOnly", "CPS", "GACPS", "URPC", "MagicNet", "MeanTeacher", "UAMT", "ICT", "EntMin"),
-    *("DTC", "SASSNet"),
+    *("DTC", "SASSNet", "MCNetPlus"),
 )
 TRAINERS = {
     "nnUNetTrainerLabeledOnly": "labeled_only",
@@ -34,6 +34,7 @@ TRAINERS = {
     "nnUNetTrainerEntMin": "ent_min",
     "nnUNetTrainerDTC": "dtc",
     "nnUNetTrainerSASSNet": "sassnet",
+    "nnUNetTrainerMCNetPlus": "mcnet_plus",
     **{f"{SHTA}{host}": "shta" for host in SHTA_HOSTS},
     "nnUNetTrainerMAE": "mae",
 }
