@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from nnunet_ssl.losses.squared_dice import probabilities_and_one_hot, squared_dice_loss, squared_dice_per_class
+from nnunet_ssl.losses.squared_dice import (
+    probabilities_and_one_hot,
+    squared_dice_loss,
+    squared_dice_per_class,
+    squared_dice_to_soft_labels,
+)
 
 
 @pytest.mark.parametrize(("classes", "shape"), [(2, (4, 5)), (14, (3, 4, 5))])
@@ -32,23 +37,17 @@ def test_a_class_without_voxels_has_a_dice_loss_of_one_and_a_perfect_one_of_zero
     assert squared_dice_per_class(p, y).tolist() == pytest.approx([0, 1 - 1 / 1.25, 1])
 
 
-@pytest.mark.parametrize("shape", [(4, 5), (3, 4, 5)])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_regions_one_by_one_with_a_mask_of_all_or_of_each(shape, channels):
-    torch.manual_seed(0)
-    logits, labels = torch.randn(2, 3, *shape), torch.rand(2, 3, *shape) > 0.6
-    mask = torch.rand(2, channels, *shape) > 0.3
-    expected = 0.0
-    for k in range(3):
-        inside = mask[:, min(k, channels - 1)]
-        pk, yk = logits.sigmoid()[:, k][inside], labels[:, k][inside].float()
-        expected += (1 - (2 * (pk * yk).sum() + 1e-5) / ((pk**2).sum() + (yk**2).sum() + 1e-5)) / 3
-    torch.testing.assert_close(squared_dice_loss(logits, labels, mask, 1e-5, regions=True), expected)
-    everywhere = torch.ones(2, 1, *shape, dtype=torch.bool)
-    torch.testing.assert_close(
-        squared_dice_loss(logits, labels, regions=True), squared_dice_loss(logits, labels, everywhere, regions=True)
-    )
-    nowhere = squared_dice_loss(logits.requires_grad_(), labels, ~everywhere, 1e-5, regions=True)
-    nowhere.backward()
-    assert nowhere == 0
-    assert not logits.grad.any()
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 4, 3, 4, 2)])
+def test_soft_labels_have_their_squares_in_the_denominator_and_the_least_where_both_are_the_same(shape):
+    """The authors' 3D form of SS-Net has it at one-hot probabilities instead."""
+    generator = torch.Generator().manual_seed(0)
+    logits, q = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator).softmax(1)
+    p, expected = logits.softmax(1), 0.0
+    for k in range(shape[1]):
+        pk, qk = p[:, k].flatten().tolist(), q[:, k].flatten().tolist()
+        overlap = sum(a * b for a, b in zip(pk, qk, strict=True))
+        squares = sum(a * a for a in pk) + sum(b * b for b in qk)
+        expected += (1 - (2 * overlap + 1e-5) / (squares + 1e-5)) / shape[1]
+    assert squared_dice_to_soft_labels(logits, q).item() == pytest.approx(expected, rel=1e-5)
+    assert squared_dice_to_soft_labels(logits, p).item() == pytest.approx(0, abs=1e-6)
+    assert squared_dice_to_soft_labels(10 * logits, p) > 0.01
