@@ -18,7 +18,7 @@ from nnunet_ssl.errors import UserError
 SHTA = "nnUNetTrainerSHTA_"
 SHTA_HOSTS = (
     *("LabeledOnly", "CPS", "GACPS", "URPC", "MagicNet", "MeanTeacher", "UAMT", "ICT", "EntMin"),
-    *("DTC", "SASSNet", "MCNetPlus"),
+    *("DTC", "SASSNet", "MCNetPlus", "SSNet"),
 )
 TRAINERS = {
     "nnUNetTrainerLabeledOnly": "labeled_only",
@@ -35,6 +35,7 @@ TRAINERS = {
     "nnUNetTrainerDTC": "dtc",
     "nnUNetTrainerSASSNet": "sassnet",
     "nnUNetTrainerMCNetPlus": "mcnet_plus",
+    "nnUNetTrainerSSNet": "ssnet",
     **{f"{SHTA}{host}": "shta" for host in SHTA_HOSTS},
     "nnUNetTrainerMAE": "mae",
 }
