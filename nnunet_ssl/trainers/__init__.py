@@ -18,7 +18,7 @@ from nnunet_ssl.errors import UserError
 SHTA = "nnUNetTrainerSHTA_"
 SHTA_HOSTS = (
     *("LabeledOnly", "CPS", "GACPS", "URPC", "MagicNet", "MeanTeacher", "UAMT", "ICT", "EntMin"),
-    *("DTC", "SASSNet", "MCNetPlus", "SSNet"),
+    *("DTC", "SASSNet", "MCNetPlus", "SSNet", "CauSSL"),
 )
 TRAINERS = {
     "nnUNetTrainerLabeledOnly": "labeled_only",
@@ -36,6 +36,7 @@ TRAINERS = {
     "nnUNetTrainerSASSNet": "sassnet",
     "nnUNetTrainerMCNetPlus": "mcnet_plus",
     "nnUNetTrainerSSNet": "ssnet",
+    "nnUNetTrainerCauSSL": "caussl",
     **{f"{SHTA}{host}": "shta" for host in SHTA_HOSTS},
     "nnUNetTrainerMAE": "mae",
 }
