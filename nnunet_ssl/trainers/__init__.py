@@ -18,7 +18,7 @@ from nnunet_ssl.errors import UserError
 SHTA = "nnUNetTrainerSHTA_"
 SHTA_HOSTS = (
     *("LabeledOnly", "CPS", "GACPS", "URPC", "MagicNet", "MeanTeacher", "UAMT", "ICT", "EntMin"),
-    *("DTC", "SASSNet", "MCNetPlus", "SSNet", "CauSSL"),
+    *("UniMatch", "MiDSS", "ABD", "DTC", "SASSNet", "MCNetPlus", "SSNet", "CauSSL"),
 )
 TRAINERS = {
     "nnUNetTrainerLabeledOnly": "labeled_only",
@@ -32,6 +32,10 @@ TRAINERS = {
     "nnUNetTrainerUAMT": "ua_mt",
     "nnUNetTrainerICT": "ict",
     "nnUNetTrainerEntMin": "ent_min",
+    "nnUNetTrainerUniMatch": "unimatch",
+    "nnUNetTrainerBCP": "bcp",
+    "nnUNetTrainerMiDSS": "midss",
+    "nnUNetTrainerABD": "abd",
     "nnUNetTrainerDTC": "dtc",
     "nnUNetTrainerSASSNet": "sassnet",
     "nnUNetTrainerMCNetPlus": "mcnet_plus",
