@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-WIDTHS = (64, 128, 256, 512)
+LAYERS = 4
 DROPOUT = 0.5  # of whole channels, after all layers but the last
 
 
@@ -25,26 +25,27 @@ class Discriminator(nn.Module):
         num_maps: channels of the maps.
         num_channels: of the images.
         patch_size: of both, 2D or 3D.
+        width: channels of the first layer; each further one has twice as many.
     """
 
-    def __init__(self, num_maps: int, num_channels: int, patch_size: Sequence[int]) -> None:
+    def __init__(self, num_maps: int, num_channels: int, patch_size: Sequence[int], width: int = 64) -> None:
         super().__init__()
         dim = len(patch_size)
         conv: Any = {2: nn.Conv2d, 3: nn.Conv3d}[dim]
         dropout = {2: nn.Dropout2d, 3: nn.Dropout3d}[dim]
-        size = list(patch_size)
+        size, widths = list(patch_size), [width * 2**i for i in range(LAYERS)]
 
         def halving(in_channels: int, out_channels: int) -> nn.Module:
             kernel = [4 if n > 1 else 3 for n in size]
             return conv(in_channels, out_channels, kernel, [2 if n > 1 else 1 for n in size], 1)
 
-        self.of_maps, self.of_images = halving(num_maps, WIDTHS[0]), halving(num_channels, WIDTHS[0])
+        self.of_maps, self.of_images = halving(num_maps, width), halving(num_channels, width)
         layers: list[nn.Module] = [nn.LeakyReLU(0.2), dropout(DROPOUT)]
-        for narrow, wide in pairwise(WIDTHS):
+        for narrow, wide in pairwise(widths):
             size = [max(1, n // 2) for n in size]
             layers += [halving(narrow, wide), nn.LeakyReLU(0.2), dropout(DROPOUT)]
         self.layers = nn.Sequential(*layers[:-1])
-        self.head = nn.Linear(WIDTHS[-1], 2)
+        self.head = nn.Linear(widths[-1], 2)
 
     def forward(self, maps: Tensor, images: Tensor) -> Tensor:
         """``[B, M, *patch]`` and ``[B, C, *patch]`` -> logits of unlabeled and labeled, float32 ``[B, 2]``."""

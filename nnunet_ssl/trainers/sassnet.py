@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from nnunet_ssl.declared import Positive, Share, Weight, declared, setting
+from nnunet_ssl.declared import Count, Positive, Share, Weight, declared, setting
 from nnunet_ssl.networks.discriminator import Discriminator
 from nnunet_ssl.networks.frozen import frozen
 from nnunet_ssl.trainers.base import Batch
@@ -20,6 +20,9 @@ class SASSNetSettings(DistanceSettings):
 
     sassnet_weight: Weight = setting(0.01, "Full weight of the adversarial term", symbol="lambda")
     sassnet_rampup: Share = setting(1.0, "Share of the training over which that weight grows")
+    sassnet_width: Count = setting(
+        64, "Channels of the discriminator's first layer; each further one has twice as many"
+    )
     sassnet_lr: Positive = setting(1e-4, "Learning rate of the discriminator's Adam, constant")
 
 
@@ -39,8 +42,8 @@ class nnUNetTrainerSASSNet(RegressesDistances):  # noqa: N801
     def build_training_modules(self) -> dict[str, nn.Module]:
         """The regression head and the discriminator."""
         with self.seeded("discriminator"):
-            patch_size = self.configuration_manager.patch_size
-            discriminator = Discriminator(self.num_maps, self.num_input_channels, patch_size)
+            patch_size, width = self.configuration_manager.patch_size, self.settings.sassnet_width
+            discriminator = Discriminator(self.num_maps, self.num_input_channels, patch_size, width)
         return {**super().build_training_modules(), "discriminator": discriminator}
 
     def build_own_optimizers(self) -> dict[str, torch.optim.Optimizer]:

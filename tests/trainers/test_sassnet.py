@@ -11,19 +11,17 @@ NAME = "nnUNetTrainerSASSNet"
 ADVERSARY, HEAD, NETWORK = "discriminator", "head", "network"
 
 
+SMALL = {"sassnet_width": 4}  # 11 million parameters take their time to save
+
+
 def part(name):
-    return (
-        ADVERSARY
-        if name.startswith("training.discriminator")
-        else HEAD
-        if name.startswith("training.regression")
-        else NETWORK
-    )
+    prefixes = {"training.discriminator": ADVERSARY, "training.regression": HEAD}
+    return next((of for prefix, of in prefixes.items() if name.startswith(prefix)), NETWORK)
 
 
 @pytest.mark.parametrize("kind", ["3d", "2d", "multichannel", "anisotropic", "ignore", "regions", "resenc"])
 def test_every_kind_of_data_trains_and_its_terms_are_logged(tiny, make_trainer, kind):
-    trainer = make_trainer(NAME, tiny(kind))
+    trainer = make_trainer(NAME, tiny(kind), settings=SMALL)
     trainer.on_train_start()
     trainer.on_train_epoch_start()
     assert all(trainer.train_step(next(trainer.dataloader_train))["loss"].isfinite() for _ in range(2))
@@ -37,7 +35,7 @@ def test_every_kind_of_data_trains_and_its_terms_are_logged(tiny, make_trainer, 
 
 def test_each_learns_from_its_own_terms(tiny, make_trainer):
     """The discriminator takes nothing of the term that it judges by, and gives nothing back by its own."""
-    trainer = make_trainer(NAME, tiny())
+    trainer = make_trainer(NAME, tiny(), settings=SMALL)
     torch.nn.init.normal_(trainer.training_modules["regression"][0].weight, std=0.1)
     learns = {}
     for terms in trainer.losses(trainer._to_device(a_batch(trainer))):
@@ -57,7 +55,7 @@ def test_each_learns_from_its_own_terms(tiny, make_trainer):
 
 def test_the_adversarial_term_asks_for_maps_that_pass_for_labeled_ones(tiny, make_trainer):
     """By the terms' values, with a discriminator without dropout that is sure; real maps are the regressed ones."""
-    trainer = make_trainer(NAME, tiny())
+    trainer = make_trainer(NAME, tiny(), settings=SMALL)
     batch, discriminator = trainer._to_device(a_batch(trainer)), trainer.training_modules["discriminator"]
     for module in discriminator.modules():
         if hasattr(module, "p"):
@@ -77,7 +75,7 @@ def test_the_adversarial_term_asks_for_maps_that_pass_for_labeled_ones(tiny, mak
 @pytest.mark.parametrize(("size", "share", "seen"), [(2, 0.33, 1), (4, 0.33, 3), (1, 0.33, 1), (2, 1.0, 2), (2, 0, 2)])
 def test_it_sees_the_labeled_patches_that_are_not_forced_to_hold_foreground(tiny, make_trainer, size, share, seen):
     """By nnU-Net's own rule. The authors' code has the truth of 2 and 2 patches written out; ours takes any number."""
-    trainer = make_trainer(NAME, tiny())
+    trainer = make_trainer(NAME, tiny(), settings=SMALL)
     trainer.batch_size, trainer.oversample_foreground_percent = size, share
     batch, shown = trainer._to_device(a_batch(trainer)), []
     trainer.training_modules["discriminator"].register_forward_pre_hook(lambda _, inputs: shown.append(inputs))
@@ -91,7 +89,7 @@ def test_it_sees_the_labeled_patches_that_are_not_forced_to_hold_foreground(tiny
 
 
 def test_the_discriminator_has_adam_and_the_head_nnunets_rule(tiny, make_trainer):
-    trainer = make_trainer(NAME, tiny(), settings={"sassnet_lr": 1e-3})
+    trainer = make_trainer(NAME, tiny(), settings={"sassnet_lr": 1e-3, **SMALL})
     [group] = trainer.own_optimizers["discriminator"].param_groups
     assert (group["lr"], group["betas"]) == (1e-3, (0.9, 0.99))
     assert {id(p) for p in group["params"]} == {id(p) for p in trainer.training_modules["discriminator"].parameters()}
@@ -102,7 +100,8 @@ def test_the_discriminator_has_adam_and_the_head_nnunets_rule(tiny, make_trainer
 def test_lean_and_joint_passes_give_the_same_gradients(tiny, make_trainer):
     found = []
     for passes in ("lean", "joint"):
-        trainer = make_trainer(NAME, tiny(), settings={"passes": passes, "sassnet_weight": 1.0, "sassnet_rampup": 0})
+        settings = {"passes": passes, "sassnet_weight": 1.0, "sassnet_rampup": 0, **SMALL}
+        trainer = make_trainer(NAME, tiny(), settings=settings)
         torch.nn.init.normal_(
             trainer.training_modules["regression"][0].weight, std=0.1, generator=torch.Generator().manual_seed(0)
         )
@@ -113,7 +112,7 @@ def test_lean_and_joint_passes_give_the_same_gradients(tiny, make_trainer):
 
 
 def test_resumed_it_ends_with_the_weights_of_an_uninterrupted_run(tiny, make_trainer):
-    settings = {"save_every": 1, "sassnet_rampup": 0, "seed": 3}
+    settings = {"save_every": 1, "sassnet_rampup": 0, "seed": 3, **SMALL}
     folder = assert_resumed_equals_uninterrupted(lambda: make_trainer(f"{NAME}_2epochs", tiny(), settings=settings))
     checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=False)
     plain = make_trainer("nnUNetTrainer", tiny())
@@ -121,7 +120,7 @@ def test_resumed_it_ends_with_the_weights_of_an_uninterrupted_run(tiny, make_tra
 
 
 def test_two_ranks_share_one_discriminator(tiny, make_trainer, tmp_path):
-    trainer = make_trainer(NAME, tiny())
+    trainer = make_trainer(NAME, tiny(), settings=SMALL)
     ranks = on_two_ranks(tmp_path, half_a_step, trainer, a_batch(trainer))
     for name, weight in ranks[0]["weights"].items():
         assert torch.equal(weight, ranks[1]["weights"][name]), name
