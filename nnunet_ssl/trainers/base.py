@@ -92,6 +92,7 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
         self.average: WeightAverage | None = None
         self.unlabeled: PreparedFolder | None = None
         self.warps: WarpedFolder | None = None
+        self.transforms_on_device = {}
         self._resumed_from: str | None = None
         self._sums: dict[str, list] = {}
         self._terms_of_features: dict[str, Tensor] = {}

@@ -11,6 +11,8 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
+from nnunet_ssl.augmentation.deferred import DeferredTransforms
+from nnunet_ssl.augmentation.device import DeviceTransforms
 from nnunet_ssl.shapes.loader import JoinedDataset, WarpedShare
 from nnunet_ssl.shapes.warped import WarpedFolder, Wish, prepare_warps, wait_until_warped
 from nnunet_ssl.unlabeled.elastic import deform_elastically
@@ -21,6 +23,8 @@ from nnunet_ssl.unlabeled.store import PreparedFolder
 
 class Data(nnUNetTrainer):
     """The two streams of batches."""
+
+    transforms_on_device: dict[str, DeviceTransforms]  # by stream; none where the workers augment
 
     def _prepared_unlabeled(self) -> PreparedFolder:
         """Rank 0 prepares what is missing; the others wait without a collective, which would time out.
@@ -148,6 +152,10 @@ class Data(nnUNetTrainer):
     def _start(
         self, labeled: nnUNetDataLoader, unlabeled: UnlabeledLoader | None, purpose: str, per_epoch: int, workers: int
     ) -> Any:
+        if purpose == "train" and self.settings.augment == "device":
+            for stream, made in (("labeled", labeled), ("unlabeled", unlabeled)):
+                if made is not None:
+                    self._leave_to_device(stream, made)
         loader = TwoStreamLoader(
             labeled,
             unlabeled,
@@ -157,6 +165,13 @@ class Data(nnUNetTrainer):
             probabilities=self._probabilities() if purpose == "train" else None,
         )
         return start_workers(loader, workers, pin_memory=self.device.type == "cuda")
+
+    def _leave_to_device(self, stream: str, loader: nnUNetDataLoader) -> None:
+        """The loader's transforms are drawn by its workers, and computed in the step."""
+        loader.transforms = DeferredTransforms(loader.transforms, type(self).__name__)
+        ignored = () if self.label_manager.ignore_label is None else (self.label_manager.ignore_label,)
+        labels = [int(label) for label in (*self.label_manager.all_labels, *ignored)]
+        self.transforms_on_device[stream] = DeviceTransforms(loader.transforms.steps, labels, self.device)
 
     def _probabilities(self) -> WarpedShare | None:
         """How often warps are drawn; None where there are none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from nnunet_ssl.declared import Count, Counts, Part, Share, build, declared, papers_values, setting
 from nnunet_ssl.files import read_json
@@ -51,6 +51,9 @@ class SSLSettings:
         "[running average](#averaged-weights)",
     )
     ema_share: Part = setting(0.1, "Share of the steps made so far that this average spans")
+    augment: Literal["workers", "device"] = setting(
+        "workers", "Where training patches are augmented: by the loader's workers, or on the [device](#augmentation)"
+    )
     elastic_deformation: Share = setting(0.0, "Probability that a training patch is [deformed](#elastic-deformation)")
     warped_share: Share = setting(
         0.0, "Probability that a labeled patch comes from a [warp](shapes.md); `nnUNetTrainerMAE` uses none"
@@ -59,6 +62,14 @@ class SSLSettings:
         None, "That probability at the last step, reached by a linear change; `null` keeps it constant"
     )
     keep_epochs: Counts = setting((), "Epochs after which `checkpoint_epoch<N>.pth` is also kept, for learning curves")
+
+    @model_validator(mode="after")
+    def _no_elastic_deformation_on_the_device(self) -> SSLSettings:
+        if self.augment == "device" and self.elastic_deformation:
+            raise ValueError(
+                "sets 'elastic_deformation', which only workers can do; leave it out, or set 'augment' to 'workers'"
+            )
+        return self
 
 
 def load_settings(cls: type[S], file: str | None) -> S:

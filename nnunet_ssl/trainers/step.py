@@ -9,6 +9,8 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 
+from nnunet_ssl.augmentation.deferred import Deferred
+
 
 class Stream(NamedTuple):
     """One half of a batch."""
@@ -85,11 +87,15 @@ class Step(nnUNetTrainer):
         def move(x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
             return [move(i) for i in x] if isinstance(x, list) else x.to(self.device, non_blocking=True)
 
-        unlabeled = batch.get("unlabeled")
+        images, target, unlabeled = batch["data"], batch["target"], batch.get("unlabeled")
+        if "labeled" in self.transforms_on_device:
+            images, target = self.transforms_on_device["labeled"](Deferred(*images))
+        if "unlabeled" in self.transforms_on_device:
+            unlabeled, _ = self.transforms_on_device["unlabeled"](Deferred(*unlabeled))
         return Batch(
             Stream(
-                move(batch["data"]),
-                move(batch["target"]),
+                move(images),
+                move(target),
                 [str(case) for case in batch.get("keys", ())],
                 move(batch["coordinates"]) if "coordinates" in batch else None,
             ),

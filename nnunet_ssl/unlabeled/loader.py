@@ -15,6 +15,7 @@ from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
+from nnunet_ssl.augmentation.deferred import DeferredTransforms
 from nnunet_ssl.pools import die_with_parent
 from nnunet_ssl.randomness import seeded
 
@@ -154,11 +155,19 @@ class TwoStreamLoader(SlimDataLoaderBase):
         if self.probabilities is not None:
             self.labeled.sampling_probabilities = self.probabilities(number)
         with seeded(self.seed, *self.purpose, "labeled", number):
-            batch = self.labeled.generate_train_batch()
+            batch = made_by(self.labeled)
         if self.unlabeled is not None:
             with seeded(self.seed, *self.purpose, "unlabeled", number):
-                batch["unlabeled"] = self.unlabeled.generate_train_batch()["data"]
+                batch["unlabeled"] = made_by(self.unlabeled)["data"]
         return batch
+
+
+def made_by(loader: nnUNetDataLoader) -> dict[str, Any]:
+    """A batch of nnU-Net's loader; where its transforms leave the work to the device, ``data`` is a ``Deferred``."""
+    batch = loader.generate_train_batch()
+    if isinstance(loader.transforms, DeferredTransforms):
+        return {**batch, "data": loader.transforms.take(), "target": None}
+    return batch
 
 
 class OrderedWorkers(NonDetMultiThreadedAugmenter):

@@ -14,6 +14,7 @@ from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from nnunet_ssl.checkpoints import read_checkpoint
@@ -83,6 +84,15 @@ class SASNetSettings(SSLSettings):
         False,
         "Whether the final validation also runs for each branch alone ([outputs](outputs.md#ssl_logcsv))",
     )
+
+    @model_validator(mode="after")
+    def _augmented_by_workers(self) -> SASNetSettings:
+        if self.augment == "device":
+            raise ValueError(
+                "sets 'augment' to 'device', but nnUNetTrainerSASNet takes views and coordinates of its patches from "
+                "the workers; leave it out"
+            )
+        return self
 
 
 class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
