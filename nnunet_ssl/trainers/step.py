@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -87,19 +87,19 @@ class Step(nnUNetTrainer):
         def move(x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
             return [move(i) for i in x] if isinstance(x, list) else x.to(self.device, non_blocking=True)
 
-        images, target, unlabeled = batch["data"], batch["target"], batch.get("unlabeled")
-        if "labeled" in self.transforms_on_device:
-            images, target = self.transforms_on_device["labeled"](Deferred(*images))
-        if "unlabeled" in self.transforms_on_device:
-            unlabeled, _ = self.transforms_on_device["unlabeled"](Deferred(*unlabeled))
+        def ready(stream: str, images: Any, target: Any) -> tuple[Tensor, list[Tensor] | Tensor | None]:
+            if stream in self.transforms_on_device:
+                return self.transforms_on_device[stream](Deferred(*images))
+            return move(images), None if target is None else move(target)
+
+        unlabeled = batch.get("unlabeled")
         return Batch(
             Stream(
-                move(images),
-                move(target),
+                *ready("labeled", batch["data"], batch["target"]),
                 [str(case) for case in batch.get("keys", ())],
                 move(batch["coordinates"]) if "coordinates" in batch else None,
             ),
-            None if unlabeled is None else Stream(move(unlabeled), None),
+            None if unlabeled is None else Stream(ready("unlabeled", unlabeled, None)[0], None),
         )
 
     def _backward(self, loss: Tensor) -> None:
