@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -57,12 +56,10 @@ MEASURED = {
 
 
 @pytest.fixture(scope="module")
-def costs(
-    request: pytest.FixtureRequest, tiny: Callable[..., TinyDataset], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Cost]:
-    """Of every trainer whose test was selected, measured once."""
-    here = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
-    trainers = [item.callspec.params["trainer"] for item in here]
+def measured(
+    tiny: Callable[..., TinyDataset], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., dict[str, Cost]]:
+    """``measured(trainers, augment="workers")``."""
     if shutil.which("gcc") is None:
         pytest.skip("needs gcc")
     dataset = tiny("3d")
@@ -80,11 +77,22 @@ def costs(
     }
     plans["configurations"] = {dataset.configuration: configuration}
     dataset_json["labels"] = {"background": 0, **{f"organ{i}": i for i in range(1, 14)}}
-    folder: Path = tmp_path_factory.mktemp("fake_cuda")
-    try:
-        return measure([BASELINE, *trainers], plans, dataset_json, compile_stand_in(folder))
-    except NoFakeGPU:
-        pytest.skip("this torch takes no stand-in for the CUDA runtime")
+    stand_in = compile_stand_in(tmp_path_factory.mktemp("fake_cuda"))
+
+    def of(trainers: list[str], augment: str = "workers") -> dict[str, Cost]:
+        try:
+            return measure(trainers, plans, dataset_json, stand_in, augment)
+        except NoFakeGPU:
+            pytest.skip("this torch takes no stand-in for the CUDA runtime")
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def costs(request: pytest.FixtureRequest, measured: Callable[..., dict[str, Cost]]) -> dict[str, Cost]:
+    """Of every trainer whose test was selected, measured once."""
+    here = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    return measured([BASELINE, *(item.callspec.params["trainer"] for item in here)])
 
 
 def test_nnunets_own_step_is_what_it_is_known_to_be(costs: dict[str, Cost]) -> None:
@@ -115,3 +123,9 @@ def test_a_step_costs_no_more_than_it_did(trainer: str, costs: dict[str, Cost]) 
     assert now.waits <= known.waits, cost.places
     grown = [name for name in ("peak", "moved", "flops") if getattr(now, name) > SLACK * getattr(known, name)]
     assert not grown, f"{now}, was {known}"
+
+
+def test_augmentation_on_the_device_waits_for_nothing(measured: Callable[..., dict[str, Cost]]) -> None:
+    """Every image of both streams is resampled, changed by all intensity transforms, mirrored and masked."""
+    cost = measured(["nnUNetTrainerURPC"], augment="device")["nnUNetTrainerURPC"]
+    assert cost.waits <= MEASURED["nnUNetTrainerURPC"].waits, cost.places

@@ -11,8 +11,10 @@ The stand-in has to be there before torch is, so ``measure`` runs this file in a
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 import weakref
@@ -20,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -29,6 +32,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+
+from nnunet_ssl.augmentation.deferred import Deferred
 
 HERE = Path(__file__).resolve()
 BASELINE = "nnUNetTrainer"
@@ -68,13 +73,16 @@ def compile_stand_in(folder: Path) -> Path:
     return library
 
 
-def measure(trainers: list[str], plans: dict, dataset_json: dict, stand_in: Path) -> dict[str, Cost]:
+def measure(
+    trainers: list[str], plans: dict, dataset_json: dict, stand_in: Path, augment: str = "workers"
+) -> dict[str, Cost]:
     """The cost of each trainer's second step, in the middle of its schedule, by the trainer's name.
 
     Args:
         trainers: ours, and ``nnUNetTrainer``.
         plans, dataset_json: of a dataset in nnU-Net's folders; patch, network and classes may be larger than its own.
         stand_in: from ``compile_stand_in``.
+        augment: ``"device"`` for batches to which the step does all that nnU-Net's augmentation may do.
 
     Raises:
         NoFakeGPU: torch does not take the stand-in, as one without CUDA or with the runtime linked into it.
@@ -86,7 +94,7 @@ def measure(trainers: list[str], plans: dict, dataset_json: dict, stand_in: Path
             "LD_PRELOAD": str(stand_in),
             "PYTHONPATH": f"{HERE.parents[2]}{os.pathsep}{HERE.parents[1]}",
         },
-        input=json.dumps({"trainers": trainers, "plans": plans, "dataset_json": dataset_json}),
+        input=json.dumps({"trainers": trainers, "plans": plans, "dataset_json": dataset_json, "augment": augment}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
@@ -121,6 +129,10 @@ class Meter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if given and not any(isinstance(t, FakeTensor) for t in given) and name not in ("lift_fresh", "_to_copy"):
+            with _disable_current_modes():  # numbers on the host, such as those that a loader has drawn
+                return func(*args, **kwargs)
         if name == "_local_scalar_dense" and isinstance(args[0], FakeTensor):  # .item(), float(), if, an index
             if on_device(args[0]):
                 self.places[f"value, {place()}"] += 1
@@ -207,8 +219,42 @@ def build(name: str, plans: dict, dataset_json: dict) -> Any:
     return trainer
 
 
-def a_batch(trainer: Any) -> dict:
+def to_augment(trainer: Any, stream: str) -> Deferred:
+    """A stream's half of a batch, of which every image is changed by all that there is; draws have values."""
+    rotation, dummy_2d, size, axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    with _disable_current_modes():
+        transforms = trainer.get_training_transforms(
+            trainer.configuration_manager.patch_size,
+            rotation,
+            trainer._get_deep_supervision_scales() if stream == "labeled" else None,
+            axes,
+            dummy_2d,
+            use_mask_for_norm=[True] * trainer.num_input_channels,
+        )
+        for transform in transforms.transforms:
+            transform.p_rotation = transform.p_scaling = transform.apply_probability = 1
+        loader = SimpleNamespace(transforms=transforms)
+        trainer._leave_to_device(stream, loader)
+        for _ in range(trainer.batch_size):
+            crop = torch.zeros(1, *size)
+            loader.transforms(image=crop.expand(trainer.num_input_channels, *size), segmentation=crop.short())
+        drawn = loader.transforms.take()
+    # a fake GPU has no generator to seed
+    trainer.transforms_on_device[stream]._generator = SimpleNamespace(manual_seed=lambda seed: None)
+    return Deferred(torch.empty(len(drawn[0])), torch.empty(len(drawn[1]), dtype=torch.int16), drawn.samples)
+
+
+def read_draws(pickled: bytes) -> Any:
+    """Draws with their values: they are on the host, and so not fake."""
+    with _disable_current_modes():
+        return pickle.Unpickler(io.BytesIO(pickled)).load()
+
+
+def a_batch(trainer: Any, augment: str) -> dict:
     """What the loader gives, on the host."""
+    if augment == "device":
+        batch = {"data": to_augment(trainer, "labeled"), "target": None, "keys": list(CASES)[: trainer.batch_size]}
+        return {**batch, "unlabeled": to_augment(trainer, "unlabeled")} if trainer.uses_unlabeled else batch
     patch, scales = trainer.configuration_manager.patch_size, trainer._get_deep_supervision_scales() or [[1.0] * 3]
     size = trainer.batch_size
 
@@ -236,9 +282,11 @@ def main() -> None:
     for name in job["trainers"]:
         with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
             trainer = build(name, job["plans"], job["dataset_json"])
-            trainer.train_step(a_batch(trainer))
-            meter.restart()
-            trainer.train_step(a_batch(trainer))
+            batches = [a_batch(trainer, job["augment"]) for _ in range(2)]
+            with mock.patch("pickle.loads", read_draws):
+                trainer.train_step(batches.pop())
+                meter.restart()
+                trainer.train_step(batches.pop())
         costs[name] = dataclasses.asdict(meter.cost())
     print(json.dumps(costs))
 
