@@ -108,5 +108,5 @@ def test_the_real_commands_take_them(
 
     monkeypatch.setenv("nnUNet_extTrainer", "")
     images, which = dataset.raw / "imagesTs", ["-d", dataset.id, "-c", dataset.configuration, "-f", 0, "-tr", name]
-    run_nnunet("nnUNetv2_predict", "-i", images, "-o", tmp_path / "out", *which, "-device", "cpu", "-npp", 1, "-nps", 1)
+    run_nnunet("nnUNetv2_predict", "-i", images, "-o", tmp_path / "out", *which, "-device", "cpu", "-npp", 0, "-nps", 0)
     assert list((tmp_path / "out").glob("*.nii.gz"))
