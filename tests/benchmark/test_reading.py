@@ -111,11 +111,11 @@ def set_(*path):
             "the second decoder of nnUNetTrainerSASNet",
         ),
         (set_("figures", ["URPC"]), "sets 'figures' to 'URPC'; the rows are Labels only, CPS"),
-        (set_("curve", [0.5]), "growing shares that end with 1"),
-        (set_("curve", [1, 0.5]), "growing shares"),
-        (set_("curve", [0.99, 1]), "growing shares"),  # of four epochs, both are the last
-        (set_("curve", [0.1, 1]), "growing shares"),  # epoch 0
-        (set_("shrink", {"features": [8, 16], "patch_size": [8, 8]}), "shrink, sets 'features' .* of three or more"),
+        (set_("curve", [0.5]), "increasing shares that end with 1"),
+        (set_("curve", [1, 0.5]), "increasing shares"),
+        (set_("curve", [0.99, 1]), "increasing shares"),  # of four epochs, both are the last
+        (set_("curve", [0.1, 1]), "increasing shares"),  # epoch 0
+        (set_("shrink", {"features": [8, 16], "patch_size": [8, 8]}), "shrink, sets 'features' .* three or more"),
         (set_("shrink", {"features": [8, 16, 32]}), "shrink, lacks 'patch_size'"),
         (set_("measure", {"epochs": 1}), "measure, sets 'epochs' to 1; it must be a whole number from 2"),
         (set_("measure", {"seconds": {"CPS": 0}}), "numbers above 0"),

@@ -73,7 +73,7 @@ def test_best_median_and_worst_are_those_of_the_rule(tiny_copy, monkeypatch):
         told[0].index(f"{which}: {pair}") for which, pair in zip(("best", "median", "worst"), order, strict=True)
     ]
     assert positions == sorted(positions)
-    assert "Of the 4 warps that are kept" in told[0]
+    assert "From the 4 kept" in told[0]
     assert len(drawn) == 9
     assert [labels is None for _, labels in drawn] == [False, True, False] * 3  # an unlabeled image has no outline
     assert all(np.array_equal(drawn[row + 1][0], drawn[row + 2][0]) for row in (0, 3, 6))  # in the warp's slice

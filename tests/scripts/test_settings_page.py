@@ -21,10 +21,13 @@ def test_a_changed_default_is_put_right() -> None:
 
 @pytest.mark.parametrize(
     ("names", "wrong"),
-    [("CPSSettings", "CrossSupervisionSettings"), ("CrossSupervisionSettings CPS", "CPS, CPSSettings")],
+    [
+        ("TwinSettings CPSSettings", "CrossSupervisionSettings"),
+        ("TwinSettings CrossSupervisionSettings CPS", "CPS, CPSSettings"),
+    ],
 )
 def test_a_class_without_a_table_and_a_table_without_a_class_are_refused(names: str, wrong: str) -> None:
-    page = TEXT.replace("settings: CrossSupervisionSettings CPSSettings", f"settings: {names}")
+    page = TEXT.replace("settings: TwinSettings CrossSupervisionSettings CPSSettings", f"settings: {names}")
     with pytest.raises(ValueError, match=f"^{wrong}: "):
         settings_page.with_tables([page, *PAGES[1:]])
 
