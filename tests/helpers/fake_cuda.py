@@ -136,8 +136,11 @@ class Meter(TorchDispatchMode):
         if name == "_local_scalar_dense" and isinstance(args[0], FakeTensor):  # .item(), float(), if, an index
             if on_device(args[0]):
                 self.places[f"value, {place()}"] += 1
-            return {torch.bool: False}.get(args[0].dtype, 0.0 if args[0].is_floating_point() else 1)
-        out = func(*args, **kwargs)
+            # no overflow on the device; on the host the number of a step, which Adam divides by
+            number = 0.0 if on_device(args[0]) else 1.0
+            return {torch.bool: False}.get(args[0].dtype, number if args[0].is_floating_point() else 1)
+        in_place = name.startswith("_fused_")  # optimisers' kernels, which return nothing and have no fake counterpart
+        out = None if in_place else func(*args, **kwargs)
         if name in ("_to_copy", "copy_"):
             source, target = (args[1], args[0]) if name == "copy_" else (args[0], out)
             waits = not (args[2:] and args[2]) and not kwargs.get("non_blocking")
@@ -156,7 +159,7 @@ class Meter(TorchDispatchMode):
             self._hold(tensor.untyped_storage())
         if func._overloadpacket in flop_registry:
             self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
-        if not func.is_view and name not in FREE:
+        if not func.is_view and name not in FREE and func.namespace != "prim":  # which asks a tensor where it is
             read = [t for t in tree_leaves((args, {k: v for k, v in kwargs.items() if k != "out"})) if on_device(t)]
             self.moved += sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in read + written)
 
