@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunet_ssl.losses.class_counts import class_counts
+from nnunet_ssl.losses.masked import labels_and_valid
 from nnunet_ssl.losses.squared_dice import probabilities_and_one_hot, squared_dice_per_class
 
 Number = TypeVar("Number", int, Tensor)
@@ -40,7 +41,7 @@ def present_classes(target: Tensor, num_classes: int, ignore_label: int | None =
     Returns:
         ``[K]`` bool.
     """
-    labels, valid = _labels_and_valid(target, ignore_label)
+    labels, valid = labels_and_valid(target, ignore_label)
     return class_counts(labels, num_classes, valid) > 0
 
 
@@ -77,7 +78,7 @@ class GADiceLoss(nn.Module):
         Raises:
             RuntimeError: if a label is out of range (on a GPU as a device assertion).
         """
-        labels, valid = _labels_and_valid(target, self.ignore_label)
+        labels, valid = labels_and_valid(target, self.ignore_label)
         p, y = probabilities_and_one_hot(logits, labels, valid)
         num_voxels = labels.numel() if valid is None else valid.sum().clamp(min=1)  # N
 
@@ -122,7 +123,7 @@ class GACELoss(nn.Module):
         Raises:
             IndexError: if a label is out of range (on a GPU as a device assertion).
         """
-        labels, valid = _labels_and_valid(target, self.ignore_label)
+        labels, valid = labels_and_valid(target, self.ignore_label)
         losses = F.cross_entropy(logits.float(), labels[:, 0], reduction="none").flatten()  # l_v
         labels = labels.flatten()
         valid = None if valid is None else valid.flatten()
@@ -172,11 +173,3 @@ class GALoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor, present: Tensor | None = None) -> Tensor:
         """The sum of both, 0-dim float32; arguments as in :class:`GADiceLoss`."""
         return self.ce(logits, target) + self.dice(logits, target, present)
-
-
-def _labels_and_valid(target: Tensor, ignore_label: int | None) -> tuple[Tensor, Tensor | None]:
-    """Labels as int64, ignored ones as background, and the mask of those that are not ignored (None for all)."""
-    if ignore_label is None:
-        return target.long().clamp(min=0), None
-    valid = target != ignore_label
-    return target.long().masked_fill(~valid, 0).clamp(min=0), valid
