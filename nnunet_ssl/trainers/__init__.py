@@ -18,7 +18,7 @@ from nnunet_ssl.errors import UserError
 SHTA = "nnUNetTrainerSHTA_"
 SHTA_HOSTS = (
     *("LabeledOnly", "CPS", "GACPS", "URPC", "MagicNet", "MeanTeacher", "UAMT", "ICT", "EntMin"),
-    *("UniMatch", "MiDSS", "ABD", "DTC", "SASSNet", "MCNetPlus", "SSNet", "CauSSL"),
+    *("UniMatch", "MiDSS", "ABD", "DTC", "SASSNet", "MCNetPlus", "SSNet", "CauSSL", "DHC"),
 )
 TRAINERS = {
     "nnUNetTrainerLabeledOnly": "labeled_only",
@@ -41,6 +41,7 @@ TRAINERS = {
     "nnUNetTrainerMCNetPlus": "mcnet_plus",
     "nnUNetTrainerSSNet": "ssnet",
     "nnUNetTrainerCauSSL": "caussl",
+    "nnUNetTrainerDHC": "dhc",
     **{f"{SHTA}{host}": "shta" for host in SHTA_HOSTS},
     "nnUNetTrainerMAE": "mae",
 }

@@ -63,7 +63,8 @@ class Optimizers(nnUNetTrainer):
             for optimizer in optimizers:
                 self.grad_scaler.unscale_(optimizer)
         for module in modules:
-            torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)
+            if parameters := list(module.parameters()):  # else torch warns
+                torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
         for optimizer in optimizers:
             if self.grad_scaler is None:
                 optimizer.step()

@@ -96,7 +96,7 @@ def on_two_ranks(folder, work, *arguments):
 
 
 def half_a_step(rank, trainer, batch):
-    """The step of one of two ranks, with its half of the batch: new weights, loss, logged values."""
+    """The step of one of two ranks, with its half of the batch: new weights, buffers, loss, logged values."""
     trainer.is_ddp = True
     wrapped = nn.parallel.DistributedDataParallel(trainer.plans_network)  # as nnU-Net wraps it; a step goes around it
     assert wrapped.module is trainer.plans_network
@@ -104,7 +104,13 @@ def half_a_step(rank, trainer, batch):
     share = {k: [t[half] for t in v] if isinstance(v, list) else v[half] for k, v in batch.items()}
     loss = trainer.train_step(share)["loss"]
     values = trainer._mean_values()
-    return {"weights": {n: p.detach() for n, p in all_weights(trainer)}, "loss": loss, "values": values}
+    buffers = dict(trainer.training_modules.named_buffers())
+    return {
+        "weights": {n: p.detach() for n, p in all_weights(trainer)},
+        "buffers": buffers,
+        "loss": loss,
+        "values": values,
+    }
 
 
 def all_weights(trainer):

@@ -1,0 +1,148 @@
+"""Class weights of DHC, by difficulty and by frequency, and the losses that take them.
+
+Source: Wang and Li, "DHC: Dual-debiased Heterogeneous Co-training Framework for Class-imbalanced Semi-supervised
+Medical Image Segmentation" (MICCAI 2023), and the authors' code. Weights matter by their ratios only; the largest is 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nnunet_ssl.losses.masked import labels_and_valid
+from nnunet_ssl.losses.pseudo_labels import cross_entropy_map
+from nnunet_ssl.losses.squared_dice import probabilities_and_one_hot
+
+EPS = 1e-8
+DIFFICULTY_DECAY = 49 / 50  # of the averages; both are the authors'
+FREQUENCY_DECAY = 0.99
+DAMPING = 1 / 5  # exponent of unlearning over learning
+
+
+class DifficultyWeights(nn.Module):
+    """DiffDW: a class weighs more the lower its Dice is, and the more it is unlearnt and the less learnt.
+
+    Let d be the Dice of a class in this step, d' that in the last step in which it was there. Averages run over steps::
+
+        l = E[ max(d - d', 0) log(d / d') ]         how fast it is learnt
+        u = E[ min(d - d', 0) log(d / d') ]         how fast it is unlearnt, positive too
+        w = ((u + eps) / (l + eps))^(1/5) E[1 - d]
+
+    All state is in buffers, float32 ``[K]``.
+
+    Args:
+        num_classes: K, with background.
+    """
+
+    weights: Tensor
+    last: Tensor
+    learnt: Tensor
+    unlearnt: Tensor
+    missed: Tensor
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        for name in ("weights", "missed"):
+            self.register_buffer(name, torch.ones(num_classes))
+        for name in ("learnt", "unlearnt"):
+            self.register_buffer(name, torch.zeros(num_classes))
+        self.register_buffer("last", torch.full((num_classes,), EPS))
+
+    @torch.no_grad()
+    def update(self, right: Tensor, predicted: Tensor, labeled: Tensor) -> None:
+        """Take what was predicted in a step. A class that is neither predicted nor labeled stays as it is.
+
+        Args:
+            right: voxels of each class that are predicted rightly, ``[K]`` float32.
+            predicted: voxels that are predicted to be of it.
+            labeled: voxels that are of it.
+        """
+        total = predicted + labeled
+        dice = (2 * right + EPS) / (total + EPS)
+        change = dice - self.last
+        speed = change * (dice / self.last).log()
+        there = total > 0
+        for average, new in (
+            (self.learnt, torch.where(change > 0, speed, 0.0)),
+            (self.unlearnt, torch.where(change > 0, 0.0, speed)),
+            (self.missed, 1 - dice),
+        ):
+            average.lerp_(torch.where(there, new, average), 1 - DIFFICULTY_DECAY)
+        self.last.copy_(torch.where(there, dice, self.last))
+        weights = ((self.unlearnt + EPS) / (self.learnt + EPS)) ** DAMPING * self.missed
+        self.weights.copy_(weights / weights.max().clamp(min=EPS))
+
+
+class FrequencyWeights(nn.Module):
+    """DistDW: a class weighs more the fewer voxels are of it, ``w = log(max n / n_c)``.
+
+    n are averages over steps, float32 ``[K]``; they begin with labels and go on with pseudo-labels. The authors average
+    weights: with a class that is missing in one batch, its n near to 0 makes all others small.
+
+    Args:
+        num_classes: K, with background.
+        least: the smallest weight; with 0 the most frequent class, which is the background, has none.
+    """
+
+    weights: Tensor
+    counts: Tensor
+
+    def __init__(self, num_classes: int, least: float) -> None:
+        super().__init__()
+        self.least = least
+        self.register_buffer("weights", torch.ones(num_classes))
+        self.register_buffer("counts", torch.zeros(num_classes))
+
+    @torch.no_grad()
+    def start(self, counts: Tensor) -> None:
+        """Begin with the voxels of each class, ``[K]`` float32."""
+        self.counts.copy_(counts)
+        self._weigh()
+
+    @torch.no_grad()
+    def update(self, counts: Tensor) -> None:
+        """Take the voxels of each class of a step, ``[K]`` float32."""
+        self.counts.lerp_(counts, 1 - FREQUENCY_DECAY)
+        self._weigh()
+
+    def _weigh(self) -> None:
+        counts = self.counts.clamp(min=1)
+        rarity = (counts.max() / counts).log()
+        weights = rarity / rarity.max().clamp(min=EPS)
+        weights = torch.where(rarity.max() > 0, weights, 1.0)  # all are equally frequent
+        self.weights.copy_(weights.clamp(min=self.least))
+
+
+def weighted_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor, ignore_label: int | None = None) -> Tensor:
+    """The mean of the cross-entropy, each voxel with the weight of its class, in fp32.
+
+    Args:
+        logits: ``[B, K, *spatial]``, any float type.
+        target: ``[B, 1, *spatial]``, any integer type.
+        weights: ``[K]`` float32.
+        ignore_label: voxels with this value do not count.
+
+    Returns:
+        0-dim float32; 0, with zero gradients, where no voxel has a weight.
+    """
+    labels, valid = labels_and_valid(target, ignore_label)
+    of_voxels = weights[labels] if valid is None else torch.where(valid, weights[labels], 0.0)
+    return (of_voxels * cross_entropy_map(logits, labels)).sum() / of_voxels.sum().clamp(min=EPS)
+
+
+def weighted_dice_and_cross_entropy(
+    logits: Tensor, target: Tensor, weights: Tensor, ignore_label: int | None = None
+) -> Tensor:
+    """``1 - sum_c w_c Dice_c / sum_c w_c`` over foreground classes c, of the whole batch, plus the above.
+
+    ``Dice_c = (2 sum p y + 1) / (sum p + sum y + 1)``; arguments as above.
+
+    Returns:
+        0-dim float32.
+    """
+    labels, valid = labels_and_valid(target, ignore_label)
+    p, y = probabilities_and_one_hot(logits, labels, valid)
+    over = [0, *range(2, p.ndim)]
+    dice = (2 * (p * y).sum(over) + 1) / (p.sum(over) + y.sum(over) + 1)
+    weighted = (weights * dice)[1:].sum() / weights[1:].sum().clamp(min=EPS)
+    return 1 - weighted + weighted_cross_entropy(logits, target, weights, ignore_label)
