@@ -9,6 +9,11 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 
+def copied_decoder(network: Any) -> Any:
+    """A copy of the decoder of one of nnU-Net's U-Nets, without the encoder that it refers to: that is shared."""
+    return copy.deepcopy(network.decoder, {id(network.decoder.encoder): None})
+
+
 def resampling_decoder(network: Any, mode: Literal["linear", "nearest"]) -> nn.Module:
     """A decoder like the network's own, with weights of its own, that interpolates in place of transposed convolutions.
 
@@ -18,7 +23,7 @@ def resampling_decoder(network: Any, mode: Literal["linear", "nearest"]) -> nn.M
         network: one of nnU-Net's U-Nets.
         mode: of the interpolation; linear keeps the corners, as in the authors' code.
     """
-    decoder = copy.deepcopy(network.decoder, {id(network.decoder.encoder): None})  # the encoder is shared, not copied
+    decoder = copied_decoder(network)
     kernels = network.encoder.kernel_sizes[-2::-1]  # coarsest first, as transpconvs
     for i, (up, kernel) in enumerate(zip(decoder.transpconvs, kernels, strict=True)):
         dim = len(up.stride)
