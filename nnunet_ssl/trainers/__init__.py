@@ -42,6 +42,7 @@ TRAINERS = {
     "nnUNetTrainerSSNet": "ssnet",
     "nnUNetTrainerCauSSL": "caussl",
     "nnUNetTrainerDHC": "dhc",
+    "nnUNetTrainerSKCDF": "skcdf",
     **{f"{SHTA}{host}": "shta" for host in SHTA_HOSTS},
     "nnUNetTrainerMAE": "mae",
 }
