@@ -1,0 +1,73 @@
+"""Errors of labels, against scipy's morphology, and that classes stay classes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from nnunet_ssl.views import label_errors
+from nnunet_ssl.views.label_errors import closed, dilated, eroded, opened, with_errors
+
+
+@pytest.mark.parametrize("radius", [(1, 2), (1, 0, 2)])
+@pytest.mark.parametrize(
+    ("ours", "scipys"),
+    [(dilated, ndimage.grey_dilation), (eroded, ndimage.grey_erosion), (opened, ndimage.grey_opening),
+     (closed, ndimage.grey_closing)],
+)  # fmt: skip
+def test_shapes_change_as_scipys_do(ours, scipys, radius):
+    mask = np.random.default_rng(0).random((9, 8, 7)[: len(radius)]) < 0.4
+    expected = scipys(mask.astype(float), size=[2 * r + 1 for r in radius])  # edges reflected: the same
+    found = ours(torch.tensor(mask)[None, None].float(), radius)[0, 0]
+    np.testing.assert_array_equal(found.numpy(), expected)
+
+
+def some_masks(size, exclusive):
+    """Blobs of three classes, or regions."""
+    smooth = np.stack([ndimage.gaussian_filter(np.random.default_rng(k).normal(size=(4, *size)), (0, *[2] * len(size)))
+                       for k in range(3)], 1)  # fmt: skip
+    smooth = torch.tensor(smooth)
+    return smooth == smooth.max(1, keepdim=True).values if exclusive else smooth > 0
+
+
+@pytest.mark.parametrize("exclusive", [True, False])
+@pytest.mark.parametrize("size", [(20, 24), (1, 12, 16), (12, 16, 20)])
+def test_there_are_errors_and_classes_stay_classes(size, exclusive):
+    masks = some_masks(size, exclusive)
+    before, rng = masks.clone(), np.random.default_rng(0)
+    torch.manual_seed(0)
+    found = [with_errors(masks, rng, [1.0] * len(size), exclusive) for _ in range(6)]
+    assert torch.equal(masks, before)
+    wrong = torch.stack([(of != masks).any(1).flatten(1).float().mean(1) for of in found])  # [draws, images]
+    assert 0.1 < (wrong == 0).float().mean() < 0.6  # a quarter of them have none
+    assert wrong.max() < 0.9
+    if exclusive:
+        assert all((of.sum(1) == 1).all() for of in found)
+
+
+def test_a_thick_axis_is_changed_by_less(monkeypatch):
+    """Growth by four voxels where voxels are fine is by one where they are four times as thick."""
+    monkeypatch.setattr(label_errors, "RADII", (4, 4))
+    monkeypatch.setattr(label_errors, "ERRORS", (dilated,))
+    monkeypatch.setattr(label_errors, "PROBABILITY", 1.0)
+    monkeypatch.setattr(label_errors, "SWAPPED", 0.0)
+    mask = torch.zeros(1, 1, 9, 21, 21, dtype=torch.bool)
+    mask[..., 4, 10, 10] = True
+    grown = with_errors(mask, np.random.default_rng(0), [4.0, 1.0, 1.0], exclusive=False)
+    assert grown[0, 0].any(2).any(1).sum() == 3
+    assert grown[0, 0].any(0).any(0).sum() == 9
+
+
+def test_swapped_voxels_are_near_to_boundaries(monkeypatch):
+    monkeypatch.setattr(label_errors, "PROBABILITY", 1.0)
+    monkeypatch.setattr(label_errors, "ERRORS", (lambda mask, radius: mask,))
+    torch.manual_seed(0)
+    left = torch.zeros(1, 1, 40, 60, dtype=torch.bool)
+    left[..., 20:] = True
+    masks = torch.cat([~left, left], 1)
+    wrong = (with_errors(masks, np.random.default_rng(0), [1.0, 1.0]) != masks)[0, 0]
+    columns = wrong.any(0).nonzero()[:, 0]
+    assert wrong.any()
+    assert all(0 <= c <= 8 or 11 <= c <= 28 or c >= 51 for c in columns.tolist())  # rolled around, at the borders
