@@ -18,7 +18,7 @@ from nnunet_ssl.errors import UserError
 SHTA = "nnUNetTrainerSHTA_"
 SHTA_HOSTS = (
     *("LabeledOnly", "CPS", "GACPS", "URPC", "MagicNet", "MeanTeacher", "UAMT", "ICT", "EntMin"),
-    *("UniMatch", "MiDSS", "ABD", "DTC", "SASSNet", "MCNetPlus", "SSNet", "CauSSL", "DHC"),
+    *("UniMatch", "MiDSS", "ABD", "DTC", "SASSNet", "MCNetPlus", "SSNet", "CauSSL", "DHC", "AUSS"),
 )
 TRAINERS = {
     "nnUNetTrainerLabeledOnly": "labeled_only",
@@ -43,6 +43,7 @@ TRAINERS = {
     "nnUNetTrainerCauSSL": "caussl",
     "nnUNetTrainerDHC": "dhc",
     "nnUNetTrainerSKCDF": "skcdf",
+    "nnUNetTrainerAUSS": "auss",
     **{f"{SHTA}{host}": "shta" for host in SHTA_HOSTS},
     "nnUNetTrainerMAE": "mae",
 }
