@@ -56,7 +56,7 @@ class ChannelAttention(nn.Module):
         """All ``[B, C * HEADS, *spatial]``; halved axis by axis where it is local, except for axes of one voxel."""
         if self.local and axis < query.ndim:
             halves = (part.tensor_split(min(2, query.shape[axis]), axis) for part in (query, key, value))
-            return torch.cat([self._attend(*parts, axis + 1) for parts in zip(*halves, strict=True)], axis)
+            return torch.cat([self._attend(q, k, v, axis + 1) for q, k, v in zip(*halves, strict=True)], axis)
         q, k, v = (part.unflatten(1, (-1, HEADS)).transpose(1, 2).flatten(3) for part in (query, key, value))
         weights = F.instance_norm(q @ k.transpose(2, 3)).softmax(3)  # [B, HEADS, C, C]
         return (weights @ v).mean(1).unflatten(2, query.shape[2:])
