@@ -197,7 +197,17 @@ def place() -> str:
 @contextmanager
 def built_on_device() -> Iterator[None]:
     """Modules are made where they shall be: parameters that are fake cannot move."""
-    with torch.device("cuda"), mock.patch.object(nn.Module, "to", lambda module, *args, **kwargs: module):
+    plain = torch.tensor
+
+    def tensor(value: Any, **kwargs: Any) -> Tensor:
+        """Batch normalisation's count of steps: ``torch.tensor`` would ask the driver."""
+        return torch.full((), value, **kwargs) if isinstance(value, int) else plain(value, **kwargs)
+
+    with (
+        torch.device("cuda"),
+        mock.patch.object(nn.Module, "to", lambda module, *args, **kwargs: module),
+        mock.patch.object(torch, "tensor", tensor),
+    ):
         yield
 
 
