@@ -6,7 +6,7 @@
 DIR holds ``images`` and ``labels``, the same file names in both, ``<case>.nii.gz``, and ``protocol.json``, whose lists
 name patients:
 
-    {"train": ["p1", "p2", "p3"], "test": ["p4"], "labeled_order": [["p2", "p1", "p3"], ["p3", "p2", "p1"]],
+    {"train": ["p1", "p2", "p3"], "test": ["p4"], "labelled_order": [["p2", "p1", "p3"], ["p3", "p2", "p1"]],
      "cases_of_patient": {"p1": ["p1_frame01", "p1_frame12"], "p2": ...}}
 
 ``--labeled n`` counts patients: all cases of the first n patients of the order (``--seed``, from 0) keep their labels,

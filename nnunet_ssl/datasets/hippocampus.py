@@ -8,9 +8,9 @@ The folder holds ``imagesTr`` and ``labelsTr`` as published, or ``images`` and `
 
 Which case is what stands in ``protocol.json`` in the same folder, where there is one:
 
-    {"train": ["a", "b", "c"], "test": ["d"], "labeled_order": [["b", "a", "c"], ["c", "b", "a"]]}
+    {"train": ["a", "b", "c"], "test": ["d"], "labelled_order": [["b", "a", "c"], ["c", "b", "a"]]}
 
-Each list of ``labeled_order`` is an order of all training cases; ``--seed`` says which one, from 0. Its first n cases
+Each list of ``labelled_order`` is an order of all training cases; ``--seed`` says which one, from 0. Its first n cases
 (``--labeled n``) keep their labels.
 
 Without ``protocol.json`` the lists are drawn: the cases, sorted by name, are permuted by

@@ -109,9 +109,9 @@ def read_protocol(file: Path, seed: int) -> tuple[list[str], list[str], bool, di
     Raises:
         UserError: it is no such file, it contradicts itself, or has no order for the seed.
     """
-    wanted = 'Write {"train": [...], "test": [...], "labeled_order": [[...], ...]}, the lists holding cases.'
-    protocol = read_json(file, wanted, keys={"train": list, "test": list, "labeled_order": list})
-    train, test, orders = (protocol[key] for key in ("train", "test", "labeled_order"))
+    wanted = 'Write {"train": [...], "test": [...], "labelled_order": [[...], ...]}, the lists holding cases.'
+    protocol = read_json(file, wanted, keys={"train": list, "test": list, "labelled_order": list})
+    train, test, orders = (protocol[key] for key in ("train", "test", "labelled_order"))
     try:
         cases_of = {patient: list(cases) for patient, cases in protocol.get("cases_of_patient", {}).items()}
     except (TypeError, AttributeError) as error:
@@ -121,7 +121,7 @@ def read_protocol(file: Path, seed: int) -> tuple[list[str], list[str], bool, di
         raise UserError(f"{file} names a {what} twice among 'train' and 'test'.")
     for number, order in enumerate(orders):
         if sorted(order) != sorted(train):
-            raise UserError(f"{file}: order {number} of 'labeled_order' does not hold exactly the {what}s of 'train'.")
+            raise UserError(f"{file}: order {number} of 'labelled_order' does not hold exactly the {what}s of 'train'.")
     if cases_of:
         cases_of = {patient: cases_of.get(patient, []) for patient in train + test}
         if without := [patient for patient, cases in cases_of.items() if not cases]:

@@ -16,7 +16,7 @@ CASES = {patient: [f"{patient}_frame01", f"{patient}_frame{i + 7:02d}"] for i, p
 PROTOCOL = {
     "train": TRAIN,
     "test": TEST,
-    "labeled_order": [TRAIN, TRAIN[::-1]],
+    "labelled_order": [TRAIN, TRAIN[::-1]],
     "cases_of_patient": CASES | {"p5": ["p5_frame01"]},  # in no list
 }
 

@@ -32,7 +32,7 @@ def data(tmp_path):
         label = rng.integers(0, 3, image.shape).astype(np.float32)
         sitk.WriteImage(sitk.GetImageFromArray(image), str(folder / "images" / f"{case}.nii.gz"))
         sitk.WriteImage(sitk.GetImageFromArray(label), str(folder / "labels" / f"{case}.nii.gz"))
-    protocol = {"train": TRAIN, "test": TEST, "labeled_order": [TRAIN, TRAIN[::-1]]}
+    protocol = {"train": TRAIN, "test": TEST, "labelled_order": [TRAIN, TRAIN[::-1]]}
     (folder / "protocol.json").write_text(json.dumps(protocol))
     return folder
 
@@ -81,7 +81,7 @@ def other_size(data):
 
 def order_with_a_stranger(data):
     protocol = json.loads((data / "protocol.json").read_text())
-    protocol["labeled_order"][0][0] = "stranger"
+    protocol["labelled_order"][0][0] = "stranger"
     (data / "protocol.json").write_text(json.dumps(protocol))
 
 
@@ -185,7 +185,7 @@ def test_a_smaller_dataset_has_fewer_training_cases(tmp_path):
 
 
 def test_a_protocol_beside_the_published_folders(published, fresh_folders, capsys):
-    protocol = {"train": PUBLISHED[:3], "test": PUBLISHED[3:5], "labeled_order": [PUBLISHED[:3]]}
+    protocol = {"train": PUBLISHED[:3], "test": PUBLISHED[3:5], "labelled_order": [PUBLISHED[:3]]}
     (published / "protocol.json").write_text(json.dumps(protocol))
     main(["hippocampus", "--data", str(published), "--labeled", "1", "-d", "640"])
     assert "drawn" not in capsys.readouterr().out

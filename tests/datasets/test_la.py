@@ -187,7 +187,7 @@ def test_a_protocol_says_which_case_is_what(tmp_path, fresh_folders):
     for case in (labeled, test, unlabeled):
         write(data / "images" / f"{case}.nii.gz", image(np.uint8, 0, 255), spacing=(1.0, 1.0, 1.0))
         write(data / "labels" / f"{case}.nii.gz", label(0, 255), spacing=(1.0, 1.0, 1.0))
-    protocol = {"train": [unlabeled, labeled], "test": [test], "labeled_order": [[labeled, unlabeled]]}
+    protocol = {"train": [unlabeled, labeled], "test": [test], "labelled_order": [[labeled, unlabeled]]}
     (data / "protocol.json").write_text(json.dumps(protocol))
     options = ["la", "--data", str(data), "-d", "650", "--labeled", "1"]
     with pytest.raises(UserError, match=r"protocol.json says .*: leave out --test-list and --crop-to-label"):
@@ -204,7 +204,7 @@ def test_a_protocol_says_which_case_is_what(tmp_path, fresh_folders):
 @pytest.mark.skipif(not (REAL / "la").is_dir(), reason="the left atrium data are not beside the project")
 def test_real_data(fresh_folders, monkeypatch):
     """A few cases of the real folder, with the literature's order."""
-    assert [name[3:] for name in json.loads((REAL / "la" / "protocol.json").read_text())["labeled_order"][0]] == TRAIN
+    assert [name[3:] for name in json.loads((REAL / "la" / "protocol.json").read_text())["labelled_order"][0]] == TRAIN
     checked = []
     monkeypatch.setattr(writing, "_check", lambda case, recipe: checked.append(case) or [])
     monkeypatch.setattr(writing, "_write", lambda case, recipe, target: None)
