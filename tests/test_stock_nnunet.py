@@ -122,7 +122,9 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> StockEnvironment:
 
 
 @pytest.fixture(scope="module")
-def trained(tiny: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, dict[str, Path]]]:
+def trained(
+    tiny: Callable, no_curves: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Any, dict[str, Path]]]:
     """The tiny dataset and the model folders of two epochs, with validation, by nnU-Net and by each of our trainers.
 
     While this module runs, nnU-Net's variables point at them, and nnU-Net's pools are threads.
@@ -141,7 +143,9 @@ def trained(tiny: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         ),
     }
     prepare(["-d", str(dataset.id), "-c", dataset.configuration, "-np", "1"])
-    with datasets.environment(variables), datasets.threads_for_processes():
+    with datasets.environment(variables), datasets.threads_for_processes(), pytest.MonkeyPatch.context() as patch:
+        for drawing in no_curves:
+            patch.setattr(*drawing)  # nnU-Net's zip of a model holds progress.png
         models = {}
         for name in (*OURS, "nnUNetTrainer"):
             trainer = recursive_find_trainer_class_by_name(name)(
