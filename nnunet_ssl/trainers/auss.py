@@ -66,8 +66,7 @@ class nnUNetTrainerAUSS(Taught):  # noqa: N801
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         """A pass for the labels, then one of the autoencoder or one of unlabeled images."""
-        if self.global_step == 0:
-            self.training_modules["teacher"].start(self.plans_network)  # -pretrained_weights are in by now
+        self.start_teacher()
         learns = self.global_step < self.first_steps
         self.training_modules["autoencoder"].train(learns)  # each step, since each epoch the base says train()
 

@@ -54,8 +54,7 @@ class nnUNetTrainerBCP(Taught):  # noqa: N801
             yield {"sup": self._loss(self.forward("first", Stream(mixed.images, None)), mixed.labels, mixed.counts)}
             return
 
-        if self.global_step == start:
-            self.training_modules["teacher"].start(self.plans_network)
+        self.start_teacher(start)
         unlabeled = self._pseudo_labeled(batch.unlabeled.images)
         mixed_pair = exchanged(boxes, labeled, unlabeled)
         del labeled, unlabeled

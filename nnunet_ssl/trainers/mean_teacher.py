@@ -60,14 +60,18 @@ class Taught(nnUNetTrainerSSL):
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         """A pass for the labels, one for what the teacher says of unlabeled images."""
-        if self.global_step == 0:
-            self.training_modules["teacher"].start(self.plans_network)  # -pretrained_weights are in by now
+        self.start_teacher()
         yield {"sup": self.loss(self.forward("first", batch.labeled), batch.labeled.target)}
         yield {"consistency": self.consistency(batch.unlabeled.images)}
 
     def consistency(self, images: Tensor) -> Tensor:
         """How far the student is from its teacher on unlabeled images ``[B, C, *patch]``, 0-dim."""
         raise NotImplementedError
+
+    def start_teacher(self, at: int = 0) -> None:
+        """Make the teacher equal to the student in step ``at``; -pretrained_weights are in by the first."""
+        if self.global_step == at:
+            self.training_modules["teacher"].start(self.plans_network)
 
     def after_step(self) -> None:
         """The teacher follows."""

@@ -53,8 +53,7 @@ class nnUNetTrainerMiDSS(StronglyViewed, Taught):  # noqa: N801
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
         """A pass for the labels, one for each mix, one for the strong view."""
-        if self.global_step == 0:
-            self.training_modules["teacher"].start(self.plans_network)  # -pretrained_weights are in by now
+        self.start_teacher()
         yield {"sup": self.loss(self.forward("first", batch.labeled), batch.labeled.target)}
 
         regions, ignore_label = self.label_manager.has_regions, self.label_manager.ignore_label
