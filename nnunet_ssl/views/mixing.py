@@ -37,15 +37,6 @@ def labeled_patches(images: Tensor, target: Tensor, regions: bool = False, ignor
     return Patches(images, torch.where(counts, target, 0), counts)
 
 
-def nnunets_target(patches: Patches, regions: bool = False, ignore_label: int | None = None) -> Tensor:
-    """The target of patches as nnU-Net's losses take it: the inverse of :func:`labeled_patches`."""
-    if ignore_label is None:
-        return patches.labels
-    if regions:
-        return torch.cat([patches.labels, ~patches.counts], 1)
-    return torch.where(patches.counts, patches.labels, ignore_label)
-
-
 def pasted(mask: Tensor, inside: Patches, outside: Patches) -> Patches:
     """``inside`` where the mask holds, ``outside`` elsewhere.
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nnunet_ssl.views.boxes import random_boxes
-from nnunet_ssl.views.mixing import Patches, exchanged, labeled_patches, nnunets_target, pasted, rolled
+from nnunet_ssl.views.mixing import Patches, exchanged, labeled_patches, pasted, rolled
 
 SHAPES = [(6, 7), (4, 5, 6)]
 
@@ -17,6 +17,15 @@ def a_target(shape, regions, ignore_label):
     if regions:
         return torch.rand(3, 2 + (ignore_label is not None), *shape) > 0.6
     return torch.randint(0, 3 + (ignore_label is not None), (3, 1, *shape), dtype=torch.int16)
+
+
+def nnunets_target(patches, regions, ignore_label):
+    """The target of patches as nnU-Net has it: the inverse of ``labeled_patches``."""
+    if ignore_label is None:
+        return patches.labels
+    if regions:
+        return torch.cat([patches.labels, ~patches.counts], 1)
+    return torch.where(patches.counts, patches.labels, ignore_label)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
