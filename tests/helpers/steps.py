@@ -74,6 +74,37 @@ def gradients(trainer, batch):
     return {n: p.grad for n, p in parameters(trainer).items()}
 
 
+def gradients_by_passes(make, orders=("lean", "joint")):
+    """Order of passes -> the gradients of one step of ``make(order)``, each from the same random numbers."""
+    found = {}
+    for order in orders:
+        trainer = make(order)
+        torch.manual_seed(0)
+        found[order] = gradients(trainer, a_batch(trainer))
+    return found
+
+
+def who_learns(trainer, part):
+    """Term -> parts, by ``part(name of a parameter)``, that have a gradient of that term which is not 0."""
+    learns = {}
+    for terms in trainer.losses(trainer._to_device(a_batch(trainer))):
+        for name, term in terms.items():
+            for p in parameters(trainer).values():
+                p.grad = None
+            term.backward(retain_graph=True)
+            learns[name] = {part(n) for n, p in parameters(trainer).items() if p.grad is not None and p.grad.any()}
+    return learns
+
+
+def at_step(trainer, step):
+    """A trainer at a later step, whose teacher has fallen behind its student."""
+    trainer.global_step = step
+    with torch.no_grad():
+        for parameter in trainer.plans_network.parameters():
+            parameter.mul_(1.3)
+    return trainer
+
+
 def stepped(trainer, steps: int = 2):
     """The weights after so many steps on the loaders' batches."""
     trainer.on_train_start()

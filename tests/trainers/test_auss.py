@@ -5,18 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.runs import assert_resumed_equals_uninterrupted, commands_work
-from helpers.steps import a_batch, gradients, stepped
+from helpers.steps import a_batch, at_step, gradients_by_passes, stepped
 
 NAME = "nnUNetTrainerAUSS"
 
 
 def judging(trainer):
     """A trainer whose autoencoder is frozen, and whose teacher has fallen behind its student."""
-    trainer.global_step = trainer.total_steps // 2
-    with torch.no_grad():
-        for parameter in trainer.plans_network.parameters():
-            parameter.mul_(1.3)
-    return trainer
+    return at_step(trainer, trainer.total_steps // 2)
 
 
 @pytest.mark.parametrize("kind", ["3d", "2d", "multichannel", "anisotropic", "ignore", "regions", "resenc"])
@@ -99,17 +95,16 @@ def test_ignored_voxels_teach_the_autoencoder_nothing(tiny, make_trainer):
 
 @pytest.mark.parametrize("judges", [False, True])
 def test_who_learns_and_that_the_order_of_passes_is_no_matter(tiny, make_trainer, judges):
-    found = []
-    for passes in ("lean", "joint"):
+    def make(passes):
         trainer = make_trainer(NAME, tiny(), settings={"passes": passes, "seed": 0, "teacher_rampup": 0})
-        trainer = judging(trainer) if judges else trainer
-        torch.manual_seed(0)
-        found.append(gradients(trainer, a_batch(trainer)))
-    for name, gradient in found[0].items():
+        return judging(trainer) if judges else trainer
+
+    found = gradients_by_passes(make)
+    for name, gradient in found["lean"].items():
         if name.startswith("training.teacher") or (judges and name.startswith("training.autoencoder")):
             assert gradient is None, name
         else:
-            torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-6, msg=name)
+            torch.testing.assert_close(gradient, found["joint"][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("share", [0.25, 0.75])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.runs import assert_resumed_equals_uninterrupted, commands_work
-from helpers.steps import a_batch, gradients, parameters
+from helpers.steps import a_batch, gradients_by_passes, parameters
 from scipy.ndimage import binary_erosion, distance_transform_edt, generate_binary_structure
 
 NAME = "nnUNetTrainerDTC"
@@ -116,12 +116,10 @@ def test_each_task_learns_from_the_other_and_the_maps_reach_the_network(tiny, ma
 
 @pytest.mark.parametrize("kind", ["3d", "regions"])
 def test_lean_and_joint_passes_give_the_same_gradients(tiny, make_trainer, kind):
-    lean, joint = (
-        gradients(trainer, a_batch(trainer))
-        for trainer in (
-            make_trainer(NAME, tiny(kind), settings={"passes": passes, "dtc_rampup": 0}) for passes in ("lean", "joint")
-        )
+    found = gradients_by_passes(
+        lambda passes: make_trainer(NAME, tiny(kind), settings={"passes": passes, "dtc_rampup": 0})
     )
+    lean, joint = found["lean"], found["joint"]
     assert lean[f"{HEAD}0.weight"].any()
     for parameter, gradient in lean.items():
         torch.testing.assert_close(gradient, joint[parameter], rtol=1e-4, atol=1e-6, msg=parameter)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.runs import assert_resumed_equals_uninterrupted, commands_work
-from helpers.steps import a_batch, gradients
+from helpers.steps import a_batch, gradients_by_passes
 
 from nnunet_ssl.losses.entropy import entropy
 
@@ -39,12 +39,10 @@ def test_the_entropy_is_the_mean_over_the_streams(tiny, make_trainer, kind, on_l
 
 
 def test_the_order_of_passes_is_no_matter(tiny, make_trainer):
-    lean, joint = (
-        gradients(trainer, a_batch(trainer))
-        for trainer in (
-            make_trainer(NAME, tiny(), settings={"passes": passes, "entmin_rampup": 0}) for passes in ("lean", "joint")
-        )
+    found = gradients_by_passes(
+        lambda passes: make_trainer(NAME, tiny(), settings={"passes": passes, "entmin_rampup": 0})
     )
+    lean, joint = found["lean"], found["joint"]
     for parameter, gradient in lean.items():
         torch.testing.assert_close(gradient, joint[parameter])
 

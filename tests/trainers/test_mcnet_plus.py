@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.runs import assert_resumed_equals_uninterrupted, commands_work
-from helpers.steps import a_batch, gradients, with_stages
+from helpers.steps import a_batch, gradients_by_passes, with_stages
 
 NAME = "nnUNetTrainerMCNetPlus"
 TERMS = {"sup", "sup_linear", "sup_nearest", "mutual"}
@@ -62,12 +62,10 @@ def test_every_decoder_learns_from_unlabeled_images_and_through_the_target_unles
 
 
 def test_lean_and_joint_passes_give_the_same_gradients(tiny, make_trainer):
-    lean, joint = (
-        gradients(trainer, a_batch(trainer))
-        for trainer in (
-            make_trainer(NAME, tiny(), settings={"passes": passes, "mcnet_rampup": 0}) for passes in ("lean", "joint")
-        )
+    found = gradients_by_passes(
+        lambda passes: make_trainer(NAME, tiny(), settings={"passes": passes, "mcnet_rampup": 0})
     )
+    lean, joint = found["lean"], found["joint"]
     for parameter, gradient in lean.items():
         torch.testing.assert_close(gradient, joint[parameter], rtol=1e-4, atol=1e-6, msg=parameter)
 

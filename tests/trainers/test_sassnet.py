@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.runs import assert_resumed_equals_uninterrupted, commands_work
-from helpers.steps import a_batch, gradients, half_a_step, on_two_ranks, parameters
+from helpers.steps import a_batch, gradients_by_passes, half_a_step, on_two_ranks, who_learns
 
 NAME = "nnUNetTrainerSASSNet"
 ADVERSARY, HEAD, NETWORK = "discriminator", "head", "network"
@@ -37,14 +37,7 @@ def test_each_learns_from_its_own_terms(tiny, make_trainer):
     """The discriminator takes nothing of the term that it judges by, and gives nothing back by its own."""
     trainer = make_trainer(NAME, tiny(), settings=SMALL)
     torch.nn.init.normal_(trainer.training_modules["regression"][0].weight, std=0.1)
-    learns = {}
-    for terms in trainer.losses(trainer._to_device(a_batch(trainer))):
-        for name, term in terms.items():
-            for p in parameters(trainer).values():
-                p.grad = None
-            term.backward(retain_graph=True)
-            learns[name] = {part(n) for n, p in parameters(trainer).items() if p.grad is not None and p.grad.any()}
-    assert learns == {
+    assert who_learns(trainer, part) == {
         "sup": {NETWORK},
         "distance": {NETWORK, HEAD},
         "adversarial": {NETWORK, HEAD},
@@ -98,17 +91,17 @@ def test_the_discriminator_has_adam_and_the_head_nnunets_rule(tiny, make_trainer
 
 
 def test_lean_and_joint_passes_give_the_same_gradients(tiny, make_trainer):
-    found = []
-    for passes in ("lean", "joint"):
+    def make(passes):
         settings = {"passes": passes, "sassnet_weight": 1.0, "sassnet_rampup": 0, **SMALL}
         trainer = make_trainer(NAME, tiny(), settings=settings)
         torch.nn.init.normal_(
             trainer.training_modules["regression"][0].weight, std=0.1, generator=torch.Generator().manual_seed(0)
         )
-        torch.manual_seed(0)
-        found.append(gradients(trainer, a_batch(trainer)))
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-6, msg=name)
+        return trainer
+
+    found = gradients_by_passes(make)
+    for name, gradient in found["lean"].items():
+        torch.testing.assert_close(gradient, found["joint"][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_resumed_it_ends_with_the_weights_of_an_uninterrupted_run(tiny, make_trainer):

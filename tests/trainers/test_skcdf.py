@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.runs import assert_resumed_equals_uninterrupted, commands_work
-from helpers.steps import a_batch, gradients, parameters, stepped, with_stages
+from helpers.steps import a_batch, gradients_by_passes, parameters, stepped, who_learns, with_stages
 
 from nnunet_ssl.losses.partial import partial_dice_and_cross_entropy
 
@@ -29,14 +29,7 @@ def test_every_kind_of_data_trains_and_its_terms_are_logged(tiny, make_trainer, 
 
 def test_each_part_learns_from_its_own_terms(tiny, make_trainer):
     trainer = make_trainer(NAME, tiny())
-    learns = {}
-    for terms in trainer.losses(trainer._to_device(a_batch(trainer))):
-        for name, term in terms.items():
-            for p in parameters(trainer).values():
-                p.grad = None
-            term.backward(retain_graph=True)
-            learns[name] = {part(n) for n, p in parameters(trainer).items() if p.grad is not None and p.grad.any()}
-    assert learns == {
+    assert who_learns(trainer, part) == {
         "sup": {"own_encoder", "exchange", "decoder"},
         "sup_balanced": {"own_encoder", "exchange", "decoder", "balanced_labeled"},
         "pseudo": {"own_encoder", "own_decoder"},
@@ -120,13 +113,11 @@ def test_both_decoders_start_alike_also_from_pretrained_weights(tiny, make_train
 
 
 def test_lean_and_joint_passes_give_the_same_gradients(tiny, make_trainer):
-    found = []
-    for passes in ("lean", "joint"):
-        trainer = make_trainer(NAME, tiny(), settings={"passes": passes, "skcdf_rampup": 0})
-        torch.manual_seed(0)
-        found.append(gradients(trainer, a_batch(trainer)))
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(gradient, found[1][name], rtol=1e-4, atol=1e-6, msg=name)
+    found = gradients_by_passes(
+        lambda passes: make_trainer(NAME, tiny(), settings={"passes": passes, "skcdf_rampup": 0})
+    )
+    for name, gradient in found["lean"].items():
+        torch.testing.assert_close(gradient, found["joint"][name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_network_of_two_stages_learns(tiny, make_trainer):
