@@ -26,11 +26,7 @@ CANCELLED = 60  # seconds that Snakemake has to end its jobs, on a cluster as we
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point.
-
-    Args:
-        argv: arguments without the program's name; ``sys.argv`` when None.
-    """
+    """Entry point."""
     parser = Parser(
         prog="nnUNetv2_ssl_benchmark",
         description="Run a protocol from raw data to the final table: make datasets with few labels, plan, "

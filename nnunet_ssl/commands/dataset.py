@@ -11,11 +11,7 @@ from nnunet_ssl.errors import UserError
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point.
-
-    Args:
-        argv: arguments without the program's name; ``sys.argv`` when None.
-    """
+    """Entry point."""
     parser = Parser(
         prog="nnUNetv2_ssl_dataset",
         description="Convert a dataset as published into an nnU-Net raw dataset with few labels, using the "

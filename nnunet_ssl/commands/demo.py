@@ -8,11 +8,7 @@ from nnunet_ssl.commands.arguments import Parser, add_shared, count, find_device
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point.
-
-    Args:
-        argv: arguments without the program's name; ``sys.argv`` when None.
-    """
+    """Entry point."""
     parser = Parser(
         prog="nnUNetv2_ssl_demo",
         description="Make a small dataset of five organs with few labels, train nnUNetTrainerLabeledOnly and "

@@ -11,11 +11,7 @@ from nnunet_ssl.names import path_component
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point.
-
-    Args:
-        argv: arguments without the program's name; ``sys.argv`` when None.
-    """
+    """Entry point."""
     from nnunet_ssl.evaluation.metrics import EMPTY_RULES, METRICS
 
     parser = Parser(

@@ -11,11 +11,7 @@ from nnunet_ssl.files import writing
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point.
-
-    Args:
-        argv: arguments without the program's name; ``sys.argv`` when None.
-    """
+    """Entry point."""
     parser = Parser(
         prog="nnUNetv2_ssl_export",
         description="Write a trained model as a plain nnUNetTrainer model: CPU tensors, no optimiser, logits verified "

@@ -26,11 +26,7 @@ REMEDY = "Make room, make it writable, or name another folder with -o."
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point.
-
-    Args:
-        argv: arguments without the program's name; ``sys.argv`` when None.
-    """
+    """Entry point."""
     parser = Parser(
         prog="nnUNetv2_ssl_figures",
         description="Draw the figures that a paper shows of trained models: cases, entropy, tokens, assignment, "

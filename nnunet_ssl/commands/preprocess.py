@@ -10,11 +10,7 @@ from nnunet_ssl.files import read_json
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point.
-
-    Args:
-        argv: arguments without the program's name; ``sys.argv`` when None.
-    """
+    """Entry point."""
     parser = Parser(
         prog="nnUNetv2_ssl_preprocess",
         description="Prepare the images of imagesUn before training. Training would do this itself; run it ahead if, "

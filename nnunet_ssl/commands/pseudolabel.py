@@ -11,11 +11,7 @@ TEACHERS = {"network": ("network",), "atlas": ("atlas",), "network,atlas": ("net
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point.
-
-    Args:
-        argv: arguments without the program's name; ``sys.argv`` when None.
-    """
+    """Entry point."""
     parser = Parser(
         prog="nnUNetv2_ssl_pseudolabel",
         description="Predict the images of imagesUn and make a second raw dataset in which the best predictions are "

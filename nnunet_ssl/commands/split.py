@@ -6,11 +6,7 @@ from nnunet_ssl.commands.arguments import NEW_DATASET, Parser, add_shared
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point.
-
-    Args:
-        argv: arguments without the program's name; ``sys.argv`` when None.
-    """
+    """Entry point."""
     parser = Parser(
         prog="nnUNetv2_ssl_split",
         description="Make a second raw dataset, of links, in which few cases have labels and the rest are unlabeled. "

@@ -15,11 +15,7 @@ def channel(text: str) -> tuple[int, ...]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Entry point.
-
-    Args:
-        argv: arguments without the program's name; ``sys.argv`` when None.
-    """
+    """Entry point."""
     parser = Parser(
         prog="nnUNetv2_ssl_warp",
         description="Register labeled images onto the images of imagesUn, and save them warped together with their "
