@@ -21,44 +21,26 @@ from nnunet_ssl.stock_commands import of_this_python, running
 
 @dataclass(frozen=True)
 class Step:
-    """Commands that are run once.
+    """Commands that are run once."""
 
-    Attributes:
-        record: says that they were, and with which settings.
-        makes: what is there then.
-        commands: each as typed.
-        made_with: the settings, as JSON keeps them.
-        title: printed when it begins.
-        there: printed when it is skipped.
-    """
-
-    record: Path
-    makes: tuple[Path, ...] = ()
-    commands: tuple[Sequence[str], ...] = ()
-    made_with: dict[str, Any] = field(default_factory=dict)
-    title: str = ""
-    there: str = ""
+    record: Path  # says that they were, and with which settings
+    makes: tuple[Path, ...] = ()  # what is there then
+    commands: tuple[Sequence[str], ...] = ()  # each as typed
+    made_with: dict[str, Any] = field(default_factory=dict)  # the settings, as JSON keeps them
+    title: str = ""  # printed when it begins
+    there: str = ""  # printed when it is skipped
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Does steps.
+    """Does steps."""
 
-    Attributes:
-        device: of the commands: ``cpu``, ``cuda`` or ``mps``.
-        elsewhere: how to have a step with other settings, for instance ``choose another -o``.
-        dry_run: print the commands and do nothing.
-        variables: the commands' environment; None for our own.
-        log: what the commands print is added to it; with None it goes where our own output goes.
-        show: called with each line for the log.
-    """
-
-    device: str
-    elsewhere: str
-    dry_run: bool = False
-    variables: Mapping[str, str] | None = None
-    log: Path | None = None
-    show: Callable[[str], None] = lambda line: None
+    device: str  # of the commands: cpu, cuda or mps
+    elsewhere: str  # how to have a step with other settings, for instance "choose another -o"
+    dry_run: bool = False  # print the commands and do nothing
+    variables: Mapping[str, str] | None = None  # the commands' environment; None for our own
+    log: Path | None = None  # what the commands print is added to it; with None it goes where our own output goes
+    show: Callable[[str], None] = lambda line: None  # called with each line for the log
 
     def is_done(self, step: Step) -> bool:
         """Whether a step need not be done.

@@ -77,21 +77,15 @@ PLANS = {"tiny": Plan((32, 32, 32), (8, 16, 32)), "128": Plan((128, 128, 128), (
 
 @dataclass(frozen=True)
 class Setup:
-    """What every trainer is built from; plain values, so that it goes to other processes.
+    """What every trainer is built from; plain values, so that it goes to other processes."""
 
-    Attributes:
-        dataset, configuration, plans: names, as nnU-Net knows them.
-        device: ``cpu`` or ``cuda``.
-        threads: of torch on the CPU.
-        folder: for settings and results, thrown away.
-    """
-
+    # dataset, configuration, plans: names, as nnU-Net knows them
     dataset: str
     configuration: str
     plans: str
-    device: str
-    threads: int
-    folder: str
+    device: str  # cpu or cuda
+    threads: int  # of torch on the CPU
+    folder: str  # for settings and results, thrown away
 
     @property
     def cpu_time(self) -> bool:

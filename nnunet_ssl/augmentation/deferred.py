@@ -59,17 +59,12 @@ SPATIAL = {
 
 
 class Deferred(NamedTuple):
-    """A batch that is still to be augmented; two tensors, since each one takes a file of shared memory.
+    """A batch that is still to be augmented; two tensors, since each one takes a file of shared memory."""
 
-    Attributes:
-        images: float32, the samples' crops one after the other.
-        segmentations: int16 likewise; empty where nothing needs them.
-        samples: a pickled list of ``(shape of the image, of the segmentation or None, draws)``; ``draws`` are pairs of
-            the number of a transform and what it has drawn.
-    """
-
-    images: Tensor
-    segmentations: Tensor
+    images: Tensor  # float32, the samples' crops one after the other
+    segmentations: Tensor  # int16 likewise; empty where nothing needs them
+    # a pickled list of (shape of the image, of the segmentation or None, draws); draws are pairs of the number of a
+    # transform and what it has drawn
     samples: bytes
 
 

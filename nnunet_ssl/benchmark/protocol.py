@@ -31,14 +31,10 @@ Settings = Annotated[dict[str, Any], Field(description="an object of settings")]
 
 @declared
 class SelfTraining:
-    """A row that is trained again on its own predictions, by ``nnUNetv2_ssl_pseudolabel``, for a number of rounds.
-
-    Attributes:
-        student: a trainer for these rounds, without epochs; None takes the row's.
-    """
+    """A row that is trained again on its own predictions, by ``nnUNetv2_ssl_pseudolabel``, for a number of rounds."""
 
     rounds: Count = 1
-    student: Text | None = None
+    student: Text | None = None  # a trainer for these rounds, without epochs; None takes the row's
     options: Arguments = ()
 
 
@@ -49,27 +45,18 @@ def row_key(name: str) -> str:
 
 @declared
 class Row:
-    """A row of the table.
+    """A row of the table."""
 
-    Attributes:
-        name: in tables and, simplified, in file names.
-        trainer: class, without epochs.
-        settings: of the method, in addition to those that all rows share.
-        labeled: another number for this row, for instance "all"; None takes the protocol's.
-        against: name of the row that it is compared with; None takes the first.
-        pretrained_by: a trainer whose training comes first; the row's starts with ``-pretrained_weights`` from it.
-        self_training: what follows the training, if anything.
-        offline: minutes of work before the training, such as registering, known from elsewhere; they are taken off a
-            budget in time.
-    """
-
-    name: Name
-    trainer: Text
-    settings: Settings = Field(default_factory=dict)
-    labeled: Labeled | None = None
-    against: Text | None = None
+    name: Name  # in tables and, simplified, in file names
+    trainer: Text  # class, without epochs
+    settings: Settings = Field(default_factory=dict)  # of the method, in addition to those that all rows share
+    labeled: Labeled | None = None  # another number for this row, for instance "all"; None takes the protocol's
+    against: Text | None = None  # name of the row that it is compared with; None takes the first
+    # a trainer whose training comes first; the row's starts with -pretrained_weights from it
     pretrained_by: Text | None = None
-    self_training: SelfTraining | None = None
+    self_training: SelfTraining | None = None  # what follows the training, if anything
+    # minutes of work before the training, such as registering, known from elsewhere; they are taken off a budget in
+    # time
     offline: Positive | None = None
 
     @property
@@ -117,22 +104,18 @@ class Budget:
 
 @declared
 class Data:
-    """Where the datasets with few labels come from: a published one, or a raw dataset that is split.
+    """Where the datasets with few labels come from: a published one, or a raw dataset that is split."""
 
-    Attributes:
-        published, options: of ``nnUNetv2_ssl_dataset``: the dataset's name, and the command's further options
-            ``--data``, ``--labeled`` and ``-d``; ``{data}`` stands for the folder of the published data.
-        dataset, test, validation: of ``nnUNetv2_ssl_split``: the labeled dataset, the file that lists the test cases,
-            and the validation cases.
-        order_by_seed: whether each seed has its own labeled cases.
-    """
-
+    # published, options: of nnUNetv2_ssl_dataset: the dataset's name, and the command's further options --data,
+    # --labeled and -d; {data} stands for the folder of the published data
     published: Literal[PUBLISHED] | None = None
     options: Arguments = ()
+    # dataset, test, validation: of nnUNetv2_ssl_split: the labeled dataset, the file that lists the test cases, and the
+    # validation cases
     dataset: Dataset | None = None
     test: Text | None = None
     validation: Validation | None = None
-    order_by_seed: bool = False
+    order_by_seed: bool = False  # whether each seed has its own labeled cases
 
 
 @declared
@@ -140,15 +123,13 @@ class Measure:
     """The short runs by which seconds per step are measured: each row in turn, forwards and backwards.
 
     An epoch costs more than its steps (0.1 to 0.3 s on a CPU), which short epochs would count as the steps' own.
-
-    Attributes:
-        seconds: of a step by row's name, where they are known from elsewhere: such a row is not measured, and a budget
-            in time gives it the same steps on every machine.
     """
 
     epochs: TwoOrMore = 3  # the first is warm-up
     iterations: Count = 100
     rounds: Count = 2
+    # of a step by row's name, where they are known from elsewhere: such a row is not measured, and a budget in time
+    # gives it the same steps on every machine
     seconds: Annotated[
         dict[str, Positive], Field(description="an object of rows and their seconds per step, numbers above 0")
     ] = Field(default_factory=dict)

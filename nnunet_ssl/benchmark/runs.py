@@ -28,21 +28,15 @@ SETTINGS, PRETRAINING = "settings.json", "pretraining.json"
 
 @dataclass(frozen=True)
 class Run:
-    """A row with a labeled set, a seed and a budget.
-
-    Attributes:
-        epochs: of each training.
-        iterations: steps of an epoch; None as long as a budget in time has no measurement.
-        folder: of everything that comes of it.
-    """
+    """A row with a labeled set, a seed and a budget."""
 
     row: Row
     labeled: Labeled
     seed: int
     budget: Budget
-    epochs: int
-    iterations: int | None
-    folder: Path
+    epochs: int  # of each training
+    iterations: int | None  # steps of an epoch; None as long as a budget in time has no measurement
+    folder: Path  # of everything that comes of it
 
     @property
     def key(self) -> str:

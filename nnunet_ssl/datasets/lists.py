@@ -43,23 +43,14 @@ def read_cases(file: Path, option: str, pattern: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Lists:
-    """A protocol: which cases train, validate and test, and which of the training cases keep their labels.
-
-    Attributes:
-        train: training cases.
-        test: test cases.
-        validation: validation cases, or none.
-        ordered: for n up to this number, the first n of ``train`` are a labeled set.
-        labeled: further labeled sets, by their size.
-        pattern: what a case looks like in a file of the user.
-    """
+    """A protocol: which cases train, validate and test, and which of the training cases keep their labels."""
 
     train: list[str]
     test: list[str]
     validation: list[str] = field(default_factory=list)
-    ordered: int = 0
-    labeled: dict[int, list[str]] = field(default_factory=dict)
-    pattern: str = r"[^,\s]+"
+    ordered: int = 0  # for n up to this number, the first n of train are a labeled set
+    labeled: dict[int, list[str]] = field(default_factory=dict)  # further labeled sets, by their size
+    pattern: str = r"[^,\s]+"  # what a case looks like in a file of the user
 
     def with_files(self, args: argparse.Namespace) -> Lists:
         """These lists, those replaced that the user has given as files."""

@@ -64,30 +64,19 @@ def nothing(image: sitk.Image) -> None:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a module says about its dataset. Its functions are module-level ones, so that processes can share them.
+    """What a module says about its dataset. Its functions are module-level ones, so that processes can share them."""
 
-    Attributes:
-        labels: name -> number, as in ``dataset.json``.
-        channel: nnU-Net normalises ``CT`` by statistics of the dataset and anything else image by image.
-        reference: where the data come from.
-        label_values: value in the published file -> number; by default they are the same.
-        class_groups: name -> numbers of labels; ``nnUNetv2_ssl_evaluate`` averages over them.
-        mend: corrects what a header says, in place, before image and label are compared.
-        align: puts a label on its image's grid.
-        edit: ``(case, image, label) -> (image, label)``, what is done to the intensities and the extent.
-        h5_axes: the arrays' axes in h5 files.
-        h5_spacing: mm; h5 files do not say.
-        licence: of the data.
-    """
-
-    labels: dict[str, int]
-    channel: str
-    reference: str
-    label_values: dict[int, int] | None = None
+    labels: dict[str, int]  # name -> number, as in dataset.json
+    channel: str  # nnU-Net normalises CT by statistics of the dataset and anything else image by image
+    reference: str  # where the data come from
+    label_values: dict[int, int] | None = None  # value in the published file -> number; by default they are the same
+    # name -> numbers of labels; nnUNetv2_ssl_evaluate averages over them
     class_groups: dict[str, list[int]] | None = None
+    # corrects what a header says, in place, before image and label are compared
     mend: Callable[[sitk.Image], None] = nothing
-    align: Callable[[sitk.Image, sitk.Image], sitk.Image] = align_by_header
+    align: Callable[[sitk.Image, sitk.Image], sitk.Image] = align_by_header  # puts a label on its image's grid
+    # (case, image, label) -> (image, label), what is done to the intensities and the extent
     edit: Callable[[Case, sitk.Image, sitk.Image | None], tuple[sitk.Image, sitk.Image | None]] | None = None
-    h5_axes: str = "xyz"
-    h5_spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    licence: str | None = None
+    h5_axes: str = "xyz"  # the arrays' axes in h5 files
+    h5_spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)  # mm; h5 files do not say
+    licence: str | None = None  # of the data

@@ -25,25 +25,15 @@ NAME_DATASET_JSON = "Name the dataset's dataset.json with -djfile."
 
 @dataclass(frozen=True)
 class Dataset:
-    """The classes of a dataset and how its files are read.
+    """The classes of a dataset and how its files are read."""
 
-    Attributes:
-        classes: label or region -> name in tables; without the background.
-        file_ending: for instance ``.nii.gz``.
-        reader: nnU-Net's reader class.
-        ignore_label: of voxels that do not count, or None.
-        groups: name -> classes that are averaged under it.
-        declared: the labels that a label map may hold; None for any.
-        declared_by: who says so, for messages.
-    """
-
-    classes: dict[Label, str]
-    file_ending: str
-    reader: type
-    ignore_label: int | None = None
-    groups: dict[str, tuple[Label, ...]] = field(default_factory=dict)
-    declared: frozenset[int] | None = None
-    declared_by: str = "dataset.json"
+    classes: dict[Label, str]  # label or region -> name in tables; without the background
+    file_ending: str  # for instance .nii.gz
+    reader: type  # nnU-Net's reader class
+    ignore_label: int | None = None  # of voxels that do not count, or None
+    groups: dict[str, tuple[Label, ...]] = field(default_factory=dict)  # name -> classes that are averaged under it
+    declared: frozenset[int] | None = None  # the labels that a label map may hold; None for any
+    declared_by: str = "dataset.json"  # who says so, for messages
 
     def check_labels(self, labels: np.ndarray, file: str) -> None:
         """Refuse labels that nobody declared: they would count as background, as 255 for 1 does.

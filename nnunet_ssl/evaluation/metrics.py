@@ -25,21 +25,13 @@ SURFACE = (
 
 
 class Metric(NamedTuple):
-    """How a metric is called and read.
+    """How a metric is called and read."""
 
-    Attributes:
-        key: in ``summary.json``; nnU-Net's own where it has one.
-        title: in tables.
-        higher_is_better: whether a larger value wins.
-        is_distance: given in mm or voxels; the others are shares from 0 to 1.
-        definition: in words.
-    """
-
-    key: str
-    title: str
-    higher_is_better: bool
-    is_distance: bool
-    definition: str
+    key: str  # in summary.json; nnU-Net's own where it has one
+    title: str  # in tables
+    higher_is_better: bool  # whether a larger value wins
+    is_distance: bool  # given in mm or voxels; the others are shares from 0 to 1
+    definition: str  # in words
 
 
 METRICS = {
@@ -85,19 +77,13 @@ EMPTY_RULES = {
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured, and how.
+    """What is measured, and how."""
 
-    Attributes:
-        metrics: keys of ``METRICS``. Dice and Jaccard cost nothing once the counts are known.
-        in_mm: distances in mm (the image's spacing), or in voxels.
-        tolerance: of NSD, in the unit of the distances.
-        empty: key of ``EMPTY_RULES``.
-    """
-
+    # keys of METRICS. Dice and Jaccard cost nothing once the counts are known
     metrics: tuple[str, ...] = tuple(METRICS)
-    in_mm: bool = True
-    tolerance: float = 1.0
-    empty: str = "nan"
+    in_mm: bool = True  # distances in mm (the image's spacing), or in voxels
+    tolerance: float = 1.0  # of NSD, in the unit of the distances
+    empty: str = "nan"  # key of EMPTY_RULES
 
     @property
     def unit(self) -> str:

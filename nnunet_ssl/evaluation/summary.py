@@ -20,16 +20,10 @@ COUNTS = ("TP", "FP", "FN", "TN", "n_pred", "n_ref")
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All numbers of one method.
-
-    Attributes:
-        method: its name.
-        cases: measured ones, see ``evaluate_folders``; the same list for all methods.
-        dataset, options: what was measured.
-    """
+    """All numbers of one method, and what was measured."""
 
     method: str
-    cases: Sequence[Case]
+    cases: Sequence[Case]  # measured ones, see evaluate_folders; the same list for all methods
     dataset: Dataset
     options: Options
 

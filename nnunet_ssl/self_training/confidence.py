@@ -20,16 +20,12 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 
 class Measured(NamedTuple):
-    """What the prediction of one case says of itself, by the names of the foreground classes or regions.
+    """What the prediction of one case says of itself, by the names of the foreground classes or regions."""
 
-    Attributes:
-        voxels: how many are predicted as the class.
-        probability: the mean of the class's probability over these voxels; None where there are none.
-        dice: of the class, between two teachers; None where neither sees it. Empty with one teacher.
-    """
-
-    voxels: dict[str, int]
+    voxels: dict[str, int]  # how many are predicted as the class
+    # the mean of the class's probability over these voxels; None where there are none
     probability: dict[str, float | None]
+    # of the class, between two teachers; None where neither sees it. Empty with one teacher
     dice: dict[str, float | None] = {}
 
     @property

@@ -34,25 +34,15 @@ REPORT, PICTURE = "pseudolabels.csv", "pseudolabels.png"
 
 
 class Source(NamedTuple):
-    """The dataset to start from, seen by some of its folds. No label of an unlabeled case has a place in it.
+    """The dataset to start from, seen by some of its folds. No label of an unlabeled case has a place in it."""
 
-    Attributes:
-        name: for instance ``Dataset504_Hippocampus_5labeled``.
-        folder: the raw dataset.
-        dataset_json: its ``dataset.json``.
-        images: case -> channel files, of the labeled cases.
-        unlabeled: the same of ``imagesUn``.
-        labeled: the cases that one of the folds trains on.
-        validation: those that none of them does; where there are none, as in fold ``all``, the labeled ones.
-    """
-
-    name: str
-    folder: str
-    dataset_json: dict
-    images: dict[str, list[str]]
-    unlabeled: dict[str, list[str]]
-    labeled: list[str]
-    validation: list[str]
+    name: str  # for instance Dataset504_Hippocampus_5labeled
+    folder: str  # the raw dataset
+    dataset_json: dict  # its dataset.json
+    images: dict[str, list[str]]  # case -> channel files, of the labeled cases
+    unlabeled: dict[str, list[str]]  # the same of imagesUn
+    labeled: list[str]  # the cases that one of the folds trains on
+    validation: list[str]  # those that none of them does; where there are none, as in fold "all", the labeled ones
 
 
 def read_source(name: str, *folds: str) -> Source:

@@ -33,17 +33,11 @@ TO_PREDICT = "to_predict"  # links to the images that are still to be predicted,
 
 @dataclass(frozen=True)
 class Teachers:
-    """The teachers of a round.
-
-    Attributes:
-        settings: of the self-training.
-        source: the dataset that it starts from.
-        model: the network; without one, what it would be.
-    """
+    """The teachers of a round."""
 
     settings: Settings
-    source: Source
-    model: Model
+    source: Source  # the dataset that it starts from
+    model: Model  # the network; without one, what it would be
 
     def __str__(self) -> str:
         network = f"the model of {self.model.dataset}, fold {' '.join(self.model.folds)}"

@@ -21,10 +21,7 @@ from nnunet_ssl.unlabeled.store import Outcome, disk_failure
 
 @dataclass(frozen=True)
 class Preparation:
-    """What the images of a dataset are prepared by, in what a spawned worker can be sent.
-
-    Attributes:
-        dataset_name, plans, configuration, dataset_json: as nnU-Net has them.
+    """What the images of a dataset are prepared by, as nnU-Net has it, in what a spawned worker can be sent.
 
     Raises:
         UserError: there is no such configuration, or ``dataset.json`` names no file ending.

@@ -174,19 +174,15 @@ class UnlabeledManifest(Manifest):
 
 @dataclass
 class _Wanted:
-    """What is to be prepared, and what is known of it.
+    """What is to be prepared, and what is known of it."""
 
-    Attributes:
-        images, labeled: case -> channel files, of the unlabeled and of the labeled images.
-        preprocessing: see ``Preparation``.
-        stamps: of those images that were prepared at some time. Of the others it takes reading them.
-        labeled_stamps: of the labeled images that have the sizes of an unlabeled one, and so could be the same.
-    """
-
+    # images, labeled: case -> channel files, of the unlabeled and of the labeled images
     images: dict[str, list[str]]
     labeled: dict[str, list[str]]
-    preprocessing: dict
+    preprocessing: dict  # see Preparation
+    # of those images that were prepared at some time. Of the others it takes reading them
     stamps: Stamps = field(default_factory=dict)
+    # of the labeled images that have the sizes of an unlabeled one, and so could be the same
     labeled_stamps: Stamps = field(default_factory=dict)
 
     def difference(self, manifest: UnlabeledManifest) -> dict[str, list[str]]:

@@ -51,18 +51,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PreparedFolder:
-    """Where prepared cases are, and what they were made from.
-
-    Attributes:
-        folder: of all of them.
-        places: case -> the folder of its files ``<case>.b2nd``, ``<case>_seg.b2nd``, ``<case>.pkl`` (or what else the
-            plans' preprocessor writes), sorted by case.
-        contents: case -> a digest of what it was made from.
-    """
+    """Where prepared cases are, and what they were made from."""
 
     folder: str
+    # case -> the folder of its files <case>.b2nd, <case>_seg.b2nd, <case>.pkl (or what else the plans' preprocessor
+    # writes), sorted by case
     places: dict[str, str]
-    contents: dict[str, str]
+    contents: dict[str, str]  # case -> a digest of what it was made from
 
     @property
     def cases(self) -> list[str]:
@@ -71,37 +66,24 @@ class PreparedFolder:
 
 
 class Outcome(NamedTuple):
-    """What became of a case.
-
-    Attributes:
-        case: its name.
-        entry: what the manifest says of it, apart from its place.
-        problem: why it could not be made; None if it was.
-        fatal: the next ones would fare no better.
-    """
+    """What became of a case."""
 
     case: str
-    entry: dict[str, Any]
-    problem: str | None = None
-    fatal: bool = False
+    entry: dict[str, Any]  # what the manifest says of it, apart from its place
+    problem: str | None = None  # why it could not be made; None if it was
+    fatal: bool = False  # the next ones would fare no better
 
 
 @dataclass
 class Manifest(ABC):
-    """The finished cases of a prepared folder.
-
-    Attributes:
-        folder: the prepared folder.
-        about: what concerns all cases, under the names of ``ABOUT``.
-        cases: case -> {"part": where it lies, "files": size of each prepared file, ...}.
-    """
+    """The finished cases of a prepared folder."""
 
     FORMAT: ClassVar[int]
     ABOUT: ClassVar[dict[str, type]]  # the file's other keys, and their types
 
     folder: str
-    about: dict[str, Any]
-    cases: dict[str, dict]
+    about: dict[str, Any]  # what concerns all cases, under the names of ABOUT
+    cases: dict[str, dict]  # case -> {"part": where it lies, "files": size of each prepared file, ...}
 
     @abstractmethod
     def check(self) -> None:
