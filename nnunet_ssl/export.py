@@ -59,13 +59,10 @@ def export_model(
     Everything is written to a folder with a temporary name and renamed when each file has passed ``verify``.
 
     Args:
-        dataset: dataset id or name.
-        configuration: nnU-Net configuration, for instance ``3d_fullres``.
+        dataset, configuration, trainer, plans: as nnU-Net's commands take them.
         folds: the folds to export, numbers or ``"all"``. They keep their names; with ``both`` the i-th of them becomes
             folds 2i (first network) and 2i + 1 (second network).
         output: the folder to write; must not exist or be empty.
-        trainer: the trainer's class name, which names the model's folder.
-        plans: plans identifier.
         checkpoint: which checkpoint of each fold to export.
         both: export the second network too (methods that train two).
         branch: export this branch alone (SASNet): the low-level one is no network that plans describe.
@@ -129,12 +126,7 @@ def find_model_folder(dataset: int | str, trainer: str, plans: str, configuratio
 
 
 def second_network_weights(checkpoint_file: str, first: nn.Module, trainer: str) -> dict[str, torch.Tensor]:
-    """The weights of the second network, from the training state next to a checkpoint.
-
-    Args:
-        checkpoint_file: the checkpoint.
-        first: the network that the checkpoint holds; the training state must have been written with it.
-        trainer: the trainer's name, for the messages.
+    """The weights of the second network, from the training state next to a checkpoint, written with ``first``.
 
     Raises:
         UserError: there is no training state, it belongs to another checkpoint, or has no second network.
@@ -151,11 +143,10 @@ def second_network_weights(checkpoint_file: str, first: nn.Module, trainer: str)
 
 
 def verify(exported_file: str, trained: nn.Module, model: str, predicts: str) -> None:
-    """Load an exported file as plain nnU-Net would and compare its logits with the trained network's.
+    """Load an exported file as plain nnU-Net would and compare its logits with those of ``trained``, on the CPU.
 
     Args:
-        exported_file: the file to check.
-        trained: the trained network, in eval mode, on the CPU.
+        exported_file, trained: the file to check, and the trained network.
         model: folder with the ``plans.json`` and ``dataset.json`` that go with the file.
         predicts: the trainer whose network nnU-Net predicts with, by the checkpoint that was exported.
 

@@ -51,10 +51,7 @@ def replacing(path: str | Path) -> Iterator[str]:
 
 @contextmanager
 def writing(remedy: str) -> Iterator[None]:
-    """Around what writes results: says which file cannot be written, and why.
-
-    Args:
-        remedy: a sentence.
+    """Around what writes results: says which file cannot be written, and why; ``remedy`` is a sentence.
 
     Raises:
         UserError: for an OSError within, for instance on a full disk.
@@ -131,10 +128,8 @@ def _named(kind: type | tuple[type, ...]) -> str:
 def stamp(path: str | Path, kept: Stamp | None = None) -> Stamp:
     """What tells that a file is another one: size, time of the last change, and a digest of its content.
 
-    Args:
-        path: the file.
-        kept: what this said earlier, perhaps of a file that this one is a copy of. The content is read only where size
-            or time are not as kept.
+    The content is read only where size or time are not as ``kept``: what this said earlier, perhaps of a file that this
+    one is a copy of.
     """
     status = os.stat(path)
     if kept is not None and kept[:2] == [status.st_size, status.st_mtime_ns] and len(kept) == 3:

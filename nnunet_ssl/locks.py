@@ -97,10 +97,8 @@ def holding(file: str | Path, busy: str, *, wait: bool = False) -> Iterator[None
 def share(file: str | Path) -> None:
     """Say until the end of this process that it uses something; any number of processes may at a time.
 
-    The right to read is enough where the file is there. Nothing is said on a file system without locks.
-
-    Args:
-        file: the lock's file; it is made where it is missing.
+    The right to read is enough where the lock's file is there; else it is made. Nothing is said on a file system
+    without locks.
 
     Raises:
         OSError: it cannot be opened.

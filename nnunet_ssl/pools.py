@@ -27,7 +27,7 @@ Outcome = TypeVar("Outcome")
 def outcomes(
     function: Callable[..., Outcome], jobs: Sequence[tuple[Any, ...]], num_processes: int
 ) -> Generator[Outcome, None, None]:
-    """Call ``function`` with each job's arguments, and yield what it returns, as it comes.
+    """Call ``function`` with each job's arguments, and yield what it returns, as it comes, in any order.
 
     The first jobs are done in this process, to see how long one takes. Starting other processes costs seconds each,
     since they import nnU-Net; often the work is done before that.
@@ -36,9 +36,6 @@ def outcomes(
         function: of a module, so that other processes find it. It should return problems: raising ends everything.
         jobs: arguments of each call.
         num_processes: at most this many.
-
-    Yields:
-        In any order.
 
     Raises:
         BrokenProcessPool: a process was killed, for instance by a machine that is out of memory.
@@ -57,11 +54,7 @@ def outcomes(
 def all_outcomes(
     function: Callable[..., Outcome], jobs: Sequence[tuple[Any, ...]], num_processes: int, title: str
 ) -> list[Outcome]:
-    """``outcomes`` in a list, with a progress bar.
-
-    Args:
-        function, jobs, num_processes: as for ``outcomes``.
-        title: of the bar.
+    """``outcomes`` in a list, with a progress bar of this title.
 
     Raises:
         UserError: a process was killed.

@@ -13,10 +13,8 @@ def ram_limit(root: str = "/") -> int:
     """Bytes of RAM that the processes of this machine, container or SLURM job may take together.
 
     The last two are control groups of Linux (cgroups, version 1 or 2), of which psutil does not know. The smallest
-    limit counts, of the process's own group and all that this one lies in; beyond it the kernel kills.
-
-    Args:
-        root: where ``proc`` and ``sys`` are.
+    limit counts, of the process's own group and all that this one lies in; beyond it the kernel kills. ``root`` is
+    where ``proc`` and ``sys`` are.
     """
     limits = [psutil.virtual_memory().total]
     for file in _limit_files(root):

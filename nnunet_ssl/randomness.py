@@ -12,15 +12,7 @@ import torch
 
 
 def derived_seed(seed: int, *purpose: str | int) -> int:
-    """A seed for one purpose, independent of those for other purposes.
-
-    Args:
-        seed: the run's seed.
-        purpose: names and counters, such as ``("batch", 17)``.
-
-    Returns:
-        A number below 2**32.
-    """
+    """A seed below 2**32 for a purpose such as ``("batch", 17)``, independent of those for other purposes."""
     words = [zlib.crc32(word.encode()) if isinstance(word, str) else word for word in purpose]
     return int(np.random.SeedSequence([seed, *words]).generate_state(1)[0])
 

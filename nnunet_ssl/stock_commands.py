@@ -27,11 +27,9 @@ TAKE_EVERY_CORE = {"nnUNetv2_train", "nnUNetv2_predict"}
 def running(words: Sequence[str], **options: Any) -> Iterator[subprocess.Popen]:
     """A command that runs; with the ``with`` block it ends, and so does every process that it has started.
 
-    It ends with this process too, even where that is killed and can do nothing any more. (Not so on Windows.)
-
-    Args:
-        words: what to run, as :func:`of_this_python` gives it.
-        options: of ``subprocess.Popen``, less ``stdin``: the command reads nothing.
+    It ends with this process too, even where that is killed and can do nothing any more. (Not so on Windows.) ``words``
+    are as :func:`of_this_python` gives them, ``options`` of ``subprocess.Popen``, less ``stdin``: the command reads
+    nothing.
     """
     if os.name != "nt":
         words = [sys.executable, "-I", "-S", supervise.__file__, *words]  # -I -S: it starts quicker

@@ -28,12 +28,7 @@ RESCALE = "Rescale them, or remove the case."
 
 
 class VolumeError(Exception):
-    """A file that cannot be used.
-
-    Args:
-        problem: a sentence without its full stop that names the file; what ``str`` gives.
-        remedy: a sentence.
-    """
+    """A file that cannot be used; ``str`` gives the problem, a sentence without its full stop that names the file."""
 
     def __init__(self, problem: str, remedy: str = DAMAGED) -> None:
         super().__init__(problem)
@@ -184,14 +179,10 @@ def _read_through(file: str, start: int = 0, dtype: np.dtype | None = None) -> t
 
 
 def _check_voxels(voxels: np.ndarray, file: str) -> None:
-    """Refuse what nnU-Net's arithmetic in float32 makes useless.
+    """Refuse what nnU-Net's arithmetic in float32 makes useless, of one channel ``[*spatial]`` as read.
 
-    Its z-score sums the squares of an image's voxels: from about 1e15 on, by the image's size, this sum is infinite
-    and the whole image becomes 0 or NaN.
-
-    Args:
-        voxels: ``[*spatial]``, one channel as read.
-        file: that they are from.
+    Its z-score sums the squares of an image's voxels: from about 1e15 on, by the image's size, this sum is infinite and
+    the whole image becomes 0 or NaN.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         voxels = np.ravel(voxels, order="K").astype(np.float32, copy=False)

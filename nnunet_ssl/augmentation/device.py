@@ -34,10 +34,7 @@ class DeviceTransforms:
         self._generator = torch.Generator(device)
 
     def __call__(self, batch: Deferred) -> tuple[Tensor, list[Tensor] | Tensor | None]:
-        """Augment a batch.
-
-        Args:
-            batch: is not changed.
+        """Augment a batch, which is not changed.
 
         Returns:
             Images ``[B, C, *patch]`` float32, and the target as nnU-Net's transforms make it: with deep supervision a

@@ -23,12 +23,7 @@ KEEP = "It records the protocol of this folder: restore it, or choose another -o
 
 @contextmanager
 def claimed(home: Path, given: dict[str, Any], device: str) -> Iterator[None]:
-    """Take the folder for a protocol and a device, and keep others out while it is worked in.
-
-    Args:
-        home: created if it does not exist.
-        given: the protocol as it stands in its file.
-        device: where it runs.
+    """Take the folder for a protocol, as it stands in its file, and a device, and keep others out meanwhile.
 
     Raises:
         UserError: the folder belongs to something else, to a protocol that differs, or is worked in right now.

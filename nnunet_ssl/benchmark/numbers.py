@@ -61,11 +61,7 @@ def _made_on(fold: Path) -> Iterator[dict[str, str]]:
 
 
 def read_summary(file: Path, keys: Sequence[str]) -> dict[str, Any]:
-    """What ``nnUNetv2_ssl_evaluate`` wrote of a run's predictions.
-
-    Args:
-        file: ``summary.json``.
-        keys: of the metrics that it must have.
+    """The ``summary.json`` of a run's predictions, as ``nnUNetv2_ssl_evaluate`` wrote it, with metrics of these keys.
 
     Raises:
         UserError: it is damaged, or lacks a metric.

@@ -23,10 +23,7 @@ def shipped() -> dict[str, Path]:
 
 
 def load_json(which: str) -> tuple[dict[str, Any], Path]:
-    """A protocol as it stands in its file.
-
-    Args:
-        which: a file, or the name of a shipped protocol.
+    """A protocol as it stands in its file: the one named, or one of this name that comes with the package.
 
     Raises:
         UserError: there is none, or it is not a JSON object.
@@ -40,10 +37,7 @@ def load_json(which: str) -> tuple[dict[str, Any], Path]:
 
 
 def read_protocol(which: str) -> Protocol:
-    """Read and check a protocol.
-
-    Args:
-        which: a file, or the name of a shipped protocol.
+    """Read and check a protocol, found as by :func:`load_json`.
 
     Raises:
         UserError: names file, field and remedy of the first thing that is wrong.

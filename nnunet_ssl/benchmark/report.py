@@ -40,14 +40,9 @@ DRAWS_EXPLANATION = (
 
 
 def write_report(benchmark: Benchmark, page: Path | None = None) -> str:
-    """Write ``results.json``, ``report.md`` and ``curves.png`` of the runs that are finished.
+    """Write ``results.json``, ``report.md`` and ``curves.png`` of the runs that are finished, and return the Markdown.
 
-    Args:
-        benchmark: the benchmark to report on.
-        page: a Markdown file that receives the report between two marks; the pictures go next to it in ``figures/``.
-
-    Returns:
-        The Markdown.
+    A Markdown ``page`` receives the report between two marks; the pictures go next to it in ``figures/``.
 
     Raises:
         UserError: no run is finished, or the page has no marks.
@@ -73,13 +68,7 @@ def write_report(benchmark: Benchmark, page: Path | None = None) -> str:
 
 
 def fill(page: Path, name: str, lines: Sequence[str], writer: str = "nnUNetv2_ssl_benchmark") -> str:
-    """The page with ``lines`` between two marks.
-
-    Args:
-        page: a Markdown file.
-        name: in the marks, for instance of a protocol.
-        lines: the text between them.
-        writer: the command that the first mark names.
+    """The Markdown page with ``lines`` between its two marks, which have ``name`` in them, and ``writer``, a command.
 
     Raises:
         UserError: there is no page, or the marks are not in it.

@@ -73,13 +73,9 @@ class Table:
 
 
 class Benchmark:
-    """A protocol in a folder.
+    """A protocol in a folder of its own.
 
-    Args:
-        protocol: what is to be done.
-        home: folder of the benchmark.
-        raw, preprocessed: nnU-Net's folders.
-        ids: known dataset ids, see ``dataset_key``; more are chosen as they are needed.
+    ``ids`` are known dataset ids, see ``dataset_key``; more are chosen as they are needed.
     """
 
     def __init__(
@@ -334,11 +330,7 @@ def trainings(folder: Path) -> list[Path]:
 
 
 def epoch_seconds(fold: Path) -> dict[int, float]:
-    """Epoch -> seconds, from nnU-Net's training logs; of an epoch that was repeated, the last.
-
-    Args:
-        fold: nnU-Net's folder of a training.
-    """
+    """Epoch -> seconds, from nnU-Net's logs in a training's folder; of an epoch that was repeated, the last."""
     seconds: dict[int, float] = {}
     epoch = None
     logs = fold.glob("training_log_*.txt")

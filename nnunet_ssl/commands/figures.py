@@ -119,10 +119,7 @@ def draw_figures(which: list[str] | None, runs: list, cases: list, out: Path, op
     """Draw one figure after the other; what goes wrong with one does not stop the others.
 
     What an earlier call has drawn of these figures is removed first: what lies there afterwards is of this call.
-
-    Args:
-        which: of ``FIGURES``; None for all that these runs can give.
-        runs, cases, out, options: as ``draw_<figure>`` takes them.
+    ``which`` are of ``FIGURES``; None for all that these runs can give.
 
     Raises:
         UserError: after all others are drawn, says which are not, and why.

@@ -54,13 +54,9 @@ def add_window(parser: argparse.ArgumentParser, default: str) -> None:
 def windowed(
     recipe: Recipe, args: argparse.Namespace, default: tuple[float, float], only: frozenset[str] | None = None
 ) -> Recipe:
-    """The recipe with the window that the user has asked for.
+    """The recipe with the window that the user has asked for by what ``add_window`` has added, else ``default``.
 
-    Args:
-        recipe: the recipe.
-        args: what ``add_window`` has added.
-        default: where the user says nothing.
-        only: names of the cases that it holds for; all by default.
+    It holds for the cases named in ``only``, by default for all.
 
     Raises:
         UserError: the window is empty.

@@ -70,19 +70,14 @@ def from_protocol(args: argparse.Namespace, title: str, recipe: Recipe, patients
 def draw_lists(cases: Iterable[str], seed: int, folder: Path) -> tuple[list[str], list[str]]:
     """Lists for a dataset whose owners publish none.
 
-    Sorted by name and permuted by ``default_rng(0)``, the first 40 cases are test cases and the next 160, or as many
-    as there are, training cases. A seed's order is ``default_rng(seed)``'s permutation of the sorted training cases.
-
-    Args:
-        cases: all that are there.
-        seed: of the training cases' order; test cases and training cases are the same for all.
-        folder: where they are, for messages.
+    Sorted by name and permuted by ``default_rng(0)``, the first 40 cases are test cases and the next 160, or as many as
+    there are, training cases. A seed's order is ``default_rng(seed)``'s permutation of the sorted training cases.
 
     Returns:
         The training cases in the seed's order, and the test cases.
 
     Raises:
-        UserError: the seed is negative, or there are not two training cases.
+        UserError: the seed is negative, or there are not two training cases in ``folder``.
     """
     if seed < 0:
         raise UserError(f"--seed {seed}: expected 0 or more.")

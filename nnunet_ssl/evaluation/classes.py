@@ -38,10 +38,6 @@ class Dataset:
     def check_labels(self, labels: np.ndarray, file: str) -> None:
         """Refuse labels that nobody declared: they would count as background, as 255 for 1 does.
 
-        Args:
-            labels: integers, a label map.
-            file: that it is from.
-
         Raises:
             VolumeError: names the file and the values.
         """
@@ -142,15 +138,11 @@ def _reader(content: dict, example: str) -> type:
 def classes_of(dataset_json: dict, source: str) -> tuple[dict[Label, str], int | None]:
     """The classes as nnU-Net understands them: its foreground labels, or the regions where there are any.
 
-    Args:
-        dataset_json: its content.
-        source: the file, for messages.
-
     Returns:
         label or region -> name, and the ignore label.
 
     Raises:
-        UserError: nnU-Net does not accept the labels.
+        UserError: nnU-Net does not accept the labels of ``source``.
     """
     from nnunetv2.utilities.label_handling.label_handling import LabelManager  # imports torch
 

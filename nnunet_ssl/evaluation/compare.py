@@ -27,12 +27,9 @@ EXPLANATION = (
 def compare(evaluations: Sequence[Evaluation], seed: int = 0) -> pd.DataFrame:
     """Compare every method with the first.
 
-    A case's value of the mean (or of a group) is the mean over the classes that are defined for both methods, so that
-    both are judged by the same classes.
-
-    Args:
-        evaluations: at least two, of the same cases in the same order.
-        seed: of the bootstrap.
+    All, at least two, are of the same cases in the same order. A case's value of the mean (or of a group) is the mean
+    over the classes that are defined for both methods, so that both are judged by the same classes. ``seed``: of the
+    bootstrap.
 
     Returns:
         A row for each metric, method and target (mean, groups, classes), with the columns
@@ -82,11 +79,7 @@ def _difference(metric: Metric, a: np.ndarray, b: np.ndarray, seed: int) -> dict
 
 
 def bootstrap_interval(differences: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean by scipy's bootstrap (BCa).
-
-    Args:
-        differences: ``[cases]``.
-        seed: the interval depends on nothing else.
+    """95 % interval of the mean of differences ``[cases]`` by scipy's bootstrap (BCa), which is seeded.
 
     Returns:
         low, high; NaN for fewer than two cases; both the common value where all cases have the same.
@@ -102,13 +95,9 @@ def bootstrap_interval(differences: np.ndarray, seed: int = 0) -> tuple[float, f
 
 
 def signed_rank_p(differences: np.ndarray) -> float:
-    """Two-sided p of scipy's Wilcoxon signed-rank test.
+    """Two-sided p of scipy's Wilcoxon signed-rank test of differences ``[cases]``, of which zeros are dropped.
 
-    Args:
-        differences: ``[cases]``; zeros are dropped.
-
-    Returns:
-        1 where all are zero, NaN where there is no case.
+    It is 1 where all are zero, NaN where there is no case.
     """
     if len(differences) == 0:
         return math.nan
@@ -132,15 +121,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def write_comparison(evaluations: Sequence[Evaluation], folder: str, seed: int = 0) -> str:
-    """Write ``comparison.md``, ``comparison.csv`` and ``comparison.json``.
+    """Write ``comparison.md``, ``comparison.csv`` and ``comparison.json``; returns the Markdown.
 
-    Args:
-        evaluations: at least two; the first is the baseline.
-        folder: is made where it does not exist.
-        seed: of the bootstrap.
-
-    Returns:
-        The Markdown.
+    The first evaluation, of at least two, is the baseline. The folder is made where it does not exist.
     """
     os.makedirs(folder, exist_ok=True)
     differences = compare(evaluations, seed)

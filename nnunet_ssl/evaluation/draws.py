@@ -61,8 +61,7 @@ def share_of_gap(gain: np.ndarray, gap: np.ndarray, units: Sequence[str], seed: 
 def t_over_draws(values: np.ndarray) -> tuple[float, float, float]:
     """Student's 95 % interval of the mean over draws and its p, with n - 1 degrees of freedom: low, high, p.
 
-    Args:
-        values: ``[draws, cases]``; a draw is its mean over cases.
+    A draw is its mean over cases, of ``[draws, cases]``.
     """
     draws = np.nanmean(values, axis=1)
     if np.ptp(draws) == 0:

@@ -102,15 +102,9 @@ def _refuse(problems: Sequence[str], hint: str = "") -> None:
 
 
 def evaluate_case(case: Case, dataset: Dataset, options: Options) -> Case | list[str]:
-    """Read and measure a case. Problems come back as sentences: raising would break the pool.
+    """Read and measure a case: gives the case with its metrics, or sentences that say what is wrong with its files.
 
-    Args:
-        case: its files.
-        dataset: classes and reader.
-        options: what is measured.
-
-    Returns:
-        The case with its metrics, or what is wrong with its files.
+    Raising would break the pool.
     """
     reader = dataset.reader()
 

@@ -28,11 +28,7 @@ class Grid(NamedTuple):
 
 
 def read_label_map(file: str, reader: BaseReaderWriter) -> tuple[np.ndarray, dict[str, Any]]:
-    """Read a label map.
-
-    Args:
-        file: its name.
-        reader: nnU-Net's.
+    """Read a label map with nnU-Net's reader.
 
     Returns:
         int32 ``[*spatial]``, and the reader's properties.

@@ -187,10 +187,7 @@ def surface_metrics(
 def surface_distances(
     prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Distances between the surfaces of two masks, neither of them empty.
-
-    Args:
-        prediction, reference, spacing: as for :func:`surface_metrics`.
+    """Distances between the surfaces of two masks, neither of them empty; the arguments are :func:`surface_metrics`'s.
 
     Returns:
         Of each surface voxel of the prediction to the nearest one of the reference, and the other way round; float64.

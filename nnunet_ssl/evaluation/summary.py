@@ -79,12 +79,7 @@ def definitions(options: Options) -> dict[str, str]:
 
 
 def write_summary(evaluation: Evaluation, folder: str) -> None:
-    """Write ``summary.json``, ``cases.csv`` and ``summary.md``.
-
-    Args:
-        evaluation: of one method.
-        folder: is made where it does not exist.
-    """
+    """Write ``summary.json``, ``cases.csv`` and ``summary.md``; the folder is made where it does not exist."""
     from nnunetv2.evaluation.evaluate_predictions import label_or_region_to_key, save_summary_json
 
     os.makedirs(folder, exist_ok=True)

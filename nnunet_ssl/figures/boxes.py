@@ -74,12 +74,7 @@ def evaluate(runs: Sequence[TrainedRun], cases: Sequence[Case], options: FigureO
 
 
 def boxes_figure(evaluations: Sequence[Evaluation], seed: int = 0) -> Figure:
-    """Rows of panels, each with the boxes of some classes.
-
-    Args:
-        evaluations: of the same cases.
-        seed: of the points' places within a box's width.
-    """
+    """Rows of panels, each with the boxes of some classes; ``seed`` places the points within a box's width."""
     names = list(evaluations[0].dataset.classes.values())
     dice = np.stack([e.values("Dice") for e in evaluations]) * 100  # [runs, cases, classes]
     groups = list(np.moveaxis(dice, 2, 0))

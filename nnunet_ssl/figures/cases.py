@@ -81,13 +81,9 @@ def read_planes(
 def cases_figure(
     slices: Sequence[Slice], planes: Sequence[Plane], names: Sequence[str], label: Label, options: FigureOptions
 ) -> Figure:
-    """Rows: slices. Columns: image with the truth's contour, then each run's prediction with it.
+    """Rows: slices, chosen for a class. Columns: image with the truth's contour, then each run's prediction with it.
 
-    Args:
-        slices, planes: what to show.
-        names: of the runs.
-        label: the class that the slices were chosen for; drawn in full colour, the others pale.
-        options: classes and names.
+    The class is drawn in full colour, the others pale.
     """
     num_columns = 1 + len(names)
     width = min(column_width(1 if num_columns <= 2 else 2), 0.25 + MAX_PANEL * num_columns)
@@ -122,14 +118,10 @@ def cases_figure(
 
 
 def window_around(mask: np.ndarray, size: tuple[float, float]) -> Window:
-    """A square around a class, in the unit of ``size``.
+    """A square around a class, a mask ``[rows, columns]`` that is not empty, in the unit of ``size``.
 
-    Its side is twice the class's extent, at least 30 % and at most all of the image's longer side; it is moved into
-    the image where it would leave it on one side.
-
-    Args:
-        mask: ``[rows, columns]``, not empty.
-        size: of a row and of a column.
+    That is the size of a row and of a column. The side is twice the class's extent, at least 30 % and at most all of
+    the image's longer side; the square is moved into the image where it would leave it on one side.
     """
     image = np.array(mask.shape) * size
     where = np.argwhere(mask)

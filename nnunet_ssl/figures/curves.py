@@ -140,11 +140,7 @@ def _of_rows(rows: Sequence[Mapping[str, float]], name: str) -> Curve:
 
 
 def curves_figure(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:
-    """A panel for each quantity that a run has.
-
-    Args:
-        curves: run -> panel -> curve.
-    """
+    """A panel for each quantity that a run has; ``curves``: run -> panel -> curve."""
     panels = [name for name in PANELS if any(name in of_run for of_run in curves.values())]
     num_columns = 3 if len(panels) > 4 else 2
     num_rows = -(-len(panels) // num_columns)

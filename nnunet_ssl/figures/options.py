@@ -54,11 +54,7 @@ class FigureOptions:
 def find_classes(
     dataset_json: dict[str, Any], chosen: Sequence[str] | None = None
 ) -> tuple[dict[str, Label], list[Label]]:
-    """``labels`` and ``classes`` of :class:`FigureOptions`.
-
-    Args:
-        dataset_json: its content.
-        chosen: labels or names; None for all.
+    """``labels`` and ``classes`` of :class:`FigureOptions`, of those ``chosen`` by label or name; None for all.
 
     Raises:
         UserError: a name or label that the dataset does not have, or labels that nnU-Net does not accept.

@@ -17,23 +17,16 @@ TRUTH = "white"  # of outlines
 
 
 def shadow(line: float) -> list[patheffects.AbstractPathEffect]:
-    """Black around white lines and letters, which are seen on any ground then.
-
-    Args:
-        line: width of the white line, in points.
-    """
+    """Black around white letters, and around lines of so many points: they are seen on any ground then."""
     return [patheffects.withStroke(linewidth=2 * line, foreground="black")]
 
 
 def edges(mask: np.ndarray) -> np.ndarray:
-    """The edges between voxels inside and outside a mask; beyond the image is outside.
-
-    Args:
-        mask: bool ``[rows, columns]``.
+    """The edges between voxels inside and outside a mask, bool ``[rows, columns]``; beyond the image is outside.
 
     Returns:
-        int ``[S, 2, 2]``: both ends of each edge, as (column, row); voxel ``[r, c]`` reaches from (c, r) to
-        (c + 1, r + 1).
+        int ``[S, 2, 2]``: both ends of each edge, as (column, row); voxel ``[r, c]`` reaches from (c, r) to (c + 1, r +
+        1).
     """
     padded = np.pad(mask, 1)
     level = np.argwhere(np.diff(padded, axis=0)[:, 1:-1])[:, None, ::-1]
@@ -42,13 +35,10 @@ def edges(mask: np.ndarray) -> np.ndarray:
 
 
 def draw_outline(axes: Axes, mask: np.ndarray, size: tuple[float, float], line: float) -> None:
-    """Draw the edges of a mask that lie within the axes' limits; nothing where there are none.
+    """Draw the edges of a mask that lie within the axes' limits, ``line`` points wide; nothing where there are none.
 
-    Args:
-        axes: on which voxel ``[r, c]`` begins at (c * width, r * height).
-        mask: bool ``[rows, columns]``, of the whole slice.
-        size: height and width of a voxel, on the axes.
-        line: its width in points.
+    The mask, bool ``[rows, columns]``, is of the whole slice; ``size`` is a voxel's height and width on the axes, where
+    voxel ``[r, c]`` begins at (c * width, r * height).
     """
     segments = edges(mask) * size[::-1]
     (left, right), (top, bottom) = sorted(axes.get_xlim()), sorted(axes.get_ylim())
@@ -64,11 +54,7 @@ def draw_outline(axes: Axes, mask: np.ndarray, size: tuple[float, float], line: 
 
 
 def overlay(label_map: np.ndarray, colors: Mapping[Label, tuple[str, float]]) -> np.ndarray:
-    """Colour and opacity of each voxel.
-
-    Args:
-        label_map: ``[rows, columns]``.
-        colors: label or labels of a region -> colour and opacity; the last one lies on top.
+    """Colour and opacity of each voxel of a label map ``[rows, columns]``; of ``colors`` the last one lies on top.
 
     Returns:
         uint8 ``[rows, columns, 4]``; voxels of no such class are clear.

@@ -38,44 +38,24 @@ def column_width(num_columns: int) -> float:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure that pyplot knows nothing of: nothing to close, and no window system.
-
-    Args:
-        width, height: inches.
-    """
+    """A figure, in inches, that pyplot knows nothing of: nothing to close, and no window system."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def wrapped(text: str, width: float) -> str:
-    """Break text into lines that fit.
-
-    Args:
-        text: at the size of titles or ticks.
-        width: inches.
-    """
+    """Break text, at the size of titles or ticks, into lines of at most so many inches."""
     return textwrap.fill(text, max(4, int(width / CHARACTER)))
 
 
 def legend_columns(labels: Sequence[str], width: float) -> int:
-    """How many columns of a legend fit side by side.
-
-    Args:
-        labels: its entries.
-        width: inches.
-    """
+    """How many columns of a legend with these entries fit side by side into so many inches."""
     return max(1, min(len(labels), int(width / (max(map(len, labels)) * CHARACTER + 0.42))))
 
 
 def add_legend(figure: Figure, where: str, handles: Sequence[Artist]) -> None:
-    """A legend outside the panels, in the columns that fit.
-
-    Args:
-        figure: gets it.
-        where: ``upper`` or ``lower``.
-        handles: its entries, with their labels.
-    """
+    """A legend outside the panels, ``upper`` or ``lower``, in the columns that fit; the handles have the labels."""
     columns = legend_columns([str(handle.get_label()) for handle in handles], figure.get_figwidth())
     figure.legend(handles=handles, loc=f"outside {where} center", ncols=columns)
 
@@ -83,14 +63,7 @@ def add_legend(figure: Figure, where: str, handles: Sequence[Artist]) -> None:
 def panel_grid(
     num_rows: int, titles: Sequence[str], width: float, panel: float, handles: Sequence[Artist]
 ) -> tuple[Figure, np.ndarray]:
-    """Square panels in rows and columns, with titles above and a legend below.
-
-    Args:
-        num_rows: of panels.
-        titles: of the columns.
-        width: of the figure, inches.
-        panel: its side, inches.
-        handles: of the legend.
+    """Square panels in rows and columns, with titles above the columns and a legend below; inches.
 
     Returns:
         The figure, and its axes ``[rows, columns]``.
@@ -126,11 +99,8 @@ def caption(name: str, /, **told: object) -> str:
 def save_figure(figure: Figure, folder: Path, name: str, caption: str) -> None:
     """Write ``name.png``, ``name.pdf`` and ``name.md``, each whole or not at all, and empty the figure.
 
-    Args:
-        figure: made by ``new_figure`` within ``paper_style``.
-        folder: is made where it does not exist.
-        name: without an ending.
-        caption: Markdown: what the figure shows, from which files, with which settings, by which rule.
+    It was made by ``new_figure`` within ``paper_style``. The caption is Markdown: what the figure shows, from which
+    files, with which settings, by which rule. The folder is made where it does not exist.
     """
     os.makedirs(folder, exist_ok=True)
     with paper_style():

@@ -57,12 +57,7 @@ class Plane:
 
 
 class OpenCase:
-    """A case with its predictions, read.
-
-    Args:
-        case: image and truth.
-        runs: with predictions; the first one's plans say how files are read.
-        options: file ending and channels.
+    """A case with its predictions, read as the plans of the first run say.
 
     Attributes:
         axis: across which the slices lie, in arrays as they are read.
@@ -144,11 +139,9 @@ def slice_axis(spacing: Sequence[float], shape: Sequence[int]) -> int:
 
 
 def upright(properties: dict, axis: int) -> tuple[slice, slice]:
-    """How rows and columns of a slice are turned: front or head up, the patient's left on the right.
+    """How rows and columns of a slice across ``axis`` are turned: front or head up, the patient's left on the right.
 
-    Args:
-        properties: nnU-Net's, of SimpleITK's or nibabel's readers; images of others are shown as they are.
-        axis: across which the slice lies, in arrays.
+    The properties are of nnU-Net's readers with SimpleITK or nibabel; images of others are shown as they are.
 
     Returns:
         For rows and columns a slice that turns them round, or leaves them.
@@ -168,14 +161,9 @@ def upright(properties: dict, axis: int) -> tuple[slice, slice]:
 
 
 def in_grey(channels: np.ndarray, run: TrainedRun, options: FigureOptions) -> np.ndarray:
-    """Scale the first channel of a slice to 0 to 1, or show the three of a colour image.
+    """Scale the first channel of a slice ``[C, rows, columns]`` to 0 to 1, or show the three of a colour image.
 
-    CT is shown in the window that nnU-Net's plans clip it to, all else from the slice's 0.5th to 99.5th percentile.
-
-    Args:
-        channels: ``[C, rows, columns]``.
-        run: whose plans know the window.
-        options: whose ``dataset.json`` names the channels.
+    CT is shown in the window that the run's plans clip it to, all else from the slice's 0.5th to 99.5th percentile.
     """
     names = [str(name).lower() for name in channel_names(options.dataset_json).values()]
     if len(channels) == 3 and (names == ["r", "g", "b"] or names == ["red", "green", "blue"] or len(names) == 1):

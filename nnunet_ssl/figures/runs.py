@@ -136,12 +136,7 @@ def settings_of(run: TrainedRun) -> dict[str, Any]:
 
 
 def load_predictor(run: TrainedRun, device: str, tta: bool = True) -> nnUNetPredictor:
-    """nnU-Net's predictor with a run's weights.
-
-    Args:
-        run: the model.
-        device: ``cuda``, ``cpu`` or ``mps``.
-        tta: with nnU-Net's mirroring.
+    """nnU-Net's predictor with a run's weights, and with nnU-Net's mirroring if asked for.
 
     Raises:
         UserError: the weights cannot be loaded.

@@ -68,11 +68,7 @@ def measure_all_slices(runs: Sequence[TrainedRun], cases: Sequence[Case], option
 
 
 def choose_slices(measured: Sequence[Measured], class_index: int) -> list[Slice]:
-    """Worst, median and best slice of a class, by the rule at the top of this file.
-
-    Args:
-        measured: of all cases.
-        class_index: of the class among those measured.
+    """Worst, median and best slice of a class, the index of which is given, by the rule at the top of this file.
 
     Returns:
         Three; fewer if there are fewer candidates, none if the class is in no case.

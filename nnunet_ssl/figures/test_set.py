@@ -28,10 +28,6 @@ def find_cases(dataset_id: str | int, fold: str) -> list[Case]:
 
     Fold ``all`` has no validation cases: nnU-Net validates it on its training cases, which are given then.
 
-    Args:
-        dataset_id: id or name of the raw dataset.
-        fold: a number, or ``all``.
-
     Raises:
         UserError: there is neither.
     """

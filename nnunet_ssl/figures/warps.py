@@ -17,13 +17,8 @@ from nnunet_ssl.shapes.warped import WarpManifest, Wish
 def draw_warps(wish: Wish) -> Path:
     """Draw a labeled image, the unlabeled one, and the first warped onto the second, with outlines of the classes.
 
-    The slice is the one with the most of the structures; images are prepared ones, the first channel.
-
-    Args:
-        wish: whose warps are there.
-
-    Returns:
-        ``warps.png`` in the folder of the warps.
+    The slice is the one with the most of the structures; images are prepared ones, the first channel. The picture is
+    ``warps.png`` in the folder of the warps.
     """
     manifest = WarpManifest.read(wish.folder)
     kept = sorted(manifest.of(wish).cases, key=lambda case: -manifest.cases[case]["after"])

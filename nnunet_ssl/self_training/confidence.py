@@ -59,9 +59,8 @@ def foreground_channels(label_manager: LabelManager) -> dict[str, int]:
 def measure(probabilities: np.ndarray, label_manager: LabelManager) -> Measured:
     """Measure how confident a prediction is, by the definition at the top of this file.
 
-    Args:
-        probabilities: float ``[C, *image]``, as nnU-Net saves them: softmax over classes, or a sigmoid for each region.
-        label_manager: nnU-Net's, of the model that predicted.
+    The probabilities, float ``[C, *image]``, are as nnU-Net saves them: softmax over classes, or a sigmoid for each
+    region.
     """
     voxels: dict[str, int] = {}
     probability: dict[str, float | None] = {}
@@ -73,12 +72,7 @@ def measure(probabilities: np.ndarray, label_manager: LabelManager) -> Measured:
 
 
 def dice_between(one: np.ndarray, other: np.ndarray, label_manager: LabelManager) -> dict[str, float | None]:
-    """Dice of each foreground class or region in what two teachers predict; None where neither sees it.
-
-    Args:
-        one, other: float ``[C, *image]``, as for ``measure``.
-        label_manager: nnU-Net's.
-    """
+    """Dice of each foreground class or region of two teachers' ``[C, *image]``, float; None where neither sees it."""
     found: dict[str, float | None] = {}
     pairs = zip(_foreground(one, label_manager), _foreground(other, label_manager), strict=True)
     for (name, _, here), (_, _, there) in pairs:
@@ -96,15 +90,10 @@ def _foreground(probabilities: np.ndarray, label_manager: LabelManager) -> Itera
 
 
 def choose(scores: dict[str, float], at_least: float | None, keep: float | None) -> list[str]:
-    """Choose the cases whose predictions become labels.
+    """Choose the cases whose predictions become labels, by the score of every case, confidence or agreement; sorted.
 
-    Args:
-        scores: confidence or agreement of every case; those with 0 are never chosen.
-        at_least: keep the cases that reach it, or
-        keep: keep this fraction of all cases, the best ones, at least one.
-
-    Returns:
-        The cases, sorted.
+    Kept are those that reach ``at_least``, or ``keep``, a fraction of all cases, the best ones, at least one. Cases
+    with 0 are never chosen.
     """
     order = sorted((case for case in scores if scores[case] > 0), key=lambda case: (-scores[case], case))
     if keep is not None:

@@ -48,9 +48,7 @@ class Source(NamedTuple):
 def read_source(name: str, *folds: str) -> Source:
     """Find out who is what in a raw dataset, by names alone.
 
-    Args:
-        name: of the dataset.
-        folds: numbers, or ``all``: then all labeled cases train and validate, as nnU-Net has it.
+    In fold ``all`` all labeled cases train and validate, as nnU-Net has it.
 
     Raises:
         UserError: no such dataset or fold, no unlabeled image, or one that bears a labeled one's name.
@@ -164,14 +162,9 @@ def write_report(file: str, measured: dict[str, Measured], kept: Iterable[str], 
 def draw_scores(
     file: str, scores: dict[str, float], kept: Iterable[str], at_least: float | None, by: str = "confidence"
 ) -> None:
-    """Draw the histogram of confidence or agreement, kept and not kept, with the threshold that parts them.
+    """Draw the histogram of all cases' confidence or agreement, with the threshold that parts the kept ones.
 
-    Args:
-        file: the picture to write.
-        scores: of every case.
-        kept: the cases that are kept.
-        at_least: the threshold; None where a fraction was kept, which the last of them bounds.
-        by: what the scores are.
+    Where a fraction was kept, ``at_least`` is None, and the last of these bounds them.
     """
     from matplotlib.figure import Figure
 

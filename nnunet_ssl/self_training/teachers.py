@@ -109,9 +109,7 @@ class Teachers:
     def predict(self, steps: Steps, trained: bool = True) -> Predictions:
         """Predict what is not predicted yet, part by part, with nnU-Net's own command.
 
-        Args:
-            steps: to run it with.
-            trained: False, in a dry run, where the network is still to be trained.
+        In a dry run the network may still have to be ``trained``.
 
         Raises:
             UserError: the command failed, or left no usable prediction.

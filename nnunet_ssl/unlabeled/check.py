@@ -22,11 +22,6 @@ class CheckingPlans(PlansManager):
 
     So the check happens where a preprocessor reads, no matter which preprocessor the plans name, and each image is read
     once.
-
-    Args:
-        plans: the plans.
-        num_channels: number of channels of the dataset's images.
-        configuration: the one that the images are prepared for.
     """
 
     def __init__(self, plans: dict, num_channels: int, configuration: str) -> None:
@@ -54,17 +49,11 @@ class CheckingPlans(PlansManager):
 
 
 def check_kind(images: np.ndarray, properties: dict, files: Sequence[str], plans: CheckingPlans) -> None:
-    """Refuse an image that nnU-Net could not use with these plans.
+    """Refuse an image ``[channels, *spatial]`` that nnU-Net could not use with these plans.
 
-    A 2D image has no thickness, so nnU-Net's readers say 999 pixels. In 3D nnU-Net would repeat it until it is as
-    thick as that, and where it slices the dataset's images along another axis, it would cut a 2D image into lines. An
-    image with a single slice says how thick this is, and a 3D image has slices for a 2D network: nnU-Net takes both.
-
-    Args:
-        images: ``[channels, *spatial]`` as read.
-        properties: the reader's.
-        files: the image's channel files.
-        plans: the dataset's.
+    A 2D image has no thickness, so nnU-Net's readers say 999 pixels. In 3D nnU-Net would repeat it until it is as thick
+    as that, and where it slices the dataset's images along another axis, it would cut a 2D image into lines. An image
+    with a single slice says how thick this is, and a 3D image has slices for a 2D network: nnU-Net takes both.
 
     Raises:
         BadImageError: names the file and what is wrong with it.

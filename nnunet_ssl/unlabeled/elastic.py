@@ -24,9 +24,8 @@ def deform_elastically(transforms: BasicTransform, probability: float, trainer: 
     slice (anisotropic patches), so does this: all slices of a patch are deformed alike, and within their plane.
 
     Args:
-        transforms: as ``get_training_transforms`` returns them; changed.
+        transforms: as ``get_training_transforms`` of ``trainer`` returns them; changed.
         probability: that a patch is deformed.
-        trainer: whose transforms they are, for the message.
 
     Raises:
         UserError: there is no ``SpatialTransform`` among them.

@@ -24,11 +24,7 @@ UNLABELED_FOLDER = "imagesUn"
 
 
 def find_unlabeled(raw_folder: str, dataset_json: dict) -> dict[str, list[str]]:
-    """Find the images of ``imagesUn`` without opening any.
-
-    Args:
-        raw_folder: the raw dataset, ``<nnUNet_raw>/DatasetXXX_Name``.
-        dataset_json: its ``dataset.json``, for the file ending and the number of channels.
+    """Find the images of ``imagesUn`` in a raw dataset, ``<nnUNet_raw>/DatasetXXX_Name``, without opening any.
 
     Returns:
         case -> its channel files, cases and channels in order.
@@ -69,15 +65,11 @@ def find_unlabeled(raw_folder: str, dataset_json: dict) -> dict[str, list[str]]:
 
 
 def find_images(folder: str, ending: str) -> tuple[dict[str, list[str]], list[str]]:
-    """Sort the files of an nnU-Net image folder by case, without opening any.
-
-    Args:
-        folder: for instance ``imagesTr``.
-        ending: the dataset's file ending, for instance ``.nii.gz``.
+    """Sort the files of an nnU-Net image folder, such as ``imagesTr``, by case, without opening any.
 
     Returns:
-        case -> its channel files, cases and channels in order; and the names of what is not an image. Hidden files
-        and the ``<case>.json`` that nnU-Net's TIFF reader takes the spacing from count as neither.
+        case -> its channel files, cases and channels in order; and the names of what is not an image. Hidden files and
+        the ``<case>.json`` that nnU-Net's TIFF reader takes the spacing from count as neither.
 
     Raises:
         UserError: a name is not UTF-8, or not text in this system's locale. ITK would end the interpreter.
@@ -157,8 +149,7 @@ def refuse_labeled_names(unlabeled: dict[str, list[str]], labeled_cases: Collect
 def refuse_labeled_images(unlabeled: dict[str, list[str]], labeled: dict[str, list[str]]) -> None:
     """Refuse an unlabeled image that is a labeled one under another name: the same files, through any links.
 
-    Args:
-        unlabeled, labeled: case -> its channel files. Labeled files that are not there are passed over.
+    Labeled files that are not there are passed over.
 
     Raises:
         UserError: names the first such file and the labeled case.
@@ -221,15 +212,11 @@ def read_dataset_json(folder: str) -> dict:
 
 
 def read_plans(file: str, remedy: str, configuration: str | None = None) -> PlansManager:
-    """Read nnU-Net's plans, which users edit.
-
-    Args:
-        file: the plans.
-        remedy: a sentence that says what to do about a file that is no good.
-        configuration: one that they must have.
+    """Read nnU-Net's plans, which users edit, and see that they have a configuration.
 
     Raises:
-        UserError: they are missing, no plans, or without the configuration or a known reader.
+        UserError: they are missing, no plans, or without the configuration or a known reader; ``remedy`` says what to
+            do.
     """
     plans = PlansManager(read_json(file, remedy, keys={"image_reader_writer": str}))
     try:

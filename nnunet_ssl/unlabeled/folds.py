@@ -25,12 +25,9 @@ class Fold(NamedTuple):
 def read_splits(file: str, remedy: str) -> list[Fold]:
     """Read a ``splits_final.json``.
 
-    Args:
-        file: the list of folds.
-        remedy: a sentence that says what to do about a file that is no good.
-
     Raises:
-        UserError: it is missing, unreadable or of another shape, or a case's name cannot be a file's.
+        UserError: it is missing, unreadable or of another shape, or a case's name cannot be a file's; ``remedy`` says
+            what to do.
     """
     folds = []
     for number, fold in enumerate(read_json(file, remedy, list)):
@@ -43,12 +40,9 @@ def read_splits(file: str, remedy: str) -> list[Fold]:
 
 
 def refuse_fold(fold: int | str, cases: Collection[str], preprocessed: str) -> None:
-    """Refuse a fold that nnU-Net cannot train, by the rules of its ``do_split``.
+    """Refuse a fold, a number or ``all``, that nnU-Net cannot train, by the rules of its ``do_split``.
 
-    Args:
-        fold: a number, or ``all``.
-        cases: that are preprocessed.
-        preprocessed: the dataset's folder in ``nnUNet_preprocessed``, for its ``splits_final.json``.
+    The cases are preprocessed in the dataset's folder ``preprocessed``, which may have a ``splits_final.json``.
 
     Raises:
         UserError: too few cases, a case that is not there, or a part that is empty.

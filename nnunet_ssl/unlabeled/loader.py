@@ -23,8 +23,7 @@ from nnunet_ssl.randomness import seeded
 class PreparedDataset:
     """Prepared cases, each read by nnU-Net's dataset for what the plans' preprocessor has written.
 
-    Args:
-        places: case -> the folder of its files, see ``store.PreparedFolder``.
+    ``places``: case -> the folder of its files, see ``store.PreparedFolder``.
     """
 
     def __init__(self, places: Mapping[str, str]) -> None:
@@ -40,11 +39,8 @@ class PreparedDataset:
 class UnlabeledDataset(PreparedDataset):
     """Images without labels: the segmentation is nnU-Net's 0 / -1 mask of the nonzero region.
 
-    That of an image whose labels are not to be used (MAE) has them too.
-
-    Args:
-        places: as for ``PreparedDataset``.
-        masks: False for a segmentation without channels, where nothing looks at the mask.
+    That of an image whose labels are not to be used (MAE) has them too. Without ``masks`` it has no channels, for where
+    nothing looks at it.
     """
 
     def __init__(self, places: Mapping[str, str], masks: bool = True) -> None:
@@ -171,16 +167,11 @@ def made_by(loader: nnUNetDataLoader) -> dict[str, Any]:
 
 
 class OrderedWorkers(NonDetMultiThreadedAugmenter):
-    """nnU-Net's background workers, and their batches in order.
+    """nnU-Net's background workers, 1 or more, and the batches of ``loader`` in order, from ``loader.next_batch`` on.
 
     A worker that is free takes the next ticket, so a batch that takes long holds up no other worker. Tickets bound the
     memory: there is a new one when a batch is handed out, so each worker makes one batch and at most 12 are ready,
     about as many as nnU-Net's two queues of six hold.
-
-    Args:
-        loader: its batches, from ``loader.next_batch`` on.
-        num_workers: 1 or more.
-        pin_memory: whether batches go to a GPU.
 
     Raises:
         RuntimeError: by ``next``, when a worker has raised or was killed.
@@ -220,13 +211,7 @@ class OrderedWorkers(NonDetMultiThreadedAugmenter):
 def start_workers(
     loader: TwoStreamLoader, num_workers: int, pin_memory: bool
 ) -> OrderedWorkers | SingleThreadedAugmenter:
-    """The batches of ``loader`` in order.
-
-    Args:
-        loader: belongs to the workers afterwards.
-        num_workers: 0 makes batches in this process.
-        pin_memory: whether batches go to a GPU.
-    """
+    """The batches of ``loader``, which belongs to the workers afterwards, in order; 0 makes them in this process."""
     if num_workers == 0:
         return SingleThreadedAugmenter(loader, None)
     workers = OrderedWorkers(loader, num_workers, pin_memory)

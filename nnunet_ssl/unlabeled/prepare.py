@@ -53,16 +53,10 @@ def prepare_unlabeled(
     that was prepared with the same plans is taken as it is. A folder that is complete need not be writable.
 
     Args:
-        dataset_name: for instance ``Dataset004_Hippocampus``.
-        plans_manager: the plans.
-        configuration: nnU-Net configuration, for instance ``3d_fullres``.
-        dataset_json: the dataset's ``dataset.json``.
+        dataset_name, plans_manager, configuration, dataset_json: as nnU-Net has them.
         labeled_cases: labeled and validation cases; no unlabeled image may bear one of these names.
         num_processes: images prepared at a time, where there is enough to do; 1 prepares in this process.
         reading: this process will read what is returned: it stays as it is until the process ends.
-
-    Returns:
-        The folder and its cases.
 
     Raises:
         UserError: an image, the plans or the disk stands in the way. What was finished is kept.
@@ -119,9 +113,6 @@ def wait_until_prepared(
     Args:
         dataset_name, plans_manager, configuration, dataset_json, labeled_cases: as for ``prepare_unlabeled``.
         timeout: seconds after which to give up.
-
-    Returns:
-        The folder and its cases.
 
     Raises:
         UserError: not prepared in time.

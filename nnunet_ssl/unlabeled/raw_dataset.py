@@ -161,15 +161,10 @@ def _link_text(file: str, raw: str) -> str:
 
 
 def refuse_existing(target_id: int, target: str | None = None, option: str = "-o") -> None:
-    """Refuse an id that no new dataset can have.
-
-    Args:
-        target_id: the id.
-        target: the name that the new dataset will have; what a killed run has left of it is no obstacle.
-        option: the command's option that gives the id, for messages.
+    """Refuse an id that no new dataset can have; what a killed run has left of ``target``, its name, is no obstacle.
 
     Raises:
-        UserError: it is none, or one of nnU-Net's three folders knows a dataset of this id.
+        UserError: it is none, or one of nnU-Net's three folders knows a dataset of this id; ``option`` has given it.
     """
     if not 1 <= target_id <= 999:
         raise UserError(f"{option} {target_id} is not a dataset id. Give a number from 1 to 999.")

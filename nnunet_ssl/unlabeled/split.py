@@ -94,15 +94,9 @@ def split_dataset(
 
 
 def choose(cases: list[str], labeled: str, validation: str | None, test: str | None, seed: int, source: str) -> Split:
-    """Divide the cases by the rule at the top of this file.
+    """Divide the cases that have a label by the rule at the top of this file; each part of the split is sorted.
 
-    Args:
-        cases: all cases that have a label.
-        labeled, validation, test, seed: as for ``split_dataset``.
-        source: the dataset's name, for messages.
-
-    Returns:
-        The split, each part sorted.
+    The other arguments are those of ``split_dataset``; ``source`` is the dataset's name, for messages.
 
     Raises:
         UserError: a list names a case that is not there or one twice, or the numbers ask for more than there are.
@@ -189,8 +183,7 @@ def read_list(file: str, option: str, otherwise: str = "") -> list[str]:
     """The entries of a user's list: the lines of a file that are not empty, or the items of a JSON list.
 
     Args:
-        file: the list.
-        option: the command's option that names it, for messages.
+        file, option: the list, and the command's option that names it, for messages.
         otherwise: what the option takes apart from a file, for messages, for instance "a number or ".
 
     Raises:

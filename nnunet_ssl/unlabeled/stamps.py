@@ -17,11 +17,8 @@ Stamps = dict[str, list[list]]  # case -> [file name, size in bytes, mtime in ns
 def image_stamps(images: dict[str, list[str]], kept: Stamps | None = None) -> Stamps:
     """What tells that a raw image has changed; with it the file that nnU-Net's TIFF reader takes the spacing from.
 
-    Compare two of them with ``same_images``: the times of copies tell nothing.
-
-    Args:
-        images: case -> its channel files.
-        kept: what this said earlier, for some or all of the cases. Only files whose size or time is another are read.
+    Compare two of them with ``same_images``: the times of copies tell nothing. Of ``kept``, what this said earlier of
+    some or all of the cases, only files whose size or time is another are read.
 
     Raises:
         UserError: a file is not there or cannot be read.

@@ -225,8 +225,7 @@ class Manifest(ABC):
     def remove_unread(self, say: str | None = None) -> None:
         """Remove what is not listed and no training reads. The folder's lock is held.
 
-        Args:
-            say: what the cases are called in what is printed of it; None prints nothing.
+        What is printed of it calls the cases what ``say`` says; None prints nothing.
         """
         number: Counter[bool | None] = Counter()
         for part, cases in self.unlisted().items():
@@ -245,13 +244,8 @@ def wait_for(look: Callable[[], T | None], timeout: float, late: str) -> T:
 
     They look at a folder rather than wait in a collective, which would time out.
 
-    Args:
-        look: gives what is waited for, or None.
-        timeout: seconds after which to give up.
-        late: what to say then.
-
     Raises:
-        UserError: ``late``.
+        UserError: ``late``, if ``look`` has given nothing but None for ``timeout`` seconds.
         SystemExit: looking ended in a UserError; the rank that makes it says why.
     """
     end = time.monotonic() + timeout

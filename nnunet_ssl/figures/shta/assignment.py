@@ -53,13 +53,7 @@ def draw_assignment(runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path
 
 
 def assignment_figure(names: Sequence[str], counts: Sequence[np.ndarray], options: FigureOptions) -> Figure:
-    """A panel for each run.
-
-    Args:
-        names: of the panels.
-        counts: of each, see ``Survey``.
-        options: names of the classes.
-    """
+    """A panel for each name, with its counts, see ``Survey``."""
     every = {0: "background", **{label: name for name, label in options.labels.items()}}
     colors = {0: BACKGROUND, **dict.fromkeys(options.labels.values(), NOT_CHOSEN), **options.colors}
     num_nodes = max(max((c.sum(0) > 0).sum(), (c.sum(1) > 0).sum()) for c in counts)
@@ -92,12 +86,11 @@ def draw_flows(
 ) -> None:
     """Flows from assigned classes, left, to those by the truth, right; between different ones in full colour.
 
-    A flow has the colour of its class by the truth, so a stripe tells at its left end who took it.
+    A flow has the colour of its class by the truth, so a stripe tells at its left end who took it. The flows reach from
+    0 to 1 in x; labels lie outside.
 
     Args:
-        axes: the flows reach from 0 to 1 in x; labels lie outside.
         counts: ``[K, K]``, rows by truth.
-        names, colors: of all labels.
         line: height of a line of text, of the panel's; above all nodes there are two.
     """
     if not counts.any():
@@ -138,12 +131,8 @@ def draw_flows(
 def node_bottoms(sums: np.ndarray, room: float) -> dict[int, float]:
     """Where each node starts: label -> its lower end.
 
-    Nodes are stacked from the top, lowest label first, empty ones left out. There is a gap between them, and their
-    middles are a line of text apart.
-
-    Args:
-        sums: ``[K]``, heights.
-        room: height of a line of text.
+    Nodes, as high as ``sums`` ``[K]``, are stacked from the top, lowest label first, empty ones left out. There is a
+    gap between them, and their middles are a line of text apart, which ``room`` is the height of.
     """
     bottoms: dict[int, float] = {}
     top, middle = 0.0, -np.inf

@@ -100,11 +100,7 @@ def load_model(run: TrainedRun, device: str) -> TrainedModel:
 
 
 def load_branch(run: TrainedRun, model: TrainedModel) -> SHTABranch:
-    """The branch that was trained with a checkpoint, in evaluation mode, where the model is.
-
-    Args:
-        run: with SHTA.
-        model: of the same run.
+    """The branch that was trained with the checkpoint of a run, in evaluation mode, where the run's model is.
 
     Raises:
         UserError: the training state is missing, or of another checkpoint, or holds no branch.
@@ -154,13 +150,8 @@ def preparation(model: TrainedModel, branch: SHTABranch) -> str:
 def cut_patches(model: TrainedModel, branch: SHTABranch, case: Case, background: bool = False) -> Patches:
     """Prepare a case, and cut out the patches with tokens that the branch could select.
 
-    What pads the image to whole patches counts as unlabeled: a token that is mostly padding is none.
-
-    Args:
-        model: how images are prepared.
-        branch: says what a token is, and which are eligible.
-        case: image and truth.
-        background: whether the wholly background tokens of these patches are wanted as well.
+    What pads the image to whole patches counts as unlabeled: a token that is mostly padding is none. ``background``:
+    the wholly background tokens of these patches are wanted as well.
     """
     predictor, configuration = model.predictor, model.predictor.configuration_manager
     image, labels, _ = configuration.preprocessor_class(verbose=False).run_case(
@@ -208,13 +199,9 @@ def side_by_side(volume: Tensor, patch_size: Sequence[int], fill: float) -> Tens
 
 @torch.inference_mode()
 def read_tokens(model: TrainedModel, branch: SHTABranch, patches: Patches, embed: bool) -> Tokens:
-    """Run a network over patches and keep what it says of the tokens that are shown.
+    """Run a network over the patches of a case, at least one, and keep what it says of the tokens that are shown.
 
-    Args:
-        model: any network of the same configuration.
-        branch: says what a token is.
-        patches: of one case, at least one.
-        embed: whether the branch was trained with this very network.
+    ``embed`` tells whether the branch was trained with this very network; any of the same configuration will do.
     """
     device = next(model.tap.parameters()).device
     batch_size = model.predictor.configuration_manager.batch_size

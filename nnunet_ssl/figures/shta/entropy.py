@@ -127,11 +127,7 @@ def window_side(shape: Sequence[int], spacing: Sequence[float]) -> tuple[int, in
 
 
 def best_window(values: np.ndarray, side: tuple[int, int]) -> tuple[int, tuple[int, int]]:
-    """The window with the largest sum.
-
-    Args:
-        values: ``[slices, rows, columns]``.
-        side: rows and columns of the window, at most the slice's.
+    """The window of ``side`` rows and columns with the largest sum of values ``[slices, rows, columns]``.
 
     Returns:
         The slice, and the window's first row and column.

@@ -59,14 +59,7 @@ class Survey:
 def survey(
     runs: tuple[TrainedRun, ...], cases: tuple[Case, ...], classes: tuple[int, ...], device: str, seed: int
 ) -> Survey:
-    """Read the tokens of all cases.
-
-    Args:
-        runs: any; those with SHTA are asked, and the host of one.
-        cases: images and truths.
-        classes: chosen labels.
-        device: ``cuda``, ``cpu`` or ``mps``.
-        seed: of the sample.
+    """Read the tokens of all cases as the runs with SHTA see them, and the host of one.
 
     Raises:
         NotApplicable: no run was trained with SHTA.
@@ -138,10 +131,6 @@ class ClassSample:
     Every token draws a number by the seed and its case; the lowest numbers of a class stay. Which tokens these are
     depends on the labels alone, so all runs show the same ones.
 
-    Args:
-        size: tokens of a class.
-        seed: of the draw.
-
     Attributes:
         classes: ``[N]``.
         features: name of a run -> ``[N, C]``, the mean decoder feature.
@@ -174,13 +163,7 @@ def _joined(before: np.ndarray | None, new: np.ndarray) -> np.ndarray:
 
 
 def lowest_of_each_class(classes: np.ndarray, draws: np.ndarray, size: int) -> np.ndarray:
-    """Indices of the ``size`` lowest ``draws`` of each class, in their order.
-
-    Args:
-        classes: ``[N]``.
-        draws: ``[N]`` float.
-        size: at most this many of a class.
-    """
+    """Indices of the ``size`` lowest ``draws`` ``[N]``, float, of each class in ``classes`` ``[N]``, in their order."""
     order = np.lexsort((draws, classes))
     rank = np.arange(len(order)) - np.searchsorted(classes[order], classes[order])
     return np.sort(order[rank < size])
