@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
 
 import torch
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
@@ -40,10 +39,12 @@ class nnUNetTrainerABD(StronglyViewed, nnUNetTrainerCPS):  # noqa: N801
 
     paper = "Chi et al., Adaptive Bidirectional Displacement for Semi-Supervised Medical Image Segmentation, CVPR 2024"
     Settings = ABDSettings
+    crosses_labeled = False
 
     def initialize(self) -> None:
-        """As CPS; and the cells."""
+        """As CPS; and the cells, with how sure each network is of them."""
         super().initialize()
+        self._sure: dict[str, CellScores] = {}
         self.cells = cell_counts(self.configuration_manager.patch_size)
         self.print_to_log_file(f"ABD: {' x '.join(map(str, self.cells))} cells")
 
@@ -62,54 +63,29 @@ class nnUNetTrainerABD(StronglyViewed, nnUNetTrainerCPS):  # noqa: N801
         """A pass of each network on labeled images, on displaced ones, then on unlabeled and on displaced ones."""
         labeled, unlabeled = batch
         views = self._views(labeled.images, "labeled")
-        scores = {}
-        for name, term in (("first", "sup"), ("second", "sup_second")):
-            outputs = self.forward(name, labeled._replace(images=views[name]))
-            scores[name] = self._scores(outputs)
-            terms = {term: self.loss(outputs, labeled.target)}
-            del outputs  # before the pass is backpropagated, here and below: a local name keeps logits alive
-            yield terms
+        yield from self.in_turn(*(labeled._replace(images=images) for images in views.values()))
         if self.displaces_labeled:
-            for images, target in self._displaced_labeled(views, full_resolution(labeled.target), scores):
+            for images, target in self._displaced_labeled(views, full_resolution(labeled.target)):
                 targets = self._scaled(target)
                 for name in views:  # no stream of its own: what hangs on labeled features is there already
                     yield {"displaced": self.loss(self.forward(name, Stream(images, None)), targets)}
 
         views = self._views(unlabeled.images, "unlabeled")
-        scores = yield from self._teach_each_other(views)
-        for images in self._displaced_unlabeled(views, scores):
-            yield from self._teach_each_other({"first": images, "second": images})
+        yield from self.in_turn(*(Stream(images, None) for images in views.values()))
+        for images in self._displaced_unlabeled(views):
+            yield from self.in_turn(Stream(images, None), Stream(images, None))
 
     def _views(self, images: Tensor, kind: str) -> dict[str, Tensor]:
         """What each network sees."""
         return {"first": images, "second": self.strong_view(images, self.draws("abd", kind))}
 
-    def _scores(self, outputs: list[Tensor] | Tensor) -> CellScores:
-        return cell_scores(full_resolution(outputs), self.cells, self.label_manager.has_regions)
-
-    def _teach_each_other(self, views: dict[str, Tensor]) -> Generator[dict[str, Tensor], None, dict[str, CellScores]]:
-        """The cross terms of both networks, in the order of passes that CPS has; gives the scores of the cells."""
-        streams = {name: Stream(images, None) for name, images in views.items()}
-        paired = self.settings.passes != "lean"
-        with nullcontext() if paired else torch.no_grad():
-            second = self.forward("second", streams["second"])
-        of_feature = self.take_terms_of_features()
-        labels_of_second, scores_of_second = self._pseudo_labels(second), self._scores(second)
-        if not paired:
-            second = None
-
-        first = self.forward("first", streams["first"])
-        labels_of_first, scores_of_first = self._pseudo_labels(first), self._scores(first)
-        terms = {"cps": self._cross_loss(full_resolution(first), labels_of_second)}
-        del first
-        yield terms
-
-        if second is None:
-            second = self.forward("second", streams["second"])
-        terms = {"cps": self._cross_loss(full_resolution(second), labels_of_first)}
-        del second
-        yield terms | of_feature
-        return {"first": scores_of_first, "second": scores_of_second}
+    def _terms(
+        self, supervised: str, stream: Stream, outputs: list[Tensor] | Tensor, labels: Tensor | None
+    ) -> dict[str, Tensor]:
+        """As CPS; how sure the network is of each cell is kept."""
+        scores = cell_scores(full_resolution(outputs), self.cells, self.label_manager.has_regions)
+        self._sure["first" if supervised == "sup" else "second"] = scores
+        return super()._terms(supervised, stream, outputs, labels)
 
     def _cross_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The Dice loss with pseudo-labels, at full resolution."""
@@ -117,25 +93,23 @@ class nnUNetTrainerABD(StronglyViewed, nnUNetTrainerCPS):  # noqa: N801
         labels = labels[:, : logits.shape[1]]  # without the channel of what is ignored
         return squared_dice_loss(logits, labels, smooth=1e-5, regions=regions)
 
-    def _displaced_unlabeled(self, views: dict[str, Tensor], scores: dict[str, CellScores]) -> list[Tensor]:
+    def _displaced_unlabeled(self, views: dict[str, Tensor]) -> list[Tensor]:
         """Both views with the cell of which their network is least sure taken from the other view."""
         regions = self.label_manager.has_regions
         first, second = (partition(views[name], self.cells) for name in ("first", "second"))
-        unsure, reliable = reliable_match(scores["first"], scores["second"], regions)
+        unsure, reliable = reliable_match(self._sure["first"], self._sure["second"], regions)
         first = put(first, unsure, take(second, reliable))
-        unsure, reliable = reliable_match(scores["second"], scores["first"], regions)
+        unsure, reliable = reliable_match(self._sure["second"], self._sure["first"], regions)
         second = put(second, unsure, take(first, reliable))
         return [recover(cells, self.cells) for cells in (first, second)]
 
-    def _displaced_labeled(
-        self, views: dict[str, Tensor], target: Tensor, scores: dict[str, CellScores]
-    ) -> list[tuple[Tensor, Tensor]]:
+    def _displaced_labeled(self, views: dict[str, Tensor], target: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Both views, and their targets, with the cell of which their network is surest taken from the other view."""
         coins = self.draws("abd", "coins").random(len(target)) < self.settings.abd_labeled_probability
         chosen = torch.from_numpy(coins).to(target.device, non_blocking=True)
         cells = {name: [partition(images, self.cells), partition(target, self.cells)] for name, images in views.items()}
         for name, other in (("first", "second"), ("second", "first")):  # one after the other, as in the code
-            sure, unsure = scores[name].confidence.argmax(1), scores[other].confidence.argmin(1)
+            sure, unsure = self._sure[name].confidence.argmax(1), self._sure[other].confidence.argmin(1)
             cells[name] = [
                 put(own, sure, take(its, unsure), chosen) for own, its in zip(cells[name], cells[other], strict=True)
             ]

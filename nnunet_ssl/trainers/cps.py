@@ -79,36 +79,45 @@ class nnUNetTrainerCPS(nnUNetTrainerSSL):  # noqa: N801
         weight = self.settings.cps_weight * self.rampup(self.settings.cps_rampup)
         return {**super().term_weights(), "cps": weight}
 
+    @property
+    def crosses_labeled(self) -> bool:
+        """Whether the cross term also covers labeled patches."""
+        return self.settings.cps_on_labeled
+
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
-        """For each stream a pass of each network.
+        """For each stream a pass of each network."""
+        for stream in batch:
+            yield from self.in_turn(stream, stream)
+
+    def in_turn(self, of_first: Stream, of_second: Stream) -> Iterator[dict[str, Tensor]]:
+        """A pass of each network, on its view of the same images.
 
         Paired: both networks run, then each is backpropagated. Lean: the second network gives its pseudo-labels without
         gradient and runs again when its turn comes, so that one network's pass is all that is held at any time. Without
         a cross term neither has to wait for the other.
         """
-        for stream in batch:
-            crosses = self._crosses(stream)
-            paired = crosses and self.settings.passes != "lean"
+        crosses = self._crosses(of_first)
+        paired = crosses and self.settings.passes != "lean"
+        second = None
+        if crosses:
+            with nullcontext() if paired else torch.no_grad():
+                second = self.forward("second", of_second)
+        of_feature = self.take_terms_of_features()
+        labels_of_second = self._pseudo_labels(second)
+        if not paired:
             second = None
-            if crosses:
-                with nullcontext() if paired else torch.no_grad():
-                    second = self.forward("second", stream)
-            of_feature = self.take_terms_of_features()
-            labels_of_second = self._pseudo_labels(second)
-            if not paired:
-                second = None
 
-            first = self.forward("first", stream)
-            labels_of_first = self._pseudo_labels(first)
-            terms = self._terms("sup", stream, first, labels_of_second)
-            del first  # before the pass is backpropagated, here and below: a local name keeps logits alive
-            yield terms
+        first = self.forward("first", of_first)
+        labels_of_first = self._pseudo_labels(first)
+        terms = self._terms("sup", of_first, first, labels_of_second)
+        del first  # before the pass is backpropagated, here and below: a local name keeps logits alive
+        yield terms
 
-            if second is None:
-                second = self.forward("second", stream)
-            terms = self._terms("sup_second", stream, second, labels_of_first)
-            del second
-            yield terms | of_feature
+        if second is None:
+            second = self.forward("second", of_second)
+        terms = self._terms("sup_second", of_second, second, labels_of_first)
+        del second
+        yield terms | of_feature
 
     def _terms(
         self, supervised: str, stream: Stream, outputs: list[Tensor] | Tensor, labels: Tensor | None
@@ -118,12 +127,12 @@ class nnUNetTrainerCPS(nnUNetTrainerSSL):  # noqa: N801
         if stream.target is not None:
             terms[supervised] = self._supervised_loss(outputs, stream.target)
         if self._crosses(stream):
-            share = 0.5 if self.settings.cps_on_labeled else 1.0
+            share = 0.5 if self.crosses_labeled else 1.0
             terms["cps"] = share * self._cross_loss(full_resolution(outputs), labels)
         return terms
 
     def _crosses(self, stream: Stream) -> bool:
-        return stream.target is None or self.settings.cps_on_labeled
+        return stream.target is None or self.crosses_labeled
 
     def _pseudo_labels(self, outputs: list[Tensor] | Tensor | None) -> Tensor | None:
         if outputs is None:

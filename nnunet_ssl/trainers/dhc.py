@@ -74,7 +74,7 @@ class nnUNetTrainerDHC(nnUNetTrainerCPS):  # noqa: N801
         if stream.target is not None:
             terms[supervised] = self._weighted_loss(outputs, stream.target, weights)
         if self._crosses(stream):
-            share = 0.5 if self.settings.cps_on_labeled else 1.0
+            share = 0.5 if self.crosses_labeled else 1.0
             terms["cps"] = share * weighted_cross_entropy(full_resolution(outputs), labels, weights)
         return terms
 
