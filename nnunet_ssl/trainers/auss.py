@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_ssl.declared import Part, Weight, declared, setting
-from nnunet_ssl.losses.masked import labels_and_valid, masked_mean
-from nnunet_ssl.losses.pseudo_labels import likeliest_class
+from nnunet_ssl.losses.masked import masked_mean
+from nnunet_ssl.losses.pseudo_labels import labels_and_confidence
 from nnunet_ssl.losses.ramps import sigmoid_rampup
 from nnunet_ssl.losses.squared_dice import squared_dice_loss
 from nnunet_ssl.networks.denoising_autoencoder import DenoisingAutoencoder
@@ -17,6 +17,7 @@ from nnunet_ssl.networks.ema import noisy
 from nnunet_ssl.trainers.base import Batch, full_resolution
 from nnunet_ssl.trainers.mean_teacher import MeanTeacherSettings, Taught
 from nnunet_ssl.views.label_errors import with_errors
+from nnunet_ssl.views.mixing import labeled_patches
 
 NOISE = 0.1  # on the autoencoder's input, as the authors have it
 
@@ -71,7 +72,10 @@ class nnUNetTrainerAUSS(Taught):  # noqa: N801
         self.training_modules["autoencoder"].train(learns)  # each step, since each epoch the base says train()
 
         target = full_resolution(batch.labeled.target)
-        masks, valid = self._masks(target)  # before the loss, which may overwrite what is ignored
+        regions, ignore_label = self.label_manager.has_regions, self.label_manager.ignore_label
+        # before the loss, which may overwrite what is ignored
+        _, labels, valid = labeled_patches(batch.labeled.images, target, regions, ignore_label)
+        masks = self._masks(labels)
         outputs = self.forward("first", batch.labeled)
         terms = {"sup": self.loss(outputs, batch.labeled.target)}
         if learns:
@@ -101,23 +105,16 @@ class nnUNetTrainerAUSS(Taught):  # noqa: N801
         """``sum m (p_student - p_teacher)^2 / sum m`` over voxels and classes, 0-dim float32."""
         teacher = self.of_teacher(noisy(images, self.settings.teacher_noise))
         with torch.no_grad():
-            plausible = self.training_modules["autoencoder"](self._hard(teacher).float()).float().sigmoid()
+            masks = self._masks(labels_and_confidence(teacher, self.label_manager.has_regions)[0])
+            plausible = self.training_modules["autoencoder"](masks.float()).float().sigmoid()
             weights = (-self.settings.auss_gamma * (plausible - teacher).square()).exp()  # m
         self.log_value("teacher_believed", weights.mean())
         return (weights * (self.probabilities(outputs) - teacher).square()).sum() / weights.sum()
 
-    def _hard(self, prob: Tensor) -> Tensor:
-        """Probabilities ``[B, K, *patch]`` as masks, bool."""
+    def _masks(self, labels: Tensor) -> Tensor:
+        """Labels ``[B, 1, *patch]`` as masks ``[B, K, *patch]``, bool, background first; of regions they are masks."""
         if self.label_manager.has_regions:
-            return prob > 0.5
-        return torch.zeros_like(prob, dtype=torch.bool).scatter_(1, likeliest_class(prob), True)
-
-    def _masks(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """A target as masks ``[B, K, *patch]``, ignored voxels as background; and which are not, ``[B, 1, *patch]``."""
-        manager = self.label_manager
-        heads = manager.num_segmentation_heads
-        if manager.has_regions:
-            return target[:, :heads].bool(), ~target[:, heads:].bool().any(1, keepdim=True)
-        labels, valid = labels_and_valid(target, manager.ignore_label)
-        masks = torch.zeros(len(target), heads, *target.shape[2:], dtype=torch.bool, device=target.device)
-        return masks.scatter_(1, labels, True), torch.ones_like(labels, dtype=torch.bool) if valid is None else valid
+            return labels
+        heads = self.label_manager.num_segmentation_heads
+        masks = torch.zeros(len(labels), heads, *labels.shape[2:], dtype=torch.bool, device=labels.device)
+        return masks.scatter_(1, labels.long(), True)

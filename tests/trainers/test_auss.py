@@ -7,6 +7,8 @@ import torch
 from helpers.runs import assert_resumed_equals_uninterrupted, commands_work
 from helpers.steps import a_batch, at_step, gradients_by_passes, stepped
 
+from nnunet_ssl.views.mixing import labeled_patches
+
 NAME = "nnUNetTrainerAUSS"
 
 
@@ -79,7 +81,8 @@ def test_ignored_voxels_teach_the_autoencoder_nothing(tiny, make_trainer):
     trainer = make_trainer(NAME, tiny("ignore"))
     target = a_batch(trainer)["target"][0]
     target[..., :5] = trainer.label_manager.ignore_label
-    masks, valid = trainer._masks(target)
+    _, labels, valid = labeled_patches(target, target, ignore_label=trainer.label_manager.ignore_label)
+    masks = trainer._masks(labels)
     assert masks[:, 0, ..., :5].all()
     seen = []
 
