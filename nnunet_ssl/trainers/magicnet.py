@@ -31,9 +31,10 @@ from nnunet_ssl.losses.cubes import (
 )
 from nnunet_ssl.losses.pseudo_labels import hard_pseudo_labels
 from nnunet_ssl.losses.squared_dice import squared_dice_loss
-from nnunet_ssl.networks.ema import EMATeacher, noisy
+from nnunet_ssl.networks.ema import noisy
 from nnunet_ssl.networks.location_head import LocationHead
-from nnunet_ssl.trainers.base import Batch, Stream, full_resolution, nnUNetTrainerSSL
+from nnunet_ssl.trainers.base import Batch, Stream, full_resolution
+from nnunet_ssl.trainers.mean_teacher import WithTeacher
 from nnunet_ssl.trainers.settings import SSLSettings
 
 
@@ -79,7 +80,7 @@ class MagicNetSettings(SSLSettings):
     magicnet_location_dim: Count = setting(512, "Width of the location head", paper=4096)
 
 
-class nnUNetTrainerMagicNet(nnUNetTrainerSSL):  # noqa: N801
+class nnUNetTrainerMagicNet(WithTeacher):  # noqa: N801
     """MagicNet: patches as magic cubes that are taken apart, exchanged between images, and put together again.
 
     The student (the plans' network, which predicts) learns from whole patches, from patches whose cubes were exchanged
@@ -108,18 +109,18 @@ class nnUNetTrainerMagicNet(nnUNetTrainerSSL):  # noqa: N801
             self.compiled(module) for module in (self.plans_network.encoder, self.plans_network.decoder)
         )
 
-    def networks(self) -> dict[str, nn.Module]:
-        """The student and its teacher."""
-        return {**super().networks(), "teacher": self.training_modules["teacher"]}
+    @property
+    def teacher_decay(self) -> float:
+        """alpha."""
+        return self.settings.magicnet_ema_decay
 
     def build_training_modules(self) -> dict[str, nn.Module]:
         """The teacher, with the class counts of its pseudo-labels, and the location head if there are cubes."""
         network = self.plans_network
         self.require_decoder(network, "to run on cubes")
         self._choose_cubes()
-        teacher = EMATeacher(network, self.settings.magicnet_ema_decay)
-        teacher.register_buffer("class_counts", torch.zeros(self.label_manager.num_segmentation_heads))
-        modules = {**super().build_training_modules(), "teacher": teacher}
+        modules = super().build_training_modules()
+        modules["teacher"].register_buffer("class_counts", torch.zeros(self.label_manager.num_segmentation_heads))
         if (num_cubes := math.prod(self.within_counts)) > 1:
             with self.seeded("location"):
                 modules["location"] = LocationHead(
@@ -192,8 +193,7 @@ class nnUNetTrainerMagicNet(nnUNetTrainerSSL):  # noqa: N801
         voxels of several images, and each image's Dice needs its voxels from several mixed volumes.
         """
         labeled, unlabeled = batch
-        if self.global_step == 0:
-            self.training_modules["teacher"].start(self.plans_network)  # -pretrained_weights are in by now
+        self.start_teacher()
 
         # o = H(f(x))
         yield {"sup": self.loss(self.forward("first", labeled), labeled.target)}
@@ -215,11 +215,6 @@ class nnUNetTrainerMagicNet(nnUNetTrainerSSL):  # noqa: N801
         terms = {"cross": self._dice(of_labeled, target), "consistency": self._dice(of_unlabeled, labels)}
         del of_labeled, of_unlabeled
         yield terms
-
-    def after_step(self) -> None:
-        """The teacher follows."""
-        super().after_step()
-        self.training_modules["teacher"].update(self.plans_network, self.global_step)
 
     def _cube_by_cube(self, images: Tensor, decoder_learns: bool = True) -> tuple[Tensor, Tensor]:
         """Each cube by itself through the student.

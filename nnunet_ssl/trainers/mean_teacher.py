@@ -36,13 +36,13 @@ class MeanTeacherSettings(TeacherSettings):
     )
 
 
-class Taught(nnUNetTrainerSSL):
-    """A method whose student, the plans' network, follows an EMA copy of itself on unlabeled images.
+class WithTeacher(nnUNetTrainerSSL):
+    """A method whose student, the plans' network, has an EMA copy of itself; the student predicts."""
 
-    The student predicts, as in the released code. A method writes ``consistency``.
-    """
-
-    Settings = TeacherSettings
+    @property
+    def teacher_decay(self) -> float:
+        """alpha."""
+        return self.settings.teacher_decay
 
     def networks(self) -> dict[str, nn.Module]:
         """The student and its teacher."""
@@ -50,8 +50,24 @@ class Taught(nnUNetTrainerSSL):
 
     def build_training_modules(self) -> dict[str, nn.Module]:
         """The teacher."""
-        teacher = EMATeacher(self.plans_network, self.settings.teacher_decay)
+        teacher = EMATeacher(self.plans_network, self.teacher_decay)
         return {**super().build_training_modules(), "teacher": teacher}
+
+    def start_teacher(self, at: int = 0) -> None:
+        """Make the teacher equal to the student in step ``at``; -pretrained_weights are in by the first."""
+        if self.global_step == at:
+            self.training_modules["teacher"].start(self.plans_network)
+
+    def after_step(self) -> None:
+        """The teacher follows."""
+        super().after_step()
+        self.training_modules["teacher"].update(self.plans_network, self.global_step)
+
+
+class Taught(WithTeacher):
+    """A method whose student follows its teacher on unlabeled images. It writes ``consistency``."""
+
+    Settings = TeacherSettings
 
     def term_weights(self) -> dict[str, float]:
         """The weight grows along a sigmoid."""
@@ -67,16 +83,6 @@ class Taught(nnUNetTrainerSSL):
     def consistency(self, images: Tensor) -> Tensor:
         """How far the student is from its teacher on unlabeled images ``[B, C, *patch]``, 0-dim."""
         raise NotImplementedError
-
-    def start_teacher(self, at: int = 0) -> None:
-        """Make the teacher equal to the student in step ``at``; -pretrained_weights are in by the first."""
-        if self.global_step == at:
-            self.training_modules["teacher"].start(self.plans_network)
-
-    def after_step(self) -> None:
-        """The teacher follows."""
-        super().after_step()
-        self.training_modules["teacher"].update(self.plans_network, self.global_step)
 
     def of_student(self, images: Tensor) -> Tensor:
         """The student's probabilities ``[B, K, *patch]``, float32."""
