@@ -21,11 +21,9 @@ Stamp = list  # [size in bytes, time of the last change in ns, SHA-256 of the co
 def replacing(path: str | Path) -> Iterator[str]:
     """Yield a temporary file next to ``path``; on success it becomes ``path``, on failure it is removed.
 
-    Nobody can foresee the temporary name, and the file is a new one: a link that somebody has put into a shared folder
-    is not followed. What a kill leaves is removed by the next write of the same file.
-
-    Args:
-        path: the file to make or to replace; one process at a time writes it.
+    One process at a time writes a file. Nobody can foresee the temporary name, and the file is a new one: a link that
+    somebody has put into a shared folder is not followed. What a kill leaves is removed by the next write of the same
+    file.
 
     Raises:
         OSError: it cannot be written; its ``filename`` is ``path``, also on a full disk, where the system names none.

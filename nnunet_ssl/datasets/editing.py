@@ -25,8 +25,7 @@ def crop_in_plane(
     """Cut both to the label's box in x and y; z stays whole.
 
     Args:
-        image: the image.
-        label: its label, on the same grid; without foreground nothing is cut.
+        image, label: on the same grid; without foreground nothing is cut.
         margin: voxels around the box in x and in y.
         minimum: voxels that the result has at least, where the image has them.
     """

@@ -29,13 +29,8 @@ def from_protocol(args: argparse.Namespace, title: str, recipe: Recipe, patients
     """Prepare a folder with ``images`` and ``labels``, or ``imagesTr`` and ``labelsTr``, which hold the same names.
 
     The lists are in its ``protocol.json``; without one they are drawn by ``draw_lists``. Where patients have several
-    cases, the lists name patients, and ``cases_of_patient`` says which cases are theirs.
-
-    Args:
-        args: what the command has parsed.
-        title: begins the dataset's name.
-        recipe: what the dataset is.
-        patients: whether ``cases_of_patient`` must be there, since lists of cases would split patients.
+    cases, the lists name patients, and ``cases_of_patient`` says which cases are theirs. With ``patients`` it must be
+    there, since lists of cases would split patients. The dataset's name begins with ``title``.
 
     Raises:
         UserError: anything is wrong; then nothing was written.

@@ -42,8 +42,7 @@ def prepare(
 
     Args:
         parts: what ``Lists.parts`` gave: all cases, the labeled ones in their order.
-        images, labels: their files.
-        recipe: what the dataset is.
+        images, labels, recipe: their files, and what the dataset is.
         name: the dataset's name without its number.
         args: what the command has parsed.
         prefix: before a case's name in nnU-Net's files.

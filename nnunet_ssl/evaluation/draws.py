@@ -34,7 +34,6 @@ def mean_over_draws(values: np.ndarray, units: Sequence[str], seed: int = 0) -> 
     Args:
         values: NaN where undefined; a draw has at least one.
         units: of each case the patient, or another unit that is resampled as one.
-        seed: of the bootstrap.
     """
     means = _resampled_means([values], units, seed)[0]
     return Interval(_mean(values), *_percentiles(means))
@@ -43,13 +42,8 @@ def mean_over_draws(values: np.ndarray, units: Sequence[str], seed: int = 0) -> 
 def share_of_gap(gain: np.ndarray, gap: np.ndarray, units: Sequence[str], seed: int = 0) -> Interval:
     """What share of ``gap`` the ``gain`` is: (row - lower) / (upper - lower), 1 where the row reaches the upper one.
 
-    Both are resampled alike. There is no share where the gap's own interval holds 0.
-
-    Args:
-        gain: ``[draws, cases]`` of row - lower; NaN where undefined.
-        gap: ``[draws, cases]`` of upper - lower.
-        units: as for ``mean_over_draws``.
-        seed: of the bootstrap.
+    Both, ``[draws, cases]`` of row - lower and of upper - lower, NaN where undefined, are resampled alike, by ``units``
+    as for ``mean_over_draws``. There is no share where the gap's own interval holds 0.
     """
     gains, gaps = _resampled_means([gain, gap], units, seed)
     low, high = _percentiles(gaps)

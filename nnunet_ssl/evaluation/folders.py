@@ -45,8 +45,7 @@ def evaluate_folders(
     Args:
         reference: folder of the true label maps.
         predictions: method -> folder of its label maps, named as the true ones.
-        dataset: classes and files.
-        options: what is measured.
+        dataset, options: classes and files, and what is measured.
         num_processes: at most; small sets are done in this process.
         chill: evaluate the cases that are in every folder, and print which are not.
 

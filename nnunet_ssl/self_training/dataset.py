@@ -84,7 +84,8 @@ def write_pseudolabeled(
 ) -> Split:
     """Make the raw dataset in which the teacher's best predictions are labels.
 
-    Images and true labels are links, as ``nnUNetv2_ssl_split`` makes them; the pseudo-labels are new files.
+    Images and true labels are links, as ``nnUNetv2_ssl_split`` makes them, or with ``copy`` copies; the pseudo-labels
+    are new files.
 
     Args:
         target: the new dataset's name.
@@ -92,7 +93,6 @@ def write_pseudolabeled(
         predictions: the teacher's, all of them measured.
         at_least, keep: as for ``choose``.
         made_with: what the record says of how it was made.
-        copy: copy the files instead of linking to them.
         by: which cases are the best: by ``confidence``, or by ``agreement`` between two teachers.
         finish: whether there is a fold 1, which trains on the labeled cases alone.
 

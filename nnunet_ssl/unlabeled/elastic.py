@@ -18,14 +18,11 @@ LARGEST = (1 / 8, 1 / 2)  # the largest displacement, in sigmas
 
 
 def deform_elastically(transforms: BasicTransform, probability: float, trainer: str) -> None:
-    """Have nnU-Net's training transforms deform patches, image, label and all that goes with them alike.
+    """Have nnU-Net's training transforms deform patches with this probability, all that goes with an image alike.
 
     Rotation and scaling work as before, after it and in one interpolation with it. Where nnU-Net augments slice by
-    slice (anisotropic patches), so does this: all slices of a patch are deformed alike, and within their plane.
-
-    Args:
-        transforms: as ``get_training_transforms`` of ``trainer`` returns them; changed.
-        probability: that a patch is deformed.
+    slice (anisotropic patches), so does this: all slices of a patch are deformed alike, and within their plane. The
+    transforms, as ``get_training_transforms`` of ``trainer`` returns them, are changed.
 
     Raises:
         UserError: there is no ``SpatialTransform`` among them.

@@ -72,9 +72,8 @@ class UnlabeledLoader(nnUNetDataLoader):
 
     Args:
         places: case -> the folder of its files.
-        args: batch size, both patch sizes and label manager, as for nnU-Net's loader.
+        args, transforms: batch size, both patch sizes and label manager, as for nnU-Net's loader, and its transforms.
         use_mask_for_norm: of the configuration, a bool a channel.
-        transforms: nnU-Net's.
     """
 
     def __init__(

@@ -110,9 +110,7 @@ def wait_until_prepared(
 ) -> PreparedFolder:
     """Wait until another process has prepared the unlabeled images, and keep them for reading: see ``store.wait_for``.
 
-    Args:
-        dataset_name, plans_manager, configuration, dataset_json, labeled_cases: as for ``prepare_unlabeled``.
-        timeout: seconds after which to give up.
+    The arguments are those of ``prepare_unlabeled``, and the seconds after which to give up.
 
     Raises:
         UserError: not prepared in time.

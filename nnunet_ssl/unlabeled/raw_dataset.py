@@ -80,10 +80,8 @@ def write_dataset(
     """Write the images, labels, ``dataset.json`` and ``splits_final.json`` of a new raw dataset.
 
     Args:
-        folder: to write into, directly below ``nnUNet_raw``.
-        name: the new dataset's.
-        source_folder: the raw dataset that the labels come from.
-        dataset_json: the source's.
+        folder, name: to write into, directly below ``nnUNet_raw``, and the new dataset's name.
+        source_folder, dataset_json: the raw dataset that the labels come from.
         images: case -> channel files, of every case of ``split``.
         split: who is what.
         copy: copy the files instead of linking to them.

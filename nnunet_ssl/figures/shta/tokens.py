@@ -74,12 +74,7 @@ def _names(options: FigureOptions) -> dict[int, str]:
 
 
 def in_two_dimensions(space: Space, method: str, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """Lay out the points of a space in a plane.
-
-    Args:
-        space: N points, at least three.
-        method: ``pca`` or ``tsne``.
-        seed: of t-SNE.
+    """Lay out the points of a space, three or more, in a plane, by ``pca`` or ``tsne``.
 
     Returns:
         ``[N, 2]``, and the proxies' places ``[classes, 2]`` where the method has a place for them: PCA is a projection
@@ -96,14 +91,7 @@ def in_two_dimensions(space: Space, method: str, seed: int) -> tuple[np.ndarray,
 
 
 def tokens_figure(spaces: Sequence[Space], classes: np.ndarray, shown: Sequence[int], options: FigureOptions) -> Figure:
-    """Rows: methods. Columns: spaces.
-
-    Args:
-        spaces: each with the same tokens.
-        classes: ``[N]``, of the tokens.
-        shown: labels in the order of colours.
-        options: methods, seed and names.
-    """
+    """Rows: methods. Columns: spaces of the same tokens, of ``classes`` ``[N]``; ``shown`` in the order of colours."""
     width = column_width(2)
     names = _names(options)
     colors = {**options.colors, 0: BACKGROUND}
