@@ -132,19 +132,13 @@ def stamp(path: str | Path, kept: Stamp | None = None) -> Stamp:
     status = os.stat(path)
     if kept is not None and kept[:2] == [status.st_size, status.st_mtime_ns] and len(kept) == 3:
         return kept
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else _digest(file)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return [status.st_size, status.st_mtime_ns, digest.hexdigest()]
 
 
 def same_content(one: Stamp, other: Stamp) -> bool:
     """Whether two stamps are of files that hold the same; their times tell nothing."""
     return [one[0], *one[2:]] == [other[0], *other[2:]]
-
-
-def _digest(file: Any) -> Any:
-    """``hashlib.file_digest`` of Python 3.11."""
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest
