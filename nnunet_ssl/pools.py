@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
@@ -47,7 +47,13 @@ def outcomes(
         times.append(time.monotonic() - start)
         long_enough = median(times) * (len(jobs) - done) > PAYS_AFTER
         if num_processes > 1 and long_enough and (done >= 3 or times[0] > 1.0):  # the very first one may be slow
-            yield from _outcomes_of_pool(function, jobs[done:], num_processes)
+            spawned, rest = multiprocessing.get_context("spawn"), jobs[done:]
+            pool = ProcessPoolExecutor(min(num_processes, len(rest)), spawned, die_with_parent)
+            try:
+                for future in as_completed([pool.submit(function, *job) for job in rest]):
+                    yield future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
             return
 
 
@@ -66,18 +72,6 @@ def all_outcomes(
         raise UserError(
             f"{title.lower()}: a process was killed, most likely for lack of memory. Do fewer at a time (-np 1)."
         ) from error
-
-
-def _outcomes_of_pool(
-    function: Callable[..., Outcome], jobs: Sequence[tuple[Any, ...]], num_processes: int
-) -> Iterator[Outcome]:
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(min(num_processes, len(jobs)), context, die_with_parent)
-    try:
-        for future in as_completed([pool.submit(function, *job) for job in jobs]):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def die_with_parent() -> None:
