@@ -132,7 +132,7 @@ def second_network_weights(checkpoint_file: str, first: nn.Module, trainer: str)
         UserError: there is no training state, it belongs to another checkpoint, or has no second network.
     """
     file = training_state_file(checkpoint_file)
-    _, state = find_training_state(file, first, "cpu")
+    _, state = find_training_state(file, first)
     if state is None:
         what = "was written with another checkpoint" if os.path.isfile(file) else "does not exist"
         raise UserError(f"--both needs {file}, which {what}. Restore it, or export the first network without --both.")

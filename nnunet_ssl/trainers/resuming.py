@@ -172,8 +172,7 @@ class Resuming(nnUNetTrainer):
         Raises:
             UserError: if there is none, or it belongs to another checkpoint.
         """
-        # on the CPU: a GPU may not have room for all of it twice
-        candidate, state = find_training_state(filename, self.plans_network, "cpu")
+        candidate, state = find_training_state(filename, self.plans_network)
         if state is None:
             what = "belongs to another checkpoint or is damaged" if os.path.isfile(filename) else "is missing"
             raise UserError(
@@ -239,17 +238,15 @@ def training_state_file(checkpoint_file: str) -> str:
     return f"{checkpoint_file.removesuffix('.pth')}_ssl.pth"
 
 
-def find_training_state(
-    filename: str, network: nn.Module, device: torch.device | str
-) -> tuple[str | None, dict[str, Any] | None]:
+def find_training_state(filename: str, network: nn.Module) -> tuple[str | None, dict[str, Any] | None]:
     """The training state that was written with a checkpoint, and the file that holds it.
 
-    Tensors on the CPU are views of the file: what is large is read when it is used, and never whole into RAM.
+    Its tensors are on the CPU, where they are views of the file: what is large is read when it is used, and never whole
+    into RAM. A GPU may not have room for all of it twice.
 
     Args:
         filename: of ``training_state_file``; after a kill in ``save_checkpoint`` the state may still end in ``.new``.
         network: the plans' network with the checkpoint's weights.
-        device: where the state's tensors go.
 
     Returns:
         ``(file, state)``; ``(None, None)`` where none fits: missing, damaged, or of another checkpoint.
@@ -257,7 +254,7 @@ def find_training_state(
     expected = fingerprint(network)
     for candidate in (filename, filename + ".new"):
         try:
-            state = torch.load(candidate, map_location=device, weights_only=True, mmap=os.name != "nt")
+            state = torch.load(candidate, map_location="cpu", weights_only=True, mmap=os.name != "nt")
             if state["network"] == expected:
                 return candidate, state
         except MemoryError:

@@ -106,7 +106,7 @@ def test_a_training_state_is_mapped_and_not_read_into_memory(tmp_path):
     torch.save(state, tmp_path / "state.pth")
     del state
     before = process.memory_info().rss
-    _, state = find_training_state(str(tmp_path / "state.pth"), network, "cpu")
+    _, state = find_training_state(str(tmp_path / "state.pth"), network)
     assert process.memory_info().rss - before < 2**24
     assert state["large"][-1] == 1
 

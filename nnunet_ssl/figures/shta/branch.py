@@ -106,7 +106,7 @@ def load_branch(run: TrainedRun, model: TrainedModel) -> SHTABranch:
         UserError: the training state is missing, or of another checkpoint, or holds no branch.
     """
     file = training_state_file(str(run.checkpoint_file))
-    _, state = find_training_state(file, model.tap.network, "cpu")
+    _, state = find_training_state(file, model.tap.network)
     weights = {} if state is None else state["modules"]
     weights = {name.removeprefix(BRANCH): w for name, w in weights.items() if name.startswith(BRANCH)}
     if not weights:
