@@ -78,18 +78,6 @@ class nnUNetTrainerMAE(nnUNetTrainerSSL):  # noqa: N801
     inference_trainer = "nnUNetTrainerMAE"
     settings: MAESettings
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int | str,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),  # noqa: B008  (nnU-Net's own signature)
-    ) -> None:
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.enable_deep_supervision = False  # it has no use for the heads
-        self.build_network_architecture = nnUNetTrainer.build_network_architecture  # to train; the class's refuses
-
     @staticmethod
     def build_network_architecture(
         plans_manager: PlansManager,
@@ -112,6 +100,12 @@ class nnUNetTrainerMAE(nnUNetTrainerSSL):  # noqa: N801
         """Nothing predicts with it."""
 
     # ------------------------------------------------------------------ what is built
+
+    def initialize(self) -> None:
+        """As the base; without deep supervision, for it has no use for the heads."""
+        self.enable_deep_supervision = False
+        self.build_network_architecture = nnUNetTrainer.build_network_architecture  # to train; the class's refuses
+        super().initialize()
 
     def build_training_modules(self) -> dict[str, nn.Module]:
         """The head that fills in: from the last decoder feature to the image's channels."""
