@@ -1,8 +1,8 @@
 """Changes of intensity as nnU-Net's augmentation makes them, for a whole batch on its device, without a wait.
 
 batchgeneratorsv2 changes an image at a time and, for all that stands here but low resolution, reads numbers back from
-the device or has its kernels on the CPU. Here each image and channel has a number of its own in a tensor ``[B, C]``,
-and one of them stands for no change.
+the device or has its kernels on the CPU. Here images are ``[B, C, *spatial]`` float32, and each image and channel has a
+number of its own in a tensor ``[B, C]``; one of them stands for no change.
 """
 
 from __future__ import annotations
@@ -17,34 +17,21 @@ EPS = 1e-7
 
 
 def brightness(images: Tensor, shift: Tensor) -> Tensor:
-    """Add so many standard deviations of the patch.
-
-    Args:
-        images: ``[B, C, *spatial]`` float32, as in all functions here.
-        shift: ``[B, C]``; 0 changes nothing.
-    """
+    """Add so many standard deviations of the patch; 0 changes nothing."""
     return images + _per_channel(shift * _std(images), images)
 
 
 def contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Scale about the patch's mean, within the range of the patch.
-
-    Args:
-        images: ``[B, C, *spatial]``.
-        factor: ``[B, C]``; 1 changes nothing.
-    """
+    """Scale about the patch's mean, within the range of the patch; 1 changes nothing."""
     mean = _per_channel(images.flatten(2).mean(2), images)
     low, high = (_per_channel(x, images) for x in _range(images))
     return torch.lerp(mean, images, _per_channel(factor, images)).clamp(low, high)
 
 
 def gamma(images: Tensor, exponent: Tensor, sign: Tensor) -> Tensor:
-    """Raise to a power within the patch's range, then restore the patch's mean and standard deviation.
+    """Raise to a power, of which 1 changes nothing, within the patch's range; restore its mean and standard deviation.
 
-    Args:
-        images: ``[B, C, *spatial]``.
-        exponent: ``[B, C]``; 1 changes nothing.
-        sign: ``[B, C]``; where it is -1 the inverted image is raised, and inverted back.
+    Where the sign is -1 the inverted image is raised, and inverted back.
     """
     sign = _per_channel(sign, images)
     images = images * sign
@@ -61,8 +48,7 @@ def blur(images: Tensor, sigma: Tensor, radius: int, axes: tuple[int, ...] | Non
     A sum of shifted images: with an own kernel for each channel, cuDNN's convolutions are slower.
 
     Args:
-        images: ``[B, C, *spatial]``.
-        sigma: ``[B, C]`` voxels; 0 changes nothing.
+        sigma: voxels; 0 changes nothing.
         radius: voxels at which all kernels end; on a shorter axis, where that ends.
         axes: spatial axes from 0; None for all.
     """
@@ -81,12 +67,7 @@ def blur(images: Tensor, sigma: Tensor, radius: int, axes: tuple[int, ...] | Non
 
 
 def noise(images: Tensor, sigma: Tensor) -> Tensor:
-    """Add Gaussian noise from the device's own generator.
-
-    Args:
-        images: ``[B, C, *spatial]``.
-        sigma: ``[B, C]`` standard deviation; 0 changes nothing.
-    """
+    """Add Gaussian noise of this standard deviation from the device's own generator; 0 changes nothing."""
     return torch.addcmul(images, torch.randn_like(images), _per_channel(sigma, images))
 
 
@@ -94,8 +75,7 @@ def low_resolution(images: Tensor, scale: np.ndarray, axes: tuple[int, ...] | No
     """Scale down to the nearest voxels and linearly up again, by batchgeneratorsv2.
 
     Args:
-        images: ``[B, C, *spatial]``.
-        scale: ``[B, C]`` on the host, at most 1, which changes nothing.
+        scale: on the host, at most 1, which changes nothing.
         axes: spatial axes from 0; None for all.
     """
     spatial = images.ndim - 2

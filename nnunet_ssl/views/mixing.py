@@ -38,12 +38,7 @@ def labeled_patches(images: Tensor, target: Tensor, regions: bool = False, ignor
 
 
 def pasted(mask: Tensor, inside: Patches, outside: Patches) -> Patches:
-    """``inside`` where the mask holds, ``outside`` elsewhere.
-
-    Args:
-        mask: ``[B, 1, *patch]`` bool.
-        inside, outside: of one shape.
-    """
+    """``inside`` where the mask, bool ``[B, 1, *patch]``, holds, and elsewhere ``outside``, of the same shape."""
     return Patches(*(torch.where(mask, one, other) for one, other in zip(inside, outside, strict=True)))
 
 

@@ -22,22 +22,16 @@ class StrongView:
 
     Whether an image is changed is drawn for each of them, and how much, for each channel. Contrast and gamma are drawn
     so that a factor and its inverse are alike.
-
-    Attributes:
-        jitter: probability each of brightness, contrast and gamma.
-        strength: brightness moves by up to so many standard deviations of the patch, contrast and gamma lie between
-            ``1 / (1 + strength)`` and ``1 + strength``.
-        blur: probability of blur.
-        noise: probability each of noise and of low resolution.
-        axes: spatial axes along which images are blurred and have low resolution; None for all.
-        zero_outside: for each channel whether what is 0 stays so, as what nnU-Net's masks leave out.
     """
 
-    jitter: float
+    jitter: float  # probability each of brightness, contrast and gamma
+    # brightness moves by up to so many standard deviations of the patch, contrast and gamma lie between
+    # 1 / (1 + strength) and 1 + strength
     strength: float
-    blur: float
-    noise: float
-    axes: tuple[int, ...] | None = None
+    blur: float  # probability of blur
+    noise: float  # probability each of noise and of low resolution
+    axes: tuple[int, ...] | None = None  # spatial axes of blur and low resolution; None for all
+    # for each channel whether what is 0 stays so, as what nnU-Net's masks leave out
     zero_outside: tuple[bool, ...] = ()
 
     @torch.no_grad()
