@@ -74,10 +74,6 @@ class DeferredTransforms:
     The draws are nnU-Net's own, in its order. A patch that is neither rotated nor scaled is cropped here, any other to
     the voxels that it is resampled from.
 
-    Args:
-        transforms: as ``get_training_transforms`` returns them.
-        trainer: whose transforms they are, for the message.
-
     Attributes:
         steps: the transforms one after the other, without what makes them random.
 
@@ -143,13 +139,9 @@ def runs_on_device(step: BasicTransform) -> bool:
 
 
 def draw(transform: BasicTransform, image: Tensor) -> dict[str, Any]:
-    """What an intensity transform draws for an image, as tensors on the CPU and Python's numbers.
+    """What one of ``INTENSITY`` draws for an image of this shape, as tensors on the CPU and Python's numbers.
 
     Noise itself is left to the device: for it there is a ``seed`` beside its standard deviation.
-
-    Args:
-        transform: one of ``INTENSITY``.
-        image: ``[C, *spatial]`` on the CPU; only its shape counts.
     """
     drawn = transform.get_parameters(image=image)
     if isinstance(transform, GaussianNoiseTransform):
@@ -158,11 +150,7 @@ def draw(transform: BasicTransform, image: Tensor) -> dict[str, Any]:
 
 
 def crop(spatial: SpatialTransform, sample: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Draw an affine matrix and take the voxels that it needs.
-
-    Args:
-        spatial: nnU-Net's.
-        sample: ``image`` and perhaps ``segmentation``, ``[C, *spatial]``.
+    """Draw an affine matrix and take the voxels that it needs of a sample, image and labels ``[C, *spatial]``.
 
     Returns:
         The cropped sample, and ``{"affine": rows of numbers}``; or the patch itself, and None.

@@ -40,13 +40,9 @@ def apply(transform: BasicTransform, image: Tensor, drawn: dict[str, Any], gener
 
 
 def add_noise(image: Tensor, channels: list[int], sigmas: float | list[float], generator: torch.Generator) -> Tensor:
-    """Add Gaussian noise.
+    """Add Gaussian noise to these channels of an image ``[C, *spatial]``, float32, which is changed, to each its own.
 
-    Args:
-        image: ``[C, *spatial]`` float32; changed.
-        channels: that get noise, each its own.
-        sigmas: one standard deviation for all of these channels, or one for each.
-        generator: of the image's device.
+    ``sigmas``: one standard deviation for all of them, or one for each.
     """
     noise = image.new_empty((len(channels), *image.shape[1:])).normal_(generator=generator)
     for i, channel in enumerate(channels):
@@ -55,12 +51,9 @@ def add_noise(image: Tensor, channels: list[int], sigmas: float | list[float], g
 
 
 def blur(image: Tensor, channels: list[int], sigmas: list[list[float]]) -> Tensor:
-    """Smooth with Gaussians.
+    """Smooth these channels of an image ``[C, *spatial]``, float32, which is changed, with Gaussians.
 
-    Args:
-        image: ``[C, *spatial]`` float32; changed.
-        channels: that are smoothed.
-        sigmas: of each of them the standard deviation along each axis, in voxels.
+    ``sigmas``: of each of them the standard deviation along each axis, in voxels.
     """
     for channel, along in zip(channels, sigmas, strict=True):
         smooth = image[channel][None, None]

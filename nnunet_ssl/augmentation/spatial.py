@@ -20,9 +20,7 @@ FULL_SCORE = 1000
 def reach(affine: Sequence[Sequence[float]], patch_size: Sequence[int]) -> list[float]:
     """How far from its centre a resampled patch takes voxels from, along each axis of what it is taken from.
 
-    Args:
-        affine: dim x dim, from positions in the patch to positions in its source, both from the centre.
-        patch_size: in voxels.
+    ``affine`` is dim x dim, from positions in the patch to positions in its source, both from the centre, in voxels.
     """
     return [
         sum(abs(factor) * (n - 1) / 2 for factor, n in zip(row, patch_size, strict=True)) + 1  # and interpolates there
@@ -55,15 +53,7 @@ def sampling_grid(
 
 
 def resample_image(image: Tensor, grid: Tensor) -> Tensor:
-    """Interpolate linearly, with zeros outside.
-
-    Args:
-        image: ``[C, *source]`` float32.
-        grid: ``[*patch, dim]`` of ``image``'s axes.
-
-    Returns:
-        ``[C, *patch]``.
-    """
+    """Interpolate ``[C, *source]`` float32 linearly at a grid ``[*patch, dim]`` of its axes, with zeros outside."""
     return grid_sample(image[None], grid[None], mode="bilinear", padding_mode="zeros", align_corners=False)[0]
 
 

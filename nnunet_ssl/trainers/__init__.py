@@ -78,9 +78,7 @@ def __dir__() -> list[str]:
 def of_the_user(name: str, use: Callable[[type], type | None] = lambda found: found) -> type | None:
     """The class of this name in the user's folders of ``nnUNet_extTrainer``, where nnU-Net looks after ours.
 
-    Args:
-        name: of the class.
-        use: makes of it what is returned, while its module is still known: nnU-Net forgets it after a search.
+    ``use`` makes of it what is returned, while its module is still known: nnU-Net forgets it after a search.
     """
     from nnunetv2.utilities.find_class_by_name import recursive_find_python_class, temporarily_cleanup_imports_from_path
 

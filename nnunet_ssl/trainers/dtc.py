@@ -70,14 +70,10 @@ class RegressesDistances(nnUNetTrainerSSL):
         return outputs, self.training_modules["regression"](feature)
 
     def distance_loss(self, regression: Tensor, target: list[Tensor] | Tensor) -> Tensor:
-        """The mean squared error of the maps that are known, 0-dim float32; 0 if none is.
+        """The mean squared error of the maps ``[B, maps, *patch]`` that are known, 0-dim float32; 0 if none is.
 
         Unknown are those of a class without a boundary in the patch, and all of a patch with ignored voxels, where a
-        boundary may be.
-
-        Args:
-            regression: ``[B, maps, *patch]``.
-            target: nnU-Net's.
+        boundary may be. The target is nnU-Net's.
         """
         return segmentation_regression_consistency(regression, *self._maps(full_resolution(target)))
 

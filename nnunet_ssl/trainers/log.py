@@ -33,11 +33,9 @@ def read_rows(file: str, remedy: str) -> list[dict[str, float]]:
 
 
 class SSLLog:
-    """A table with a row an epoch, kept as a file and drawn as a picture.
+    """A table with a row an epoch, kept as a file in the fold's folder and drawn as a picture.
 
-    Args:
-        folder: the fold's output folder.
-        first_epoch: rows of this epoch and later ones, left by a run that is now repeated, are dropped.
+    Rows of ``first_epoch`` and later ones, left by a run that is now repeated, are dropped.
     """
 
     def __init__(self, folder: str, first_epoch: int = 0) -> None:

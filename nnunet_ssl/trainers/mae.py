@@ -180,11 +180,7 @@ class nnUNetTrainerMAE(nnUNetTrainerSSL):  # noqa: N801
         yield {"masked": self._error_on_hidden(batch.labeled.images)}
 
     def _error_on_hidden(self, images: Tensor) -> Tensor:
-        """Mean squared error on the voxels that the network has not seen, in float32.
-
-        Args:
-            images: ``[B, C, *patch]`` float32: what is masked, and the target.
-        """
+        """Mean squared error on hidden voxels of images ``[B, C, *patch]`` float32, which are masked and the target."""
         hidden = hidden_voxels(
             len(images), images.shape[2:], self.block_size, self.settings.mae_mask_ratio, images.device
         )

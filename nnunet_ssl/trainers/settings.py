@@ -73,11 +73,7 @@ class SSLSettings:
 
 
 def load_settings(cls: type[S], file: str | None) -> S:
-    """The defaults of ``cls``, changed by a preset and by the fields that ``file`` names.
-
-    Args:
-        cls: the trainer's settings class.
-        file: a JSON file with an object of field names and values, or None.
+    """The defaults of ``cls``, changed by a preset and by the fields that ``file``, if any, names in a JSON object.
 
     Raises:
         UserError: if the file cannot be read, or names an unknown field or preset, or gives a value of a wrong type or

@@ -128,12 +128,7 @@ def build_branch(
 ) -> SHTABranch:
     """The branch that these settings describe, with weights drawn from torch's generator.
 
-    Args:
-        settings: of the run.
-        in_channels: C of the decoder feature.
-        configuration_manager: of nnU-Net's plans.
-        label_manager: of nnU-Net's plans.
-        batch_size: labeled samples in a step of one GPU.
+    ``in_channels`` are the decoder feature's, ``batch_size`` is of labeled samples in a step of one GPU.
 
     Raises:
         UserError: if ``shta_stride`` does not divide the patch.
