@@ -18,17 +18,8 @@ from nnunet_ssl.evaluation.folders import Case as EvaluatedCase
 from nnunet_ssl.evaluation.folders import evaluate_case
 from nnunet_ssl.evaluation.metrics import Options
 from nnunet_ssl.evaluation.summary import Evaluation, nanmean, summary_markdown
+from nnunet_ssl.figures import page
 from nnunet_ssl.figures.options import FigureOptions
-from nnunet_ssl.figures.page import (
-    add_legend,
-    caption,
-    class_colors,
-    column_width,
-    new_figure,
-    paper_style,
-    save_figure,
-    wrapped,
-)
 from nnunet_ssl.figures.predictions import models_in_words, with_predictions
 from nnunet_ssl.figures.runs import TrainedRun
 from nnunet_ssl.figures.test_set import Case, cases_in_words
@@ -48,8 +39,9 @@ def draw_boxes(runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path, opt
     """
     runs = with_predictions(runs, cases, out, options)
     evaluations = evaluate(runs, cases, options)
-    with paper_style():
-        save_figure(boxes_figure(evaluations, options.seed), out, "boxes", _caption(evaluations, runs, cases, options))
+    with page.paper_style():
+        figure = boxes_figure(evaluations, options.seed)
+        page.save_figure(figure, out, "boxes", _caption(evaluations, runs, cases, options))
 
 
 def evaluate(runs: Sequence[TrainedRun], cases: Sequence[Case], options: FigureOptions) -> list[Evaluation]:
@@ -86,10 +78,10 @@ def boxes_figure(evaluations: Sequence[Evaluation], seed: int = 0) -> Figure:
     a_row = max(1, BOXES_A_ROW // (num_runs + 1))
     num_rows = -(-len(names) // a_row)
     a_row = -(-len(names) // num_rows)  # rows alike
-    width = column_width(1 if a_row * (num_runs + 1) <= 12 else 2)
-    figure = new_figure(width, 0.35 + min(2.2 * num_rows, MAX_HEIGHT))
-    names = [wrapped(name, 0.9 * (width - 0.5) / a_row) for name in names]
-    colors = class_colors(num_runs)
+    width = page.column_width(1 if a_row * (num_runs + 1) <= 12 else 2)
+    figure = page.new_figure(width, 0.35 + min(2.2 * num_rows, MAX_HEIGHT))
+    names = [page.wrapped(name, 0.9 * (width - 0.5) / a_row) for name in names]
+    colors = page.class_colors(num_runs)
     rng = np.random.default_rng(seed)
     shift = rng.uniform(-0.22, 0.22, dice.shape[1])  # of a case, in all boxes: lines stay parallel
     for row, axes in enumerate(figure.subplots(num_rows, 1, squeeze=False, sharey=True)[:, 0]):
@@ -114,7 +106,7 @@ def boxes_figure(evaluations: Sequence[Evaluation], seed: int = 0) -> Figure:
         axes.grid(axis="y", alpha=0.4)
     handles = [Patch(color=color, alpha=0.6, linewidth=0, label=e.method)
                for color, e in zip(colors, evaluations, strict=True)]  # fmt: skip
-    add_legend(figure, "upper", handles)
+    page.add_legend(figure, "upper", handles)
     return figure
 
 
@@ -125,7 +117,7 @@ def _caption(
         tables = comparison_markdown(evaluations, compare(evaluations, options.seed))
     else:
         tables = summary_markdown(evaluations[0])
-    return caption(
+    return page.caption(
         "boxes",
         cases=cases_in_words(cases),
         lines_up_to=LINES_UP_TO,

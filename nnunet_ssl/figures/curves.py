@@ -13,16 +13,8 @@ from matplotlib.figure import Figure
 from nnunet_ssl.checkpoints import read_checkpoint
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.summary import table
+from nnunet_ssl.figures import page
 from nnunet_ssl.figures.options import FigureOptions
-from nnunet_ssl.figures.page import (
-    add_legend,
-    caption,
-    class_colors,
-    column_width,
-    new_figure,
-    paper_style,
-    save_figure,
-)
 from nnunet_ssl.figures.runs import FINAL, TrainedRun, settings_of
 from nnunet_ssl.figures.test_set import Case
 from nnunet_ssl.trainers.log import read_rows
@@ -77,11 +69,8 @@ def draw_curves(runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path, op
         UserError: a checkpoint holds no log, or a log cannot be read.
     """
     curves = {run.name: read_curves(run) for run in runs}
-    with paper_style():
-        save_figure(curves_figure(curves), out, "curves", _caption(runs, curves))
-
-
-# --------------------------------------------------------------------------------------------------------- reading
+    with page.paper_style():
+        page.save_figure(curves_figure(curves), out, "curves", _caption(runs, curves))
 
 
 def read_curves(run: TrainedRun) -> dict[str, Curve]:
@@ -136,17 +125,14 @@ def _of_rows(rows: Sequence[Mapping[str, float]], name: str) -> Curve:
     return Curve(*np.array(points, float).reshape(-1, 2).T)
 
 
-# --------------------------------------------------------------------------------------------------------- drawing
-
-
 def curves_figure(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:
     """A panel for each quantity that a run has; ``curves``: run -> panel -> curve."""
     panels = [name for name in PANELS if any(name in of_run for of_run in curves.values())]
     num_columns = 3 if len(panels) > 4 else 2
     num_rows = -(-len(panels) // num_columns)
-    figure = new_figure(column_width(2), 0.4 + 1.9 * num_rows)
+    figure = page.new_figure(page.column_width(2), 0.4 + 1.9 * num_rows)
     grid = figure.subplots(num_rows, num_columns, squeeze=False).ravel()
-    lines = dict(zip(curves, class_colors(len(curves)), strict=True))
+    lines = dict(zip(curves, page.class_colors(len(curves)), strict=True))
     for axes, name in zip(grid, panels, strict=False):
         scale = 100 if name in IN_PERCENT else 1
         for i, (run, of_run) in enumerate(curves.items()):
@@ -161,7 +147,7 @@ def curves_figure(curves: Mapping[str, Mapping[str, Curve]]) -> Figure:
         axes.grid(alpha=0.4)
     for axes in grid[len(panels) :]:
         axes.remove()
-    add_legend(figure, "upper", figure.axes[0].get_legend_handles_labels()[0])  # every run has a Dice
+    page.add_legend(figure, "upper", figure.axes[0].get_legend_handles_labels()[0])  # every run has a Dice
     return figure
 
 
@@ -175,4 +161,4 @@ def _caption(runs: Sequence[TrainedRun], curves: Mapping[str, Mapping[str, Curve
         steps = settings_of(run).get("num_iterations_per_epoch", "not recorded")
         rows.append([run.name, str(epochs), str(steps), ", ".join(f"`{file}`" for file in files)])
     panels = "\n".join(f"- {panel.heading}: {panel.explanation}." for panel in shown)
-    return caption("curves", panels=panels, table="\n".join(table(rows)))
+    return page.caption("curves", panels=panels, table="\n".join(table(rows)))

@@ -49,9 +49,6 @@ def draw_assignment(runs: Sequence[TrainedRun], cases: Sequence[Case], out: Path
         save_figure(figure, out, "assignment", _caption(counts, cases, options))
 
 
-# --------------------------------------------------------------------------------------------------------- drawing
-
-
 def assignment_figure(names: Sequence[str], counts: Sequence[np.ndarray], options: FigureOptions) -> Figure:
     """A panel for each name, with its counts, see ``Survey``."""
     every = {0: "background", **{label: name for name, label in options.labels.items()}}
