@@ -114,23 +114,15 @@ class Data(nnUNetTrainer):
             "oversample_foreground_percent": self.oversample_foreground_percent,
             "probabilistic_oversampling": self.probabilistic_oversampling,
         }
+        drawn = self.batch_size, initial_patch_size, patch_size, self.label_manager
         labeled = self.labeled_loader()(
-            self.labeled_dataset(),
-            self.batch_size,
-            initial_patch_size,
-            patch_size,
-            self.label_manager,
-            transforms=training_transforms(scales, **labels),
-            **foreground,
+            self.labeled_dataset(), *drawn, transforms=training_transforms(scales, **labels), **foreground
         )
         unlabeled = None
         if self.uses_unlabeled:
             unlabeled = UnlabeledLoader(
                 self.unlabeled.places,
-                self.batch_size,
-                initial_patch_size,
-                patch_size,
-                self.label_manager,
+                *drawn,
                 use_mask_for_norm=self.configuration_manager.use_mask_for_norm,
                 transforms=training_transforms(None),
             )
