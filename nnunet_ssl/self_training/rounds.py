@@ -45,6 +45,7 @@ def self_train(settings: Settings) -> list[str]:
 class _Rounds:
     def __init__(self, settings: Settings) -> None:
         self.settings = s = settings
+        self.student = s.student or s.trainer
         self.steps = Steps(s.device, "choose another -o", s.dry_run)
         first = Model(resolve_dataset(s.dataset), s.trainer, s.plans, s.configuration, s.folds)
         if NETWORK in s.teachers:
@@ -65,7 +66,7 @@ class _Rounds:
         for number, target in zip(rounds, targets, strict=True):
             print(f"\nRound {number}: {target}, by {teachers}", flush=True)
             self._make_dataset(teachers, target)
-            student = self._student(target)
+            student = self.first.model._replace(dataset=target, trainer=self.student, folds=("0",))
             start = teachers.model if self.settings.warm else None
             steps = [self._move_plans(target), self._preprocess(target), self._train(student, start)]
             if self.settings.rounds:
@@ -187,14 +188,9 @@ class _Rounds:
             there=f"the model of {student.dataset}, fold {fold} is trained",
         )
 
-    def _student(self, target: str) -> Model:
-        trainer = self.settings.student or self.settings.trainer
-        return self.first.model._replace(dataset=target, trainer=trainer, folds=("0",))
-
     @property
     def _finishing_trainer(self) -> str:
-        trainer = self.settings.student or self.settings.trainer
-        return f"{re.sub('_[0-9]+epochs$', '', trainer)}_{self.settings.finish}epochs"
+        return f"{re.sub('_[0-9]+epochs$', '', self.student)}_{self.settings.finish}epochs"
 
 
 def _refuse_untrained(model: Model, checkpoint: str) -> None:
