@@ -91,8 +91,7 @@ def make(args: argparse.Namespace) -> None:
     parts = lists.parts(args.labeled, args.labeled_list, is_ct if args.ct_only else lambda case: True)
 
     images, labels = Files(args.data, "images*/amos_{}.nii.gz"), Files(args.data, "labels*/amos_{}.nii.gz")
-    number = list(parts.values()).count("labeled")
     recipe = replace(RECIPE, channel="CT") if args.ct_only else RECIPE
     only = None if args.clip_mri else frozenset(f"amos_{case}" for case in parts if is_ct(case))
-    recipe, name = windowed(recipe, args, WINDOW, only), f"AMOS{'CT' * args.ct_only}Labeled{number}"
+    recipe, name = windowed(recipe, args, WINDOW, only), f"AMOS{'CT' * args.ct_only}Labeled{{}}"
     prepare(parts, images, labels, recipe, name, args, prefix="amos_", problems=problems)

@@ -73,4 +73,4 @@ def make(args: argparse.Namespace) -> None:
         images = labels = Files(args.data, "{}.h5")
         recipe = RECIPE
     parts = lists.parts(args.labeled, args.labeled_list)
-    prepare(parts, images, labels, recipe, f"BraTS2019Labeled{list(parts.values()).count('labeled')}", args)
+    prepare(parts, images, labels, recipe, "BraTS2019Labeled{}", args)

@@ -122,5 +122,4 @@ def make(args: argparse.Namespace) -> None:
     lists = Lists(TRAIN, test, ordered=len(TRAIN) - 1).with_files(args)
     parts = lists.parts(args.labeled, args.labeled_list)
     recipe = replace(RECIPE, edit=crop) if args.crop_to_label else RECIPE
-    name = f"LALabeled{list(parts.values()).count('labeled')}"
-    prepare(parts, images, labels, recipe, name, args, prefix="la_", open_all=args.crop_to_label)
+    prepare(parts, images, labels, recipe, "LALabeled{}", args, prefix="la_", open_all=args.crop_to_label)

@@ -126,5 +126,5 @@ def make(args: argparse.Namespace) -> None:
     else:
         to_1mm = args.resample or args.crop_to_label
         recipe = replace(RECIPE, edit=partial(edit, to_1mm=to_1mm, crop=args.crop_to_label))
-    name = f"PancreasCTLabeled{list(parts.values()).count('labeled')}"
+    name = "PancreasCTLabeled{}"
     prepare(parts, images, labels, recipe, name, args, prefix="pancreas_", open_all=args.crop_to_label)

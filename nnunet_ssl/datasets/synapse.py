@@ -86,5 +86,5 @@ def make(args: argparse.Namespace) -> None:
     """Check the data, then write the dataset and its one fold."""
     images, labels = Files(args.data, "img{}.nii.gz"), Files(args.data, "label{}.nii.gz")
     parts = SPLITS[args.split].with_files(args).parts(args.labeled, args.labeled_list)
-    name = f"Synapse{NAMES[args.split]}Labeled{list(parts.values()).count('labeled')}"
-    prepare(parts, images, labels, windowed(RECIPE, args, WINDOWS[args.split]), name, args, prefix="synapse_")
+    recipe, name = windowed(RECIPE, args, WINDOWS[args.split]), f"Synapse{NAMES[args.split]}Labeled{{}}"
+    prepare(parts, images, labels, recipe, name, args, prefix="synapse_")

@@ -43,7 +43,7 @@ def prepare(
     Args:
         parts: what ``Lists.parts`` gave: all cases, the labeled ones in their order.
         images, labels, recipe: their files, and what the dataset is.
-        name: the dataset's name without its number.
+        name: the dataset's name without its number; ``{}`` is the number of labeled cases.
         args: what the command has parsed.
         prefix: before a case's name in nnU-Net's files.
         open_all: whether labels of unlabeled cases are opened.
@@ -59,7 +59,7 @@ def prepare(
     from nnunet_ssl.unlabeled.raw_dataset import new_dataset, refuse_existing
 
     raw, prepared = (Path(required_folder(variable)) for variable in ("nnUNet_raw", "nnUNet_preprocessed"))
-    dataset = f"Dataset{args.target_id:03d}_{name}"
+    dataset = f"Dataset{args.target_id:03d}_{name.format(list(parts.values()).count('labeled'))}"
     refuse_existing(args.target_id, dataset, "-d")
     if args.trust_voxels and recipe.align is align_by_header:
         recipe = replace(recipe, align=align_by_voxels)
