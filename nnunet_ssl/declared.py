@@ -26,7 +26,6 @@ T = TypeVar("T")
 CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
 declared = pydantic.dataclasses.dataclass(frozen=True, kw_only=True, config=CONFIG)
 
-# ------------------------------------------------------------------------------------------------------------- numbers
 # Whole numbers end where every library still takes them.
 
 Weight = Annotated[float, Field(ge=0, description="a number from 0")]
@@ -43,11 +42,7 @@ TwoOrMore = Annotated[int, Field(ge=2, lt=10**9, description="a whole number fro
 Seed = Annotated[int, Field(ge=0, lt=2**32, description="a whole number from 0 and below 2^32")]
 DatasetId = Annotated[int, Field(ge=1, le=999, description="a dataset id from 1 to 999")]
 
-# --------------------------------------------------------------------------------------------------------------- texts
-
 Text = Annotated[str, Field(pattern=r"\S", description="a text")]
-
-# --------------------------------------------------------------------------------------------------------------- lists
 
 Counts = Annotated[tuple[Count, ...], Field(description="a list of whole numbers from 1 and below 1e9")]
 Decays = Annotated[tuple[Decay, ...], Field(description="a list of numbers from 0 and below 1")]
