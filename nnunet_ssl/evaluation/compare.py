@@ -27,9 +27,9 @@ EXPLANATION = (
 def compare(evaluations: Sequence[Evaluation], seed: int = 0) -> pd.DataFrame:
     """Compare every method with the first.
 
-    All, at least two, are of the same cases in the same order. A case's value of the mean (or of a group) is the mean
-    over the classes that are defined for both methods, so that both are judged by the same classes. ``seed``: of the
-    bootstrap.
+    There are two evaluations or more, of the same cases in the same order; the seed is the bootstrap's. A case's value
+    of the mean (or of a group) is the mean over the classes that are defined for both methods, so that both are judged
+    by the same classes.
 
     Returns:
         A row for each metric, method and target (mean, groups, classes), with the columns
