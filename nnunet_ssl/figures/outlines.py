@@ -25,8 +25,8 @@ def edges(mask: np.ndarray) -> np.ndarray:
     """The edges between voxels inside and outside a mask, bool ``[rows, columns]``; beyond the image is outside.
 
     Returns:
-        int ``[S, 2, 2]``: both ends of each edge, as (column, row); voxel ``[r, c]`` reaches from (c, r) to (c + 1, r +
-        1).
+        int ``[S, 2, 2]``: both ends of each edge, as (column, row); voxel ``[r, c]`` reaches from (c, r) to
+        (c + 1, r + 1).
     """
     padded = np.pad(mask, 1)
     level = np.argwhere(np.diff(padded, axis=0)[:, 1:-1])[:, None, ::-1]
