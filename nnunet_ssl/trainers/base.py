@@ -234,6 +234,12 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
         total[0] = total[0] + (value.detach().float() if isinstance(value, Tensor) else value)
         total[1] += 1
 
+    def summed(self, values: Tensor) -> Tensor:
+        """The sum over all GPUs, in place; without others the values as they are."""
+        if self.is_ddp:
+            dist.all_reduce(values)
+        return values
+
     def seeded(self, *purpose: str | int) -> AbstractContextManager[None]:
         """A context whose random draws follow from the run's seed and ``purpose``, on every rank alike."""
         return seeded(self.settings.seed, *purpose)

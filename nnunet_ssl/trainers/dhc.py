@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
 
@@ -103,9 +102,8 @@ class nnUNetTrainerDHC(nnUNetTrainerCPS):  # noqa: N801
     def after_step(self) -> None:
         """The weights follow, of all GPUs together."""
         super().after_step()
-        if self.is_ddp:
-            for counts in self._counted.values():
-                dist.all_reduce(counts)
+        for counts in self._counted.values():
+            self.summed(counts)
         pseudo, labeled = self._counted.pop("pseudo"), self._counted["labeled"]
         frequency: FrequencyWeights = self.training_modules["frequency"]
         if self.global_step == 0:

@@ -9,7 +9,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from nnunet_ssl.declared import Count, Counts, Decay, Positive, Share, Weight, Whole, declared, setting
@@ -266,10 +265,7 @@ class nnUNetTrainerMagicNet(WithTeacher):  # noqa: N801
             blended = blended_pseudo_labels(teacher_logits, labels, of_cubes, omega)
             self.log_value("blend_changed", (blended != labels).float().mean())
             labels = blended
-        new = class_counts(labels, len(counts))
-        if self.is_ddp:
-            dist.all_reduce(new)
-        counts.lerp_(new, 1 - settings.magicnet_histogram_decay)
+        counts.lerp_(self.summed(class_counts(labels, len(counts))), 1 - settings.magicnet_histogram_decay)
         return labels
 
     def _dice(self, logits: Tensor, target: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -93,7 +92,8 @@ class nnUNetTrainerSKCDF(nnUNetTrainerSSL):  # noqa: N801
             self._leak(0.0, [(labeled, own) for own, labeled in self._decoders()])  # -pretrained_weights are in by now
         classes: ClassBalance = self.training_modules["classes"]
         labels, valid = labels_and_valid(full_resolution(batch.labeled.target), self.label_manager.ignore_label)
-        classes.update(self._counts(labels, valid), self.global_step)
+        counts = class_counts(labels, self.label_manager.num_segmentation_heads, valid)
+        classes.update(self.summed(counts), self.global_step)
 
         both = Stream(torch.cat([batch.labeled.images, batch.unlabeled.images]), None)
         outputs, balanced, of_unlabeled, balanced_of_unlabeled = self.forward("labeled", both)
@@ -136,13 +136,6 @@ class nnUNetTrainerSKCDF(nnUNetTrainerSSL):  # noqa: N801
     def _leak(self, decay: float, of_both: list[tuple[nn.Parameter, nn.Parameter]]) -> None:
         """Each first one becomes ``decay`` of itself and for the rest the second."""
         get_ema_multi_avg_fn(decay)(*map(list, zip(*of_both, strict=True)), None)
-
-    def _counts(self, labels: Tensor, valid: Tensor | None) -> Tensor:
-        """Voxels of each class on all GPUs, ``[K]`` float32."""
-        counts = class_counts(labels, self.label_manager.num_segmentation_heads, valid)
-        if self.is_ddp:
-            dist.all_reduce(counts)
-        return counts
 
 
 def pairs(module: nn.Module, other: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
