@@ -18,11 +18,16 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     parser = Parser(
         prog="nnUNetv2_ssl_warp",
-        description="Register labeled images onto the images of imagesUn, and save them warped together with their "
-        "labels, for nnUNetTrainerWarps and every trainer whose setting warped_share is above 0. Training would do "
-        "this itself; run it ahead to see a picture of the result. Only new and changed warps are made.",
+        description="Register labeled images onto unlabeled ones, and save them warped together with their labels, "
+        "for nnUNetTrainerWarps and every trainer whose setting warped_share is above 0. Training would do this "
+        "itself; run it ahead to see a picture of the result. Only new and changed warps are made.",
     )
     add_shared(parser, "-d", "-c", "-p")
+    parser.add_argument(
+        "--onto", choices=("unlabeled", "labeled"), default="unlabeled",
+        help="The images to register onto: those in imagesUn, or the labeled ones themselves, for trainings whose "
+        "setting warp_onto is labeled. Default: unlabeled",
+    )  # fmt: skip
     parser.add_argument(
         "--pairs", type=count, metavar="N",
         help="Warps per labeled case. Default: 30, or as many as fit into ten minutes",
@@ -45,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
 
     from nnunet_ssl.figures.warps import draw_warps
     from nnunet_ssl.shapes.targets import read_groups
-    from nnunet_ssl.shapes.warped import Wish, prepare_warps
+    from nnunet_ssl.shapes.warped import Wish, labeled_images, prepare_warps
+    from nnunet_ssl.unlabeled.case import Preparation
     from nnunet_ssl.unlabeled.find import (
         channel_names,
         find_labeled,
@@ -70,13 +76,14 @@ def main(argv: list[str] | None = None) -> None:
     groups = read_groups(args.groups) if args.groups else None
     labeled = sorted(find_labeled(os.path.join(required_folder("nnUNet_raw"), dataset), dataset_json))
     processes = args.processes or default_num_processes
-    unlabeled = prepare_unlabeled(dataset, plans_manager, args.configuration, dataset_json, labeled, processes)
+    what = (dataset, plans_manager.plans, args.configuration, dataset_json)
+    if args.onto == "labeled":
+        onto = labeled_images(Preparation(*what), labeled)
+    else:
+        onto = prepare_unlabeled(dataset, plans_manager, args.configuration, dataset_json, labeled, processes)
     if os.path.lexists(splits := os.path.join(preprocessed, SPLITS)):  # cases that are only validated with: not needed
         labeled = sorted({case for fold in read_splits(splits, "Correct it.") for case in fold.train})
-    wish = Wish(
-        dataset, plans_manager.plans, args.configuration, dataset_json, tuple(labeled), (), unlabeled, args.pairs,
-        groups, args.channel,
-    )  # fmt: skip
+    wish = Wish(*what, tuple(labeled), (), onto, args.pairs, groups, args.channel)
     warps = prepare_warps(wish, processes)
     picture = draw_warps(wish)
     print(f"{args.configuration}: {len(warps.cases)} warps are ready in {warps.folder}; look at {picture}")

@@ -35,7 +35,7 @@ def draw_warps(wish: Wish) -> Path:
             structures = structures_of(properties)
             labels = np.where(np.isin(labels, structures), labels, 0)
             _draw(axes[0], image[0], labels[0], labels[0], spacing_of(wish, properties))
-            image, _, properties = load(wish.unlabeled.places[fixed], fixed)
+            image, _, properties = load(wish.onto.places[fixed], fixed)
             warped, labels, _ = load(manifest.place(case), case)
             labels = np.where(np.isin(labels, structures), labels, 0)
             spacing = spacing_of(wish, properties)
@@ -47,8 +47,9 @@ def draw_warps(wish: Wish) -> Path:
             lines.append(
                 f"{which}: {moving} onto {fixed}, correlation {entry['before']:.2f}, then {entry['after']:.2f}"
             )
+        other = "another labeled one" if wish.onto_each_other else "an unlabeled one"
         caption = (
-            "A labeled image, an unlabeled one, and the labeled one warped onto it, with outlines of its classes. "
+            f"A labeled image, {other}, and the first warped onto it, with outlines of its classes. "
             f"From the {len(kept)} kept warps, by correlation around the labeled structures: " + "; ".join(lines)
         )
         save_figure(figure, Path(wish.folder), "warps", f"{caption}.")

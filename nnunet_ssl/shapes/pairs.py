@@ -48,22 +48,22 @@ def spread_out(descriptions: np.ndarray) -> list[int]:
 
 def choose(
     labeled: Sequence[str],
-    unlabeled: Sequence[str],
+    targets: Sequence[str],
     each: int,
     group_of: Mapping[str, str],
     taken: Sequence[tuple[str, str]] = (),
 ) -> list[tuple[str, str]]:
-    """Pairs (labeled, unlabeled), so that all unlabeled images are used about equally often.
+    """Pairs of images, so that all targets are used about equally often.
 
     Args:
         labeled: cases that are warped.
-        unlabeled: cases they may be warped onto, those that matter most first.
-        each: pairs of each labeled case, as far as there are unlabeled ones.
+        targets: cases they may be warped onto, those that matter most first; none is warped onto itself.
+        each: pairs of each labeled case, as far as there are targets.
         group_of: case -> patient; a case that it does not name counts as a separate patient.
         taken: pairs that there are, which count.
 
     Returns:
-        New pairs, round by round.
+        New pairs (labeled, target), round by round.
     """
     uses = Counter(group_of.get(fixed, fixed) for _, fixed in taken)
     onto = {moving: {fixed for one, fixed in taken if one == moving} for moving in labeled}
@@ -72,7 +72,7 @@ def choose(
         for moving in labeled:
             if len(onto[moving]) >= each:
                 continue
-            left = [fixed for fixed in unlabeled if fixed not in onto[moving]]
+            left = [fixed for fixed in targets if fixed not in onto[moving] and fixed != moving]
             if not left:
                 continue
             fixed = min(left, key=lambda case: uses[group_of.get(case, case)])  # the first of the least used

@@ -1,4 +1,4 @@
-"""Unlabeled images that labeled ones may be warped onto: none of somebody who tests."""
+"""Images that labeled ones may be warped onto: none of somebody who tests."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def of_patients(cases: Collection[str], groupings: Collection[Mapping[str, str]]
 def find_targets(
     dataset_name: str,
     ending: str,
-    unlabeled: PreparedFolder,
+    images: PreparedFolder,
     groupings: Collection[Mapping[str, str]],
 ) -> list[str]:
     """The images that may be warped onto, those far apart first.
@@ -79,26 +79,26 @@ def find_targets(
     Args:
         dataset_name: for its ``imagesTs`` and ``imagesUn``, where the raw dataset is on this machine.
         ending: of its image files.
-        unlabeled: the prepared unlabeled images.
+        images: the prepared images to choose from.
         groupings: each case -> patient; what any of them says counts.
     """
     tests = test_images(dataset_name, ending)
     folder = os.path.join(nnUNet_raw.get() or os.devnull, dataset_name, UNLABELED_FOLDER)
-    images = find_images(folder, ending)[0] if os.path.isdir(folder) else {}
-    copies = _copies(images, tests) & set(unlabeled.cases)
-    if left_out := sorted(of_patients(unlabeled.cases, groupings, tests) | copies):
+    unlabeled = find_images(folder, ending)[0] if os.path.isdir(folder) else {}
+    copies = _copies(unlabeled, tests) & set(images.cases)
+    if left_out := sorted(of_patients(images.cases, groupings, tests) | copies):
         print(
-            f"nnunet_ssl: {len(left_out)} unlabeled images are not warped onto, because they are test images or "
+            f"nnunet_ssl: {len(left_out)} images are not warped onto, because they are test images or "
             f"show test patients ({a_few(left_out)}).",
             flush=True,
         )
-    cases = [case for case in unlabeled.cases if case not in left_out]
+    cases = [case for case in images.cases if case not in left_out]
     if not cases:
         return []
     cases = [str(case) for case in np.random.default_rng(0).permutation(cases)]
     looks = [
-        description(load(unlabeled.places[case], case)[0])
-        for case in tqdm(cases[:DESCRIBED], "Looking at unlabeled images", delay=3, leave=False)
+        description(load(images.places[case], case)[0])
+        for case in tqdm(cases[:DESCRIBED], "Looking at images to warp onto", delay=3, leave=False)
     ]
     return [cases[i] for i in spread_out(np.stack(looks))] + cases[DESCRIBED:]
 

@@ -1,7 +1,7 @@
 """Warped cases in nnU-Net's own prepared format, each made once, and again only when it has to be.
 
 The folder is ``<nnUNet_preprocessed>/<dataset>/<data_identifier>_warped``, as ``unlabeled/store.py`` keeps it. A warp
-is current if it was made from what its labeled and its unlabeled image hold now. It belongs to its labeled case: a
+is current if it was made from what its two images hold now. It belongs to its labeled case: a
 fold trains only with the warps of its own training cases.
 """
 
@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -44,7 +44,8 @@ class Wish(Preparation):
     Attributes:
         labeled: cases to warp: of a fold, its training cases.
         validation: of a fold, the cases that it is validated with.
-        unlabeled: the prepared unlabeled images.
+        onto: the images to warp onto: the prepared unlabeled ones, or the labeled cases themselves
+            (``labeled_images``), where a fold trains with those between two of its own training cases.
         each: warps of each labeled case; None for what there is, or as many as ``BUDGET`` allows.
         groups: case -> patient; None for what an earlier call was given. What the dataset's ``groups.json`` says counts
             besides.
@@ -53,15 +54,20 @@ class Wish(Preparation):
 
     labeled: tuple[str, ...]
     validation: tuple[str, ...]
-    unlabeled: PreparedFolder
+    onto: PreparedFolder
     each: int | None = None
     groups: dict[str, str] | None = None
     channels: tuple[int, ...] | None = None
 
     @property
+    def onto_each_other(self) -> bool:
+        """Whether labeled images are warped onto labeled ones."""
+        return self.onto.folder == self.labeled_folder
+
+    @property
     def folder(self) -> str:
         """Of the warps."""
-        return f"{self.labeled_folder}_warped"
+        return f"{self.labeled_folder}_warped{'_onto_labeled' if self.onto_each_other else ''}"
 
     @cached_property
     def tests(self) -> list[str]:
@@ -129,6 +135,8 @@ class WarpManifest(Manifest):
         """The warps that a fold may train with: of its own cases, onto images of nobody who validates or tests."""
         fixed = {entry["fixed"] for entry in self.cases.values()}
         left_out = of_patients(fixed, wish.groupings, [*wish.tests, *wish.validation])
+        if wish.onto_each_other:
+            left_out |= fixed - set(wish.labeled)
         moving = {
             case: entry["moving"]
             for case, entry in sorted(self.cases.items())
@@ -136,6 +144,20 @@ class WarpManifest(Manifest):
         }
         places, contents = ({case: get(case) for case in moving} for get in (self.place, self.content_of))
         return WarpedFolder(self.folder, places, contents, moving)
+
+
+def labeled_images(task: Preparation, cases: Iterable[str]) -> PreparedFolder:
+    """The prepared labeled cases as images to warp onto.
+
+    Raises:
+        UserError: one is not prepared, or cannot be read.
+    """
+    contents = {case: _digest([digest for *_, digest in stamps_of(task, case, ())]) for case in sorted(cases)}
+    return PreparedFolder(task.labeled_folder, dict.fromkeys(contents, task.labeled_folder), contents)
+
+
+def _digest(what: list) -> str:
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 def prepare_warps(wish: Wish, num_processes: int, reading: bool = False) -> WarpedFolder:
@@ -212,9 +234,10 @@ def refuse_where_few_register(wish: Wish, manifest: WarpManifest) -> None:
     bad = Counter(why for why in dropped if why != LESS_ALIKE)
     usable = len(manifest.of(wish).cases)
     if not usable and not bad:
+        what = "other labeled" if wish.onto_each_other else "unlabeled"
         raise UserError(
-            f"{wish.folder}: no unlabeled image may be warped onto, since all are test images or of test or "
-            f"validation patients, {remedy}"
+            f"{wish.folder}: no {what} image may be warped onto, since all are test images or of test or validation "
+            f"patients, {remedy}"
         )
     refuse_few(wish.folder, usable and usable + dropped.count(LESS_ALIKE), bad, remedy)
 
@@ -259,10 +282,9 @@ class _State:
 
     def made_from(self, moving: str, fixed: str) -> str | None:
         """A digest of what a pair holds now; None where one of the two is not there."""
-        if not self.stamps.get(moving) or fixed not in self.wish.unlabeled.contents:
+        if not self.stamps.get(moving) or fixed not in self.wish.onto.contents:
             return None
-        what = [VERSION, [digest for *_, digest in self.stamps[moving]], self.wish.unlabeled.contents[fixed]]
-        return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        return _digest([VERSION, [digest for *_, digest in self.stamps[moving]], self.wish.onto.contents[fixed]])
 
     def _current(self, entries: Mapping[str, dict]) -> dict[str, dict]:
         return {
@@ -292,15 +314,15 @@ def _complete(state: _State, num_processes: int) -> None:
     manifest.write()  # first: a file may be put back as it was before we are done
 
     ending = wish.dataset_json["file_ending"]
-    targets = find_targets(wish.dataset_name, ending, wish.unlabeled, wish.groupings)
+    targets = find_targets(wish.dataset_name, ending, wish.onto, wish.groupings)
     each = each or _affordable(wish, about["channels"], targets, num_processes)
     there = [(entry["moving"], entry["fixed"]) for entry in [*manifest.cases.values(), *state.dropped.values()]]
     given, of_dataset = wish.groupings
     pairs = choose(list(todo), targets, round(SPARE * each), {**of_dataset, **given}, there)
     if pairs:
         print(
-            f"nnunet_ssl: registering {len(pairs)} pairs of {len(todo)} labeled and {len(targets)} unlabeled images; "
-            f"the {each} most similar per labeled image are kept in {wish.folder}",
+            f"nnunet_ssl: registering {len(pairs)} pairs of {len(todo)} labeled images and {len(targets)} to warp them "
+            f"onto; the {each} most similar per labeled image are kept in {wish.folder}",
             flush=True,
         )
 
@@ -312,7 +334,7 @@ def _complete(state: _State, num_processes: int) -> None:
         task = Preparation(wish.dataset_name, wish.plans, wish.configuration, wish.dataset_json)
         jobs = {}
         for moving, fixed in pairs:
-            place, made_from = wish.unlabeled.places[fixed], state.made_from(moving, fixed)
+            place, made_from = wish.onto.places[fixed], state.made_from(moving, fixed)
             jobs[_name(moving, fixed)] = (task, about["channels"], moving, fixed, place, made_from)
         manifest.make(
             warp_case,
@@ -333,13 +355,15 @@ def _complete(state: _State, num_processes: int) -> None:
 
 def _affordable(wish: Wish, channels: list[int], targets: list[str], num_processes: int) -> int:
     """How many warps of each labeled case fit into ``BUDGET``, by the time that one takes here."""
-    if not targets:
+    moving = wish.labeled[0]
+    others = [case for case in targets if case != moving]
+    if not others:
         return 1
-    moving, fixed = wish.labeled[0], targets[0]
+    fixed = others[0]
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         place = os.path.join(folder, "trial")
-        warp_case(wish, channels, moving, fixed, wish.unlabeled.places[fixed], "", place)
+        warp_case(wish, channels, moving, fixed, wish.onto.places[fixed], "", place)
     seconds = time.monotonic() - start
     of_one = SPARE * len(wish.labeled) * seconds / 60 / num_processes  # minutes, of a warp of each case
     each = max(1, min(MOST_EACH, len(targets), int(BUDGET / of_one)))
@@ -365,4 +389,4 @@ def _name(moving: str, fixed: str) -> str:
     """Of a warp's files; short enough for a file system."""
     name = f"{moving}__{fixed}"
     plain = len(os.fsencode(name)) <= 100 and name.split("__") == [moving, fixed]  # no other pair has this name
-    return name if plain else hashlib.sha256(json.dumps([moving, fixed]).encode()).hexdigest()
+    return name if plain else _digest([moving, fixed])

@@ -367,7 +367,7 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
         if type(self).do_split is nnUNetTrainer.do_split:
             cases = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)
             refuse_fold(self.fold, cases, self.preprocessed_dataset_folder_base)
-        if self.uses_unlabeled or self.uses_warps:
+        if self.uses_unlabeled or (self.uses_warps and self.settings.warp_onto == "unlabeled"):
             self.unlabeled = self._prepared_unlabeled()
         if self.uses_warps:
             self.warps = self._prepared_warps()

@@ -14,7 +14,8 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunet_ssl.augmentation.deferred import DeferredTransforms
 from nnunet_ssl.augmentation.device import DeviceTransforms
 from nnunet_ssl.shapes.loader import JoinedDataset, WarpedShare
-from nnunet_ssl.shapes.warped import WarpedFolder, Wish, prepare_warps, wait_until_warped
+from nnunet_ssl.shapes.warped import WarpedFolder, Wish, labeled_images, prepare_warps, wait_until_warped
+from nnunet_ssl.unlabeled.case import Preparation
 from nnunet_ssl.unlabeled.elastic import deform_elastically
 from nnunet_ssl.unlabeled.loader import OrderedWorkers, TwoStreamLoader, UnlabeledLoader, start_workers
 from nnunet_ssl.unlabeled.prepare import prepare_unlabeled, wait_until_prepared
@@ -52,16 +53,16 @@ class Data(nnUNetTrainer):
         Raises:
             UserError: too few pairs of images register well.
         """
+        what = (
+            self.plans_manager.dataset_name, self.plans_manager.plans, self.configuration_name, self.dataset_json
+        )  # fmt: skip
+        onto = self.unlabeled
+        if self.settings.warp_onto == "labeled":
+            cases = self.dataset_class.get_identifiers(self.preprocessed_dataset_folder)
+            onto = labeled_images(Preparation(*what), cases)
         train, validation = self.do_split()
-        wish = Wish(
-            self.plans_manager.dataset_name,
-            self.plans_manager.plans,
-            self.configuration_name,
-            self.dataset_json,
-            tuple(map(str, train)),
-            tuple(str(case) for case in validation if case not in train),
-            self.unlabeled,
-        )
+        train = tuple(map(str, train))
+        wish = Wish(*what, train, tuple(str(case) for case in validation if case not in train), onto)
         if self.local_rank == 0:
             warps = prepare_warps(wish, default_num_processes, reading=True)
         else:

@@ -61,6 +61,9 @@ class SSLSettings:
     warped_share_last: Share | None = setting(
         None, "That probability at the last step, reached by a linear change; `null` keeps it constant"
     )
+    warp_onto: Literal["unlabeled", "labeled"] = setting(
+        "unlabeled", "Images that labeled ones are warped onto: those in `imagesUn`, or the fold's other labeled images"
+    )
     keep_epochs: Counts = setting((), "Epochs after which `checkpoint_epoch<N>.pth` is also kept, for learning curves")
 
     @model_validator(mode="after")

@@ -91,6 +91,33 @@ def test_what_a_folds_trainer_loads_is_of_its_training_cases_and_onto_nobody_who
     assert {f for f, case in used if case == "un_02"} == {0, 1, 2, 4}
 
 
+def test_warps_onto_labeled_images_are_between_training_cases_of_other_patients_than_validate(
+    dataset, make_trainer, monkeypatch
+):
+    """Without any unlabeled image; and all pairs that may be used are."""
+    monkeypatch.setattr(warped, "BUDGET", 1e6)
+    shutil.rmtree(dataset.raw / "imagesUn")
+    groups = {**PATIENTS, "tr_04": "T"}  # whose patient tests
+    (dataset.raw / GROUPS).write_text(json.dumps(groups))
+    cases = dataset.cases("imagesTr")
+    entries = {}
+    for fold, val in enumerate(cases):
+        trainer = make_trainer("nnUNetTrainerWarps", dataset, fold=fold, settings={"warp_onto": "labeled"})
+        trainer.warps = trainer._prepared_warps()
+        trainer._fold_lock.release()
+        assert trainer.warps.folder == f"{warped_in(dataset)}_onto_labeled"
+        entries = json.loads(Path(trainer.warps.folder, "manifest.json").read_text())["cases"]
+        used = {(entries[case]["moving"], entries[case]["fixed"]) for case in trainer.warps.cases}
+        judging = {groups.get(val, val), "T"}
+        assert used == {
+            (moving, fixed)
+            for moving in cases
+            for fixed in cases
+            if moving != fixed and val not in (moving, fixed) and groups.get(fixed, fixed) not in judging
+        }
+    assert len(entries) == 5 * 4 - 4  # each registered once, whichever fold began; onto tr_04 none
+
+
 def test_patients_and_test_cases_that_are_named_later_count_at_once(dataset):
     (dataset.raw / GROUPS).unlink()
     labeled = ("tr_01",)
@@ -159,7 +186,7 @@ def test_names_of_test_images_count_where_imagesun_is_gone(dataset):
 def test_those_left_out_are_named(dataset, capsys):
     find_targets(dataset.name, ".nii.gz", prepare(dataset), [PATIENTS])
     told = capsys.readouterr().out
-    assert "3 unlabeled images are not warped onto, because they are test images or show test patients" in told
+    assert "3 images are not warped onto, because they are test images or show test patients" in told
     assert "(a_copy, ts_00, un_03)" in told
 
 

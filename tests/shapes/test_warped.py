@@ -97,7 +97,7 @@ def test_a_warp_is_a_case_as_nnunet_prepares_it(tiny_copy, kind):
     assert sorted(f.suffix for f in Path(place).iterdir()) == sorted(f.suffix for f in Path(folder).glob("tr_00*"))
     data, seg, properties = load(place, case)
     old_data, old_seg, old = load(folder, "tr_00")
-    target, *_ = load(wish(dataset).unlabeled.places[fixed], fixed)
+    target, *_ = load(wish(dataset).onto.places[fixed], fixed)
     assert data.shape == target.shape
     assert seg.shape == (1, *target.shape[1:])
     assert (data.dtype, seg.dtype) == (old_data.dtype, old_seg.dtype)
@@ -110,7 +110,7 @@ def test_a_warp_is_a_case_as_nnunet_prepares_it(tiny_copy, kind):
         assert len(where) == min(wanted.sum(), max(10000, len(where)))
         assert all(wanted[tuple(voxel)] for voxel in where), classes
     # image and label are warped by the same transform, which registration gives again
-    there = prepared_volume(wish(dataset), wish(dataset).unlabeled.places[fixed], fixed, False)
+    there = prepared_volume(wish(dataset), wish(dataset).onto.places[fixed], fixed, False)
     here = prepared_volume(wish(dataset), folder, "tr_00", True)
     transform, grid = register(there, here).transform, there.channels[0]
     assert np.array_equal(seg[0], array(warp_labels(here.labels, grid, transform)))
@@ -152,7 +152,7 @@ def test_no_label_and_no_property_of_the_unlabeled_image_is_used(tiny_copy):
     (case,) = made.cases
     before = load(made.places[case], case)
     this = wish(dataset, ("tr_00",), each=1)
-    for fixed, place in this.unlabeled.places.items():
+    for fixed, place in this.onto.places.items():
         cls = infer_dataset_class(place)
         data, seg, _, properties = cls(place, [fixed]).load_case(fixed)
         data, other = data[:], np.random.default_rng(0).integers(0, 3, seg.shape).astype(np.int16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -41,6 +42,19 @@ def test_every_trainer_takes_warps(tiny, make_trainer, name):
     joined = trainer.dataloader_train.data_loader.labeled._data
     assert isinstance(joined, JoinedDataset)
     assert set(trainer.warps.cases) < set(joined.identifiers)
+
+
+def test_warps_onto_labeled_images_need_no_unlabeled_ones(tiny_copy, make_trainer):
+    dataset = tiny_copy("3d")
+    shutil.rmtree(dataset.raw / "imagesUn")
+    trainer = make_trainer("nnUNetTrainerWarps", dataset, settings={"warp_onto": "labeled"})
+    stepped(trainer)
+    assert trainer.unlabeled is None
+    entries = WarpManifest.read(trainer.warps.folder).cases
+    train = set(map(str, trainer.do_split()[0]))
+    assert {entries[case]["fixed"] for case in trainer.warps.cases} <= train
+    with pytest.raises(UserError, match="imagesUn"):
+        stepped(make_trainer("nnUNetTrainerWarps", dataset, fold=1))
 
 
 def test_sasnet_remembers_its_confidence_of_warps_too(tiny, make_trainer):
