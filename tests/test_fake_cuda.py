@@ -35,9 +35,9 @@ MEASURED = {
     "nnUNetTrainerWarps": Ratios(waits=0, peak=0.97, moved=0.97, flops=1.00),
     "nnUNetTrainerCPS": Ratios(waits=0, peak=1.95, moved=4.12, flops=4.00),
     "nnUNetTrainerGACPS": Ratios(waits=0, peak=1.86, moved=4.13, flops=4.00),
-    "nnUNetTrainerURPC": Ratios(waits=0, peak=1.39, moved=3.89, flops=2.00),
+    "nnUNetTrainerURPC": Ratios(waits=0, peak=1.39, moved=1.79, flops=2.00),
     "nnUNetTrainerMagicNet": Ratios(waits=0, peak=1.79, moved=4.52, flops=4.86),
-    "nnUNetTrainerSASNet": Ratios(waits=0, peak=2.12, moved=11.00, flops=3.41),
+    "nnUNetTrainerSASNet": Ratios(waits=0, peak=2.12, moved=4.43, flops=3.41),
     "nnUNetTrainerMeanTeacher": Ratios(waits=0, peak=1.02, moved=2.09, flops=2.33),
     "nnUNetTrainerUAMT": Ratios(waits=0, peak=1.08, moved=4.37, flops=5.00),
     "nnUNetTrainerICT": Ratios(waits=0, peak=1.00, moved=1.67, flops=1.83),
@@ -46,10 +46,10 @@ MEASURED = {
     "nnUNetTrainerBCP": Ratios(waits=0, peak=1.25, moved=8.12, flops=2.33),
     "nnUNetTrainerMiDSS": Ratios(waits=0, peak=1.08, moved=4.85, flops=5.00),
     "nnUNetTrainerABD": Ratios(waits=0, peak=1.81, moved=11.82, flops=12.00),
-    "nnUNetTrainerDTC": Ratios(waits=0, peak=1.27, moved=5.53, flops=2.00),
-    "nnUNetTrainerSASSNet": Ratios(waits=1, peak=1.26, moved=5.38, flops=2.19),
-    "nnUNetTrainerMCNetPlus": Ratios(waits=0, peak=3.23, moved=5.95, flops=6.56),
-    "nnUNetTrainerSSNet": Ratios(waits=0, peak=1.11, moved=5.66, flops=5.33),
+    "nnUNetTrainerDTC": Ratios(waits=0, peak=1.27, moved=2.25, flops=2.00),
+    "nnUNetTrainerSASSNet": Ratios(waits=1, peak=1.26, moved=2.31, flops=2.19),
+    "nnUNetTrainerMCNetPlus": Ratios(waits=0, peak=3.23, moved=4.81, flops=6.56),
+    "nnUNetTrainerSSNet": Ratios(waits=0, peak=1.11, moved=5.11, flops=5.33),
     "nnUNetTrainerCauSSL": Ratios(waits=0, peak=1.95, moved=4.31, flops=4.01),
     "nnUNetTrainerDHC": Ratios(waits=0, peak=1.81, moved=3.91, flops=4.00),
     "nnUNetTrainerSKCDF": Ratios(waits=0, peak=1.31, moved=2.78, flops=2.34),
@@ -57,7 +57,7 @@ MEASURED = {
     "nnUNetTrainerSHTA_LabeledOnly": Ratios(waits=0, peak=1.02, moved=1.07, flops=1.00),
     "nnUNetTrainerSHTA_CPS": Ratios(waits=0, peak=1.99, moved=4.21, flops=4.00),
     "nnUNetTrainerSHTA_GACPS": Ratios(waits=0, peak=1.91, moved=4.23, flops=4.00),
-    "nnUNetTrainerSHTA_URPC": Ratios(waits=0, peak=1.39, moved=3.98, flops=2.00),
+    "nnUNetTrainerSHTA_URPC": Ratios(waits=0, peak=1.39, moved=1.88, flops=2.00),
     "nnUNetTrainerSHTA_MagicNet": Ratios(waits=0, peak=1.79, moved=4.61, flops=4.86),
     "nnUNetTrainerSHTA_MeanTeacher": Ratios(waits=0, peak=1.05, moved=2.18, flops=2.34),
     "nnUNetTrainerSHTA_UAMT": Ratios(waits=0, peak=1.08, moved=4.46, flops=5.00),
@@ -66,10 +66,10 @@ MEASURED = {
     "nnUNetTrainerSHTA_UniMatch": Ratios(waits=0, peak=1.02, moved=4.26, flops=4.34),
     "nnUNetTrainerSHTA_MiDSS": Ratios(waits=0, peak=1.08, moved=4.92, flops=5.00),
     "nnUNetTrainerSHTA_ABD": Ratios(waits=0, peak=1.81, moved=11.88, flops=12.00),
-    "nnUNetTrainerSHTA_DTC": Ratios(waits=0, peak=1.32, moved=5.63, flops=2.01),
-    "nnUNetTrainerSHTA_SASSNet": Ratios(waits=1, peak=1.30, moved=5.48, flops=2.19),
-    "nnUNetTrainerSHTA_MCNetPlus": Ratios(waits=0, peak=3.27, moved=6.05, flops=6.57),
-    "nnUNetTrainerSHTA_SSNet": Ratios(waits=0, peak=1.15, moved=5.76, flops=5.34),
+    "nnUNetTrainerSHTA_DTC": Ratios(waits=0, peak=1.32, moved=2.35, flops=2.01),
+    "nnUNetTrainerSHTA_SASSNet": Ratios(waits=1, peak=1.30, moved=2.40, flops=2.19),
+    "nnUNetTrainerSHTA_MCNetPlus": Ratios(waits=0, peak=3.27, moved=4.90, flops=6.57),
+    "nnUNetTrainerSHTA_SSNet": Ratios(waits=0, peak=1.15, moved=5.20, flops=5.34),
     "nnUNetTrainerSHTA_CauSSL": Ratios(waits=0, peak=1.99, moved=4.40, flops=4.01),
     "nnUNetTrainerSHTA_DHC": Ratios(waits=0, peak=1.86, moved=4.00, flops=4.00),
     "nnUNetTrainerSHTA_AUSS": Ratios(waits=0, peak=1.42, moved=2.98, flops=2.75),
@@ -81,7 +81,7 @@ MEASURED = {
 def measured(
     tiny: Callable[..., TinyDataset], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., dict[str, Cost]]:
-    """``measured(trainers, augment="workers")``."""
+    """``measured(trainers, **more)``: see ``helpers.fake_cuda.measure``."""
     if shutil.which("gcc") is None:
         pytest.skip("needs gcc")
     dataset = tiny("3d")
@@ -101,9 +101,9 @@ def measured(
     dataset_json["labels"] = {"background": 0, **{f"organ{i}": i for i in range(1, 14)}}
     stand_in = compile_stand_in(tmp_path_factory.mktemp("fake_cuda"))
 
-    def of(trainers: list[str], augment: str = "workers") -> dict[str, Cost]:
+    def of(trainers: list[str], **more: str) -> dict[str, Cost]:
         try:
-            return measure(trainers, plans, dataset_json, stand_in, augment)
+            return measure(trainers, plans, dataset_json, stand_in, **more)
         except NoFakeGPU:
             pytest.skip("this torch takes no stand-in for the CUDA runtime")
 

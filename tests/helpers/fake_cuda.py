@@ -5,6 +5,9 @@ own. ``fake_cuda.c`` stands for the CUDA runtime, which autograd asks for stream
 of seconds, of cuDNN's workspaces, or of memory lost between tensors. An operation whose result has a shape that depends
 on values, such as ``nonzero``, waits for the device too; on fake tensors it raises.
 
+Functions that a trainer compiles count as what they must read and write: see ``Meter.compile``. Networks and nnU-Net's
+loss count operation by operation, for every trainer alike.
+
 The stand-in has to be there before torch is, so ``measure`` runs this file in a separate process.
 """
 
@@ -20,17 +23,17 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
 from nnunet_ssl.augmentation.deferred import Deferred
@@ -53,7 +56,7 @@ class Cost:
     Attributes:
         waits: how often the host waits for the device.
         peak: bytes of live tensors, where they are most.
-        moved: bytes that the operations read and write, each by itself.
+        moved: bytes that the operations read and write, each by itself; a compiled function is one operation.
         flops: floating-point operations of convolutions and matrix products.
         places: where the host waits, and how often.
     """
@@ -74,7 +77,12 @@ def compile_stand_in(folder: Path) -> Path:
 
 
 def measure(
-    trainers: list[str], plans: dict, dataset_json: dict, stand_in: Path, augment: str = "workers"
+    trainers: list[str],
+    plans: dict,
+    dataset_json: dict,
+    stand_in: Path,
+    augment: str = "workers",
+    memory: str = "cuda",
 ) -> dict[str, Cost]:
     """The cost of each trainer's second step, in the middle of its schedule, by the trainer's name.
 
@@ -83,18 +91,21 @@ def measure(
         plans, dataset_json: of a dataset in nnU-Net's folders; patch, network and classes may be larger than its own.
         stand_in: from ``compile_stand_in``.
         augment: ``"device"`` for batches to which the step does all that nnU-Net's augmentation may do.
+        memory: where SASNet keeps its own, ``"cuda"`` or ``"cpu"``.
 
     Raises:
         NoFakeGPU: torch does not take the stand-in, as one without CUDA or with the runtime linked into it.
     """
+    job = {"trainers": trainers, "plans": plans, "dataset_json": dataset_json, "augment": augment, "memory": memory}
     done = subprocess.run(
         [sys.executable, "-m", "helpers.fake_cuda"],
         env={
             **os.environ,
             "LD_PRELOAD": str(stand_in),
+            "nnUNet_compile": "t",
             "PYTHONPATH": f"{HERE.parents[2]}{os.pathsep}{HERE.parents[1]}",
         },
-        input=json.dumps({"trainers": trainers, "plans": plans, "dataset_json": dataset_json, "augment": augment}),
+        input=json.dumps(job),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         encoding="utf-8",
@@ -115,6 +126,7 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.live: set[int] = set()
         self.held = 0
+        self.sees: Literal["everything", "memory", "nothing"] = "everything"
         self.restart()
 
     def restart(self) -> None:
@@ -125,6 +137,29 @@ class Meter(TorchDispatchMode):
     def cost(self) -> Cost:
         """Since ``restart``."""
         return Cost(sum(self.places.values()), self.peak, self.moved, self.flops, dict(self.places))
+
+    def compile(self, function: Any, **_: Any) -> Any:
+        """In place of ``torch.compile``: a function moves what it is given and gives, and so does its backward pass.
+
+        What is between can stay in registers. How much is held for the backward pass instead of computed again is the
+        compiler's choice, so the peak is the plain function's. A network stays as it is.
+        """
+        if isinstance(function, nn.Module):
+            return function
+
+        def compiled(*args: Any) -> Any:
+            leaves, structure = tree_flatten(args)
+            if torch.is_grad_enabled():
+                entered = Enter.apply(self, *leaves)
+                return Leave.apply(self, bytes_of(leaves), function(*tree_unflatten(entered, structure)))
+            self.sees = "nothing"
+            out = function(*args)
+            self.sees = "everything"
+            self._hold(out)
+            self.moved += bytes_of((leaves, out))
+            return out
+
+        return compiled
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -150,20 +185,24 @@ class Meter(TorchDispatchMode):
                     return torch.zeros(target.shape, dtype=target.dtype) if name == "_to_copy" else out
             if waits and source.device.type == "cpu" and on_device(target):
                 self.places[f"to the device, {place()}"] += 1
-        self._count(func, name, args, kwargs, out)
+        if self.sees == "everything":
+            self._count(func, name, args, kwargs, out)
+        elif self.sees == "memory":
+            self._hold(out)
         return out
 
     def _count(self, func: Any, name: str, args: tuple, kwargs: dict, out: Any) -> None:
-        written = [t for t in tree_leaves(out) if on_device(t)]
-        for tensor in written:
-            self._hold(tensor.untyped_storage())
+        self._hold(out)
         if func._overloadpacket in flop_registry:
             self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
         if not func.is_view and name not in FREE and func.namespace != "prim":  # which asks a tensor where it is
-            read = [t for t in tree_leaves((args, {k: v for k, v in kwargs.items() if k != "out"})) if on_device(t)]
-            self.moved += sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in read + written)
+            self.moved += bytes_of((args, {k: v for k, v in kwargs.items() if k != "out"}, out))
 
-    def _hold(self, storage: torch.UntypedStorage) -> None:
+    def _hold(self, tensors: Any) -> None:
+        for tensor in filter(on_device, tree_leaves(tensors)):
+            self._hold_storage(tensor.untyped_storage())
+
+    def _hold_storage(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self.live:
             return
@@ -176,6 +215,47 @@ class Meter(TorchDispatchMode):
             self.held -= size
 
         weakref.finalize(storage, free)
+
+
+class Enter(torch.autograd.Function):
+    """What a compiled function is given; in the backward pass, what it gives."""
+
+    @staticmethod
+    def forward(ctx: Any, meter: Meter, *given: Any) -> tuple:
+        ctx.meter = meter
+        ctx.set_materialize_grads(False)
+        meter.sees = "memory"
+        meter.moved += bytes_of(given)
+        return given
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple:
+        ctx.meter.sees = "everything"
+        ctx.meter.moved += bytes_of(gradients)
+        return None, *gradients
+
+
+class Leave(torch.autograd.Function):
+    """What a compiled function gives; in the backward pass, what it is given: its gradient, and all that it had."""
+
+    @staticmethod
+    def forward(ctx: Any, meter: Meter, bytes_given: int, out: Tensor) -> Tensor:
+        ctx.meter, ctx.bytes_given = meter, bytes_given
+        meter.sees = "everything"
+        meter.moved += bytes_of(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple:
+        ctx.meter.sees = "memory"
+        ctx.meter.moved += ctx.bytes_given + bytes_of(gradient)
+        return None, None, gradient
+
+
+def bytes_of(values: Any) -> int:
+    """Of all tensors on the fake GPU that there are in lists, tuples and dictionaries."""
+    tensors = filter(on_device, tree_leaves(values))
+    return sum(min(t.numel() * t.element_size(), t.untyped_storage().nbytes()) for t in tensors)
 
 
 def on_device(value: Any) -> bool:
@@ -211,7 +291,19 @@ def built_on_device() -> Iterator[None]:
         yield
 
 
-def build(name: str, plans: dict, dataset_json: dict) -> Any:
+@contextmanager
+def stand_ins(meter: Meter) -> Iterator[None]:
+    """For ``torch.compile``, which nnU-Net's loss, compiled in place, does without; for what would ask the driver."""
+    with (
+        mock.patch.object(torch, "compile", meter.compile),
+        mock.patch.object(nn.Module, "compile"),
+        mock.patch.object(torch.cuda, "current_stream"),
+        mock.patch.object(Tensor, "pin_memory", lambda tensor: tensor),
+    ):
+        yield
+
+
+def build(name: str, plans: dict, dataset_json: dict, memory: str = "cuda") -> Any:
     """A trainer that is ready for its step, in the middle of its schedule."""
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -228,7 +320,8 @@ def build(name: str, plans: dict, dataset_json: dict) -> Any:
     if getattr(trainer, "uses_sar", False):
         from nnunet_ssl.trainers.sasnet.memory import ConfidenceMemory
 
-        trainer.memory = ConfidenceMemory(CASES, device=trainer.device)
+        with _disable_current_modes() if memory == "cpu" else nullcontext():
+            trainer.memory = ConfidenceMemory(CASES, device=memory)
     return trainer
 
 
@@ -293,8 +386,8 @@ def main() -> None:
     job = json.load(sys.stdin)
     costs = {}
     for name in job["trainers"]:
-        with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter:
-            trainer = build(name, job["plans"], job["dataset_json"])
+        with FakeTensorMode(allow_non_fake_inputs=True), Meter() as meter, stand_ins(meter):
+            trainer = build(name, job["plans"], job["dataset_json"], job["memory"])
             batches = [a_batch(trainer, job["augment"]) for _ in range(2)]
             with mock.patch("pickle.loads", read_draws):
                 trainer.train_step(batches.pop())
