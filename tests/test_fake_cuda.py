@@ -37,7 +37,7 @@ MEASURED = {
     "nnUNetTrainerGACPS": Ratios(waits=0, peak=1.86, moved=4.13, flops=4.00),
     "nnUNetTrainerURPC": Ratios(waits=0, peak=1.39, moved=1.79, flops=2.00),
     "nnUNetTrainerMagicNet": Ratios(waits=0, peak=1.79, moved=4.52, flops=4.86),
-    "nnUNetTrainerSASNet": Ratios(waits=0, peak=2.12, moved=4.43, flops=3.41),
+    "nnUNetTrainerSASNet": Ratios(waits=0, peak=2.13, moved=4.12, flops=3.41),
     "nnUNetTrainerMeanTeacher": Ratios(waits=0, peak=1.02, moved=2.09, flops=2.33),
     "nnUNetTrainerUAMT": Ratios(waits=0, peak=1.08, moved=4.37, flops=5.00),
     "nnUNetTrainerICT": Ratios(waits=0, peak=1.00, moved=1.67, flops=1.83),

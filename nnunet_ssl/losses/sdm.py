@@ -63,13 +63,11 @@ def signed_distance_maps(
         return torch.zeros_like(masks, dtype=torch.float32), present
 
     if labels.device.type == "cpu":
-        distance = _distance_on_cpu(masks, present, step)
+        signed = _distance_on_cpu(masks, present, step)
     else:
-        distance = _distance(classes, step, compiled)
-    axes = list(range(2, dim + 2))
-    farthest_in = distance.masked_fill(~masks, 0).amax(axes, keepdim=True)
-    farthest_out = distance.masked_fill(masks, 0).amax(axes, keepdim=True)
-    sdm = distance / torch.where(masks, -farthest_in, farthest_out)
+        signed = _distance(classes, step, compiled)
+    deepest, farthest = (x.view(*present.shape, *[1] * dim) for x in signed.flatten(2).aminmax(dim=2))
+    sdm = signed / torch.where(masks, -deepest, farthest)
     inner_boundary = masks & _differs_from_neighbour(labels)[:, None]
     return sdm.masked_fill_(inner_boundary | ~present.view(*present.shape, *[1] * dim), 0), present
 
@@ -86,18 +84,20 @@ def _differs_from_neighbour(labels: Tensor) -> Tensor:
 
 
 def _distance_on_cpu(masks: Tensor, present: Tensor, step: Sequence[float]) -> Tensor:
-    """As :func:`_distance`, by the edt library, of foreground classes; 1 where the map has no boundary."""
-    distance = torch.ones(masks.shape)
+    """As :func:`_distance`, by the edt library, of foreground classes; 1 or -1 where the map has no boundary."""
+    signed = torch.ones(masks.shape)
     sides = masks.to(torch.uint8, memory_format=torch.contiguous_format).add_(1).numpy()
     for b, k in present.nonzero().tolist():
         # With labels 1 and 2 one pass measures both sides: edt gives the distance to the nearest other label.
         one = edt.edt(sides[b, k], anisotropy=tuple(step), black_border=False, parallel=torch.get_num_threads())
-        distance[b, k] = torch.from_numpy(one)
-    return distance
+        signed[b, k] = torch.from_numpy(one)
+    return torch.where(masks, -signed, signed)
 
 
 def _distance(classes: Tensor, step: Sequence[float], compiled: bool = False) -> Tensor:
     """Of ``[B, K, *spatial]``, one-hot, the distance of each voxel to the other side of each class but the first.
+
+    Negative inside.
 
     Outside a class that is the distance to it. Inside, it is the least of the distances to the others: one map for all
     classes.
@@ -116,9 +116,9 @@ def _distance(classes: Tensor, step: Sequence[float], compiled: bool = False) ->
         for axis in axes[1:]:
             if squared.shape[axis] > 1:
                 squared = _lower_envelope(squared, axis, step[axis - 1], least_of_sums)
-        target.copy_(squared).sqrt_()
+        torch.sqrt(squared, out=target)
     to_another = to_class.masked_fill(classes, math.inf).amin(1, keepdim=True)
-    return torch.where(classes, to_another, to_class)[:, 1:]
+    return torch.where(classes[:, 1:], -to_another, to_class[:, 1:])
 
 
 def _nearest_on_line(sources: Tensor, axis: int) -> Tensor:

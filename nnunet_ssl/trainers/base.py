@@ -213,8 +213,8 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
 
     def probabilities(self, outputs: list[Tensor] | Tensor) -> Tensor:
         """What a network's outputs say at full resolution, float32 ``[B, K, *patch]``: softmax, of regions sigmoid."""
-        logits = full_resolution(outputs).float()
-        return logits.sigmoid() if self.label_manager.has_regions else logits.softmax(1)
+        logits = full_resolution(outputs)
+        return logits.float().sigmoid() if self.label_manager.has_regions else logits.softmax(1, dtype=torch.float32)
 
     @property
     def full_resolution_loss(self) -> nn.Module:

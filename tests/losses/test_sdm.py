@@ -238,7 +238,7 @@ def test_each_class_is_scipys_distance(spacing):
         mask = classes[b, k + 1].numpy()
         if mask.any() and not mask.all():
             inside, outside = (distance_transform_edt(m, sampling=spacing) for m in (mask, ~mask))
-            np.testing.assert_allclose(distance[b, k] * max(spacing), inside + outside, rtol=1e-6)
+            np.testing.assert_allclose(distance[b, k] * max(spacing), outside - inside, rtol=1e-6)
 
 
 def test_chunks_of_maps_change_nothing(monkeypatch):

@@ -11,7 +11,6 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from itertools import product
 from math import prod
 from typing import Literal
 
@@ -113,19 +112,19 @@ class ConfidenceMemory:
         position = self._here(coords).flatten(1).float()
         inside = _inside(position, shape)
 
-        corners_of_axis = []  # for each axis the two neighbours on it, as offsets in the case, and their weights
+        corners = [(0, 1)]  # offsets in the case, and weights; each axis gives every corner two neighbours
         for x, n, stride in zip(position, shape, _strides(shape), strict=True):
             x = x.nan_to_num(nan=0.0).clamp(0, n - 1)
             lower = x.floor()
             upper = (lower + 1).clamp(max=n - 1)
             part = x - lower
-            corners_of_axis.append([(lower.long() * stride, 1 - part), (upper.long() * stride, part)])
+            pair = (lower.long() * stride, 1 - part), (upper.long() * stride, part)
+            corners = [(offset + along, weight * share) for offset, weight in corners for along, share in pair]
 
         mean = torch.zeros(values.shape[1], position.shape[1], device=values.device)
-        for corner in product(*corners_of_axis):
-            stored = values[..., sum(offset for offset, _ in corner)].float().mean(0)
-            stored = torch.where(stored < 0, NEUTRAL, stored)
-            mean += stored * prod(weight for _, weight in corner)
+        for offset, weight in corners:
+            stored = values[..., offset].mean(0, dtype=torch.float32)
+            mean += torch.where(stored < 0, NEUTRAL, stored) * weight
         mean = torch.where(inside, mean, NEUTRAL)
         return _moved(mean.unflatten(1, coords.shape[1:]), coords.device)
 

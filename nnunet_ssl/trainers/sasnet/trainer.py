@@ -137,6 +137,7 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
             self.build_network_architecture = build  # a class derived from this one may build another
         super().initialize()
         self.plc = self.compiled(pseudo_label_consistency)
+        self.src = self.compiled(segmentation_regression_consistency)
         self._compiles = self._do_i_compile()  # which may write to the log, so not in each step
         if start and self.plans_network.low_decoder is None:
             self.print_to_log_file(
@@ -334,9 +335,7 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
         if self.settings.sasnet_sdm:  # L_src, Eq. 16
             sdm, present = self._distance_maps(stream, logits)
             terms["src"] = 0.5 * sum(
-                segmentation_regression_consistency(
-                    self.training_modules[f"regression_{name}"](branch.feature), sdm, present
-                )
+                self.src(self.training_modules[f"regression_{name}"](branch.feature), sdm, present)
                 for name, branch in outputs.items()
             )
         return terms
