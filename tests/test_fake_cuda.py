@@ -151,3 +151,10 @@ def test_augmentation_on_the_device_waits_for_nothing(measured: Callable[..., di
     """Every image of both streams is resampled, changed by all intensity transforms, mirrored and masked."""
     cost = measured(["nnUNetTrainerURPC"], augment="device")["nnUNetTrainerURPC"]
     assert cost.waits <= MEASURED["nnUNetTrainerURPC"].waits, cost.places
+
+
+def test_sasnets_memory_in_ram_takes_two_copies_to_the_host(measured: Callable[..., dict[str, Cost]]) -> None:
+    """Of the whole batch: where its voxels come from, and how confident the branches are."""
+    cost = measured(["nnUNetTrainerSASNet"], memory="cpu")["nnUNetTrainerSASNet"]
+    assert sum(cost.places.values()) == 2, cost.places
+    assert all(place.startswith("to the host, sasnet/memory.py") for place in cost.places)

@@ -31,7 +31,7 @@ class ConfidenceMemory:
     case that each of its voxels was taken from (``coordinates.py``).
 
     Each call touches only the voxels that the patch covers. Where memory and patch are on one device, nothing waits for
-    that device; a memory on the CPU or on disk waits for what comes from a GPU.
+    that device; a memory on the CPU or on disk waits for what comes from a GPU. :func:`moved` moves a batch at once.
 
     Args:
         shapes: voxels along each axis of each case.
@@ -109,7 +109,8 @@ class ConfidenceMemory:
             ValueError: if ``coords`` do not have the case's dimension.
         """
         values, shape = self._values[case], self._shapes[case]
-        position = self._here(coords).flatten(1).float()
+        (position,) = moved(self.device, coords)
+        position = position.flatten(1).float()
         inside = _inside(position, shape)
 
         corners = [(0, 1)]  # offsets in the case, and weights; each axis gives every corner two neighbours
@@ -126,7 +127,7 @@ class ConfidenceMemory:
             stored = values[..., offset].mean(0, dtype=torch.float32)
             mean += torch.where(stored < 0, NEUTRAL, stored) * weight
         mean = torch.where(inside, mean, NEUTRAL)
-        return _moved(mean.unflatten(1, coords.shape[1:]), coords.device)
+        return moved(coords.device, mean.unflatten(1, coords.shape[1:]))[0]
 
     @torch.no_grad()
     def write(self, case: str, coords: Tensor, values: Tensor) -> None:
@@ -149,8 +150,7 @@ class ConfidenceMemory:
                 f"values of shape {tuple(values.shape)} do not fit {memory.shape[1]} branches and coordinates of shape "
                 f"{tuple(coords.shape)}"
             )
-        position = self._here(coords).flatten(1).float()
-        values = self._here(values).flatten(1).float()
+        position, values = (x.flatten(1).float() for x in moved(self.device, coords, values))
         wanted = _inside(position, shape) & values.isfinite().all(0)
 
         target = torch.zeros_like(wanted, dtype=torch.long)
@@ -207,13 +207,18 @@ class ConfidenceMemory:
         """``[slots, branches, *shape]``, without the bin."""
         return self._values[case][..., :-1].unflatten(-1, self._shapes[case])
 
-    def _here(self, x: Tensor) -> Tensor:
-        return _moved(x, self.device)
 
+def moved(device: torch.device, *tensors: Tensor) -> list[Tensor]:
+    """The tensors on ``device``; between CPU and CUDA one copy each, through pinned memory.
 
-def _moved(x: Tensor, device: torch.device) -> Tensor:
-    """On ``device``. A copy to the CPU must be waited for: what is read there too early is not there yet."""
-    return x.to(device, non_blocking=device.type != "cpu")
+    All copies to the CPU are waited for together: what is read there too early is not there yet.
+    """
+    pinned = (x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x for x in tensors)
+    here = [x.to(device, non_blocking=x.is_cuda or device.type == "cuda") for x in pinned]  # a CPU gets it pinned
+    if device.type == "cpu":
+        for source in {x.device for x in tensors if x.is_cuda}:
+            torch.cuda.current_stream(source).synchronize()
+    return here
 
 
 def _strides(shape: tuple[int, ...]) -> list[int]:

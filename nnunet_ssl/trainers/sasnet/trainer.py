@@ -30,7 +30,7 @@ from nnunet_ssl.networks.regression_head import regression_head
 from nnunet_ssl.ram import ram_limit
 from nnunet_ssl.trainers.base import Batch, Stream, full_resolution, nnUNetTrainerSSL
 from nnunet_ssl.trainers.sasnet.coordinates import CoordinateLoader, positions
-from nnunet_ssl.trainers.sasnet.memory import ConfidenceMemory
+from nnunet_ssl.trainers.sasnet.memory import ConfidenceMemory, moved
 from nnunet_ssl.trainers.sasnet.validation import BranchValidation
 from nnunet_ssl.trainers.sasnet.views import FrequencyRotation, view_transform
 from nnunet_ssl.trainers.settings import SSLSettings
@@ -245,19 +245,20 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
         plain = prob.high + prob.low
         if self.memory is None or stream.target is None:
             return likeliest_class(plain)[:, 0]
-        coordinates = positions(stream.coordinates, plain.shape[2:])
-        before = torch.stack([self.memory.read(c, x) for c, x in zip(stream.cases, coordinates, strict=True)])
         labels = full_resolution(stream.target)[:, 0]
-        fused = likeliest_class(reweight(prob, Branches(*before.unbind(1)), self.settings.sasnet_alpha))
-        self.log_value("sar_changed", (plain.gather(1, fused) < plain.amax(1, keepdim=True)).float().mean())
-
         now = Branches(*(true_class_confidence(p, labels) for p in prob))  # Eq. 7-8
-        ignored = (labels < 0) | (labels >= prob.high.shape[1])
-        coordinates = coordinates.masked_fill(ignored[:, None], float("nan"))
-        for case, x, confidence in zip(stream.cases, coordinates, torch.stack(now, 1), strict=True):
-            self.memory.write(case, x, confidence)
         for name, confidence in now.named().items():
             self.log_value(f"confidence_{name}", confidence.mean())
+        ignored = (labels < 0) | (labels >= prob.high.shape[1])
+        visit = torch.stack(now, 1).masked_fill_(ignored[:, None], float("nan"))  # which the memory does not write
+        coordinates, visit = moved(self.memory.device, positions(stream.coordinates, plain.shape[2:]), visit)
+
+        read = torch.stack([self.memory.read(c, x) for c, x in zip(stream.cases, coordinates, strict=True)])
+        (before,) = moved(plain.device, read)
+        fused = likeliest_class(reweight(prob, Branches(*before.unbind(1)), self.settings.sasnet_alpha))
+        self.log_value("sar_changed", (plain.gather(1, fused) < plain.amax(1, keepdim=True)).float().mean())
+        for case, x, confidence in zip(stream.cases, coordinates, visit, strict=True):
+            self.memory.write(case, x, confidence)
         return fused[:, 0]
 
     def training_state(self, filename: str) -> dict[str, Any]:
