@@ -29,7 +29,7 @@ class ABDSettings(StrongViewSettings, TwinSettings):
 
 
 class nnUNetTrainerABD(StronglyViewed, nnUNetTrainerCPS):  # noqa: N801
-    """ABD: two networks see a weak and a strong view, and both see images in which cells have changed places.
+    """ABD: two networks see a weak and a strong view, and then images with cells exchanged between the two.
 
     The first network, which predicts, sees the weak view. Of an unlabeled image the cell of which one network is least
     sure is taken by a cell of the other view of which the other network is sure and says something alike. Of a labeled

@@ -35,7 +35,7 @@ class AUSSSettings(MeanTeacherSettings):
 
 
 class nnUNetTrainerAUSS(Taught):  # noqa: N801
-    """AUSS: a mean teacher that is believed where its segmentation is plausible, which an autoencoder tells.
+    """AUSS: a mean teacher, followed only where an autoencoder finds its segmentation plausible.
 
     First the autoencoder learns to undo errors that labels of the training patches are given. Then it is frozen, and
     the student approaches the teacher on all patches, less where the autoencoder would correct the teacher.

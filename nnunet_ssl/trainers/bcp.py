@@ -33,7 +33,7 @@ class BCPSettings(TeacherSettings):
 
 
 class nnUNetTrainerBCP(Taught):  # noqa: N801
-    """BCP: labeled and unlabeled images get a box of each other, and their labels and the teacher's move along.
+    """BCP: labeled and unlabeled images swap a box, and the labels and the teacher's pseudo-labels swap with them.
 
     At first labeled images are mixed with each other, and no unlabeled image is used; then the teacher starts as the
     student. Every image is in a mixed one twice, once within the box and once around it. All is learnt with the code's

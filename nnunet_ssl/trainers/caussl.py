@@ -28,7 +28,7 @@ class CauSSLSettings(CPSSettings):
 
 
 class nnUNetTrainerCauSSL(nnUNetTrainerCPS):  # noqa: N801
-    """CauSSL on CPS: two networks that teach each other, and whose filters shall not be combinations of each other's.
+    """CauSSL on CPS: two networks that teach each other while their filters are kept independent.
 
     Every so many steps the linear combinations of one network's filters that come nearest to the other's are found,
     layer by layer; in every step both networks turn away from what the other's combinations say.

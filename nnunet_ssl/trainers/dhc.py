@@ -34,7 +34,7 @@ class DHCSettings(CrossSupervisionSettings):
 
 
 class nnUNetTrainerDHC(nnUNetTrainerCPS):  # noqa: N801
-    """DHC: CPS whose two networks weigh the classes in two ways, so that they do not share their biases.
+    """DHC: CPS whose two networks weight the classes differently, so that they do not share their biases.
 
     The first network weighs those most that it finds difficult on labels, the second those that are rare in its own
     pseudo-labels. Each weighs all of its losses so, with labels and with the other's pseudo-labels. Weights follow at

@@ -92,7 +92,7 @@ class RegressesDistances(nnUNetTrainerSSL):
 
 
 class nnUNetTrainerDTC(RegressesDistances):  # noqa: N801
-    """DTC: the network segments and regresses distances to the boundary, and both shall say the same.
+    """DTC: the network segments and regresses distances to the boundary, and the two must agree.
 
     A steep sigmoid turns a regressed map into a mask. On labeled and unlabeled images it approaches the segmentation
     and the segmentation it: gradients flow into both. The segmentation predicts; the head is of training alone.

@@ -22,7 +22,7 @@ class EntMinSettings(SSLSettings):
 
 
 class nnUNetTrainerEntMin(nnUNetTrainerSSL):  # noqa: N801
-    """Entropy minimisation: the network is asked to be sure of itself.
+    """Entropy minimisation: the network learns to be confident on unlabeled images.
 
     The entropy is a share of ln K, with K from the plans; ported code has the number of classes written out. It is
     taken at full resolution, on voxels with the ignore label too, since no label is asked. ADVENT's adversary is not

@@ -23,7 +23,7 @@ class ICTSettings(TeacherSettings):
 
 
 class nnUNetTrainerICT(Taught):  # noqa: N801
-    """ICT: of a mix of two unlabeled images the student says the same mix of what the teacher says of each.
+    """ICT: on a mix of two unlabeled images, the student predicts the same mix of the teacher's two predictions.
 
     Images are mixed in pairs of a batch, after nnU-Net's augmentation, each pair with its own share; of an odd
     number the last is left out. The port that papers compare with takes the first two images of a batch of any

@@ -27,7 +27,7 @@ class MCNetPlusSettings(SSLSettings):
 
 
 class nnUNetTrainerMCNetPlus(nnUNetTrainerSSL):  # noqa: N801
-    """MC-Net+: decoders that upsample in three ways, on one encoder, shall be sure of the same.
+    """MC-Net+: three decoders that upsample in different ways learn each other's sharpened predictions.
 
     Each decoder approaches the sharpened probabilities of each other one, at full resolution. The plans' own network,
     with transposed convolutions, predicts; the other two decoders are of training alone.

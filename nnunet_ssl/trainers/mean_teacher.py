@@ -95,7 +95,7 @@ class Taught(WithTeacher):
 
 
 class nnUNetTrainerMeanTeacher(Taught):  # noqa: N801
-    """Mean Teacher: the student approaches what its EMA copy says of the same unlabeled images with noise.
+    """Mean Teacher: the student matches what its EMA copy predicts for the same unlabeled images with other noise.
 
     The difference is squared and averaged over classes too, as in the ports to segmentation. Teacher and student see
     the same augmented patch: nnU-Net's augmentation is no matter of the method.

@@ -33,7 +33,7 @@ class MiDSSSettings(StrongViewSettings, TeacherSettings):
 
 
 class nnUNetTrainerMiDSS(StronglyViewed, Taught):  # noqa: N801
-    """MiDSS: unlabeled images of other domains than the labeled ones, and domains between them.
+    """MiDSS: for unlabeled images from other domains than the labeled ones, by way of domains in between.
 
     Each labeled image, in the style of an unlabeled one, and a strong view of that exchange a box; the teacher labels
     what is unlabeled. It also sees both mixes of the weak views, and where it is sure in either context and says the

@@ -27,7 +27,7 @@ class SASSNetSettings(DistanceSettings):
 
 
 class nnUNetTrainerSASSNet(RegressesDistances):  # noqa: N801
-    """SASSNet: distance maps that are regressed of unlabeled images shall pass for those of labeled ones.
+    """SASSNet: a discriminator makes distance maps of unlabeled images look like those of labeled ones.
 
     A discriminator sees images with their regressed maps and tells which are labeled. "Real" are the maps that the
     network regresses of labeled images, not those of the labels, as in the code. The segmentation predicts.

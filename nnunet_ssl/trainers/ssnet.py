@@ -33,7 +33,7 @@ class SSNetSettings(SSLSettings):
 
 
 class nnUNetTrainerSSNet(nnUNetTrainerSSL):  # noqa: N801
-    """SS-Net: what the network says withstands adversarial noise, and voxels are near to prototypes of their class.
+    """SS-Net: predictions withstand adversarial noise, and voxel features stay near the prototypes of their class.
 
     Smoothness is virtual adversarial training: noise in the direction that changes the prediction most. Separation
     pulls the embeddings of voxels to those of labeled voxels that the network has right.

@@ -30,7 +30,7 @@ class UAMTSettings(MeanTeacherSettings):
 
 
 class nnUNetTrainerUAMT(Taught):  # noqa: N801
-    """UA-MT: a mean teacher that is believed where it is sure, which several noisy passes with dropout tell.
+    """UA-MT: a mean teacher, followed only where Monte Carlo dropout finds it certain.
 
     The threshold is a share of ln K, and the mean is over the K classes. The released code and all of its ports have
     ln 2 and 2 written out, which with more classes leaves out most of what is not background.

@@ -34,7 +34,7 @@ class UniMatchSettings(StrongViewSettings):
 
 
 class nnUNetTrainerUniMatch(StronglyViewed):  # noqa: N801
-    """UniMatch: what the network says of a patch, where it is sure, it shall say of strong views of it as well.
+    """UniMatch: confident predictions on a weak view supervise strong views and thinned features.
 
     There are three: two strong views of the image, in which boxes come from another image of the batch, and the image
     itself with channels of its features dropped. One network, no teacher.

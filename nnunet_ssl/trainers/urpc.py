@@ -40,7 +40,7 @@ class URPCSettings(SSLSettings):
 
 
 class nnUNetTrainerURPC(nnUNetTrainerSSL):  # noqa: N801
-    """URPC: one network whose predictions at several resolutions shall agree on unlabeled images.
+    """URPC: one network whose predictions at several resolutions must agree on unlabeled images.
 
     The pyramid is nnU-Net's deep supervision: its outputs at the highest resolutions. The lowest, to which nnU-Net
     gives no weight, is left out; in a network of three stages, which has two outputs, it is part of the pyramid and
