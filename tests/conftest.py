@@ -124,7 +124,7 @@ def tiny_copy(tiny: Callable[..., TinyDataset], fresh_folders: Folders) -> Calla
     def copy(kind: str = "3d") -> TinyDataset:
         original = tiny(kind)
         shutil.copytree(original.raw, fresh_folders.raw / original.name)
-        unprepared = shutil.ignore_patterns("*_unlabeled", "*_warped")  # another test's trainer may have prepared them
+        unprepared = shutil.ignore_patterns("*_unlabeled", "*_warped*")  # another test's trainer may have prepared them
         shutil.copytree(original.preprocessed, fresh_folders.preprocessed / original.name, ignore=unprepared)
         return TinyDataset(original.recipe, fresh_folders, original.plans_name)
 

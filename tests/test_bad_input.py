@@ -466,7 +466,7 @@ def train_each(rows: list[dict]) -> list[int]:
 
 def a_copy(original: TinyDataset, folders: Folders) -> TinyDataset:
     shutil.copytree(original.raw, folders.raw / original.name)
-    unprepared = shutil.ignore_patterns("*_unlabeled", "*_warped")  # another test's trainer may have prepared them
+    unprepared = shutil.ignore_patterns("*_unlabeled", "*_warped*")  # another test's trainer may have prepared them
     shutil.copytree(original.preprocessed, folders.preprocessed / original.name, ignore=unprepared)
     return TinyDataset(original.recipe, folders, original.plans_name)
 

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         required_folder,
         resolve_dataset,
     )
-    from nnunet_ssl.unlabeled.folds import SPLITS, read_splits
+    from nnunet_ssl.unlabeled.folds import trained_with
     from nnunet_ssl.unlabeled.prepare import prepare_unlabeled
 
     dataset = resolve_dataset(args.dataset)
@@ -81,8 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         onto = labeled_images(Preparation(*what), labeled)
     else:
         onto = prepare_unlabeled(dataset, plans_manager, args.configuration, dataset_json, labeled, processes)
-    if os.path.lexists(splits := os.path.join(preprocessed, SPLITS)):  # cases that are only validated with: not needed
-        labeled = sorted({case for fold in read_splits(splits, "Correct it.") for case in fold.train})
+    labeled = sorted(trained_with(preprocessed)) or labeled  # cases that are only validated with: not needed
     wish = Wish(*what, tuple(labeled), (), onto, args.pairs, groups, args.channel)
     warps = prepare_warps(wish, processes)
     picture = draw_warps(wish)

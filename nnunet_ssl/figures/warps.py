@@ -15,7 +15,7 @@ from nnunet_ssl.shapes.warped import WarpManifest, Wish
 
 
 def draw_warps(wish: Wish) -> Path:
-    """Draw a labeled image, the unlabeled one, and the first warped onto the second, with outlines of the classes.
+    """Draw a labeled image, another one, and the first warped onto the second, with outlines of the classes.
 
     The slice is the one with the most of the structures; images are prepared ones, the first channel. The picture is
     ``warps.png`` in the folder of the warps.

@@ -55,6 +55,4 @@ def refuse_few(folder: str, good: int, bad: Counter[str], remedy: str) -> None:
     pairs = good + bad.total()
     if good == 0 or good < TOO_FEW * pairs:
         told = ", ".join(f"{count} {why}" for why, count in bad.most_common())
-        raise UserError(
-            f"{folder}: of {pairs} pairs of labeled and unlabeled images only {good} register well ({told}), {remedy}"
-        )
+        raise UserError(f"{folder}: of {pairs} pairs of images only {good} register well ({told}), {remedy}")

@@ -29,6 +29,7 @@ from nnunet_ssl.shapes.targets import find_targets, groups_of_dataset, of_patien
 from nnunet_ssl.unlabeled import store
 from nnunet_ssl.unlabeled.case import Preparation
 from nnunet_ssl.unlabeled.find import GROUPS
+from nnunet_ssl.unlabeled.folds import trained_with
 from nnunet_ssl.unlabeled.store import Manifest, Outcome, PreparedFolder, cannot_write
 
 BUDGET = 10.0  # minutes that may be spent where no number of pairs is given
@@ -89,6 +90,18 @@ class Wish(Preparation):
         """Case -> patient, as given and as the dataset's ``groups.json`` says now: of either each is obeyed."""
         return [self.kept_groups if self.groups is None else self.groups, groups_of_dataset(self.dataset_name)]
 
+    def usable(self, entries: Mapping[str, dict]) -> list[str]:
+        """Those that a fold may train with: of its own cases, onto images of nobody who validates or tests."""
+        fixed = {entry["fixed"] for entry in entries.values()}
+        left_out = of_patients(fixed, self.groupings, [*self.tests, *self.validation])
+        if self.onto_each_other:
+            left_out |= fixed - set(self.labeled)
+        return [
+            name
+            for name, entry in entries.items()
+            if entry["moving"] in self.labeled and entry["fixed"] not in left_out
+        ]
+
 
 @dataclass(frozen=True)
 class WarpedFolder(PreparedFolder):
@@ -132,16 +145,8 @@ class WarpManifest(Manifest):
         return self.cases[case]["made_from"]
 
     def of(self, wish: Wish) -> WarpedFolder:
-        """The warps that a fold may train with: of its own cases, onto images of nobody who validates or tests."""
-        fixed = {entry["fixed"] for entry in self.cases.values()}
-        left_out = of_patients(fixed, wish.groupings, [*wish.tests, *wish.validation])
-        if wish.onto_each_other:
-            left_out |= fixed - set(wish.labeled)
-        moving = {
-            case: entry["moving"]
-            for case, entry in sorted(self.cases.items())
-            if entry["moving"] in wish.labeled and entry["fixed"] not in left_out
-        }
+        """The warps that a fold may train with."""
+        moving = {case: self.cases[case]["moving"] for case in sorted(wish.usable(self.cases))}
         places, contents = ({case: get(case) for case in moving} for get in (self.place, self.content_of))
         return WarpedFolder(self.folder, places, contents, moving)
 
@@ -152,7 +157,8 @@ def labeled_images(task: Preparation, cases: Iterable[str]) -> PreparedFolder:
     Raises:
         UserError: one is not prepared, or cannot be read.
     """
-    contents = {case: _digest([digest for *_, digest in stamps_of(task, case, ())]) for case in sorted(cases)}
+    stamps = {case: stamps_of(task, case, ()) for case in sorted(cases)}
+    contents = {case: _digest([digest for *_, digest in files]) for case, files in stamps.items()}
     return PreparedFolder(task.labeled_folder, dict.fromkeys(contents, task.labeled_folder), contents)
 
 
@@ -230,14 +236,14 @@ def refuse_where_few_register(wish: Wish, manifest: WarpManifest) -> None:
     """
     remedy = "so warping cannot help here. Train without it: nnUNetTrainerLabeledOnly, or any trainer with "
     remedy += "'warped_share' at 0."
-    dropped = [entry["why"] for entry in manifest.about["dropped"].values() if entry["moving"] in wish.labeled]
+    dropped = [manifest.about["dropped"][name]["why"] for name in wish.usable(manifest.about["dropped"])]
     bad = Counter(why for why in dropped if why != LESS_ALIKE)
     usable = len(manifest.of(wish).cases)
     if not usable and not bad:
         what = "other labeled" if wish.onto_each_other else "unlabeled"
         raise UserError(
-            f"{wish.folder}: no {what} image may be warped onto, since all are test images or of test or validation "
-            f"patients, {remedy}"
+            f"{wish.folder}: no {what} image may be warped onto, since there is none, or all are test images or of "
+            f"test or validation patients, {remedy}"
         )
     refuse_few(wish.folder, usable and usable + dropped.count(LESS_ALIKE), bad, remedy)
 
@@ -315,6 +321,8 @@ def _complete(state: _State, num_processes: int) -> None:
 
     ending = wish.dataset_json["file_ending"]
     targets = find_targets(wish.dataset_name, ending, wish.onto, wish.groupings)
+    if wish.onto_each_other and (trained := trained_with(os.path.dirname(wish.labeled_folder))):
+        targets = [case for case in targets if case in trained or case in wish.labeled]  # others are used by no fold
     each = each or _affordable(wish, about["channels"], targets, num_processes)
     there = [(entry["moving"], entry["fixed"]) for entry in [*manifest.cases.values(), *state.dropped.values()]]
     given, of_dataset = wish.groupings

@@ -39,6 +39,17 @@ def read_splits(file: str, remedy: str) -> list[Fold]:
     return folds
 
 
+def trained_with(preprocessed: str) -> set[str]:
+    """The cases that a fold of the ``splits_final.json`` in a folder trains with; none without that file.
+
+    Raises:
+        UserError: it is unreadable or of another shape.
+    """
+    file = os.path.join(preprocessed, SPLITS)
+    folds = read_splits(file, "Correct it.") if os.path.lexists(file) else []
+    return {case for fold in folds for case in fold.train}
+
+
 def refuse_fold(fold: int | str, cases: Collection[str], preprocessed: str) -> None:
     """Refuse a fold, a number or ``all``, that nnU-Net cannot train, by the rules of its ``do_split``.
 

@@ -14,6 +14,7 @@ from helpers.datasets import TinyDataset, make_case, write_images
 from helpers.prepared import prepare
 from helpers.wishes import manifest, warped_in, warps
 
+from nnunet_ssl.commands.warp import main
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.shapes import targets, warped
 from nnunet_ssl.shapes.targets import find_targets, groups_of_dataset, read_groups
@@ -118,6 +119,20 @@ def test_warps_onto_labeled_images_are_between_training_cases_of_other_patients_
     assert len(entries) == 5 * 4 - 4  # each registered once, whichever fold began; onto tr_04 none
 
 
+def test_cases_that_no_fold_trains_with_take_no_place_among_labeled_targets(dataset, make_trainer):
+    """One warp of each case is asked for; onto any of the three that only validate, it would be of no use."""
+    shutil.rmtree(dataset.raw / "imagesUn")
+    (dataset.raw / GROUPS).unlink()
+    cases = dataset.cases("imagesTr")
+    (dataset.preprocessed / "splits_final.json").write_text(json.dumps([{"train": cases[:2], "val": cases[2:]}]))
+    arguments = ["-d", dataset.id, "-c", dataset.configuration, "-p", dataset.plans_name, "-np", 1]
+    main([str(argument) for argument in [*arguments, "--onto", "labeled", "--pairs", 1]])
+    assert Path(f"{warped_in(dataset)}_onto_labeled", "warps.png").is_file()
+    trainer = make_trainer("nnUNetTrainerWarps", dataset, settings={"warp_onto": "labeled"})
+    trainer.warps = trainer._prepared_warps()
+    assert sorted(trainer.warps.moving.values()) == cases[:2]
+
+
 def test_patients_and_test_cases_that_are_named_later_count_at_once(dataset):
     (dataset.raw / GROUPS).unlink()
     labeled = ("tr_01",)
@@ -192,7 +207,7 @@ def test_those_left_out_are_named(dataset, capsys):
 
 def test_where_all_are_left_out_it_says_so(dataset):
     groups = dict.fromkeys([case for case in dataset.cases("imagesUn") if case != "ts_00"] + ["tr_00"], "one")
-    with pytest.raises(UserError, match="no unlabeled image may be warped onto, since all are test images or of"):
+    with pytest.raises(UserError, match="no unlabeled image may be warped onto, since there is none, or all"):
         warps(dataset, ("tr_01",), ("tr_00",), each=1, groups=groups)
     made = warps(dataset, ("tr_01",), (), each=1, groups=groups)  # a fold whose validation has nobody of them
     assert len(made.cases) == 1

@@ -497,7 +497,7 @@ def test_where_few_register_it_says_so_in_one_sentence_and_tries_once(tiny_copy,
     results = iter(["fold"] * 3 + [None] * 10)
     monkeypatch.setattr("nnunet_ssl.shapes.case.why_not", lambda *_: next(results))
     told = (
-        r"_warped: of 4 pairs of labeled and unlabeled images only 1 register well \(3 fold\), so warping cannot "
+        r"_warped: of 4 pairs of images only 1 register well \(3 fold\), so warping cannot "
         r"help here\. Train without it: nnUNetTrainerLabeledOnly, or any trainer with 'warped_share' at 0"
     )
     monkeypatch.setattr("nnunet_ssl.shapes.quality.TOO_FEW", 0.26)
@@ -521,7 +521,7 @@ def test_those_left_out_for_others_do_not_count_as_bad(tiny_copy):
     found.about["dropped"] = {f"x{i}": {**bad, "why": LESS_ALIKE if i < 1 else "fold"} for i in range(7)}
     refuse_where_few_register(this, found)
     found.about["dropped"]["y"] = bad
-    with pytest.raises(UserError, match="of 9 pairs of labeled and unlabeled images only 2"):
+    with pytest.raises(UserError, match="of 9 pairs of images only 2"):
         refuse_where_few_register(this, found)
 
 
