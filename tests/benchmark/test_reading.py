@@ -12,7 +12,7 @@ from nnunet_ssl.commands import dataset
 from nnunet_ssl.errors import UserError
 
 RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
-OF_RESULTS = {"demo_choices", "demo_hosts", "la_equal_time", "sasnet_parts", "shta_parts"}  # of docs/results.md alone
+OF_RESULTS = {"acdc", "demo_choices", "demo_hosts", "la_equal_time", "sasnet_parts", "shta_parts"}  # of the docs alone
 
 
 def test_fields_and_defaults(given, write_protocol, tmp_path):
@@ -148,7 +148,7 @@ def test_a_file_that_is_no_protocol(write_protocol):
 
 def test_an_unknown_name_is_told_the_known_ones():
     with pytest.raises(
-        UserError, match="no_such does not exist; name a JSON file, or one of acdc_shapes, amos, brats2019"
+        UserError, match="no_such does not exist; name a JSON file, or one of acdc, acdc_shapes, amos, brats2019"
     ):
         read_protocol("no_such")
 
