@@ -12,42 +12,40 @@ from pathlib import Path
 from nnunet_ssl.figures.page import class_colors, new_figure, paper_style
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
-TITLES = {
-    "Labels only": "5 labels only",
-    "Warps": "5 labels, warped into the\nshapes of unlabeled images",
-    "All labels": "all 160 labels",
+PANELS = {
+    "Hippocampus, 5 of 160 cases labeled,\n9 minutes": "hippocampus_shapes_9_minutes.json",
+    "Heart (ACDC), 3 of 60 patients labeled,\n12 minutes": "acdc_shapes_12_minutes.json",
 }
-FILES = {3.5: "hippocampus_shapes_first.json", 9: "hippocampus_shapes_9_minutes.json"}  # by minutes of training
-STEPS = {5360, 4560, 11400, 11160}  # of these minutes, registering taken off; the first file has longer runs too
-SETS = range(5)  # labeled sets with which all three were trained for both times
+ROWS = {"Labels only": "labels only", "Warps": "labels, warped into the\nshapes of unlabeled images"}
 
 
-def measured() -> dict[tuple[str, float], list[float]]:
-    """Test Dice in percent of each labeled set, by row and minutes."""
-    dice: dict[tuple[str, float], list[float]] = {}
-    for minutes, file in FILES.items():
-        for run in json.loads((RESULTS / file).read_text())["runs"]:
-            if run["row"] in TITLES and run["seed"] in SETS and run["steps"] in STEPS:
-                dice.setdefault((run["row"], minutes), []).append(100 * run["mean_dice"])
-    return dice
+def dice(file: str, row: str) -> dict[int, float]:
+    """Test Dice in percent by labeled set."""
+    runs = json.loads((RESULTS / file).read_text())["runs"]
+    return {run["seed"]: 100 * run["mean_dice"] for run in runs if run["row"] == row}
 
 
 def main() -> None:
-    """Draw it."""
-    dice, times = measured(), sorted(FILES)
+    """Draw it: a line per labeled set."""
     with paper_style():
-        figure = new_figure(5.0, 2.2)
-        axes = figure.subplots()
-        for (row, title), color in zip(TITLES.items(), class_colors(len(TITLES)), strict=True):
-            means = [statistics.mean(dice[row, minutes]) for minutes in times]
-            axes.plot(times, means, "-o", color=color, markersize=5)
-            for minutes in times:
-                axes.plot([minutes] * len(SETS), dice[row, minutes], "o", color=color, alpha=0.35, markersize=3)
-            axes.annotate(title, (times[-1], means[-1]), (8, 0), textcoords="offset points",
-                          color=color, va="center")  # fmt: skip
-        axes.set(xlim=(3, 13.5), xticks=times, xticklabels=[f"{minutes:g} minutes" for minutes in times])
-        axes.set(xlabel="training on one CPU thread", ylabel="test Dice (%)")
-        axes.spines[["top", "right"]].set_visible(False)
+        figure = new_figure(6.4, 2.5)
+        set_color, mean_color, all_color = class_colors(3)
+        for axes, (title, file) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+            before, after = (dice(file, row) for row in ROWS)
+            assert before.keys() == after.keys()
+            for labeled_set in before:
+                axes.plot([0, 1], [before[labeled_set], after[labeled_set]], "-o", color=set_color, alpha=0.4, ms=3)
+            means = [statistics.mean(values.values()) for values in (before, after)]
+            axes.plot([0, 1], means, "-o", color=mean_color, lw=2, ms=5)
+            for x, mean in enumerate(means):
+                axes.annotate(f"{mean:.1f}", (x, mean), (12 * (2 * x - 1), 0), textcoords="offset points",
+                              color=mean_color, ha="center", va="center")  # fmt: skip
+            full = statistics.mean(dice(file, "All labels").values())
+            axes.axhline(full, color=all_color, ls="--", lw=1)
+            axes.annotate(f"all labels: {full:.1f}", (0.5, full), (0, -8), textcoords="offset points",
+                          color=all_color, ha="center", va="center")  # fmt: skip
+            axes.set(title=title, xlim=(-0.35, 1.35), xticks=[0, 1], xticklabels=ROWS.values(), ylabel="test Dice (%)")
+            axes.spines[["top", "right"]].set_visible(False)
         figure.savefig(RESULTS / "figures" / "readme.png", dpi=200)
 
 
