@@ -257,7 +257,9 @@ TRAIN = {
     "epochs to keep that will not be": Row(lambda d: settings(d, keep_epochs=[1, 1001])),
     "a training of no epochs": Row(lambda d: [], trainer="nnUNetTrainerCPS_0epochs"),
     "cascade configuration": Row(cascade),
-    "region-based labels with GA-CPS, MagicNet, SASNet or SHTA": Row(lambda d: [], "regions", "nnUNetTrainerSHTA_CPS"),
+    "region-based labels with GA-CPS, MagicNet, SASNet, SS-Net, DHC, SKCDF or SHTA": Row(
+        lambda d: [], "regions", "nnUNetTrainerSHTA_CPS"
+    ),
     "three labeled cases, and fold 0": Row(three_cases),
     "a fold that names a missing case": Row(lambda d: fold(d, ["tr_00", "nobody"], ["tr_01"])),
     "a fold without validation cases": Row(lambda d: fold(d, ["tr_00"], [])),
@@ -336,7 +338,10 @@ SAID = {
     "epochs to keep that will not be": ("'keep_epochs' to [1, 1001]", "train longer"),
     "a training of no epochs": ("nnUNetTrainerCPS_<N>epochs", "Choose"),
     "cascade configuration": ("'3d_cascade_fullres'", "'3d_fullres'"),
-    "region-based labels with GA-CPS, MagicNet, SASNet or SHTA": ("nnUNetTrainerSHTA_CPS", "nnUNetTrainerCPS"),
+    "region-based labels with GA-CPS, MagicNet, SASNet, SS-Net, DHC, SKCDF or SHTA": (
+        "nnUNetTrainerSHTA_CPS",
+        "nnUNetTrainerCPS",
+    ),
     "three labeled cases, and fold 0": ("splits_final.json", "fold all"),
     "a fold that names a missing case": ("splits_final.json: fold 0 names nobody", "nnUNetv2_ssl_split"),
     "a fold without validation cases": ("splits_final.json: fold 0", "nnUNetv2_ssl_split"),

@@ -49,15 +49,15 @@ def protocol(fresh_folders, tmp_path):
 
 def test_the_real_command_lists_the_protocols(run_nnunet):
     assert [line.split()[0] for line in run_nnunet("nnUNetv2_ssl_benchmark", "--list").stdout.splitlines()] == [
-        "acdc_shapes", "amos", "brats2019", "demo_choices", "demo_hosts", "hippocampus", "hippocampus_shapes", "la",
-        "la_equal_time", "la_shapes", "pancreas_ct", "sasnet_parts", "shta_parts", "synapse",
+        "acdc", "acdc_shapes", "amos", "brats2019", "demo_choices", "demo_hosts", "hippocampus", "hippocampus_shapes",
+        "la", "la_equal_time", "la_shapes", "pancreas_ct", "sasnet_parts", "shta_parts", "synapse",
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "name a protocol: a JSON file, or one of acdc_shapes, amos"),
+        ([], "name a protocol: a JSON file, or one of acdc, acdc_shapes, amos"),
         (["no_such"], "no_such does not exist"),
         (["la", "--jobs", "0"], "--jobs: '0' must be"),
         (["la", "-np", "0"], "-np: '0' must be"),
