@@ -36,6 +36,7 @@ BUDGET = 10.0  # minutes that may be spent where no number of pairs is given
 MOST_EACH = 30  # warps of a labeled case then
 SPARE = 4 / 3  # pairs registered per pair kept: the least similar are left out
 LESS_ALIKE = "are less alike than others"
+WARPED, WARPED_ONTO_LABELED = "_warped", "_warped_onto_labeled"  # after the name of the labeled cases' folder
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Wish(Preparation):
     @property
     def folder(self) -> str:
         """Of the warps."""
-        return f"{self.labeled_folder}_warped{'_onto_labeled' if self.onto_each_other else ''}"
+        return self.labeled_folder + (WARPED_ONTO_LABELED if self.onto_each_other else WARPED)
 
     @cached_property
     def tests(self) -> list[str]:
@@ -157,7 +158,8 @@ def labeled_images(task: Preparation, cases: Iterable[str]) -> PreparedFolder:
     Raises:
         UserError: one is not prepared, or cannot be read.
     """
-    stamps = {case: stamps_of(task, case, ()) for case in sorted(cases)}
+    known = WarpManifest.read(task.labeled_folder + WARPED_ONTO_LABELED).about["labeled"]  # or all are read each time
+    stamps = {case: stamps_of(task, case, known.get(case, ())) for case in sorted(cases)}
     contents = {case: _digest([digest for *_, digest in files]) for case, files in stamps.items()}
     return PreparedFolder(task.labeled_folder, dict.fromkeys(contents, task.labeled_folder), contents)
 

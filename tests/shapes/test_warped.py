@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -31,6 +32,7 @@ from nnunet_ssl.shapes.registration import ITERATIONS, Registration, array, regi
 from nnunet_ssl.shapes.warped import (
     LESS_ALIKE,
     WarpManifest,
+    labeled_images,
     prepare_warps,
     refuse_where_few_register,
     wait_until_warped,
@@ -472,6 +474,20 @@ def test_a_rank_waits_without_reading_the_labeled_cases_at_each_look(tiny_copy, 
     assert len(digests) > 6
     made = prepare_warps(this, 1)
     assert wait_until_warped(this) == made
+
+
+def test_labeled_images_to_warp_onto_are_read_once(tiny_copy, monkeypatch):
+    dataset = tiny_copy()
+    cases = tuple(dataset.cases("imagesTr"))
+    first = labeled_images(wish(dataset), cases)
+    prepare_warps(dataclasses.replace(wish(dataset, cases, each=1), onto=first), 1)
+
+    def without_reading(path: str, kept: list | None = None) -> list:
+        assert stamp(path, kept) is kept
+        return kept
+
+    monkeypatch.setattr("nnunet_ssl.shapes.case.stamp", without_reading)
+    assert labeled_images(wish(dataset), cases) == first
 
 
 def test_a_full_disk_keeps_what_is_finished(tiny_copy):
