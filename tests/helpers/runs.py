@@ -67,6 +67,13 @@ def assert_resumed_equals_uninterrupted(make, until: int = 1) -> Path:
     return folder
 
 
+def assert_plain_checkpoint(folder: Path, plain) -> None:
+    """The final checkpoint says that it is nnU-Net's own, and fits the network of ``plain``, an ``nnUNetTrainer``."""
+    checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=False)
+    plain.network.load_state_dict(checkpoint["network_weights"])
+    assert checkpoint["trainer_name"] == "nnUNetTrainer"
+
+
 def resumed(make_trainer, tiny, folder: Path, name: str = NAME, **settings):
     """A trainer that goes on from the latest checkpoint in ``folder``."""
     trainer = make_trainer(name, tiny(), settings={"save_every": 1, **settings})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.runs import assert_resumed_equals_uninterrupted, commands_work
+from helpers.runs import assert_plain_checkpoint, assert_resumed_equals_uninterrupted, commands_work
 from helpers.steps import a_batch, gradients, parameters, stepped
 
 from nnunet_ssl.networks.filters import filters_of
@@ -102,8 +102,7 @@ def test_resumed_it_ends_with_the_weights_of_an_uninterrupted_run(tiny, make_tra
     folder = assert_resumed_equals_uninterrupted(lambda: make_trainer(f"{NAME}_2epochs", tiny(), settings=settings))
     state = torch.load(folder / "checkpoint_final_ssl.pth", weights_only=True)
     assert len(state["method"]["combinations"]) == 2
-    checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=False)
-    make_trainer("nnUNetTrainer", tiny()).network.load_state_dict(checkpoint["network_weights"])
+    assert_plain_checkpoint(folder, make_trainer("nnUNetTrainer", tiny()))
 
 
 def test_the_papers_preset(tiny, make_trainer):

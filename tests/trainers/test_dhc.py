@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.runs import assert_resumed_equals_uninterrupted, commands_work
+from helpers.runs import assert_plain_checkpoint, assert_resumed_equals_uninterrupted, commands_work
 from helpers.steps import a_batch, gradients, half_a_step, on_two_ranks, stepped
 
 from nnunet_ssl.losses.dhc import weighted_cross_entropy, weighted_dice_and_cross_entropy
@@ -92,8 +92,7 @@ def test_resumed_it_ends_with_the_weights_of_an_uninterrupted_run_and_a_plain_ch
     folder = assert_resumed_equals_uninterrupted(lambda: make_trainer(f"{NAME}_2epochs", tiny(), settings=settings))
     state = torch.load(folder / "checkpoint_final_ssl.pth", weights_only=True)["modules"]
     assert {"difficulty.weights", "difficulty.unlearnt", "frequency.counts"} <= set(state)
-    checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=False)
-    make_trainer("nnUNetTrainer", tiny()).network.load_state_dict(checkpoint["network_weights"])
+    assert_plain_checkpoint(folder, make_trainer("nnUNetTrainer", tiny()))
 
 
 def test_two_ranks_count_together(tiny, make_trainer, tmp_path):

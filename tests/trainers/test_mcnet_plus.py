@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.runs import assert_resumed_equals_uninterrupted, commands_work
+from helpers.runs import assert_plain_checkpoint, assert_resumed_equals_uninterrupted, commands_work
 from helpers.steps import a_batch, gradients_by_passes, with_stages
 
 NAME = "nnUNetTrainerMCNetPlus"
@@ -91,10 +91,7 @@ def test_shta_reads_the_feature_of_the_plans_own_decoder(tiny, make_trainer):
 def test_resumed_it_ends_with_the_weights_of_an_uninterrupted_run_and_a_plain_checkpoint(tiny, make_trainer):
     settings = {"save_every": 1, "mcnet_rampup": 0, "seed": 3}
     folder = assert_resumed_equals_uninterrupted(lambda: make_trainer(f"{NAME}_2epochs", tiny(), settings=settings))
-    checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=False)
-    plain = make_trainer("nnUNetTrainer", tiny())
-    plain.network.load_state_dict(checkpoint["network_weights"])
-    assert checkpoint["trainer_name"] == "nnUNetTrainer"
+    assert_plain_checkpoint(folder, make_trainer("nnUNetTrainer", tiny()))
 
 
 @pytest.mark.slow

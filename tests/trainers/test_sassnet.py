@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.runs import assert_resumed_equals_uninterrupted, commands_work
+from helpers.runs import assert_plain_checkpoint, assert_resumed_equals_uninterrupted, commands_work
 from helpers.steps import a_batch, gradients_by_passes, half_a_step, on_two_ranks, who_learns
 
 NAME = "nnUNetTrainerSASSNet"
@@ -107,9 +107,7 @@ def test_lean_and_joint_passes_give_the_same_gradients(tiny, make_trainer):
 def test_resumed_it_ends_with_the_weights_of_an_uninterrupted_run(tiny, make_trainer):
     settings = {"save_every": 1, "sassnet_rampup": 0, "seed": 3, **SMALL}
     folder = assert_resumed_equals_uninterrupted(lambda: make_trainer(f"{NAME}_2epochs", tiny(), settings=settings))
-    checkpoint = torch.load(folder / "checkpoint_final.pth", weights_only=False)
-    plain = make_trainer("nnUNetTrainer", tiny())
-    plain.network.load_state_dict(checkpoint["network_weights"])
+    assert_plain_checkpoint(folder, make_trainer("nnUNetTrainer", tiny()))
 
 
 def test_two_ranks_share_one_discriminator(tiny, make_trainer, tmp_path):
