@@ -60,7 +60,10 @@ class nnUNetTrainerABD(StronglyViewed, nnUNetTrainerCPS):  # noqa: N801
         return {**super().term_weights(), "displaced": displaced}
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:
-        """A pass of each network on labeled images, on displaced ones, then on unlabeled and on displaced ones."""
+        """A pass of each network on labeled images, on displaced ones, then on unlabeled and on displaced ones.
+
+        A term of displaced images is the mean over the two displaced views.
+        """
         labeled, unlabeled = batch
         views = self._views(labeled.images, "labeled")
         yield from self.in_turn(*(labeled._replace(images=images) for images in views.values()))
@@ -68,12 +71,13 @@ class nnUNetTrainerABD(StronglyViewed, nnUNetTrainerCPS):  # noqa: N801
             for images, target in self._displaced_labeled(views, full_resolution(labeled.target)):
                 targets = self._scaled(target)
                 for name in views:  # no stream of its own: what hangs on labeled features is there already
-                    yield {"displaced": self.loss(self.forward(name, Stream(images, None)), targets)}
+                    yield {"displaced": self.loss(self.forward(name, Stream(images, None)), targets) / 2}
 
         views = self._views(unlabeled.images, "unlabeled")
         yield from self.in_turn(*(Stream(images, None) for images in views.values()))
         for images in self._displaced_unlabeled(views):
-            yield from self.in_turn(Stream(images, None), Stream(images, None))
+            for terms in self.in_turn(Stream(images, None), Stream(images, None)):
+                yield {name: term / 2 for name, term in terms.items()}
 
     def _views(self, images: Tensor, kind: str) -> dict[str, Tensor]:
         """What each network sees."""

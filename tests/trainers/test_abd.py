@@ -121,6 +121,17 @@ def test_the_cross_term_is_the_dice_of_the_other_networks_decision_on_its_view(t
         torch.testing.assert_close(of_pass["cps"].detach(), expected)
 
 
+def test_a_term_of_displaced_images_is_the_mean_over_both_views(tiny, make_trainer):
+    """Where nothing is displaced, it is the term of images as they are."""
+    trainer = make_trainer(NAME, tiny(), settings=PLAIN | {"abd_labeled_probability": 0})
+    _, terms = passes_of(trainer, a_batch(trainer))
+    of_labels = terms[0]["sup"] + terms[1]["sup_second"]
+    torch.testing.assert_close(sum(of_pass["displaced"] for of_pass in terms[2:6]), of_labels)
+    trainer._displaced_unlabeled = lambda views: list(views.values())
+    _, terms = passes_of(trainer, a_batch(trainer))
+    torch.testing.assert_close(sum(of_pass["cps"] for of_pass in terms[8:]), terms[6]["cps"] + terms[7]["cps"])
+
+
 def test_resumed_it_ends_with_the_weights_of_an_uninterrupted_run(tiny, make_trainer):
     settings = {"save_every": 1, "cps_rampup": 0, "seed": 3}
     assert_resumed_equals_uninterrupted(lambda: make_trainer(f"{NAME}_2epochs", tiny(), settings=settings))
