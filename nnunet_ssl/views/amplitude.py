@@ -17,6 +17,9 @@ BAND = 0.01  # of each axis' length, the frequencies on both sides of 0 that are
 def amplitude_mixed(images: Tensor, styles: Tensor, share: Tensor) -> Tensor:
     """Images with ``(1 - share) A_image + share A_style`` as the amplitudes of the lowest frequencies; phases stay.
 
+    Amplitudes are of what a channel exceeds the smallest value of the two images by: of means that differ in sign,
+    which normalised images have, sizes say nothing.
+
     Args:
         images: ``[B, C, *spatial]``, any float type; transformed in fp32, each channel by itself.
         styles: of the same shape.
@@ -27,6 +30,9 @@ def amplitude_mixed(images: Tensor, styles: Tensor, share: Tensor) -> Tensor:
     """
     images, styles = images.float(), styles.float()
     spatial, axes = images.shape[2:], tuple(range(2, images.ndim))
+    both = torch.stack([images, styles]).flatten(3)
+    least, most = (x.view(*images.shape[:2], *[1] * len(axes)) for x in (both.amin((0, 3)), both.amax((0, 3))))
+    images, styles = images - least, styles - least
     spectrum = torch.fft.rfftn(images, dim=axes)
     low = torch.ones((), dtype=torch.bool, device=images.device)
     for length, bins in zip(spatial, spectrum.shape[2:], strict=True):
@@ -36,6 +42,4 @@ def amplitude_mixed(images: Tensor, styles: Tensor, share: Tensor) -> Tensor:
     share = share.view(-1, *[1] * (images.ndim - 1))
     amplitude = torch.lerp(spectrum.abs(), torch.fft.rfftn(styles, dim=axes).abs(), share)
     mixed = torch.where(low, torch.polar(amplitude, spectrum.angle()), spectrum)
-    both = torch.stack([images, styles]).flatten(3)
-    least, most = (x.view(*images.shape[:2], *[1] * len(axes)) for x in (both.amin((0, 3)), both.amax((0, 3))))
-    return torch.fft.irfftn(mixed, s=spatial, dim=axes).clamp(least, most)
+    return (torch.fft.irfftn(mixed, s=spatial, dim=axes) + least).clamp(least, most)

@@ -11,6 +11,12 @@ from nnunet_ssl.views.amplitude import amplitude_mixed
 
 
 def by_numpy(image, style, share, band):
+    least = min(image.min(), style.min())
+    return within(image - least, style - least, share, band) + least
+
+
+def within(image, style, share, band):
+    """Of images from 0, as the authors' are."""
     spectrum, of_style = (np.fft.fftshift(np.fft.fftn(x)) for x in (image, style))
     size, phase = np.abs(spectrum), np.angle(spectrum)
     window = tuple(slice(n // 2 - int(band * n), n // 2 + int(band * n) + 1) for n in image.shape)
@@ -31,6 +37,15 @@ def test_each_channel(monkeypatch, spatial, band):
         expected = by_numpy(images[b, c].double().numpy(), styles[b, c].double().numpy(), share[b].item(), band)
         np.testing.assert_allclose(mixed[b, c], expected, atol=1e-5)
     assert not torch.allclose(mixed, images)
+
+
+def test_the_mean_goes_to_the_styles_though_their_signs_differ():
+    torch.manual_seed(0)
+    image, style = torch.rand(2, 1, 16, 16) - 1, torch.rand(2, 1, 16, 16)
+    share = torch.tensor([0.5, 1.0])
+    means = amplitude_mixed(image, style, share).mean((1, 2, 3))
+    expected = torch.lerp(image.mean((1, 2, 3)), style.mean((1, 2, 3)), share)
+    torch.testing.assert_close(means, expected, atol=0.03, rtol=0)
 
 
 def test_no_share_no_change():
