@@ -81,6 +81,8 @@ def _swapped(image: Tensor, rng: np.random.Generator) -> Tensor:
         for sign in (-1, 1):
             distance = sign * min(int(rng.integers(*DISTANCES, endpoint=True)), image.shape[axis] - 1)
             here = edge & (torch.rand(edge.shape, device=edge.device) < SWAPPED / (2 * dim))
+            beyond = here.narrow(axis, 0 if sign < 0 else here.shape[axis] - distance, abs(distance))
+            beyond.zero_()  # has nothing within the patch to change places with
             there = here.roll(distance, axis)
             of_there, of_here = image.roll(-distance, axis), image.roll(distance, axis)
             image = torch.where(here, of_there, torch.where(there, of_here, image))
