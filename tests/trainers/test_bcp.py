@@ -124,6 +124,7 @@ def test_at_first_labeled_images_alone_are_mixed_then_the_teacher_is_the_student
     assert all(torch.equal(p, s) for p, s in zip(teacher.parameters(), student, strict=True))
     trainer.train_step(batch)
     assert "loss_consistency" in trainer._mean_values()
+    assert trainer.term_weights()["consistency"] == 0.5  # from the first mixed step on
 
 
 def test_resumed_between_the_stages_it_ends_with_the_weights_of_an_uninterrupted_run(tiny, make_trainer):
