@@ -17,7 +17,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 from skimage.feature import match_template
 
-VERSION = 2  # of the code below: pairs registered by another version are registered again
+VERSION = 3  # of the code below: pairs registered by another version are registered again
 LEVELS = (4, 2, 1)  # shrink factors of the pyramid
 ITERATIONS = 40  # at each level
 SIGMA = 1.0  # voxels: of the Gaussian that smooths the field after each iteration
@@ -256,7 +256,10 @@ def _demons(
 
 def _after(start: sitk.Transform, field: sitk.Image) -> sitk.Transform:
     """The field, then the start."""
-    return sitk.CompositeTransform([start, sitk.DisplacementFieldTransform(_onto(field, field))])
+    one = [1] * field.GetDimension()
+    # a coarse grid may end before the image does, where ITK displaces nothing
+    field = sitk.ZeroFluxNeumannPad(_onto(field, field), one, one)
+    return sitk.CompositeTransform([start, sitk.DisplacementFieldTransform(field)])
 
 
 def _similarity(pairs: list[tuple[sitk.Image, sitk.Image]], region: sitk.Image, transform: sitk.Transform) -> float:

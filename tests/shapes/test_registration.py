@@ -128,7 +128,7 @@ def test_many_channels_each_get_an_iteration(monkeypatch):
 
 
 def test_a_large_volume_is_registered_on_fewer_voxels_as_well():
-    """An axis of 80 voxels, of which the field has 64."""
+    """An axis of 80 voxels, which is registered on 64."""
     spacing = (1.0, 1.0, 0.4)
     image, truth = phantom((20, 24, 80), spacing, shift=(1, 2, -2), seed=1)
     fixed = volume(image[None], spacing)
@@ -137,7 +137,7 @@ def test_a_large_volume_is_registered_on_fewer_voxels_as_well():
     found = register(fixed, moving)
     assert_found(found, fixed, truth, moving, 0.85)
     field = sitk.DisplacementFieldTransform(found.transform.GetNthTransform(1)).GetDisplacementField()
-    assert max(field.GetSize()) == 64
+    assert max(field.GetSize()) == 64 + 2  # and a voxel on each side
 
 
 def test_where_demons_fold_they_are_made_again_without_folds(monkeypatch):
@@ -277,8 +277,24 @@ def test_the_grid_of_a_coarse_image_has_the_same_middle():
     assert coarse.GetSize() == (16, 16, 7)
 
 
+@pytest.mark.parametrize("shape", [(60, 130, 150), (16, 290, 512), (1, 301, 260)])
+def test_a_field_on_a_coarser_grid_reaches_the_border_of_the_image(shape):
+    """Such a grid may end before the image does."""
+    (image,) = volume(np.zeros((1, *shape), np.float32), (1, 1, 1)).channels
+    dimension = image.GetDimension()
+    coarse = registration._shrunk(image, max(image.GetSize()) / registration.LONGEST[dimension])
+    field = sitk.GetImageFromArray(np.full((*coarse.GetSize()[::-1], dimension), 6.0), isVector=True)
+    field.CopyInformation(coarse)
+    transform = registration._after(sitk.TranslationTransform(dimension), field)
+    displaced = sitk.TransformToDisplacementField(
+        transform, sitk.sitkVectorFloat64, image.GetSize(), image.GetOrigin(), image.GetSpacing()
+    )
+    np.testing.assert_allclose(sitk.GetArrayFromImage(displaced), 6.0)
+    assert registration.folding(image, transform) == 0
+
+
 def test_a_large_image_has_no_seam_at_its_border():
-    """Its field is of a coarser grid, which may end before it does."""
+    """Of what the demons find."""
     shape = (1, 40, 301)
     image = np.sin(np.arange(301) / 9)[None, None] * np.cos(np.arange(40) / 7)[None, :, None]
     labels = (image > 0.5).astype(np.int16)
