@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> None:
 
     from nnunet_ssl.figures.warps import draw_warps
     from nnunet_ssl.shapes.targets import read_groups
-    from nnunet_ssl.shapes.warped import Wish, labeled_images, prepare_warps
+    from nnunet_ssl.shapes.warped import prepare_warps
+    from nnunet_ssl.shapes.wish import Wish, labeled_images
     from nnunet_ssl.unlabeled.case import Preparation
     from nnunet_ssl.unlabeled.find import (
         channel_names,

@@ -11,7 +11,7 @@ from nnunet_ssl.figures.outlines import draw_outline
 from nnunet_ssl.figures.page import column_width, new_figure, paper_style, save_figure, wrapped
 from nnunet_ssl.figures.planes import Plane, slice_axis
 from nnunet_ssl.shapes.case import load, spacing_of, structures_of
-from nnunet_ssl.shapes.warped import WarpManifest, Wish
+from nnunet_ssl.shapes.wish import WarpManifest, Wish
 
 
 def draw_warps(wish: Wish) -> Path:

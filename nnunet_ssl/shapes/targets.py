@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from tqdm import tqdm
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import read_json, stamp
-from nnunet_ssl.names import a_few
+from nnunet_ssl.files import read_json, same_content, stamp
 from nnunet_ssl.shapes.case import load
 from nnunet_ssl.shapes.pairs import description, spread_out
-from nnunet_ssl.unlabeled.find import GROUPS, PSEUDOLABELED, UNLABELED_FOLDER, find_images
+from nnunet_ssl.unlabeled.find import GROUPS, PSEUDOLABELED, find_images
+from nnunet_ssl.unlabeled.prepare import UnlabeledManifest
+from nnunet_ssl.unlabeled.split import RECORD as SPLIT
 from nnunet_ssl.unlabeled.store import PreparedFolder
 
 DESCRIBED = 200  # images among which those far apart are looked for
@@ -46,14 +47,16 @@ def groups_of_dataset(dataset_name: str) -> dict[str, str]:
 def test_images(dataset_name: str, ending: str) -> dict[str, list[str]]:
     """Test case -> its files, of the dataset's ``imagesTs``; none where that is not on this machine.
 
-    A dataset with pseudo-labels has the groups of the dataset that it was made from.
+    Those of a dataset that this one was made from, by a split or by pseudo-labels, are among them.
     """
     raw = os.path.join(nnUNet_raw.get() or os.devnull, dataset_name)
-    folder, record = os.path.join(raw, "imagesTs"), os.path.join(raw, PSEUDOLABELED)
+    folder = os.path.join(raw, "imagesTs")
     found = find_images(folder, ending)[0] if os.path.isdir(folder) else {}
-    if os.path.isfile(record):
-        made_with = read_json(record, "It says which dataset this one was made from.", keys={"made_with": dict})
-        found |= test_images(str(made_with["made_with"].get("source")), ending)
+    for record in (os.path.join(raw, name) for name in (SPLIT, PSEUDOLABELED)):
+        if os.path.isfile(record):
+            said = read_json(record, "It says which dataset this one was made from.")
+            source = str(said.get("made_with", said).get("source"))
+            found |= test_images(source, ending) if source != dataset_name else {}
     return found
 
 
@@ -66,50 +69,31 @@ def of_patients(cases: Collection[str], groupings: Collection[Mapping[str, str]]
     return found
 
 
-def find_targets(
-    dataset_name: str,
-    ending: str,
-    images: PreparedFolder,
-    groupings: Collection[Mapping[str, str]],
-) -> list[str]:
-    """The images that may be warped onto, those far apart first.
-
-    Whose patient validates is another question for each fold: see ``WarpManifest.of``.
+def copies_of_tests(images: PreparedFolder, tests: Mapping[str, Sequence[str]]) -> set[str]:
+    """Prepared unlabeled images that are test images under another name: their first file holds the same.
 
     Args:
-        dataset_name: for its ``imagesTs`` and ``imagesUn``, where the raw dataset is on this machine.
-        ending: of its image files.
-        images: the prepared images to choose from.
-        groupings: each case -> patient; what any of them says counts.
+        images: as ``prepare_unlabeled`` gives them; of no other images anything is known here.
+        tests: test case -> its files; those are read whose size an unlabeled image has.
     """
-    tests = test_images(dataset_name, ending)
-    folder = os.path.join(nnUNet_raw.get() or os.devnull, dataset_name, UNLABELED_FOLDER)
-    unlabeled = find_images(folder, ending)[0] if os.path.isdir(folder) else {}
-    copies = _copies(unlabeled, tests) & set(images.cases)
-    if left_out := sorted(of_patients(images.cases, groupings, tests) | copies):
-        print(
-            f"nnunet_ssl: {len(left_out)} images are not warped onto, because they are test images or "
-            f"show test patients ({a_few(left_out)}).",
-            flush=True,
-        )
-    cases = [case for case in images.cases if case not in left_out]
+    first = {case: entry["raw"][0][1:] for case, entry in UnlabeledManifest.read(images.folder).cases.items()}
+    sizes = {size for size, *_ in first.values()}
+    alike = [stamp(files[0]) for files in tests.values() if os.path.getsize(files[0]) in sizes]
+    return {case for case, raw in first.items() if any(same_content(raw, test) for test in alike)}
+
+
+def far_apart_first(images: PreparedFolder, cases: Collection[str]) -> list[str]:
+    """An order of the images that may be warped onto.
+
+    Args:
+        images: prepared ones.
+        cases: those among them that may.
+    """
     if not cases:
         return []
-    cases = [str(case) for case in np.random.default_rng(0).permutation(cases)]
+    cases = [str(case) for case in np.random.default_rng(0).permutation(sorted(cases))]
     looks = [
         description(load(images.places[case], case)[0])
         for case in tqdm(cases[:DESCRIBED], "Looking at images to warp onto", delay=3, leave=False)
     ]
     return [cases[i] for i in spread_out(np.stack(looks))] + cases[DESCRIBED:]
-
-
-def _copies(images: Mapping[str, list[str]], tests: Mapping[str, list[str]]) -> set[str]:
-    """Images whose first file has the same content as a test image's."""
-    sizes: dict[int, list[str]] = {}
-    for files in tests.values():
-        sizes.setdefault(os.path.getsize(files[0]), []).append(files[0])
-    return {
-        case
-        for case, files in images.items()
-        if (alike := sizes.get(os.path.getsize(files[0]))) and stamp(files[0])[2] in [stamp(file)[2] for file in alike]
-    }

@@ -31,7 +31,7 @@ from nnunet_ssl.losses.ramps import sigmoid_rampup
 from nnunet_ssl.networks.average import WeightAverage
 from nnunet_ssl.networks.feature_tap import FeatureTap
 from nnunet_ssl.randomness import derived_seed, seeded
-from nnunet_ssl.shapes.warped import WarpedFolder
+from nnunet_ssl.shapes.wish import WarpedFolder
 from nnunet_ssl.surroundings import surroundings
 from nnunet_ssl.trainers.data import Data
 from nnunet_ssl.trainers.epoch import Epoch

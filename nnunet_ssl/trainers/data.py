@@ -14,7 +14,8 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunet_ssl.augmentation.deferred import DeferredTransforms
 from nnunet_ssl.augmentation.device import DeviceTransforms
 from nnunet_ssl.shapes.loader import JoinedDataset, WarpedShare
-from nnunet_ssl.shapes.warped import WarpedFolder, Wish, labeled_images, prepare_warps, wait_until_warped
+from nnunet_ssl.shapes.warped import prepare_warps, wait_until_warped
+from nnunet_ssl.shapes.wish import WarpedFolder, Wish, labeled_images
 from nnunet_ssl.unlabeled.case import Preparation
 from nnunet_ssl.unlabeled.elastic import deform_elastically
 from nnunet_ssl.unlabeled.loader import OrderedWorkers, TwoStreamLoader, UnlabeledLoader, start_workers

@@ -11,7 +11,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.figures import warps as module
 from nnunet_ssl.figures.warps import draw_warps
-from nnunet_ssl.shapes.warped import WarpManifest, Wish, prepare_warps
+from nnunet_ssl.shapes.warped import prepare_warps
+from nnunet_ssl.shapes.wish import WarpManifest, Wish
 from nnunet_ssl.unlabeled.prepare import prepare_unlabeled
 
 pytestmark = pytest.mark.usefixtures("quick_registration")

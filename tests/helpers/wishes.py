@@ -8,7 +8,8 @@ from typing import Any
 
 from helpers.datasets import TinyDataset
 from helpers.prepared import prepare
-from nnunet_ssl.shapes.warped import WarpedFolder, Wish, prepare_warps
+from nnunet_ssl.shapes.warped import prepare_warps
+from nnunet_ssl.shapes.wish import WarpedFolder, Wish
 
 
 def wish(

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from helpers.datasets import TinyDataset, make_case, write_images
 from helpers.prepared import prepare
-from helpers.wishes import manifest, warped_in, warps
+from helpers.wishes import manifest, warped_in, warps, wish
 
 from nnunet_ssl.commands.warp import main
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.shapes import targets, warped
-from nnunet_ssl.shapes.targets import find_targets, groups_of_dataset, read_groups
-from nnunet_ssl.shapes.warped import WarpManifest, Wish
+from nnunet_ssl.shapes.targets import groups_of_dataset, read_groups
+from nnunet_ssl.shapes.warped import prepare_warps
+from nnunet_ssl.shapes.wish import WarpManifest, Wish
 from nnunet_ssl.unlabeled.find import GROUPS
 
 pytestmark = pytest.mark.usefixtures("quick_registration")
@@ -138,11 +139,12 @@ def test_patients_and_test_cases_that_are_named_later_count_at_once(dataset):
     labeled = ("tr_01",)
     before = warps(dataset, labeled, ("tr_00",), each=20)
     fixed = lambda made: {manifest(dataset)["cases"][case]["fixed"] for case in made.cases}  # noqa: E731
-    assert fixed(before) >= {"un_00", "un_03", "un_05"}
+    assert fixed(before) >= {"un_00", "un_03", "un_04", "un_05"}
     (dataset.raw / GROUPS).write_text(json.dumps(PATIENTS))
     write_images(dataset.recipe, dataset.raw / "imagesTs", "un_05", np.zeros((1, *dataset.recipe.shape), np.float32))
+    shutil.copy(dataset.raw / "imagesUn" / "un_04_0000.nii.gz", dataset.raw / "imagesTs" / "ts_77_0000.nii.gz")
     after = warps(dataset, labeled, ("tr_00",))
-    assert fixed(before) - fixed(after) == {"un_00", "un_03", "un_05"}
+    assert fixed(before) - fixed(after) == {"un_00", "un_03", "un_04", "un_05"}
     assert {case: before.places[case] for case in after.cases} == after.places  # nothing was made anew
 
 
@@ -174,12 +176,15 @@ def test_a_mended_groups_json_counts_at_once(dataset):
     assert "un_04" in fixed
 
 
-def test_test_images_of_the_dataset_behind_pseudo_labels_count(dataset):
-    name = "Dataset960_Tiny_pseudo1"
-    pseudo = dataset.folders.raw / name
-    pseudo.mkdir()
-    (pseudo / "ssl_pseudolabel.json").write_text(json.dumps({"made_with": {"source": dataset.name}}))
-    assert targets.test_images(name, ".nii.gz").keys() == set(dataset.cases("imagesTs")) != set()
+def test_test_images_of_the_datasets_behind_this_one_count(dataset):
+    """Of a split, and of pseudo-labels of a split."""
+    split, pseudo = "Dataset960_Tiny_split", "Dataset961_Tiny_pseudo1"
+    records = {split: ("ssl_split.json", {"source": dataset.name})}
+    records[pseudo] = "ssl_pseudolabel.json", {"made_with": {"source": split}}
+    for name, (record, content) in records.items():
+        (dataset.folders.raw / name).mkdir()
+        (dataset.folders.raw / name / record).write_text(json.dumps(content))
+        assert targets.test_images(name, ".nii.gz").keys() == set(dataset.cases("imagesTs")) != set()
 
 
 def test_a_file_of_groups_still_counts_beside_one_that_says_otherwise(dataset):
@@ -193,13 +198,21 @@ def test_a_file_of_groups_still_counts_beside_one_that_says_otherwise(dataset):
 
 
 def test_names_of_test_images_count_where_imagesun_is_gone(dataset):
-    prepared = prepare(dataset)
+    prepare(dataset)
     shutil.rmtree(dataset.raw / "imagesUn")
-    assert "ts_00" not in find_targets(dataset.name, ".nii.gz", prepared, [{}])
+    (dataset.raw / GROUPS).unlink()
+    assert wish(dataset).of_tests == {"a_copy", "ts_00"}
+
+
+def test_where_the_raw_dataset_is_gone_it_says_that_test_images_are_not_known(dataset, capsys):
+    this = wish(dataset, ("tr_01",), each=1)
+    shutil.rmtree(dataset.raw)
+    prepare_warps(this, 1)
+    assert f"{dataset.raw} is not there, so test images may be among those warped onto" in capsys.readouterr().out
 
 
 def test_those_left_out_are_named(dataset, capsys):
-    find_targets(dataset.name, ".nii.gz", prepare(dataset), [PATIENTS])
+    warps(dataset, ("tr_01",), each=1)
     told = capsys.readouterr().out
     assert "3 images are not warped onto, because they are test images or show test patients" in told
     assert "(a_copy, ts_00, un_03)" in told

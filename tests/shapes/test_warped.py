@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from helpers.datasets import TinyDataset
+from helpers.datasets import TinyDataset, make_case, write_images
 from helpers.wishes import files, manifest, warped_in, warps, wish
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -29,14 +29,8 @@ from nnunet_ssl.locks import holding
 from nnunet_ssl.shapes import warped
 from nnunet_ssl.shapes.case import load, prepared_volume, structures_of
 from nnunet_ssl.shapes.registration import ITERATIONS, Registration, array, register, warp, warp_labels
-from nnunet_ssl.shapes.warped import (
-    LESS_ALIKE,
-    WarpManifest,
-    labeled_images,
-    prepare_warps,
-    refuse_where_few_register,
-    wait_until_warped,
-)
+from nnunet_ssl.shapes.warped import LESS_ALIKE, prepare_warps, refuse_where_few_register, wait_until_warped
+from nnunet_ssl.shapes.wish import WarpedFolder, WarpManifest, Wish, labeled_images
 from nnunet_ssl.unlabeled import store
 from nnunet_ssl.unlabeled.case import Preparation
 
@@ -46,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAIR = [("tr_00", 1), ("tr_01", 1)]
 
 
-def count_of(made: warped.WarpedFolder) -> list[tuple[str, int]]:
+def count_of(made: WarpedFolder) -> list[tuple[str, int]]:
     """Warps of each labeled case."""
     return sorted(Counter(made.moving.values()).items())
 
@@ -253,6 +247,63 @@ def test_what_a_fold_loses_is_completed_by_the_fold_that_has_it(tiny_copy):
     assert warps(dataset).cases == made.cases
 
 
+def more_images(dataset: TinyDataset, names: list[str]) -> None:
+    rng = np.random.default_rng(9)
+    for case in names:
+        write_images(dataset.recipe, dataset.raw / "imagesUn", case, make_case(dataset.recipe, rng)[0])
+
+
+@pytest.mark.parametrize("each", [30, None])
+def test_images_that_come_later_are_warped_onto(tiny_copy, monkeypatch, each):
+    """With a number that there were too few for, and without one; another fold's cases are that fold's to complete."""
+    monkeypatch.setattr(warped, "BUDGET", 1e6)
+    dataset = tiny_copy("3d")
+    assert count_of(warps(dataset, each=each)) == [("tr_00", 4), ("tr_01", 4)]
+    before = files(dataset)
+    more_images(dataset, ["new_0", "new_1"])
+    assert count_of(warps(dataset, ("tr_00",))) == [("tr_00", 6)]
+    assert count_of(warps(dataset, ("tr_01",))) == [("tr_01", 6)]
+    assert files(dataset).items() > before.items()
+    done = files(dataset)
+    assert count_of(warps(dataset)) == [("tr_00", 6), ("tr_01", 6)]
+    assert files(dataset) == done
+
+
+def test_where_there_were_enough_images_more_change_nothing(tiny_copy, capsys):
+    dataset = tiny_copy("3d")
+    first = warps(dataset, each=2)
+    more_images(dataset, ["new_0"])
+    wish(dataset)  # prepares it
+    capsys.readouterr()
+    assert warps(dataset) == first
+    assert capsys.readouterr().out == ""
+
+
+def test_pairs_that_were_dropped_are_tried_again_when_their_images_have_changed(tiny_copy, monkeypatch):
+    dataset = tiny_copy("3d")
+    with monkeypatch.context() as patch:
+        patch.setattr("nnunet_ssl.shapes.case.why_not", lambda *_: "fold")
+        with pytest.raises(UserError, match="of 4 pairs of images only 0"):
+            warps(dataset, ("tr_00",), each=3)
+    with pytest.raises(UserError, match="of 4 pairs of images only 0"):  # the same images: not again
+        warps(dataset, ("tr_00",), each=3)
+    shutil.rmtree(dataset.raw / "imagesUn")
+    more_images(dataset, [f"good_{i}" for i in range(4)])
+    assert count_of(warps(dataset, ("tr_00",))) == [("tr_00", 3)]
+    assert not any(entry["why"] == "fold" for entry in manifest(dataset)["dropped"].values())
+
+
+def test_dropped_pairs_of_another_fold_are_kept(tiny_copy, monkeypatch):
+    dataset = tiny_copy("3d")
+    with monkeypatch.context() as patch:
+        patch.setattr("nnunet_ssl.shapes.case.why_not", lambda *_: "fold")
+        with pytest.raises(UserError):
+            warps(dataset, ("tr_00",), each=3)
+    warps(dataset, ("tr_01",), each=3)
+    dropped = [entry["moving"] for entry in manifest(dataset)["dropped"].values() if entry["why"] == "fold"]
+    assert dropped == ["tr_00"] * 4
+
+
 def test_other_plans_redo_all(tiny_copy):
     dataset = tiny_copy("3d")
     before = warps(dataset, ("tr_00",), each=1)
@@ -418,7 +469,7 @@ def test_a_second_process_waits_for_the_first_and_takes_what_it_has_made(tiny_co
         assert not found
         # the first, which holds the lock, makes them in another folder and puts them there
         with monkeypatch.context() as patch:
-            patch.setattr(warped.Wish, "folder", property(lambda wish: f"{wish.labeled_folder}_first"))
+            patch.setattr(Wish, "folder", property(lambda wish: f"{wish.labeled_folder}_first"))
             first = prepare_warps(this, 1)
         for entry in Path(first.folder).iterdir():
             if entry.name != ".lock":

@@ -16,7 +16,7 @@ from helpers.steps import stepped
 import nnunet_ssl.trainers as trainers
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.shapes.loader import JoinedDataset
-from nnunet_ssl.shapes.warped import WarpManifest
+from nnunet_ssl.shapes.wish import WarpManifest
 
 NAME = "nnUNetTrainerWarps_3epochs"
 
