@@ -98,15 +98,30 @@ class SHTABranch(nn.Module):
         Returns:
             The terms of :class:`nnunet_ssl.losses.shta.SHTATerms`.
         """
+        counted = None if self.ignore_label is None else labels != self.ignore_label
         with torch.autocast(feature.device.type, enabled=False):
             y_tok, _ = token_class_distribution(
                 labels[:, 0], self.stride, self.num_classes, self.ignore_label, self.min_valid_fraction
             )
-            return self.loss(self.embed(self.tokens(feature)).flatten(0, 1), y_tok.flatten(0, 1))
+            return self.loss(self.embed(self.tokens(feature, counted)).flatten(0, 1), y_tok.flatten(0, 1))
 
-    def tokens(self, feature: Tensor) -> Tensor:
-        """P of Eq. 1: the mean feature of each token, ``[B, C, *patch]`` -> ``[B, L, C]`` float32, in C order."""
-        return average_pool(feature, self.stride).float().flatten(2).transpose(1, 2)
+    def tokens(self, feature: Tensor, counted: Tensor | None = None) -> Tensor:
+        """P of Eq. 1: the mean feature of each token.
+
+        Args:
+            feature: ``[B, C, *patch]``.
+            counted: voxels that the means are over, ``[B, 1, *patch]`` bool; None for all. A token without any is 0.
+
+        Returns:
+            ``[B, L, C]`` float32, in C order.
+        """
+        if counted is None:
+            means = average_pool(feature, self.stride).float()
+        else:
+            share = average_pool(counted.float(), self.stride)
+            means = average_pool(feature * counted, self.stride).float()
+            means = means / torch.where(share > 0, share, 1.0)
+        return means.flatten(2).transpose(1, 2)
 
 
 def average_pool(feature: Tensor, stride: Sequence[int]) -> Tensor:

@@ -55,18 +55,30 @@ def test_what_no_stride_can_cap_is_one_token_a_sample():
     assert token_stride((7, 5, 11), (1, 1, 1), 100, 50) == [7, 5, 11]
 
 
+@pytest.mark.parametrize("ignored", [0.0, 0.3])
 @pytest.mark.parametrize("spatial", [(8, 12), (4, 8, 12)])
-def test_tokens_and_shares_are_aligned(spatial):
-    """A feature that is the one-hot label map must be embedded token by token as the shares are counted."""
+def test_tokens_and_shares_are_aligned(spatial, ignored):
+    """A feature that is the one-hot label map must be embedded token by token as the shares are counted.
+
+    What it is where labels are ignored is no matter, and a token may be ignored as a whole.
+    """
     stride = (4,) * len(spatial)
     labels = torch.randint(0, 3, (2, 1, *spatial))
     feature = torch.nn.functional.one_hot(labels[:, 0], 3).movedim(-1, 1).float()
-    branch = SHTABranch(3, stride, 3, 8, 3)
+    if ignored:
+        nowhere = torch.rand(labels.shape) < ignored
+        nowhere[..., :4, :4] = True
+        feature = torch.where(nowhere, 100.0, feature)
+        labels[nowhere] = 3
+    branch = SHTABranch(3, stride, 3, 8, 3, ignore_label=3 if ignored else None)
     branch.embed = torch.nn.Identity()
     seen = {}
     branch.loss.register_forward_pre_hook(lambda _, inputs: seen.update(z=inputs[0], y=inputs[1]))
     branch(feature, labels)
-    torch.testing.assert_close(seen["z"], seen["y"])
+    valid = seen["y"].sum(1) > 0
+    torch.testing.assert_close(seen["z"][valid], seen["y"][valid])
+    assert valid.sum() > 0
+    assert bool(ignored) != bool(valid.all())
 
 
 def test_under_autocast_everything_after_the_pooling_is_fp32():
