@@ -171,9 +171,8 @@ def test_the_ramp_and_the_weight(tiny, make_trainer, name):
     assert trainer.term_weights()["consistency"] < 0.01
 
 
-@pytest.mark.parametrize("name", ["nnUNetTrainerUAMT", "nnUNetTrainerSHTA_MeanTeacher"])
-def test_shta_and_steps(tiny, make_trainer, name):
-    assert stepped(make_trainer(name, tiny()))
+def test_ua_mt_steps(tiny, make_trainer):
+    assert stepped(make_trainer("nnUNetTrainerUAMT", tiny()))
 
 
 @pytest.mark.slow

@@ -114,10 +114,6 @@ def test_resumed_it_ends_with_the_weights_of_an_uninterrupted_run(tiny, make_tra
     assert_resumed_equals_uninterrupted(lambda: make_trainer(f"{NAME}_2epochs", tiny(), settings=settings))
 
 
-def test_shta(tiny, make_trainer):
-    assert stepped(make_trainer("nnUNetTrainerSHTA_MiDSS", tiny()))
-
-
 @pytest.mark.slow
 def test_nnunets_commands_train_continue_validate_and_predict(tiny_copy, run_nnunet, tmp_path):
     terms = {"loss_sup", "loss_consistency", "loss_guided", "midss_guided"}

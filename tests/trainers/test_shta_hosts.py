@@ -34,6 +34,24 @@ def test_switched_off_it_leaves_the_hosts_weights_bit_for_bit(tiny, make_trainer
     assert not all(torch.equal(p, on[n]) for n, p in plain.items())
 
 
+@pytest.mark.parametrize("host", trainers.SHTA_HOSTS)
+def test_on_every_host_it_is_called_once_for_each_network_that_has_it_and_teaches_that(tiny, make_trainer, host):
+    trainer = make_trainer(f"nnUNetTrainerSHTA_{host}", tiny(), settings={"shta_attach": "all"})
+    batch, calls = a_batch(trainer), []
+    for name in trainer.networks_with_shta():
+        branch = trainer.training_modules[f"shta_{name}"]
+        branch.register_forward_pre_hook(lambda _, inputs, name=name: calls.append((name, len(inputs[0]))))
+    terms = [passed | trainer.take_terms_of_features() for passed in trainer.losses(trainer._to_device(batch))]
+    assert sorted(calls) == [(name, trainer.batch_size) for name in sorted(trainer.networks_with_shta())]
+    of_shta = [passed["shta"] for passed in terms if "shta" in passed]
+    assert len(of_shta) == len(calls)
+    taught = torch.autograd.grad(of_shta[0], list(trainer.plans_network.parameters()), allow_unused=True)
+    assert len(calls) > 1 or any(gradient is not None and gradient.any() for gradient in taught)
+    steered = [p for optimizer in trainer._optimizers() for group in optimizer.param_groups for p in group["params"]]
+    learning = [*trainer.plans_network.parameters(), *trainer.training_modules.parameters()]
+    assert sorted(map(id, steered)) == sorted({id(p) for p in learning if p.requires_grad})
+
+
 @pytest.mark.parametrize("kind", ["2d", "anisotropic", "ignore", "multichannel"])
 @pytest.mark.parametrize("host", ["GACPS", "URPC", "MagicNet"])
 def test_every_kind_of_data(tiny, make_trainer, host, kind):

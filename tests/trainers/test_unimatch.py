@@ -131,10 +131,6 @@ def test_resumed_it_ends_with_the_weights_of_an_uninterrupted_run(tiny, make_tra
     assert_resumed_equals_uninterrupted(lambda: make_trainer(f"{NAME}_2epochs", tiny(), settings=settings))
 
 
-def test_shta(tiny, make_trainer):
-    assert stepped(make_trainer("nnUNetTrainerSHTA_UniMatch", tiny()))
-
-
 @pytest.mark.slow
 def test_nnunets_commands_train_continue_validate_and_predict(tiny_copy, run_nnunet, tmp_path):
     terms = {"loss_sup", "loss_strong", "loss_feature", "unimatch_sure"}
