@@ -18,6 +18,7 @@ from nnunet_ssl.evaluation.draws import MIN_DRAWS, mean_of_units, mean_over_draw
 from nnunet_ssl.evaluation.metrics import METRICS
 from nnunet_ssl.evaluation.summary import nanmean
 from nnunet_ssl.files import read_json
+from nnunet_ssl.unlabeled.find import read_dataset_json
 
 Summaries = dict[tuple[str, int], dict[str, Any]]  # of a table's finished runs, by row and seed
 
@@ -118,22 +119,23 @@ def case_values(summary: dict[str, Any], key: str) -> np.ndarray:
 
 
 def groups_of_cases(benchmark: Benchmark) -> dict[str, str]:
-    """Case -> patient, from the first raw dataset that has a ``groups.json``; empty where none has."""
+    """Name of a label file -> patient, from the first raw dataset that has a ``groups.json``; empty where none has."""
     for number in benchmark.ids.values():
         for file in sorted(benchmark.raw.glob(f"Dataset{number:03d}_*/groups.json")):
             groups = read_json(file, "Make the dataset again.")
             if wrong := [case for case, patient in groups.items() if not isinstance(patient, str)]:
                 raise UserError(f"{file} has {groups[wrong[0]]!r} as the patient of {wrong[0]}; write its name.")
-            return groups
+            ending = read_dataset_json(str(file.parent))["file_ending"]
+            return {case + ending: patient for case, patient in groups.items()}
     return {}
 
 
 def units_of(p: Protocol, summary: dict[str, Any], groups: dict[str, str]) -> list[str]:
-    """What counts as one when cases are resampled, for each case by name: its patient, or the case itself."""
-    cases = [os.path.basename(case["reference_file"]).split(".")[0] for case in _by_name(summary)]
-    if groups and (without := [case for case in cases if case not in groups]):
-        raise UserError(f"groups.json of {p.name}'s datasets names no patient of {without[0]}; add it.")
-    return [groups.get(case, case) for case in cases]
+    """What counts as one when cases are resampled, for each case by name: its patient, or its label file's name."""
+    files = [os.path.basename(case["reference_file"]) for case in _by_name(summary)]
+    if groups and (without := [file for file in files if file not in groups]):
+        raise UserError(f"groups.json of {p.name}'s datasets names no patient of {without[0]}; add its case.")
+    return [groups.get(file, file) for file in files]
 
 
 def _gains(done: Summaries, row: str, other: str, seeds: Sequence[int], key: str) -> np.ndarray:

@@ -17,14 +17,14 @@ from nnunet_ssl.evaluation.metrics import METRICS
 CASES = ("case_a", "case_b", "case_c")
 
 
-def summary(dice, hd95):
+def summary(dice, hd95, cases=CASES):
     """A summary as ``nnUNetv2_ssl_evaluate`` writes it; ``dice`` is ``[cases, 2]``, ``hd95`` the same for all."""
     per_case = [
         {
             "reference_file": f"labelsTs/{case}.nii.gz",
             "metrics": {label: {"Dice": row[i], "HD95": hd95} for i, label in enumerate(("1", "2"))},
         }
-        for case, row in zip(CASES, dice, strict=True)
+        for case, row in zip(cases, dice, strict=True)
     ]
     mean = {label: {"Dice": float(np.nanmean([row[i] for row in dice])), "HD95": hd95} for i, label in enumerate("12")}
     return {
@@ -191,9 +191,9 @@ def test_cases_are_matched_by_name():
 
 @pytest.fixture
 def over_three(given, make_benchmark, write_times, tmp_path):
-    """``over_three(groups)``: all runs of three labeled sets, CPS half-way between labels only and more labels."""
+    """``over_three(groups, cases)``: all runs of three labeled sets, CPS half-way from labels only to more labels."""
 
-    def make(groups=None):
+    def make(groups=None, cases=CASES):
         given["seeds"] = [0, 1, 2]
         given["budgets"] = [{"minutes": 10}]
         given["gap"] = {"lower": "Labels only", "upper": "More labels"}
@@ -204,6 +204,8 @@ def over_three(given, make_benchmark, write_times, tmp_path):
             folder = tmp_path / "raw" / f"Dataset{min(benchmark.ids.values())}_X"
             folder.mkdir()
             (folder / "groups.json").write_text(json.dumps(groups))
+            content = {"channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}
+            (folder / "dataset.json").write_text(json.dumps(content))
         rng = np.random.default_rng(0)
         for seed in benchmark.protocol.seeds:
             of_cases = rng.normal(0.4, 0.02, (2, 3, 2))
@@ -215,7 +217,7 @@ def over_three(given, make_benchmark, write_times, tmp_path):
                     for epoch in (2, 4):
                         file = benchmark.summary(run, epoch)
                         file.parent.mkdir(parents=True)
-                        file.write_text(json.dumps(summary(dice[run.row.name].tolist(), 4.0)))
+                        file.write_text(json.dumps(summary(dice[run.row.name].tolist(), 4.0, cases)))
         return benchmark
 
     return make
@@ -244,6 +246,21 @@ def test_cases_of_a_patient_count_as_one(over_three):
     assert "Over 3 labeled sets and 2 patients" in text
     results = json.loads((benchmark.home / "results.json").read_text())
     assert {d["cases"] for d in results["tables"][0]["differences"]} == {2}
+
+
+@pytest.mark.parametrize(
+    ("groups", "told", "units"),
+    [
+        (None, "3 cases", 3),
+        ({"1.2.a": "p1", "1.2.b": "p1", "1.2.c": "p2"}, "2 patients", 2),
+    ],
+)
+def test_names_with_dots_are_names_of_different_cases(over_three, groups, told, units):
+    """As DICOM's UIDs are: only the file ending is no part of the name."""
+    benchmark = over_three(groups, ("1.2.a", "1.2.b", "1.2.c"))
+    assert f"Over 3 labeled sets and {told}" in write_report(benchmark)
+    results = json.loads((benchmark.home / "results.json").read_text())
+    assert {d["cases"] for d in results["tables"][0]["differences"]} == {units}
 
 
 def test_a_case_without_a_patient_is_refused(over_three):
