@@ -86,6 +86,11 @@ def _check_rows(protocol: Protocol, file: Path) -> None:
         where = f"{file}, rows[{number}],"
         if keys.index(row.key) < number:
             raise UserError(f"{where} is named {row.name!r}, as another row is (but for signs); rename one.")
+        if row.self_training and any(option.startswith("--f") for option in row.self_training.options):  # or --fin=9
+            raise UserError(
+                f"{where} gives 'self_training' the option --finish, but the model that is tested is that of fold 0, "
+                "not the finished one of fold 1; remove it."
+            )
         student = row.self_training.student if row.self_training else None
         for field, trainer in (("trainer", row.trainer), ("pretrained_by", row.pretrained_by), ("student", student)):
             if trainer is None:

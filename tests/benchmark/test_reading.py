@@ -104,6 +104,8 @@ def set_(*path):
         (set_("rows", 0, "self_training", {"round": 2}), r"rows\[0\], self_training, sets 'round'"),
         (set_("rows", 0, "self_training", {"student": "nnUNetTrainerCP"}), r"'student' .* mean nnUNetTrainerCPS\?"),
         (set_("rows", 0, "self_training", {"student": "nnUNetTrainerMAE"}), "'student' .* does not segment"),
+        (set_("rows", 0, "self_training", {"options": ["--finish", 4]}), "option --finish, .*; remove it"),
+        (set_("rows", 0, "self_training", {"options": ["--fin=4"]}), r"rows\[0\], gives .* option --finish"),
         (set_("rows", 1, "self_training", {"student": "nnUNetTrainerURPC"}), "CPS.* sets 'cps_weight'"),
         (set_("rows", 1, "pretrained_by", "nnUNetTrainerCPS"), "'pretrained_by' to its own trainer"),
         (
