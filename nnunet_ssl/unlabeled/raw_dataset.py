@@ -16,6 +16,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import replacing, write_json
 from nnunet_ssl.unlabeled.find import GROUPS, UNLABELED_FOLDER, required_folder, with_spacing
 from nnunet_ssl.unlabeled.folds import SPLITS
+from nnunet_ssl.unlabeled.groups import all_groups
 
 
 class Split(NamedTuple):
@@ -77,7 +78,7 @@ def write_dataset(
     copy: bool,
     labeled_elsewhere: Collection[str] = (),
 ) -> None:
-    """Write the images, labels, ``dataset.json`` and ``splits_final.json`` of a new raw dataset.
+    """Write the images, labels, ``dataset.json``, ``splits_final.json`` and groups of a new raw dataset.
 
     Args:
         folder, name: to write into, directly below ``nnUNet_raw``, and the new dataset's name.
@@ -112,8 +113,8 @@ def write_dataset(
     def put_label(case: str, label_folder: str) -> None:
         put_case(case, label_folder, [_label_file(source_folder, dataset_json, case)], [case + ending])
 
-    if os.path.isfile(groups := os.path.join(source_folder, GROUPS)):
-        shutil.copyfile(groups, os.path.join(folder, GROUPS))
+    if groups := all_groups(os.path.basename(source_folder)):
+        write_json(os.path.join(folder, GROUPS), groups)
     for case in {*split.labeled, *split.validation}:
         put_image(case, "imagesTr")
         if case not in labeled_elsewhere:

@@ -15,6 +15,7 @@ from helpers.datasets import TinyDataset
 
 from nnunet_ssl.commands import split as command
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.unlabeled.groups import groups_of_dataset
 from nnunet_ssl.unlabeled.split import choose, split_dataset
 
 CASES = [f"case_{i:02d}" for i in range(20)]
@@ -242,11 +243,16 @@ def test_a_foreign_dataset_json_writes_nothing_elsewhere(tiny_copy, tmp_path, co
     assert split_dataset(dataset.id, 951, "4", "1", copy=copy)[1].labeled
 
 
-def test_who_is_of_which_patient_goes_along(tiny_copy):
+@pytest.mark.parametrize("place", ["raw", "preprocessed", "kept by nnUNetv2_ssl_warp --groups"])
+def test_who_is_of_which_patient_goes_along(tiny_copy, place):
     dataset = tiny_copy("3d")
-    (dataset.raw / "groups.json").write_text('{"tr_00": "p", "un_00": "p"}')
+    warps = dataset.preprocessed / "nnUNetPlans_3d_fullres_warped"
+    folder = {"raw": dataset.raw, "preprocessed": dataset.preprocessed}.get(place, warps)
+    folder.mkdir(exist_ok=True)
+    (folder / "groups.json").write_text('{"tr_00": "p", "un_00": "p"}')
     name, _ = split_dataset(dataset.id, 951, "2", "1")
-    assert (dataset.folders.raw / name / "groups.json").read_text() == '{"tr_00": "p", "un_00": "p"}'
+    assert groups_of_dataset(name) == {"tr_00": "p", "un_00": "p"}
+    assert json.loads((dataset.folders.raw / name / "groups.json").read_text()) == {"tr_00": "p", "un_00": "p"}
 
 
 def test_hidden_files_are_no_cases(tiny_copy):

@@ -1,0 +1,60 @@
+"""Whose case is whose, where patients have several: ``groups.json``, case -> patient."""
+
+from __future__ import annotations
+
+import glob
+import os
+
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from scipy.cluster.hierarchy import DisjointSet
+
+from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import read_json
+from nnunet_ssl.unlabeled.find import GROUPS
+
+
+def read_groups(file: str) -> dict[str, str]:
+    """Read which case is of which patient: a JSON object of case names and patients.
+
+    Raises:
+        UserError: it is something else.
+    """
+    remedy = 'Write one JSON object, {"case": "patient", ...}, of all cases of patients who have several.'
+    groups = read_json(file, remedy)
+    for case, patient in groups.items():
+        if not isinstance(patient, str):
+            raise UserError(f"{file} gives {case!r} the patient {patient!r}, not a text. {remedy}")
+    return groups
+
+
+def groups_of_dataset(dataset_name: str) -> dict[str, str]:
+    """What the dataset's ``groups.json`` says, raw or preprocessed; empty without one."""
+    for base in (nnUNet_raw.get(), nnUNet_preprocessed.get()):
+        file = os.path.join(base or os.devnull, dataset_name, GROUPS)
+        if os.path.isfile(file):
+            return read_groups(file)
+    return {}
+
+
+def all_groups(dataset_name: str) -> dict[str, str]:
+    """The dataset's groups, and those that ``nnUNetv2_ssl_warp --groups`` keeps beside its warps, in one.
+
+    Cases that any of them gives to one patient are of one patient. A case that none names is a patient by itself, of
+    its own name. Empty where there are no groups.
+
+    Raises:
+        UserError: a file holds something else.
+    """
+    folder = os.path.join(nnUNet_preprocessed.get() or os.devnull, dataset_name)
+    kept = sorted(glob.glob(os.path.join(glob.escape(folder), "*_warped*", GROUPS)))
+    groupings = [groups_of_dataset(dataset_name), *map(read_groups, kept)]
+    same = DisjointSet()
+    for groups in groupings:
+        for case, patient in groups.items():
+            same.add(case)
+            same.add(patient)
+            same.merge(case, patient)
+    names: dict[str, str] = {}
+    found = {case: names.setdefault(same[case], patient) for groups in groupings for case, patient in groups.items()}
+    # a patient may bear the name of a case that no file lists
+    return found | {name: names[same[name]] for name in same if name not in found and name != names[same[name]]}
