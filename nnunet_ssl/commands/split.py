@@ -11,6 +11,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="nnUNetv2_ssl_split",
         description="Make a second raw dataset, of links, in which few cases have labels and the rest are unlabeled. "
         "N is a number of cases, a fraction of all cases except test cases (0.1), or a file with one case per line. "
+        "If the dataset has a groups.json, numbers and fractions count patients. "
         "With one seed, a larger labeled set contains the smaller ones.",
     )
     add_shared(parser, "-d", help="Name or id of the labeled dataset")

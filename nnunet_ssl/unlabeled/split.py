@@ -7,6 +7,10 @@ new dataset can see a hidden label, since there is no path to one; here they are
 Which cases: one order of all cases of the source's ``imagesTr``, a permutation drawn from the seed, less those that a
 list names. Labeled cases are taken from its front, validation cases from its end. So the first 5 are among the first
 10, no matter what the validation cases are, and the validation cases stay the same when more are labeled.
+
+Where the source says which case is of which patient, the order is one of patients, numbers count patients, and each
+comes with all cases. What lists leave of a validation or test patient is left out, in ``imagesUn`` too. Without such
+groups each case is a patient by itself.
 """
 
 from __future__ import annotations
@@ -16,11 +20,13 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
 
 import numpy as np
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_text, write_json
+from nnunet_ssl.names import a_few
 from nnunet_ssl.unlabeled.find import (
     UNLABELED_FOLDER,
     find_images,
@@ -29,6 +35,7 @@ from nnunet_ssl.unlabeled.find import (
     required_folder,
     resolve_dataset,
 )
+from nnunet_ssl.unlabeled.groups import all_groups
 from nnunet_ssl.unlabeled.raw_dataset import Split, absent, new_dataset, refuse_existing, write_dataset
 
 RECORD = "ssl_split.json"  # how the dataset came about, and who is what
@@ -50,7 +57,7 @@ def split_dataset(
         source: id or name of a labeled raw dataset.
         target_id: id of the new dataset.
         labeled: how many cases keep their label: a number, a fraction of all cases but the test cases, or a file that
-            lists them (one a line, or a JSON list).
+            lists them (one a line, or a JSON list). Numbers and fractions are of patients, if the source has groups.
         validation: the same for the validation cases; None validates on the labeled cases.
         test: a file that lists the test cases.
         seed: draws the order that numbers and fractions take from.
@@ -81,8 +88,13 @@ def split_dataset(
             f"{source_folder}/dataset.json. Convert it."
         )
     unlabeled = _already_unlabeled(source_folder, dataset_json, images)
-    split = choose(list(images), labeled, validation, test, seed, source)
-    split = split._replace(unlabeled=sorted([*split.unlabeled, *unlabeled]))
+    groups = all_groups(source)
+    split = choose(list(images), labeled, validation, test, seed, source, groups)
+    judging = {groups.get(case, case) for case in (*split.validation, *split.test)}
+    rest = sorted([*split.unlabeled, *unlabeled])
+    split = split._replace(unlabeled=[case for case in rest if groups.get(case, case) not in judging])
+    if left_out := sorted(set(rest) - set(split.unlabeled)):
+        print(f"{len(left_out)} further images of validation and test patients are left out ({a_few(left_out)}).")
     target = _target_name(target_id, name, source, len(split.labeled))
     refuse_existing(target_id, target)
 
@@ -93,26 +105,38 @@ def split_dataset(
     return target, split
 
 
-def choose(cases: list[str], labeled: str, validation: str | None, test: str | None, seed: int, source: str) -> Split:
+def choose(
+    cases: list[str],
+    labeled: str,
+    validation: str | None,
+    test: str | None,
+    seed: int,
+    source: str,
+    groups: Mapping[str, str] | None = None,
+) -> Split:
     """Divide the cases that have a label by the rule at the top of this file; each part of the split is sorted.
 
-    The other arguments are those of ``split_dataset``; ``source`` is the dataset's name, for messages.
+    ``groups`` is case -> patient; a case that it does not name is a patient by itself. The other arguments are those of
+    ``split_dataset``; ``source`` is the dataset's name, for messages.
 
     Raises:
-        UserError: a list names a case that is not there or one twice, or the numbers ask for more than there are.
+        UserError: a list names a case that is not there or one twice, two lists name one patient, or the numbers ask
+            for more than there are.
     """
+    patient = {case: (groups or {}).get(case, case) for case in cases}
     lists = {
         option: _read_cases(value, option, cases, source)
         for option, value in (("--labeled", labeled), ("--val", validation), ("--test", test))
         if value is not None and (option == "--test" or not _is_number(value))
     }
-    _refuse_shared(lists)
-    listed = {case for names in lists.values() for case in names}
+    _refuse_shared(lists, patient)
+    listed = {patient[case] for names in lists.values() for case in names}
     test_cases = lists.get("--test", [])
-    order = [sorted(cases)[i] for i in np.random.RandomState(seed).permutation(len(cases))]
-    free = [case for case in order if case not in listed]
+    patients = sorted(set(patient.values()))
+    order = [patients[i] for i in np.random.RandomState(seed).permutation(len(patients))]
+    free = [name for name in order if name not in listed]
 
-    num_available = len(cases) - len(test_cases)
+    num_available = len(patients) - len({patient[case] for case in test_cases})
     num_labeled = 0 if "--labeled" in lists else _count(labeled, "--labeled", num_available)
     num_validation = 0 if validation is None or "--val" in lists else _count(validation, "--val", num_available)
     if num_labeled + num_validation > len(free):
@@ -122,11 +146,15 @@ def choose(cases: list[str], labeled: str, validation: str | None, test: str | N
             if number
         )
         raise UserError(
-            f"{wanted} ask for {num_labeled + num_validation} cases, but {source} has {len(free)} that no list names "
-            f"({len(cases)} in all). Ask for fewer."
+            f"{wanted} ask for {num_labeled + num_validation} {'patients' if groups else 'cases'}, but {source} has "
+            f"{len(free)} that no list names ({len(patients)} in all). Ask for fewer."
         )
-    labeled_cases = lists.get("--labeled", free[:num_labeled])
-    validation_cases = lists.get("--val", free[len(free) - num_validation :])
+
+    drawn = free[:num_labeled], free[len(free) - num_validation :]
+    labeled_cases, validation_cases = (
+        lists.get(option, [case for case in cases if patient[case] in names])
+        for option, names in zip(("--labeled", "--val"), drawn, strict=True)
+    )
     taken = {*labeled_cases, *validation_cases, *test_cases}
     return Split(
         sorted(labeled_cases),
@@ -215,7 +243,9 @@ def _read_cases(file: str, option: str, cases: list[str], source: str) -> list[s
     return names
 
 
-def _refuse_shared(lists: dict[str, list[str]]) -> None:
+def _refuse_shared(lists: dict[str, list[str]], patient: Mapping[str, str]) -> None:
     for one, other in itertools.combinations(sorted(lists), 2):
         if shared := sorted(set(lists[one]) & set(lists[other])):
             raise UserError(f"{one} and {other} both name {shared[0]}. A case can be one thing only: remove one.")
+        if shared := sorted({patient[case] for case in lists[one]} & {patient[case] for case in lists[other]}):
+            raise UserError(f"{one} and {other} both name cases of the patient {shared[0]}; keep them in one of them.")

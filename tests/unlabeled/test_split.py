@@ -25,8 +25,11 @@ def files_below(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-def pick(labeled: str, val: str | None = None, test: str | None = None, seed: int = 0):
-    return choose(CASES, labeled, val, test, seed, "Dataset004_X")
+GROUPS = {case: f"patient_{i // 3}" for i, case in enumerate(CASES[:18])}  # the last two are patients by themselves
+
+
+def pick(labeled: str, val: str | None = None, test: str | None = None, seed: int = 0, groups: dict | None = None):
+    return choose(CASES, labeled, val, test, seed, "Dataset004_X", groups)
 
 
 def test_orders_are_nested_whatever_the_validation_cases_are():
@@ -60,6 +63,53 @@ def test_lists_are_taken_as_they_are_and_nobody_else_gets_their_cases(tmp_path):
     ten, five = (pick(n, str(tmp_path / "val.txt")).labeled for n in ("10", "5"))
     assert set(five) < set(ten)
     assert not {"case_00", "case_02"} & set(ten)
+
+
+def patients(cases: list[str]) -> set[str]:
+    return {GROUPS.get(case, case) for case in cases}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_patient_is_in_two_parts(tmp_path, seed):
+    """Numbers count patients, each with all cases; what a list leaves of its patients is nobody else's."""
+    (tmp_path / "test.txt").write_text("case_00\ncase_03\n")
+    for test, free in ((None, 8), (str(tmp_path / "test.txt"), 6)):
+        nested = [pick(n, "2", test, seed, GROUPS) for n in ("1", "2", "0.5")]
+        assert [len(patients(split.labeled)) for split in nested] == [1, 2, free // 2]
+        assert set(nested[0].labeled) < set(nested[1].labeled) < set(nested[2].labeled)
+        for split in nested:
+            assert len(patients(split.validation)) == 2
+            assert split.validation == nested[0].validation
+            assert sorted(itertools.chain(*split)) == CASES
+            for one, other in itertools.combinations((split.labeled, split.validation, split.test), 2):
+                assert not patients(one) & patients(other)
+            if test is None:
+                assert not patients(split.unlabeled) & patients([*split.labeled, *split.validation])
+    with pytest.raises(UserError, match=r"ask for 9 patients, but Dataset004_X has 8 that no list names \(8 in all\)"):
+        pick("7", "2", seed=seed, groups=GROUPS)
+
+
+def test_lists_that_part_a_patient_are_refused(tmp_path):
+    files = {}
+    for case in ("case_00", "case_01", "case_03"):
+        files[case] = str(tmp_path / case)
+        (tmp_path / case).write_text(case)
+    for options in ((0, 1, None), (0, None, 1), (None, 0, 1)):
+        values = [value if value is None else files[f"case_0{value}"] for value in options]
+        values[0] = values[0] or "1"
+        with pytest.raises(UserError, match=r"both name cases of the patient patient_0; keep them in one of them"):
+            pick(*values, groups=GROUPS)
+        assert pick(*values)  # without groups they are strangers
+    assert pick(files["case_00"], files["case_03"], groups=GROUPS).labeled == ["case_00"]
+
+
+def test_without_groups_splits_are_as_they_always_were(tmp_path):
+    """The cases of a seed, as the version before groups drew them."""
+    (tmp_path / "test.txt").write_text("case_03\ncase_07\n")
+    split = pick("0.25", "2", str(tmp_path / "test.txt"), 3)
+    assert split.labeled == ["case_01", "case_02", "case_14", "case_17"]
+    assert split.validation == ["case_08", "case_10"]
+    assert pick("0.25", "2", str(tmp_path / "test.txt"), 3, {}) == split
 
 
 @pytest.fixture
@@ -253,6 +303,26 @@ def test_who_is_of_which_patient_goes_along(tiny_copy, place):
     name, _ = split_dataset(dataset.id, 951, "2", "1")
     assert groups_of_dataset(name) == {"tr_00": "p", "un_00": "p"}
     assert json.loads((dataset.folders.raw / name / "groups.json").read_text()) == {"tr_00": "p", "un_00": "p"}
+
+
+@pytest.mark.parametrize("place", ["raw", "preprocessed"])
+def test_who_is_of_which_patient_is_obeyed(tiny_copy, tmp_path, capsys, place):
+    """Further images of a patient who tests are nobody's to train on, in the source's imagesUn neither."""
+    dataset = tiny_copy("3d")
+    first, second, *others = dataset.cases("imagesTr")
+    groups = {first: "p", second: "p", dataset.cases("imagesUn")[0]: "p", **dict.fromkeys(others, "q")}
+    (getattr(dataset, place) / "groups.json").write_text(json.dumps(groups))
+    (tmp_path / "test.txt").write_text(first)
+    name, split = split_dataset(dataset.id, 951, "1", test=str(tmp_path / "test.txt"))
+    assert split.labeled == others  # one patient
+    assert split.unlabeled == dataset.cases("imagesUn")[1:]
+    assert sorted(dataset.folders.raw.joinpath(name, "imagesUn").iterdir()) == [
+        dataset.folders.raw / name / "imagesUn" / f"{case}_0000.nii.gz" for case in split.unlabeled
+    ]
+    out = capsys.readouterr().out
+    assert f"2 further images of validation and test patients are left out ({second}, " in out
+    with pytest.raises(UserError, match=r"--labeled 2 \(2\) ask for 2 patients"):
+        split_dataset(dataset.id, 952, "2", test=str(tmp_path / "test.txt"))
 
 
 def test_hidden_files_are_no_cases(tiny_copy):
