@@ -49,7 +49,6 @@ def main(argv: list[str] | None = None) -> None:
     from nnunetv2.configuration import default_num_processes
 
     from nnunet_ssl.figures.warps import draw_warps
-    from nnunet_ssl.shapes.targets import read_groups
     from nnunet_ssl.shapes.warped import prepare_warps
     from nnunet_ssl.shapes.wish import Wish, labeled_images
     from nnunet_ssl.unlabeled.case import Preparation
@@ -62,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         resolve_dataset,
     )
     from nnunet_ssl.unlabeled.folds import trained_with
+    from nnunet_ssl.unlabeled.groups import read_groups
     from nnunet_ssl.unlabeled.prepare import prepare_unlabeled
 
     dataset = resolve_dataset(args.dataset)

@@ -6,42 +6,18 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.paths import nnUNet_raw
 from tqdm import tqdm
 
-from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_json, same_content, stamp
 from nnunet_ssl.shapes.case import load
 from nnunet_ssl.shapes.pairs import description, spread_out
-from nnunet_ssl.unlabeled.find import GROUPS, PSEUDOLABELED, find_images
+from nnunet_ssl.unlabeled.find import PSEUDOLABELED, find_images
 from nnunet_ssl.unlabeled.prepare import UnlabeledManifest
 from nnunet_ssl.unlabeled.split import RECORD as SPLIT
 from nnunet_ssl.unlabeled.store import PreparedFolder
 
 DESCRIBED = 200  # images among which those far apart are looked for
-
-
-def read_groups(file: str) -> dict[str, str]:
-    """Read which case is of which patient: a JSON object of case names and patients.
-
-    Raises:
-        UserError: it is something else.
-    """
-    remedy = 'Write one JSON object, {"case": "patient", ...}, of all cases of patients who have several.'
-    groups = read_json(file, remedy)
-    for case, patient in groups.items():
-        if not isinstance(patient, str):
-            raise UserError(f"{file} gives {case!r} the patient {patient!r}, not a text. {remedy}")
-    return groups
-
-
-def groups_of_dataset(dataset_name: str) -> dict[str, str]:
-    """What the dataset's ``groups.json`` says, raw or preprocessed; empty without one."""
-    for base in (nnUNet_raw.get(), nnUNet_preprocessed.get()):
-        file = os.path.join(base or os.devnull, dataset_name, GROUPS)
-        if os.path.isfile(file):
-            return read_groups(file)
-    return {}
 
 
 def test_images(dataset_name: str, ending: str) -> dict[str, list[str]]:

@@ -16,9 +16,10 @@ from functools import cached_property
 from typing import ClassVar
 
 from nnunet_ssl.shapes.case import stamps_of
-from nnunet_ssl.shapes.targets import copies_of_tests, groups_of_dataset, of_patients, read_groups, test_images
+from nnunet_ssl.shapes.targets import copies_of_tests, of_patients, test_images
 from nnunet_ssl.unlabeled.case import Preparation
 from nnunet_ssl.unlabeled.find import GROUPS
+from nnunet_ssl.unlabeled.groups import groups_of_dataset, read_groups
 from nnunet_ssl.unlabeled.store import Manifest, PreparedFolder
 
 WARPED, WARPED_ONTO_LABELED = "_warped", "_warped_onto_labeled"  # after the name of the labeled cases' folder

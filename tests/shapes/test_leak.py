@@ -17,10 +17,10 @@ from helpers.wishes import manifest, warped_in, warps, wish
 from nnunet_ssl.commands.warp import main
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.shapes import targets, warped
-from nnunet_ssl.shapes.targets import groups_of_dataset, read_groups
 from nnunet_ssl.shapes.warped import prepare_warps
 from nnunet_ssl.shapes.wish import WarpManifest, Wish
 from nnunet_ssl.unlabeled.find import GROUPS
+from nnunet_ssl.unlabeled.groups import groups_of_dataset, read_groups
 
 pytestmark = pytest.mark.usefixtures("quick_registration")
 
