@@ -9,12 +9,13 @@ import numpy as np
 from nnunetv2.paths import nnUNet_raw
 from tqdm import tqdm
 
-from nnunet_ssl.files import read_json, same_content, stamp
+from nnunet_ssl.files import read_json, same_content
 from nnunet_ssl.shapes.case import load
 from nnunet_ssl.shapes.pairs import description, spread_out
 from nnunet_ssl.unlabeled.find import PSEUDOLABELED, find_images
 from nnunet_ssl.unlabeled.prepare import UnlabeledManifest
 from nnunet_ssl.unlabeled.split import RECORD as SPLIT
+from nnunet_ssl.unlabeled.stamps import image_stamps
 from nnunet_ssl.unlabeled.store import PreparedFolder
 
 DESCRIBED = 200  # images among which those far apart are looked for
@@ -51,11 +52,15 @@ def copies_of_tests(images: PreparedFolder, tests: Mapping[str, Sequence[str]]) 
     Args:
         images: as ``prepare_unlabeled`` gives them; of no other images anything is known here.
         tests: test case -> its files; those are read whose size an unlabeled image has.
+
+    Raises:
+        UserError: one cannot be read.
     """
     first = {case: entry["raw"][0][1:] for case, entry in UnlabeledManifest.read(images.folder).cases.items()}
     sizes = {size for size, *_ in first.values()}
-    alike = [stamp(files[0]) for files in tests.values() if os.path.getsize(files[0]) in sizes]
-    return {case for case, raw in first.items() if any(same_content(raw, test) for test in alike)}
+    alike = image_stamps({case: [files[0]] for case, files in tests.items() if os.path.getsize(files[0]) in sizes})
+    same = [test[0][1:] for test in alike.values()]
+    return {case for case, raw in first.items() if any(same_content(raw, test) for test in same)}
 
 
 def far_apart_first(images: PreparedFolder, cases: Collection[str]) -> list[str]:
