@@ -25,6 +25,7 @@ class UniMatchSettings(StrongViewSettings):
 
     unimatch_strong_weight: Weight = setting(0.5, "Weight of each of the two strong views", symbol="lambda")
     unimatch_feature_weight: Weight = setting(1.0, "Weight of the view with dropped features", symbol="mu")
+    unimatch_rampup: Share = setting(0.4, "Share of the training over which both weights grow", paper=0.0)
     unimatch_threshold: Share = setting(0.95, "Probability from which a voxel's pseudo-label counts", symbol="tau")
     unimatch_loss: Literal["dice", "dice_ce"] = setting(
         "dice", "With pseudo-labels: Dice, as the code for medical images, or Dice and cross-entropy"
@@ -56,12 +57,12 @@ class nnUNetTrainerUniMatch(StronglyViewed):  # noqa: N801
         self._encode, self._decode = self.compiled(network.encoder), self.compiled(network.decoder)
 
     def term_weights(self) -> dict[str, float]:
-        """Constant weights: there is no ramp-up, since at first few voxels are sure."""
-        settings = self.settings
+        """Both weights grow along a sigmoid: at first what is sure is background alone."""
+        settings, grown = self.settings, self.rampup(self.settings.unimatch_rampup)
         return {
             **super().term_weights(),
-            "strong": settings.unimatch_strong_weight,
-            "feature": settings.unimatch_feature_weight,
+            "strong": settings.unimatch_strong_weight * grown,
+            "feature": settings.unimatch_feature_weight * grown,
         }
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:

@@ -126,6 +126,18 @@ def test_a_network_without_encoder_is_refused(tiny, make_trainer, monkeypatch):
     assert asked == [(trainer.plans_network, "to drop features between")]
 
 
+def test_its_weights_grow_at_first_and_the_papers_do_not(tiny, make_trainer):
+    trainer, papers = (make_trainer(f"{NAME}{n}epochs", tiny(), settings={"preset": preset})
+                       for n, preset in (("_2", "nnunet"), ("_3", "paper")))  # fmt: skip
+    full = {"strong": 0.5, "feature": 1.0}
+    for share, grown in ((0, 0.0067), (0.2, 0.2865), (0.4, 1), (1, 1)):
+        for one, factor in ((trainer, grown), (papers, 1)):
+            one.global_step = share * one.total_steps
+            assert one.term_weights() == pytest.approx(
+                {name: factor * weight for name, weight in full.items()}, abs=1e-4
+            )
+
+
 def test_resumed_it_ends_with_the_weights_of_an_uninterrupted_run(tiny, make_trainer):
     settings = {"save_every": 1, "seed": 3, **SURE}
     assert_resumed_equals_uninterrupted(lambda: make_trainer(f"{NAME}_2epochs", tiny(), settings=settings))
