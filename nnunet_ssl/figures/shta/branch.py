@@ -50,6 +50,7 @@ class Patches:
     # [P, L] int64, of eligible tokens the most frequent foreground class (y_i of Eq. 8), of wholly background ones 0
     # where they are wanted, of all others NOT_SHOWN
     classes: Tensor
+    counted: Tensor | None  # [P, 1, *patch] bool, voxels that are not ignored; None without an ignore label
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,8 @@ def cut_patches(model: TrainedModel, branch: SHTABranch, case: Case, background:
     if background:
         classes[shares[..., 0] == 1] = 0
     keep = eligible.any(1)
-    return Patches(case.name, images[keep], classes[keep])
+    counted = None if branch.ignore_label is None else labels[keep] != branch.ignore_label
+    return Patches(case.name, images[keep], classes[keep], counted)
 
 
 def side_by_side(volume: Tensor, patch_size: Sequence[int], fill: float) -> Tensor:
@@ -207,10 +209,12 @@ def read_tokens(model: TrainedModel, branch: SHTABranch, patches: Patches, embed
     batch_size = model.predictor.configuration_manager.batch_size
     shown = patches.classes != NOT_SHOWN
     features, embeddings, assignments = [], [], []
-    for images, here in zip(patches.images.split(batch_size), shown.split(batch_size), strict=True):
+    images_of, shown_of = patches.images.split(batch_size), shown.split(batch_size)
+    counted_of = [None] * len(images_of) if patches.counted is None else patches.counted.split(batch_size)
+    for images, here, counted in zip(images_of, shown_of, counted_of, strict=True):
         with torch.autocast(device.type, enabled=device.type == "cuda"):  # as nnU-Net predicts
             _, feature = model.tap(images.to(device))
-        tokens = branch.tokens(feature)[here.to(device)]
+        tokens = branch.tokens(feature, None if counted is None else counted.to(device))[here.to(device)]
         features.append(tokens.cpu())
         if embed:
             embedding = branch.embed(tokens)
