@@ -130,11 +130,9 @@ def groups_of_cases(benchmark: Benchmark) -> dict[str, str]:
     return {}
 
 
-def units_of(p: Protocol, summary: dict[str, Any], groups: dict[str, str]) -> list[str]:
+def units_of(summary: dict[str, Any], groups: dict[str, str]) -> list[str]:
     """What counts as one when cases are resampled, for each case by name: its patient, or its label file's name."""
     files = [os.path.basename(case["reference_file"]) for case in _by_name(summary)]
-    if groups and (without := [file for file in files if file not in groups]):
-        raise UserError(f"groups.json of {p.name}'s datasets names no patient of {without[0]}; add its case.")
     return [groups.get(file, file) for file in files]
 
 
@@ -151,7 +149,7 @@ def _differences(p: Protocol, done: Summaries, groups: dict[str, str]) -> Iterat
         seeds = [seed for seed in p.seeds if (row.name, seed) in done and (other.name, seed) in done]
         if row is other or not seeds:
             continue
-        units = units_of(p, done[row.name, seeds[0]], groups)
+        units = units_of(done[row.name, seeds[0]], groups)
         for key in (METRICS[name].key for name in p.metrics):
             gains = _gains(done, row.name, other.name, seeds, key)
             by_case = mean_of_units(np.array([nanmean(of_seeds) for of_seeds in gains.T]), units)
@@ -182,7 +180,7 @@ def over_draws(p: Protocol, done: Summaries, groups: dict[str, str]) -> dict[str
     seeds = [seed for seed in p.seeds if all((name, seed) in done for name in names)]
     if not p.data.order_by_seed or len(seeds) < MIN_DRAWS:
         return None
-    units = units_of(p, next(iter(done.values())), groups)
+    units = units_of(next(iter(done.values())), groups)
     ends = {p.gap.lower, p.gap.upper} if p.gap else set()
     found = []
     for row in p.rows:

@@ -123,7 +123,9 @@ def _check_rows(protocol: Protocol, file: Path) -> None:
         if name is not None and name not in names:
             raise UserError(f"{file}, {where} {name!r}; the rows are {', '.join(names)}.")
     if protocol.data.dataset is not None and "all" in [*protocol.labeled, *(row.labeled for row in protocol.rows)]:
-        raise UserError(f"{file} sets 'labeled' to \"all\"; for a dataset that is split, give the number of cases.")
+        raise UserError(
+            f"{file} sets 'labeled' to \"all\"; for a dataset that is split, give the number of cases (or patients)."
+        )
 
 
 def _check_budgets(protocol: Protocol, file: Path) -> None:
