@@ -47,14 +47,21 @@ def all_groups(dataset_name: str) -> dict[str, str]:
     """
     folder = os.path.join(nnUNet_preprocessed.get() or os.devnull, dataset_name)
     kept = sorted(glob.glob(os.path.join(glob.escape(folder), "*_warped*", GROUPS)))
-    groupings = [groups_of_dataset(dataset_name), *map(read_groups, kept)]
+    groupings = [groups for groups in (groups_of_dataset(dataset_name), *map(read_groups, kept)) if groups]
+    if len(groupings) < 2:
+        return groupings[0] if groupings else {}
     same = DisjointSet()
     for groups in groupings:
         for case, patient in groups.items():
-            same.add(case)
-            same.add(patient)
-            same.merge(case, patient)
-    names: dict[str, str] = {}
-    found = {case: names.setdefault(same[case], patient) for groups in groupings for case, patient in groups.items()}
-    # a patient may bear the name of a case that no file lists
-    return found | {name: names[same[name]] for name in same if name not in found and name != names[same[name]]}
+            same.add(("case", case))
+            same.add(("patient", patient))
+            same.merge(("case", case), ("patient", patient))
+            if patient not in groups:  # by this file, a case of that name is of that patient
+                same.add(("case", patient))
+                same.merge(("case", patient), ("patient", patient))
+    names: dict = {}  # of the patients, by what stands for each
+    for groups in groupings:
+        for case, patient in groups.items():
+            names.setdefault(same["case", case], patient)
+    found = {name: names[same[kind, name]] for kind, name in same if kind == "case"}
+    return {case: patient for case, patient in found.items() if case != patient}

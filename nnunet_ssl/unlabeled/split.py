@@ -248,4 +248,6 @@ def _refuse_shared(lists: dict[str, list[str]], patient: Mapping[str, str]) -> N
         if shared := sorted(set(lists[one]) & set(lists[other])):
             raise UserError(f"{one} and {other} both name {shared[0]}. A case can be one thing only: remove one.")
         if shared := sorted({patient[case] for case in lists[one]} & {patient[case] for case in lists[other]}):
-            raise UserError(f"{one} and {other} both name cases of the patient {shared[0]}; keep them in one of them.")
+            raise UserError(
+                f"{one} and {other} both name cases of the patient {shared[0]}; list them under one of the two."
+            )

@@ -18,6 +18,8 @@ from nnunet_ssl.unlabeled.groups import all_groups
         ({"a": "p", "b": "q"}, {"a": "r", "b": "r"}, {"a": "p", "b": "p", "q": "p", "r": "p"}),
         ({"a": "p"}, {"a": "b"}, {"a": "p", "b": "p"}),  # b is a patient by its own name
         ({}, {"a": "b"}, {"a": "b"}),
+        ({"a": "c", "c": "d"}, {}, {"a": "c", "c": "d"}),  # a patient may have the name of another one's case
+        ({"a": "c", "b": "c", "c": "d"}, {"e": "d"}, {"a": "c", "b": "c", "c": "d", "e": "d"}),
         ({}, {}, {}),
     ],
 )
