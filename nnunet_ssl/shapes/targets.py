@@ -31,9 +31,8 @@ def test_images(dataset_name: str, ending: str) -> dict[str, list[str]]:
     found = find_images(folder, ending)[0] if os.path.isdir(folder) else {}
     for record in (os.path.join(raw, name) for name in (SPLIT, PSEUDOLABELED)):
         if os.path.isfile(record):
-            said = read_json(record, "It says which dataset this one was made from.")
-            source = str(said.get("made_with", said).get("source"))
-            found |= test_images(source, ending) if source != dataset_name else {}
+            said = read_json(record, "It says which dataset this one was made from.", keys={"source": str})
+            found |= test_images(said["source"], ending)
     return found
 
 

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from nnunetv2.paths import nnUNet_raw
@@ -25,7 +26,6 @@ from nnunet_ssl.shapes.targets import far_apart_first
 from nnunet_ssl.shapes.wish import WarpedFolder, WarpManifest, Wish, digest
 from nnunet_ssl.unlabeled import store
 from nnunet_ssl.unlabeled.case import Preparation
-from nnunet_ssl.unlabeled.folds import trained_with
 from nnunet_ssl.unlabeled.store import Outcome, cannot_write
 
 BUDGET = 10.0  # minutes that may be spent where no number of pairs is given
@@ -60,6 +60,7 @@ def prepare_warps(wish: Wish, num_processes: int, reading: bool = False) -> Warp
             continue
         try:
             with manifest.locked(wait=True):
+                wish = replace(wish)  # without what it has read: another process may have been given groups
                 state = _State(wish, WarpManifest.read(wish.folder), known)  # another process may have done it
                 if state.todo:
                     state.manifest.remove_unread()
@@ -85,8 +86,9 @@ def wait_until_warped(wish: Wish, timeout: float = 24 * 3600) -> WarpedFolder:
         known = state.stamps  # or the labeled cases would be read at each look
         if state.todo:
             return None
-        refuse_where_few_register(wish, manifest)
-        return manifest.of(wish) if manifest.keep() else None
+        now = replace(wish)  # the other process may have been given groups
+        refuse_where_few_register(now, manifest)
+        return manifest.of(now) if manifest.keep() else None
 
     return store.wait_for(
         look,
@@ -154,7 +156,7 @@ class _State:
             """Whether there were too few images, and some have come since."""
             if tried[case] >= round(SPARE * self.asked[case]):
                 return False
-            return not set(wish.onto.cases) <= wish.of_tests.union(about["considered"].get(case, ()))
+            return not set(wish.candidates) <= wish.of_tests.union(about["considered"].get(case, ()))
 
         self.todo = {
             case: max(wish.each or 0, self.asked.get(case, 0))
@@ -183,7 +185,7 @@ def _complete(state: _State, num_processes: int) -> None:
     wish, todo, old = state.wish, state.todo, state.manifest.about
     each = max(todo.values()) or max(state.asked.values(), default=0)
     for name, entry in list(state.dropped.items()):
-        if entry["why"] == LESS_ALIKE and each > state.asked.get(entry["moving"], each):
+        if entry["moving"] in todo and entry["why"] == LESS_ALIKE and each > state.asked.get(entry["moving"], each):
             del state.dropped[name]  # it may be among the most alike of a larger number
     about: dict[str, Any] = {
         "preprocessing": wish.preprocessing,
@@ -198,7 +200,7 @@ def _complete(state: _State, num_processes: int) -> None:
         write_json(wish.groups_file, wish.groups)
     manifest.write()  # first: a file may be put back as it was before we are done
 
-    raw = os.path.join(nnUNet_raw.get() or os.devnull, wish.dataset_name)
+    raw = os.path.join(nnUNet_raw.get() or "nnUNet_raw", wish.dataset_name)
     if not (wish.onto_each_other or os.path.isdir(raw)):
         print(f"nnunet_ssl: {raw} is not there, so test images may be among those warped onto.", flush=True)
     if wish.of_tests:
@@ -207,9 +209,7 @@ def _complete(state: _State, num_processes: int) -> None:
             f"show test patients ({a_few(sorted(wish.of_tests))}).",
             flush=True,
         )
-    targets = far_apart_first(wish.onto, set(wish.onto.cases) - wish.of_tests)
-    if wish.onto_each_other and (trained := trained_with(os.path.dirname(wish.labeled_folder))):
-        targets = [case for case in targets if case in trained or case in wish.labeled]  # others are used by no fold
+    targets = far_apart_first(wish.onto, set(wish.candidates) - wish.of_tests)
     each = each or _affordable(wish, about["channels"], targets, num_processes)
     there = [(entry["moving"], entry["fixed"]) for entry in [*manifest.cases.values(), *state.dropped.values()]]
     given, of_dataset = wish.groupings
@@ -242,7 +242,7 @@ def _complete(state: _State, num_processes: int) -> None:
     for case in todo:
         _leave_out_the_least_alike(manifest, case, each)
     about["asked"] |= dict.fromkeys(todo, each)
-    about["considered"] |= dict.fromkeys(todo, wish.onto.cases)
+    about["considered"] |= dict.fromkeys(todo, wish.candidates if len(targets) <= round(SPARE * each) else [])
     manifest.write()
     dropped = Counter(entry["why"] for entry in about["dropped"].values())
     told = "".join(f"; {count} {why}" for why, count in dropped.most_common())
@@ -254,7 +254,7 @@ def _affordable(wish: Wish, channels: list[int], targets: list[str], num_process
     moving = wish.labeled[0]
     others = [case for case in targets if case != moving]
     if not others:
-        return 1
+        return MOST_EACH  # of images that may come
     fixed = others[0]
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

@@ -19,6 +19,7 @@ from nnunet_ssl.shapes.case import stamps_of
 from nnunet_ssl.shapes.targets import copies_of_tests, of_patients, test_images
 from nnunet_ssl.unlabeled.case import Preparation
 from nnunet_ssl.unlabeled.find import GROUPS
+from nnunet_ssl.unlabeled.folds import trained_with
 from nnunet_ssl.unlabeled.groups import groups_of_dataset, read_groups
 from nnunet_ssl.unlabeled.store import Manifest, PreparedFolder
 
@@ -68,6 +69,14 @@ class Wish(Preparation):
         return copies_of_tests(self.onto, self.tests)
 
     @cached_property
+    def candidates(self) -> list[str]:
+        """The images that some fold could warp onto, were none of them a test image."""
+        if not self.onto_each_other:
+            return self.onto.cases
+        trained = trained_with(os.path.dirname(self.labeled_folder))
+        return [case for case in self.onto.cases if not trained or case in trained or case in self.labeled]
+
+    @cached_property
     def of_tests(self) -> set[str]:
         """Images that no fold may warp onto: test images, and others of test patients."""
         return of_patients(self.onto.cases, self.groupings, self.tests) | self.copies
@@ -79,7 +88,7 @@ class Wish(Preparation):
 
     @property
     def kept_groups(self) -> dict[str, str]:
-        """That an earlier call was given."""
+        """Those that an earlier call was given."""
         return read_groups(self.groups_file) if os.path.exists(self.groups_file) else {}
 
     @cached_property
@@ -111,8 +120,8 @@ class WarpManifest(Manifest):
     """The warps; an entry has "moving" and "fixed", the two cases, "made_from", a digest of both, and its quality.
 
     Of all it says "preprocessing"; "labeled", stamps of the prepared labeled cases; "asked", how many warps of each;
-    "considered", the images that those of each were chosen from; "dropped", the pairs that were registered and not
-    kept, and why; "channels", none for all.
+    "considered", the images that those of each were chosen from, if they were too few; "dropped", the pairs that were
+    registered and not kept, and why; "channels", none for all.
     """
 
     FORMAT: ClassVar[int] = 3

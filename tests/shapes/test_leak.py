@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,20 @@ def test_cases_that_no_fold_trains_with_take_no_place_among_labeled_targets(data
     assert sorted(trainer.warps.moving.values()) == cases[:2]
 
 
+def test_a_case_that_comes_into_the_splits_later_is_warped_onto(dataset, make_trainer, monkeypatch):
+    monkeypatch.setattr(warped, "BUDGET", 1e6)
+    (dataset.raw / GROUPS).unlink()
+    cases, used = dataset.cases("imagesTr"), {}
+    for number in (2, 3):
+        fold = {"train": cases[:number], "val": cases[number:]}
+        (dataset.preprocessed / "splits_final.json").write_text(json.dumps([fold]))
+        trainer = make_trainer("nnUNetTrainerWarps", dataset, settings={"warp_onto": "labeled"})
+        made = trainer._prepared_warps()
+        trainer._fold_lock.release()
+        used[number] = sorted(made.moving.values())
+    assert used == {2: cases[:2], 3: sorted(cases[:3] * 2)}
+
+
 def test_patients_and_test_cases_that_are_named_later_count_at_once(dataset):
     (dataset.raw / GROUPS).unlink()
     labeled = ("tr_01",)
@@ -180,11 +195,30 @@ def test_test_images_of_the_datasets_behind_this_one_count(dataset):
     """Of a split, and of pseudo-labels of a split."""
     split, pseudo = "Dataset960_Tiny_split", "Dataset961_Tiny_pseudo1"
     records = {split: ("ssl_split.json", {"source": dataset.name})}
-    records[pseudo] = "ssl_pseudolabel.json", {"made_with": {"source": split}}
+    records[pseudo] = "ssl_pseudolabel.json", {"source": split, "made_with": {"source": split}}
     for name, (record, content) in records.items():
         (dataset.folders.raw / name).mkdir()
         (dataset.folders.raw / name / record).write_text(json.dumps(content))
         assert targets.test_images(name, ".nii.gz").keys() == set(dataset.cases("imagesTs")) != set()
+
+
+def test_groups_that_another_process_was_given_meanwhile_count(dataset, monkeypatch):
+    """This one looks, waits for the lock, and has nothing left to make when it has it."""
+    (dataset.raw / GROUPS).unlink()
+    mine = wish(dataset, ("tr_01",), ("tr_00",))
+    real = WarpManifest.locked
+
+    def after_another(manifest: WarpManifest, *, wait: bool) -> AbstractContextManager:
+        monkeypatch.setattr(WarpManifest, "locked", real)
+        warps(dataset, ("tr_01",), each=20, groups={"tr_00": "p", "un_04": "p"})
+        return real(manifest, wait=wait)
+
+    assert mine.groupings == [{}, {}]
+    monkeypatch.setattr(WarpManifest, "locked", after_another)
+    made = prepare_warps(mine, 1)
+    fixed = {manifest(dataset)["cases"][case]["fixed"] for case in made.cases}
+    assert "un_05" in fixed
+    assert "un_04" not in fixed
 
 
 def test_a_file_of_groups_still_counts_beside_one_that_says_otherwise(dataset):

@@ -269,6 +269,27 @@ def test_images_that_come_later_are_warped_onto(tiny_copy, monkeypatch, each):
     assert files(dataset) == done
 
 
+def test_where_there_was_no_image_all_that_come_are_warped_onto(tiny_copy, monkeypatch):
+    monkeypatch.setattr(warped, "BUDGET", 1e6)
+    dataset = tiny_copy("3d")
+    tests = dataset.raw / "imagesTs"
+    shutil.rmtree(tests)
+    shutil.copytree(dataset.raw / "imagesUn", tests)
+    with pytest.raises(UserError, match="no unlabeled image may be warped onto"):
+        warps(dataset, ("tr_00",))
+    more_images(dataset, ["new_0", "new_1"])
+    assert count_of(warps(dataset, ("tr_00",))) == [("tr_00", 2)]
+
+
+def test_spare_pairs_of_another_fold_stay_when_one_asks_for_more(tiny_copy):
+    """Or it would get another pair when an image comes, though it had had enough, and its training could not go on."""
+    dataset = tiny_copy("3d")
+    first = warps(dataset, ("tr_00",), each=2)
+    warps(dataset, ("tr_01",), each=6)
+    more_images(dataset, ["new_0"])
+    assert warps(dataset, ("tr_00",)) == first
+
+
 def test_where_there_were_enough_images_more_change_nothing(tiny_copy, capsys):
     dataset = tiny_copy("3d")
     first = warps(dataset, each=2)
