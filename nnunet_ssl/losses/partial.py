@@ -7,13 +7,13 @@ from torch import Tensor
 
 from nnunet_ssl.losses.masked import masked_mean
 from nnunet_ssl.losses.pseudo_labels import cross_entropy_map
-from nnunet_ssl.losses.squared_dice import squared_dice_loss
+from nnunet_ssl.losses.squared_dice import squared_dice_of_shown
 
 
 def partial_dice_and_cross_entropy(
     logits: Tensor, labels: Tensor, counts: Tensor, regions: bool = False, over_all: bool = False
 ) -> Tensor:
-    """The squared Dice with all classes plus the cross-entropy, in fp32; 0 where nothing counts.
+    """The squared Dice of the classes that are shown plus the cross-entropy, in fp32; 0 where nothing counts.
 
     Args:
         logits: ``[B, K, *spatial]``.
@@ -29,4 +29,4 @@ def partial_dice_and_cross_entropy(
     each = cross_entropy_map(logits, labels, regions)
     counts = counts.expand_as(each)
     ce = torch.where(counts, each, 0.0).mean() if over_all else masked_mean(each, counts)
-    return ce + squared_dice_loss(logits, labels, counts, 1e-5, regions)
+    return ce + squared_dice_of_shown(logits, labels, counts, regions)

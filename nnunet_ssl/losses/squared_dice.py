@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nnunet_ssl.losses.masked import masked_mean
+
 
 def squared_dice_loss(
     logits: Tensor, labels: Tensor, mask: Tensor | None = None, smooth: float = 1e-10, regions: bool = False
@@ -27,6 +29,21 @@ def squared_dice_loss(
     """
     p, y = probabilities_and_one_hot(logits, labels, mask, regions)
     return squared_dice_per_class(p, y, smooth).mean()
+
+
+def squared_dice_of_shown(logits: Tensor, labels: Tensor, mask: Tensor | None = None, regions: bool = False) -> Tensor:
+    """``squared_dice_loss``, averaged over the classes that the labels show where they count; 0 where nothing counts.
+
+    For pseudo-labels. Of a class without any the plain loss is ``1 - s / (sum p^2 + s)``: it says nothing until p is
+    tiny, and then pulls it to 0, and with nnU-Net's momentum the whole network to background.
+
+    Arguments as in ``squared_dice_loss``.
+
+    Returns:
+        0-dim float32 in [0, 1].
+    """
+    p, y = probabilities_and_one_hot(logits, labels, mask, regions)
+    return masked_mean(squared_dice_per_class(p, y), y.any(0).flatten(1).any(1))
 
 
 def probabilities_and_one_hot(

@@ -11,7 +11,7 @@ from torch import Tensor
 from nnunet_ssl.declared import Share, Weight, declared, setting
 from nnunet_ssl.losses.cubes import partition, recover
 from nnunet_ssl.losses.displacement import CellScores, cell_counts, cell_scores, put, reliable_match, take
-from nnunet_ssl.losses.squared_dice import squared_dice_loss
+from nnunet_ssl.losses.squared_dice import squared_dice_of_shown
 from nnunet_ssl.trainers.base import Batch, Stream, full_resolution
 from nnunet_ssl.trainers.cps import TwinSettings, nnUNetTrainerCPS
 from nnunet_ssl.trainers.strong_view import StronglyViewed, StrongViewSettings
@@ -95,7 +95,7 @@ class nnUNetTrainerABD(StronglyViewed, nnUNetTrainerCPS):  # noqa: N801
         """The Dice loss with pseudo-labels, at full resolution."""
         regions = self.label_manager.has_regions
         labels = labels[:, : logits.shape[1]]  # without the channel of what is ignored
-        return squared_dice_loss(logits, labels, smooth=1e-5, regions=regions)
+        return squared_dice_of_shown(logits, labels, regions=regions)
 
     def _displaced_unlabeled(self, views: dict[str, Tensor]) -> list[Tensor]:
         """Both views with the cell of which their network is least sure taken from the other view."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from nnunet_ssl.declared import Decay, Share, Weight, declared, setting
 from nnunet_ssl.losses.partial import partial_dice_and_cross_entropy
 from nnunet_ssl.losses.pseudo_labels import labels_and_confidence
-from nnunet_ssl.losses.squared_dice import squared_dice_loss
+from nnunet_ssl.losses.squared_dice import squared_dice_of_shown
 from nnunet_ssl.trainers.base import Batch, Stream, full_resolution
 from nnunet_ssl.trainers.strong_view import StronglyViewed, StrongViewSettings
 from nnunet_ssl.views.boxes import CUTMIX_SHARE, random_boxes, random_sides
@@ -103,4 +103,4 @@ class nnUNetTrainerUniMatch(StronglyViewed):  # noqa: N801
         logits, regions = full_resolution(outputs), self.label_manager.has_regions
         if self.settings.unimatch_loss == "dice_ce":
             return partial_dice_and_cross_entropy(logits, patches.labels, patches.counts, regions)
-        return squared_dice_loss(logits, patches.labels, patches.counts, 1e-5, regions)
+        return squared_dice_of_shown(logits, patches.labels, patches.counts, regions)

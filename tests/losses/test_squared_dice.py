@@ -6,6 +6,7 @@ import torch
 from nnunet_ssl.losses.squared_dice import (
     probabilities_and_one_hot,
     squared_dice_loss,
+    squared_dice_of_shown,
     squared_dice_per_class,
     squared_dice_to_soft_labels,
 )
@@ -51,3 +52,28 @@ def test_soft_labels_have_their_squares_in_the_denominator_and_the_least_where_b
     assert squared_dice_to_soft_labels(logits, q).item() == pytest.approx(expected, rel=1e-5)
     assert squared_dice_to_soft_labels(logits, p).item() == pytest.approx(0, abs=1e-6)
     assert squared_dice_to_soft_labels(10 * logits, p) > 0.01
+
+
+@pytest.mark.parametrize("regions", [False, True])
+def test_of_classes_that_are_shown_alone(regions):
+    """By the plain loss of those classes one by one; what is not shown where it counts says nothing."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, 4, 5, 6, 7, requires_grad=True)
+    mask = torch.rand(2, 4 if regions else 1, 5, 6, 7) < 0.5
+    if regions:
+        labels = torch.rand(2, 4, 5, 6, 7) < 0.3
+        labels[:, 2] = False
+    else:
+        labels = torch.randint(0, 4, (2, 1, 5, 6, 7))
+        labels[labels == 2] = 0
+        labels[~mask] = 2
+    p, y = (x.double() for x in probabilities_and_one_hot(logits, labels, mask, regions))
+    each = [1 - 2 * (p[:, k] * y[:, k]).sum() / (p[:, k].square() + y[:, k]).sum() for k in (0, 1, 3)]
+    loss = squared_dice_of_shown(logits, labels, mask, regions)
+    torch.testing.assert_close(loss.double(), torch.stack(each).mean())
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.any()
+    assert not regions or not gradient[:, 2].any()
+    assert squared_dice_of_shown(logits, labels, torch.zeros_like(mask), regions) == 0
+    if regions:
+        assert squared_dice_of_shown(logits, torch.zeros_like(labels), mask, regions) == 0

@@ -8,7 +8,7 @@ import torch
 from helpers.runs import assert_resumed_equals_uninterrupted, commands_work
 from helpers.steps import a_batch, gradients_by_passes, stepped
 
-from nnunet_ssl.losses.squared_dice import squared_dice_loss
+from nnunet_ssl.losses.squared_dice import squared_dice_of_shown
 from nnunet_ssl.trainers.base import nnUNetTrainerSSL
 
 NAME = "nnUNetTrainerUniMatch"
@@ -54,7 +54,7 @@ def test_without_changes_all_three_views_are_the_weak_one(tiny, make_trainer, ki
         labels = logits.argmax(1, keepdim=True)
         sure = logits.softmax(1).amax(1, keepdim=True) >= 0.6
     assert 0 < sure.sum() < sure.numel()
-    expected = squared_dice_loss(logits, labels, sure, 1e-5, kind == "regions")
+    expected = squared_dice_of_shown(logits, labels, sure, kind == "regions")
     passes = terms_of(trainer, batch)
     assert [list(terms) for terms in passes] == [["sup"], ["strong"], ["strong"], ["feature"]]
     for terms in passes[1:]:
