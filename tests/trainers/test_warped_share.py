@@ -180,6 +180,7 @@ def test_it_goes_on_only_with_the_warps_that_it_began_with(tiny_copy, make_train
             entry["made_from"] for entry in manifest.cases.values() if (entry["moving"], entry["fixed"]) == (one, other)
         ))  # fmt: skip
         manifest.about["dropped"] = {}
+        manifest.about["considered"] = dict.fromkeys(manifest.about["asked"], dataset.cases("imagesUn"))
         manifest.write()
         told = rf"other warps than are there now: 1 removed \({removed}\), 1 changed \({changed}\)\. Put them back"
         with pytest.raises(UserError, match=told):
