@@ -19,6 +19,7 @@ from nnunet_ssl.evaluation.metrics import METRICS
 from nnunet_ssl.evaluation.summary import nanmean
 from nnunet_ssl.files import read_json
 from nnunet_ssl.unlabeled.find import read_dataset_json
+from nnunet_ssl.unlabeled.groups import read_groups
 
 Summaries = dict[tuple[str, int], dict[str, Any]]  # of a table's finished runs, by row and seed
 
@@ -122,11 +123,8 @@ def groups_of_cases(benchmark: Benchmark) -> dict[str, str]:
     """Name of a label file -> patient, from the first raw dataset that has a ``groups.json``; empty where none has."""
     for number in benchmark.ids.values():
         for file in sorted(benchmark.raw.glob(f"Dataset{number:03d}_*/groups.json")):
-            groups = read_json(file, "Make the dataset again.")
-            if wrong := [case for case, patient in groups.items() if not isinstance(patient, str)]:
-                raise UserError(f"{file} has {groups[wrong[0]]!r} as the patient of {wrong[0]}; write its name.")
             ending = read_dataset_json(str(file.parent))["file_ending"]
-            return {case + ending: patient for case, patient in groups.items()}
+            return {case + ending: patient for case, patient in read_groups(str(file)).items()}
     return {}
 
 

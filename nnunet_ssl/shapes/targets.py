@@ -12,9 +12,8 @@ from tqdm import tqdm
 from nnunet_ssl.files import read_json, same_content
 from nnunet_ssl.shapes.case import load
 from nnunet_ssl.shapes.pairs import description, spread_out
-from nnunet_ssl.unlabeled.find import PSEUDOLABELED, find_images
+from nnunet_ssl.unlabeled.find import PSEUDOLABELED, SPLIT, find_images
 from nnunet_ssl.unlabeled.prepare import UnlabeledManifest
-from nnunet_ssl.unlabeled.split import RECORD as SPLIT
 from nnunet_ssl.unlabeled.stamps import image_stamps
 from nnunet_ssl.unlabeled.store import PreparedFolder
 

@@ -59,16 +59,6 @@ class Wish(Preparation):
         return self.labeled_folder + (WARPED_ONTO_LABELED if self.onto_each_other else WARPED)
 
     @cached_property
-    def tests(self) -> dict[str, list[str]]:
-        """The test cases, and their files."""
-        return test_images(self.dataset_name, self.dataset_json["file_ending"])
-
-    @cached_property
-    def copies(self) -> set[str]:
-        """Unlabeled images that are test images under another name."""
-        return copies_of_tests(self.onto, self.tests)
-
-    @cached_property
     def candidates(self) -> list[str]:
         """The images that some fold could warp onto, were none of them a test image."""
         if not self.onto_each_other:
@@ -78,8 +68,9 @@ class Wish(Preparation):
 
     @cached_property
     def of_tests(self) -> set[str]:
-        """Images that no fold may warp onto: test images, and others of test patients."""
-        return of_patients(self.onto.cases, self.groupings, self.tests) | self.copies
+        """Images that no fold may warp onto: test images, also under another name, and others of test patients."""
+        tests = test_images(self.dataset_name, self.dataset_json["file_ending"])
+        return of_patients(self.onto.cases, self.groupings, tests) | copies_of_tests(self.onto, tests)
 
     @property
     def groups_file(self) -> str:
@@ -99,7 +90,7 @@ class Wish(Preparation):
     def usable(self, entries: Mapping[str, dict]) -> list[str]:
         """Those that a fold may train with: of its own cases, onto images of nobody who validates or tests."""
         fixed = {entry["fixed"] for entry in entries.values()}
-        left_out = of_patients(fixed, self.groupings, [*self.tests, *self.validation]) | self.copies
+        left_out = self.of_tests | of_patients(fixed, self.groupings, self.validation)
         if self.onto_each_other:
             left_out |= fixed - set(self.labeled)
         return [

@@ -19,6 +19,7 @@ from nnunet_ssl.files import read_json
 from nnunet_ssl.names import file_ending, path_component
 
 GROUPS = "groups.json"  # next to dataset.json: case -> patient, if patients have several cases
+SPLIT = "ssl_split.json"  # in a dataset that was split from another: how it came about, and who is what
 PSEUDOLABELED = "ssl_pseudolabel.json"  # the same for a dataset with pseudo-labels
 UNLABELED_FOLDER = "imagesUn"
 

@@ -28,6 +28,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_text, write_json
 from nnunet_ssl.names import a_few
 from nnunet_ssl.unlabeled.find import (
+    SPLIT,
     UNLABELED_FOLDER,
     find_images,
     find_labeled,
@@ -37,8 +38,6 @@ from nnunet_ssl.unlabeled.find import (
 )
 from nnunet_ssl.unlabeled.groups import all_groups
 from nnunet_ssl.unlabeled.raw_dataset import Split, absent, new_dataset, refuse_existing, write_dataset
-
-RECORD = "ssl_split.json"  # how the dataset came about, and who is what
 
 
 def split_dataset(
@@ -101,7 +100,7 @@ def split_dataset(
     with new_dataset(raw, target, copy, preprocessed) as building:
         write_dataset(building, target, source_folder, dataset_json, {**images, **unlabeled}, split, copy)
         record = {"name": target, "source": source, "seed": seed, **split._asdict()}
-        write_json(os.path.join(building, RECORD), record)
+        write_json(os.path.join(building, SPLIT), record)
     return target, split
 
 
