@@ -393,12 +393,3 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
                 write_json(self.settings_file, record)
             self.ssl_log = SSLLog(self.output_folder, self.current_epoch)
         self.print_to_log_file(f"nnunet_ssl {__version__}: {self.settings}")
-
-    def _refuse_epochs_that_will_not_be(self) -> None:
-        """Only here, since a class derived from this one may have set the number of epochs after our ``__init__``."""
-        if beyond := [epoch for epoch in self.settings.keep_epochs if epoch > self.num_epochs]:
-            raise UserError(
-                f"{os.environ.get(ENVIRONMENT_VARIABLE) or self.settings_file} sets 'keep_epochs' to "
-                f"{list(self.settings.keep_epochs)}, but this training ends with epoch {self.num_epochs}; leave out "
-                f"{beyond[0]}, or train longer with -tr <trainer>_<N>epochs."
-            )

@@ -12,10 +12,20 @@ from torch import Tensor
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.randomness import derived_seed
+from nnunet_ssl.trainers.settings import ENVIRONMENT_VARIABLE
 
 
 class Epoch(nnUNetTrainer):
     """nnU-Net's epoch, with the terms of the losses in its log."""
+
+    def _refuse_epochs_that_will_not_be(self) -> None:
+        """Only here, since a class derived from this one may have set the number of epochs after our ``__init__``."""
+        if beyond := [epoch for epoch in self.settings.keep_epochs if epoch > self.num_epochs]:
+            raise UserError(
+                f"{os.environ.get(ENVIRONMENT_VARIABLE) or self.settings_file} sets 'keep_epochs' to "
+                f"{list(self.settings.keep_epochs)}, but this training ends with epoch {self.num_epochs}; leave out "
+                f"{beyond[0]}, or train longer with -tr <trainer>_<N>epochs."
+            )
 
     def on_train_epoch_start(self) -> None:
         """As nnU-Net; and seed what the step itself may draw, such as dropout."""
