@@ -5,23 +5,24 @@
     python scripts/benchmark_trainers.py -d 4 -c 3d_fullres -p nnUNetPlans  # a prepared dataset with imagesUn
     python scripts/benchmark_trainers.py --trainers nnUNetTrainerURPC nnUNetTrainerSHTA_URPC
 
-The first two make up their dataset. A turn of a trainer is a separate process, so one trainer is on the device at a
-time and nothing of it stays. A round goes through the list forwards and then backwards; a trainer's value is the mean
-of its two turns, its ratio that to nnUNetTrainer's of the same round, so a steady drift cancels. Reported are medians
-over rounds. Steps are taken in the middle of the schedule, where ramp-ups are over, after some that are not timed.
-Trainers of two networks are measured in both orders of passes. Warps are made in their trainer's first turn, untimed.
+The first two make up their dataset. A turn of a trainer is a separate process, so nothing of it stays; the list is
+gone through once a round. Steps are taken in the middle of the schedule, where ramp-ups are over, after some that are
+not timed. Trainers of two networks are measured in both orders of passes. Warps are made in their trainer's first turn,
+untimed.
 
-Time: batches are made first (augmentation, in this process: ``loader``), then the steps are taken, which wait for the
-device as in a training and no more. On a GPU batches are pinned, the step moves them, cuDNN chooses its algorithms by
-trial, and networks are compiled unless nnUNet_compile says otherwise, all as nnUNetv2_train does it. With one CPU
-thread the clock is the process's CPU time, which other programs hardly disturb; else it is wall-clock time.
+Time: a step of the trainer and one of nnUNetTrainer take turns, in one process, and the ratio is the median over these
+pairs: a machine that is half as fast for a minute slows both. Reported are medians over rounds; ``range`` is that of
+the rounds' ratios. Batches are made first (augmentation, in this process: ``loader``). On a GPU batches are pinned, the
+step moves them, cuDNN chooses its algorithms by trial, and networks are compiled unless nnUNet_compile says otherwise,
+all as nnUNetv2_train does it. With one CPU thread the clock is the process's CPU time; else it is wall-clock time.
 
 Parts of a step, in separate steps that wait for the device at each border: ``forward`` is the networks,
 ``backward`` the backward passes, ``update`` what follows the last of them, and ``loss`` the rest: losses and
 pseudo-labels, and SHTA's forward too.
 
-Memory: on a GPU the most that torch's allocator had given away, cuDNN's workspaces among it, and as ``reserved`` in the
-JSON what it had taken from the device. On a CPU the process's peak beyond that after the imports.
+Memory, before nnUNetTrainer comes to it: on a GPU the most that torch's allocator had given away, cuDNN's workspaces
+among it, and as ``reserved`` in the JSON what it had taken from the device. On a CPU the process's peak beyond that
+after the imports.
 
 Writes OUTPUT.json and prints its table; ``--page`` puts it into a Markdown page, between the marks of the device.
 ``--table OUTPUT.json`` measures nothing and writes the table of an earlier run.
@@ -132,11 +133,11 @@ def build(setup: Setup, trainer_name: str, passes: str | None) -> Any:
 
 
 def turn(setup: Setup, steps: int, warm_up: int, which: tuple[str, str | None]) -> dict[str, float]:
-    """Seconds, MiB and parameters of a trainer; called in a separate process.
+    """Seconds, MiB and parameters of a trainer, and the ratio of its steps; called in a separate process.
 
     Args:
         setup: what the trainer is built from.
-        steps: that are timed, and as many again for the parts.
+        steps: that are timed beside nnUNetTrainer's, and as many again for the parts.
         warm_up: steps before, in which memory is reserved, algorithms are chosen and networks compiled.
         which: the trainer's name, and its passes.
     """
@@ -148,16 +149,10 @@ def turn(setup: Setup, steps: int, warm_up: int, which: tuple[str, str | None]) 
     before = resident_peak()
     trainer = build(setup, *which)
     start = setup.now()
-    batches = [next(trainer.dataloader_train) for _ in range(steps)]
+    batches = batches_of(trainer, setup, steps)
     loader = (setup.now() - start) / steps
-    if setup.device == "cuda":  # nnU-Net's workers do it
-        batches = tree_map(lambda x: x.pin_memory() if isinstance(x, Tensor) else x, batches)
-    for i in range(warm_up):
+    for i in range(warm_up + 1):
         trainer.train_step(batches[i % steps])
-    start = setup.now()
-    for batch in batches:
-        trainer.train_step(batch)
-    step = (setup.now() - start) / steps
     if setup.device == "cuda":
         memory = {
             "peak": torch.cuda.max_memory_allocated() / 2**20,
@@ -168,7 +163,30 @@ def turn(setup: Setup, steps: int, warm_up: int, which: tuple[str, str | None]) 
     modules = [trainer.network, getattr(trainer, "training_modules", torch.nn.Module())]
     parameters = sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
     parts = parts_of_steps(trainer, batches, setup.now)
-    return {"step": step, "loader": loader, **parts, **memory, "parameters": parameters}
+
+    baseline = build(setup, BASELINE, None)
+    its_batches = batches_of(baseline, setup, steps)
+    for i in range(warm_up):
+        baseline.train_step(its_batches[i % steps])
+    own, its = [], []
+    for batch, its_batch in zip(batches, its_batches, strict=True):
+        start = setup.now()
+        trainer.train_step(batch)
+        middle = setup.now()
+        baseline.train_step(its_batch)
+        own.append(middle - start)
+        its.append(setup.now() - middle)
+    ratio = statistics.median(a / b for a, b in zip(own, its, strict=True))
+    step = statistics.median(own)
+    return {"step": step, "ratio": ratio, "loader": loader, **parts, **memory, "parameters": parameters}
+
+
+def batches_of(trainer: Any, setup: Setup, number: int) -> list[dict]:
+    """Batches as the step gets them from nnU-Net's workers."""
+    batches = [next(trainer.dataloader_train) for _ in range(number)]
+    if setup.device == "cuda":
+        batches = tree_map(lambda x: x.pin_memory() if isinstance(x, Tensor) else x, batches)
+    return batches
 
 
 def parts_of_steps(trainer: Any, batches: list[dict], now: Callable[[], float]) -> dict[str, float]:
@@ -215,14 +233,13 @@ def resident_peak() -> float:
 
 
 def measure(setup: Setup, trainers: list[tuple[str, str | None]], rounds: int, steps: int, warm_up: int) -> list[dict]:
-    """For each trainer its turns in order, two a round."""
+    """For each trainer its turns in order, one a round."""
     # forked by a process that has imported what takes long and touches no GPU
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["nnunetv2.run.run_training", "nnunet_ssl.trainers.shta", "torch._dynamo"])
     turns: list[list[dict[str, float]]] = [[] for _ in trainers]
-    there = list(range(len(trainers)))
-    for number, index in enumerate((there + there[::-1]) * rounds):
-        print(f"turn {number + 1} of {2 * rounds * len(there)}: {trainers[index][0]}", flush=True)
+    for number, index in enumerate(list(range(len(trainers))) * rounds):
+        print(f"turn {number + 1} of {rounds * len(trainers)}: {trainers[index][0]}", flush=True)
         with ProcessPoolExecutor(1, processes) as pool:
             turns[index].append(pool.submit(turn, setup, steps, warm_up, trainers[index]).result())
     return [
@@ -251,12 +268,6 @@ def make_dataset(folder: Path, plan: Plan, batch_size: int) -> tuple[str, str, s
     return DATASET, "3d_fullres", "nnUNetPlans"
 
 
-def by_round(entry: dict, key: str) -> list[float]:
-    """A trainer's value of each round: the mean of the turn on the way there and that on the way back."""
-    values = [taken[key] for taken in entry["turns"]]
-    return [statistics.mean(values[i : i + 2]) for i in range(0, len(values), 2)]
-
-
 def table(results: dict[str, Any]) -> str:
     """The measurements and their ratios to nnU-Net's trainer, as Markdown."""
     columns = ["trainer", "passes", "step, ms", "ratio", "range", *(f"{part}, ms" for part in PARTS), "loader, ms"]
@@ -266,14 +277,12 @@ def table(results: dict[str, Any]) -> str:
     for entry in results["trainers"]:
 
         def value(key: str, entry: dict = entry) -> float:
-            return statistics.median(by_round(entry, key))
+            return statistics.median(taken[key] for taken in entry["turns"])
 
-        def ratios(key: str, entry: dict = entry) -> list[float]:
-            return [own / its for own, its in zip(by_round(entry, key), by_round(base, key), strict=True)]
-
-        step, peak, parameters = (statistics.median(ratios(key)) for key in ("step", "peak", "parameters"))
-        cells = [f"`{entry['trainer']}`", entry["passes"] or "", f"{1e3 * value('step'):.1f}", f"{step:.2f}"]
-        cells += [f"{min(ratios('step')):.2f}-{max(ratios('step')):.2f}"]
+        ratios = [taken["ratio"] for taken in entry["turns"]]
+        peak, parameters = (value(key) / value(key, base) for key in ("peak", "parameters"))
+        cells = [f"`{entry['trainer']}`", entry["passes"] or "", f"{1e3 * value('step'):.1f}"]
+        cells += [f"{value('ratio'):.2f}", f"{min(ratios):.2f}-{max(ratios):.2f}"]
         cells += [f"{1e3 * value(part):.1f}" for part in (*PARTS, "loader")]
         cells += [f"{value('peak'):.0f}", f"{peak:.2f}", f"{value('parameters'):,.0f}", f"{parameters:.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
@@ -294,8 +303,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--trainers", nargs="+", default=list(TRAINERS), metavar="TRAINER", help="default: all of ours")
     parser.add_argument("-device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU; nnU-Net takes 1 with a GPU")
-    parser.add_argument("--rounds", type=int, default=2, help="through the list, there and back")
-    parser.add_argument("--steps", type=int, default=6, help="timed steps of a turn")
+    parser.add_argument("--rounds", type=int, default=3, help="through the list")
+    parser.add_argument("--steps", type=int, default=20, help="timed steps of a turn")
     parser.add_argument("--warm-up", type=int, default=3, help="steps of a turn before them")
     parser.add_argument("--output", type=Path, default=Path("benchmark"), help="OUTPUT.json is written")
     parser.add_argument("--page", type=Path, help="a Markdown file that gets the table between its marks")

@@ -1,4 +1,4 @@
-"""The benchmark's table: measured by processes that take turns, and drift cancels."""
+"""The benchmark of steps: each trainer beside nnUNetTrainer, and their table."""
 
 from __future__ import annotations
 
@@ -8,26 +8,31 @@ import benchmark_trainers
 import pytest
 
 
-def a_turn(step: float) -> dict[str, float]:
-    parts = dict.fromkeys((*benchmark_trainers.PARTS, "loader"), step / 4)
-    return {"step": step, **parts, "peak": 100.0, "parameters": 1000}
+def test_ratios_are_those_of_pairs_of_steps_not_of_medians() -> None:
+    """The machine is slower each time: the ratios of each turn stay, and the table has their median and range."""
 
+    def a_turn(step: float, ratio: float) -> dict[str, float]:
+        parts = dict.fromkeys((*benchmark_trainers.PARTS, "loader"), step / 4)
+        return {"step": step, "ratio": ratio, **parts, "peak": 100.0 * ratio, "parameters": 1000}
 
-def test_a_steady_drift_cancels() -> None:
-    """Each turn is slower than the one before it by the same time; the second trainer takes twice as long."""
-    drift = [0.0, 1.0, 2.0, 3.0]  # there: baseline, other; back: other, baseline
     results = {
         "plan": "plan",
         "clock": "CPU time",
-        "rounds": 1,
+        "rounds": 3,
         "threads": 1,
         "surroundings": dict.fromkeys(("machine", "nnunetv2", "torch", "batchgeneratorsv2"), "x"),
         "trainers": [
-            {"trainer": "nnUNetTrainer", "passes": None, "turns": [a_turn(8.5 + drift[0]), a_turn(8.5 + drift[3])]},
-            {"trainer": "Other", "passes": "lean", "turns": [a_turn(18.5 + drift[1]), a_turn(18.5 + drift[2])]},
+            {"trainer": "nnUNetTrainer", "passes": None, "turns": [a_turn(s, 1.0) for s in (8.0, 9.0, 10.0)]},
+            {
+                "trainer": "Other",
+                "passes": "lean",
+                "turns": [a_turn(*x) for x in ((20.0, 2.1), (30.0, 2.0), (40.0, 1.9))],
+            },
         ],
     }
-    assert "| `Other` | lean | 20000.0 | 2.00 | 2.00-2.00 |" in benchmark_trainers.table(results)
+    table = benchmark_trainers.table(results)
+    assert "| `Other` | lean | 30000.0 | 2.00 | 1.90-2.10 |" in table
+    assert "| 200 | 2.00 | 1,000 | 1.000 |" in table
 
 
 @pytest.mark.slow
@@ -48,7 +53,7 @@ def test_a_prepared_dataset_is_measured_and_its_page_filled(tiny_copy, tmp_path,
     ]
     for entry in results["trainers"]:
         for taken in entry["turns"]:
-            assert all(taken[key] > 0 for key in ("step", "loader", "peak", *benchmark_trainers.PARTS)), entry
+            assert all(taken[key] > 0 for key in ("step", "ratio", "loader", "peak", *benchmark_trainers.PARTS)), entry
     single, paired, _ = (entry["turns"][0]["parameters"] for entry in results["trainers"])
     assert paired == 2 * single
     assert benchmark_trainers.table(results) in page.read_text()
