@@ -44,8 +44,8 @@ PANELS = {
     "validation": Panel("Loss, validation", "nnU-Net's validation loss"),
     "further": Panel(
         "Further terms, weighted",
-        "the weighted sum of all other loss terms, except losses of a second network or branch on labeled patches; "
-        "trainers without such terms have no curve",
+        "the weighted sum of all other loss terms that an epoch has, except losses of a second network or branch on "
+        "labeled patches; epochs and trainers without such terms have no point",
     ),
     "shta_token_accuracy": Panel("Token accuracy (%)", "SHTA: tokens whose nearest proxy is their most frequent class"),
     "shta_hard_share": Panel("Hard tokens (%)", "SHTA: share of labeled tokens that are selected as hard"),
@@ -81,12 +81,13 @@ def read_curves(run: TrainedRun) -> dict[str, Curve]:
         "dice": Curve(*_of_list(log["ema_fg_dice"]), raw=np.array(log["mean_fg_dice"], float)),
         "validation": Curve(*_of_list(log["val_losses"])),
     }
-    own = next((name for name in SUPERVISED if rows and name in rows[0]), None)
+    logged = list(dict.fromkeys(name for row in rows for name in row))
+    own = next((name for name in SUPERVISED if name in logged), None)
     curves["labeled"] = _of_rows(rows, own) if own else Curve(*_of_list(log["train_losses"]))
-    terms = [name for name in (rows[0] if rows else {}) if name.startswith("loss_") and not name.startswith(OF_LABELS)]
+    terms = [name for name in logged if name.startswith("loss_") and not name.startswith(OF_LABELS)]
     for row in rows:
-        if terms and all(name in row for name in terms):
-            row["further"] = sum(row[name] * row.get(name.replace("loss_", "weight_", 1), 1.0) for name in terms)
+        if there := [name for name in terms if name in row]:  # some methods change their terms on the way
+            row["further"] = sum(row[name] * row.get(name.replace("loss_", "weight_", 1), 1.0) for name in there)
     for name in ("further", "shta_token_accuracy", "shta_hard_share"):
         if len((curve := _of_rows(rows, name)).epochs):
             curves[name] = curve
@@ -97,7 +98,13 @@ def nnunet_log(run: TrainedRun) -> dict[str, list]:
     """What nnU-Net logged an epoch each, from the final checkpoint; from the run's own if there is none."""
     file = _log_file(run)
     remedy = "Leave out the curves with --which: exported models have no nnU-Net log."
-    log = read_checkpoint(file, remedy, {"logging": dict})["logging"]
+    checkpoint = read_checkpoint(file, remedy, {"logging": dict})
+    log = checkpoint["logging"]
+    if checkpoint.get("trainer_name") == "nnUNetTrainerMAE":
+        raise UserError(
+            f"{file} is of nnUNetTrainerMAE, which logs errors of hidden voxels and no Dice. Leave the model out; its "
+            "curves are in progress.png and progress_ssl.png."
+        )
     names = ("mean_fg_dice", "ema_fg_dice", "train_losses", "val_losses")
     try:
         return {name: list(map(float, log[name])) for name in names}

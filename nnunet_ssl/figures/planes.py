@@ -61,7 +61,7 @@ class OpenCase:
 
     Attributes:
         axis: across which the slices lie, in arrays as they are read.
-        turns: of rows and columns.
+        axes, turns: of rows and columns, see ``upright``.
         size: mm (or what the spacing is in) of a row and of a column.
         truth: int32 ``[slices, rows, columns]``, turned.
         predictions: the same of each run.
@@ -75,8 +75,8 @@ class OpenCase:
         truth, properties = _readable(read_label_map, str(case.label), self.reader)
         spacing = properties["spacing"]
         self.axis = slice_axis(spacing, truth.shape)
-        self.turns = upright(properties, self.axis)
-        self.size = tuple(float(s) for axis, s in enumerate(spacing) if axis != self.axis)
+        self.axes, self.turns = upright(properties, self.axis)
+        self.size = float(spacing[self.axes[0]]), float(spacing[self.axes[1]])
         self.truth = self.slices(truth)
         self.predictions = []
         for run in runs:
@@ -91,7 +91,7 @@ class OpenCase:
 
     def slices(self, array: np.ndarray) -> np.ndarray:
         """``[*spatial]`` as read -> ``[slices, rows, columns]``, turned."""
-        return np.moveaxis(array, self.axis, 0)[(slice(None), *self.turns)]
+        return array.transpose(self.axis, *self.axes)[(slice(None), *self.turns)]
 
     @cached_property
     def channels(self) -> list[np.ndarray]:
@@ -117,7 +117,10 @@ class OpenCase:
             UserError: the image cannot be read, or is not of the truth's shape.
         """
         image = in_grey(np.stack([channel[index] for channel in self.channels]), self.run, self.options)
-        return Plane(image, self.truth[index], tuple(labels[index] for labels in self.predictions), self.size)
+        # copies: a view would keep the whole volume
+        return Plane(
+            image, self.truth[index].copy(), tuple(labels[index].copy() for labels in self.predictions), self.size
+        )
 
 
 def _readable(read: Callable, *arguments: Any) -> tuple[np.ndarray, dict[str, Any]]:
@@ -138,14 +141,15 @@ def slice_axis(spacing: Sequence[float], shape: Sequence[int]) -> int:
     return int(np.argmax(spacing > spacing.max() * (1 - 1e-3)))  # headers round
 
 
-def upright(properties: dict, axis: int) -> tuple[slice, slice]:
-    """How rows and columns of a slice across ``axis`` are turned: front or head up, the patient's left on the right.
+def upright(properties: dict, axis: int) -> tuple[tuple[int, int], tuple[slice, slice]]:
+    """How a slice across ``axis`` is laid: front or head up, the patient's left on the right.
 
     The properties are of nnU-Net's readers with SimpleITK or nibabel; images of others are shown as they are.
 
     Returns:
-        For rows and columns a slice that turns them round, or leaves them.
+        The array's axes that become rows and columns, and for each a slice that turns it round, or leaves it.
     """
+    rows, columns = (a for a in range(3) if a != axis)
     affine = np.eye(4)
     if "nibabel_stuff" in properties:
         geometry = properties["nibabel_stuff"]
@@ -153,11 +157,14 @@ def upright(properties: dict, axis: int) -> tuple[slice, slice]:
     elif len(direction := properties.get("sitk_stuff", {}).get("direction", ())) == 9:
         affine[:3, :3] = np.reshape(direction, (3, 3)) * [[-1], [-1], [1]]  # to right, front, head, as nibabel's
     else:
-        return slice(None), slice(None)
-    # what grows to the right, front or head is turned; the affine's axes are x, y, z, an array's are z, y, x
-    toward = nibabel.io_orientation(affine)[::-1, 1]
-    rows, columns = (slice(None, None, -1) if toward[a] > 0 else slice(None) for a in range(3) if a != axis)
-    return rows, columns
+        return (rows, columns), (slice(None), slice(None))
+    # the affine's axes are x, y, z, an array's are z, y, x
+    along, toward = nibabel.io_orientation(affine)[::-1].T
+    if along[rows] < along[columns]:  # rows go from head to foot or front to back, columns from side to side
+        rows, columns = columns, rows
+    # what grows to the right, front or head is turned
+    turns = [slice(None, None, -1) if toward[a] > 0 else slice(None) for a in (rows, columns)]
+    return (rows, columns), (turns[0], turns[1])
 
 
 def in_grey(channels: np.ndarray, run: TrainedRun, options: FigureOptions) -> np.ndarray:
@@ -166,7 +173,8 @@ def in_grey(channels: np.ndarray, run: TrainedRun, options: FigureOptions) -> np
     CT is shown in the window that the run's plans clip it to, all else from the slice's 0.5th to 99.5th percentile.
     """
     names = [str(name).lower() for name in channel_names(options.dataset_json).values()]
-    if len(channels) == 3 and (names == ["r", "g", "b"] or names == ["red", "green", "blue"] or len(names) == 1):
+    of_colors = (["r", "g", "b"], ["red", "green", "blue"], 3 * ["rgb_to_0_1"])  # the last one is nnU-Net's
+    if len(channels) == 3 and (names in of_colors or len(names) == 1):
         return np.clip(np.moveaxis(channels, 0, -1) / (255 if channels.max() > 1 else 1), 0, 1)
     image = channels[0].astype(float)
     low, high = np.percentile(image, (0.5, 99.5))

@@ -16,7 +16,7 @@ from nnunet_ssl.figures.cases import cases_figure, draw_cases, file_name, read_p
 from nnunet_ssl.figures.options import FigureOptions
 from nnunet_ssl.figures.outlines import edges
 from nnunet_ssl.figures.page import class_colors
-from nnunet_ssl.figures.planes import Plane, in_grey, upright
+from nnunet_ssl.figures.planes import OpenCase, Plane, in_grey, upright
 from nnunet_ssl.figures.predictions import with_predictions
 from nnunet_ssl.figures.slices import choose_slices, measure_all_slices
 from nnunet_ssl.figures.test_set import Case
@@ -107,6 +107,15 @@ def test_names_of_files() -> None:
     assert file_name((1, 2), "whole") == "cases_1-2_whole"
 
 
+def test_a_slice_does_not_keep_its_volume(made: MadeUp) -> None:
+    runs, cases, options = everything(made)
+    plane = OpenCase(cases[0], with_predictions(runs, cases, made.out, options), options).plane(1)
+    for array in (plane.image, plane.truth, *plane.predictions):
+        while array.base is not None:
+            array = array.base
+        assert array.nbytes <= 3 * plane.image.nbytes
+
+
 # ------------------------------------------------------------------------------------------------------ which way up
 
 LPS = np.eye(3)
@@ -119,11 +128,13 @@ def test_front_or_head_is_up_and_the_patients_left_on_the_right(axis: int, direc
     """The volume holds the place of each voxel in the patient; the turned slice must show it grow the right way."""
     index = np.stack(np.meshgrid(*[np.arange(4.0)] * 3, indexing="ij"))[::-1]  # x, y, z of arrays [z, y, x]
     place = np.einsum("ij,j...->i...", direction, index)  # to the left, back, head
-    flips = upright({"sitk_stuff": {"direction": tuple(direction.flat)}}, axis)
-    shown = np.take(place, 1, axis + 1)[:, flips[0], flips[1]]
+    axes, flips = upright({"sitk_stuff": {"direction": tuple(direction.flat)}}, axis)
+    shown = place.transpose(0, *(a + 1 for a in (axis, *axes)))[:, 1][:, flips[0], flips[1]]
+    spaces = []
     for steps in (shown[:, 1, 0] - shown[:, 0, 0], shown[:, 0, 1] - shown[:, 0, 0]):
-        space = int(np.abs(steps).argmax())
-        assert np.sign(steps[space]) == (-1 if space == 2 else 1)
+        spaces.append(int(np.abs(steps).argmax()))
+        assert np.sign(steps[spaces[-1]]) == (-1 if spaces[-1] == 2 else 1)
+    assert spaces[0] > spaces[1]  # rows go down the patient or to the back, columns not
 
 
 def test_nibabels_axes_point_the_other_way() -> None:
@@ -133,8 +144,9 @@ def test_nibabels_axes_point_the_other_way() -> None:
 
 
 def test_pictures_without_a_patient_are_left_as_they_are() -> None:
-    assert upright({"spacing": (999, 1, 1)}, 0) == (slice(None), slice(None))
-    assert upright({"sitk_stuff": {"direction": (1, 0, 0, 1)}}, 0) == (slice(None), slice(None))
+    as_it_is = ((1, 2), (slice(None), slice(None)))
+    assert upright({"spacing": (999, 1, 1)}, 0) == as_it_is
+    assert upright({"sitk_stuff": {"direction": (1, 0, 0, 1)}}, 0) == as_it_is
 
 
 # ---------------------------------------------------------------------------------------------------- window, greys
@@ -172,9 +184,10 @@ def test_ct_is_shown_in_the_plans_window(made: MadeUp, monkeypatch: pytest.Monke
     assert in_grey(image, runs[0], options).flat[[99, 100, 200, 301]].tolist() == [0, 0, 0.5, 1]
 
 
-def test_colour_images_are_shown_in_colour(made: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("names", [("R", "G", "B"), ("rgb_to_0_1",) * 3])
+def test_colour_images_are_shown_in_colour(names: tuple, made: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, _, options = everything(made)
-    monkeypatch.setitem(options.dataset_json, "channel_names", {"0": "R", "1": "G", "2": "B"})
+    monkeypatch.setitem(options.dataset_json, "channel_names", dict(zip("012", names, strict=True)))
     image = np.random.default_rng(0).integers(2, 256, (3, 4, 5))
     assert np.allclose(in_grey(image, runs[0], options), np.moveaxis(image, 0, 2) / 255)
 
@@ -204,7 +217,7 @@ def test_a_2d_dataset_of_colour_pictures(tmp_path: Path, monkeypatch: pytest.Mon
     guess = np.roll(truth, 3, 1)
     runs, _, options = everything(made, ["shell"])
     options.dataset_json.update(file_ending=".png", channel_names={"0": "R", "1": "G", "2": "B"})
-    (runs[0].folder / "plans.json").write_text('{"image_reader_writer": "NaturalImage2DIO"}')
+    (runs[0].folder / "plans.json").write_text('{"image_reader_writer": "NaturalImage2DIO", "configurations": {}}')
     files = {"image": picture, "label": truth, "a": guess}
     for name, array in files.items():
         sitk.WriteImage(sitk.GetImageFromArray(array, isVector=array.ndim == 3), str(tmp_path / f"{name}.png"))

@@ -50,6 +50,23 @@ def test_a_run_of_this_package(tmp_path: Path) -> None:
     assert curves["shta_token_accuracy"].epochs.tolist() == [0, 2]
 
 
+def test_terms_may_come_and_go_during_a_training(tmp_path: Path) -> None:
+    """As those of BCP, AUSS and ABD."""
+    csv = "epoch,loss_sup,loss_early,loss_late,weight_late\n0,1,5,,\n1,1,4,3,0.5\n2,1,,2,1\n3,1,,,\n"
+    further = read_curves(make_run(tmp_path, "A", csv))["further"]
+    assert further.epochs.tolist() == [0, 1, 2]
+    assert further.values.tolist() == [5, 4 + 3 * 0.5, 2]
+
+
+def test_a_model_that_does_not_segment_has_no_dice(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "A", "epoch,loss_masked,loss_masked_validation\n0,1,1.1\n")
+    torch.save(torch.load(run.checkpoint_file, weights_only=False) | {"trainer_name": "nnUNetTrainerMAE"},
+               run.checkpoint_file)  # fmt: skip
+    with pytest.raises(UserError, match=f"{run.checkpoint_file} is of nnUNetTrainerMAE, .* progress.png"):
+        draw_curves([run], [], tmp_path / "out", OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_trainer_of_nnunets_has_nnunets_log(tmp_path: Path) -> None:
     curves = read_curves(make_run(tmp_path, "A", None))
     assert set(curves) == {"dice", "labeled", "validation"}

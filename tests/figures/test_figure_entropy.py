@@ -5,17 +5,23 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from helpers.figure_folders import MadeUp, everything, make_folders, set_environment
+from helpers.figure_folders import MadeUp, everything, make_folders, set_environment, write
 from real_runs import Maker, options_of, some_cases, train
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.figures.options import FigureOptions, NotApplicable
-from nnunet_ssl.figures.predictions import current_folder, prediction_folder, with_predictions
+from nnunet_ssl.figures.predictions import (
+    current_folder,
+    prediction_folder,
+    with_given_predictions,
+    with_predictions,
+)
 from nnunet_ssl.figures.runs import load_predictor
 from nnunet_ssl.figures.shta import entropy as module
 from nnunet_ssl.figures.shta.entropy import (
@@ -84,6 +90,29 @@ def test_cases_are_those_in_which_the_runs_disagree_most(made: MadeUp, monkeypat
     assert list(choose_cases(runs, cases, options)) == [max(share, key=share.get)]
 
 
+def test_a_class_that_no_truth_has_is_not_shown(made: MadeUp) -> None:
+    runs, cases, options = everything(made)
+    runs = with_predictions(runs, cases, made.out, options)
+    for case in cases:
+        truth = made.truth(case.name)
+        write(np.where(truth == 2, 0, truth).astype(np.uint8), case.label)
+    assert list(choose_cases(runs, cases, options)) == [1]
+
+
+def test_the_caption_names_the_folder_of_the_predictions(made: MadeUp, tmp_path: Path) -> None:
+    """Given ones are not where the entropies are."""
+    runs, cases, options = everything(made)
+    for run in runs:
+        shutil.copytree(run.fold_folder / "validation", tmp_path / f"given_{run.name}")
+    given = with_given_predictions(runs, [tmp_path / f"given_{run.name}" for run in runs], cases, options)
+    with_entropies(made, given, cases, options)
+    draw_entropy(given, cases, made.out, options)
+    told = (made.out / "entropy.md").read_text(encoding="utf-8")
+    for run in given:
+        assert f"`{run.predicted}` (given with -pred)" in told
+        assert f"- {run.name}: `{prediction_folder(run, made.out)}`" in told
+
+
 def test_what_this_figure_cannot_show(made: MadeUp, tmp_path: Path) -> None:
     runs, cases, options = everything(made)
     with pytest.raises(NotApplicable, match="two runs"):
@@ -116,14 +145,20 @@ def with_entropies(made: MadeUp, runs: list, cases: list, options: FigureOptions
     return stored
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_the_window_shows_what_the_caption_names(made: MadeUp, monkeypatch: pytest.MonkeyPatch, turned: bool) -> None:
+DIRECTIONS = {
+    "upright": (1, 0, 0, 0, 1, 0, 0, 0, 1),
+    "upside down": (-1, 0, 0, 0, -1, 0, 0, 0, 1),
+    "on its side": (0, 1, 0, 1, 0, 0, 0, 0, -1),  # the array's rows go from side to side
+}
+
+
+@pytest.mark.parametrize("lies", DIRECTIONS)
+def test_the_window_shows_what_the_caption_names(made: MadeUp, monkeypatch: pytest.MonkeyPatch, lies: str) -> None:
     monkeypatch.setattr(module, "MIN_WINDOW", 4)
-    if turned:  # the patient's head is at the other end of the array's axes, front at the back, left on the right
-        for file in (*made.raw.rglob("*.nii.gz"), *made.results.rglob("*.nii.gz")):
-            image = sitk.ReadImage(str(file))
-            image.SetDirection((-1, 0, 0, 0, -1, 0, 0, 0, 1))
-            sitk.WriteImage(image, str(file))
+    for file in (*made.raw.rglob("*.nii.gz"), *made.results.rglob("*.nii.gz")):
+        image = sitk.ReadImage(str(file))
+        image.SetDirection(DIRECTIONS[lies])
+        sitk.WriteImage(image, str(file))
     runs, cases, options = everything(made)
     runs = with_predictions(runs, cases, made.out, options)
     stored = with_entropies(made, runs, cases[1:2], options)
@@ -143,19 +178,21 @@ def test_the_window_shows_what_the_caption_names(made: MadeUp, monkeypatch: pyte
 
     figure = entropy_figure([row], [run.name for run in runs], options)
     axes = figure.axes[:6]
-    turn = (slice(None, None, -1),) * 2 if turned else (slice(None),) * 2
-    x, y = (round(v / s) for v, s in zip(axes[0].patches[0].get_xy(), (2, 1), strict=True))
+    turn = {"upright": lambda a: a, "upside down": lambda a: a[::-1, ::-1], "on its side": np.transpose}[lies]
+    height, width = size = (2, 1) if lies == "on its side" else (1, 2)  # mm of a row and a column, as shown
+    rows, columns = turn(truth[box]).shape
+    x, y = (round(v / s) for v, s in zip(axes[0].patches[0].get_xy(), size[::-1], strict=True))
     window = (slice(y, y + rows), slice(x, x + columns))
-    assert np.array_equal(truth[index][turn][window], truth[box][turn])
+    assert np.array_equal(turn(truth[index])[window], turn(truth[box]))
     for panel, wanted in zip(axes[4:], entropies, strict=True):
-        np.testing.assert_allclose(panel.images[0].get_array()[window], wanted[box][turn], rtol=1e-3)
+        np.testing.assert_allclose(panel.images[0].get_array()[window], turn(wanted[box]), rtol=1e-3)
     for panel, wanted in zip(axes[1:4], (truth, *maps), strict=True):
         colored = panel.images[1].get_array()[..., 3] > 0
-        assert np.array_equal(colored[window], np.isin(wanted[box][turn], (1, 2)))
+        assert np.array_equal(colored[window], np.isin(turn(wanted[box]), (1, 2)))
     (frame,) = axes[0].patches
-    assert (frame.get_width(), frame.get_height()) == (2 * columns, rows)
+    assert (frame.get_width(), frame.get_height()) == (width * columns, height * rows)
     limits = [(*panel.get_xlim(), *panel.get_ylim()) for panel in axes[1:]]
-    assert limits == [(2 * x, 2 * (x + columns), y + rows, y)] * 5
+    assert limits == [(width * x, width * (x + columns), height * (y + rows), height * y)] * 5
 
 
 def test_damaged_files_are_named(made: MadeUp) -> None:
@@ -184,7 +221,10 @@ def test_real_runs(tiny, make_trainer: Maker, tmp_path: Path, kind: str) -> None
     assert "2 test cases" in caption
     assert "without mirroring" in caption
     for run in runs:
-        assert f"- {run.name}: `{prediction_folder(run, out)}`, `{run.checkpoint_file}`" in caption
+        folder = prediction_folder(run, out)
+        made = f"- {run.name}: `{folder}` (predicted for the figures, without mirroring), `{run.checkpoint_file}`"
+        assert made in caption
+        assert f"- {run.name}: `{folder}`\n" in caption
         kept = list(prediction_folder(run, out).glob("*.npz"))
         assert 1 <= len(kept) <= 2  # of the chosen cases alone
         others = {file.name for file in prediction_folder(run, out).iterdir()} - {file.name for file in kept}

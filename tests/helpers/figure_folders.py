@@ -64,7 +64,7 @@ def make_folders(folder: Path, num_cases: int = 3, labels: dict | None = None, i
         model = made.fold(trainer).parent
         made.fold(trainer).mkdir(parents=True)
         (model / "dataset.json").write_text(json.dumps(dataset_json))
-        (model / "plans.json").write_text(json.dumps({"image_reader_writer": "SimpleITKIO"}))
+        (model / "plans.json").write_text(json.dumps({"image_reader_writer": "SimpleITKIO", "configurations": {}}))
         (made.fold(trainer) / "checkpoint_final.pth").touch()
     for name in names:
         truth = np.zeros(SHAPE, np.uint8)

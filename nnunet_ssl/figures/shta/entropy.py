@@ -27,7 +27,13 @@ from nnunet_ssl.figures.options import FigureOptions, NotApplicable
 from nnunet_ssl.figures.outlines import TRUTH, draw_outline, overlay, shadow
 from nnunet_ssl.figures.page import caption, column_width, panel_grid, paper_style, save_figure, wrapped
 from nnunet_ssl.figures.planes import OpenCase, Plane
-from nnunet_ssl.figures.predictions import current_folder, predicting, prediction_folder, with_predictions
+from nnunet_ssl.figures.predictions import (
+    current_folder,
+    models_in_words,
+    predicting,
+    prediction_folder,
+    with_predictions,
+)
 from nnunet_ssl.figures.runs import TrainedRun, load_predictor
 from nnunet_ssl.figures.shta.branch import baseline_and_shta
 from nnunet_ssl.figures.test_set import Case, cases_in_words
@@ -80,7 +86,7 @@ def choose_cases(pair: Sequence[TrainedRun], cases: Sequence[Case], options: Fig
     """The classes on which two predicted runs disagree most, each with the case in which they do.
 
     Returns:
-        label -> case, in the dataset's order; only classes on which they disagree at all.
+        label -> case, in the dataset's order; only classes that the truth has and on which they disagree at all.
     """
     labels = list(options.names)
     cases = sorted(cases, key=lambda case: case.name)
@@ -91,7 +97,7 @@ def choose_cases(pair: Sequence[TrainedRun], cases: Sequence[Case], options: Fig
         for j, label in enumerate(labels):
             differing[i, j] = (((one == label) != (other == label)) & opened.counted).sum()
             size[i, j] = (opened.truth == label).sum()
-    share = differing.sum(0) / np.maximum(size.sum(0), 1)
+    share = np.where(size.any(0), differing.sum(0) / np.maximum(size.sum(0), 1), 0)
     most = [j for j in np.argsort(-share, kind="stable")[:MAX_ROWS].tolist() if share[j] > 0]
     return {labels[j]: cases[differing[:, j].argmax()] for j in sorted(most)}
 
@@ -164,10 +170,12 @@ def read_row(label: int, case: Case, pair: Sequence[TrainedRun], out: Path, opti
     side = window_side(shape, opened.size)
     index, start = best_window(difference, side)
     window = tuple(slice(first, first + length) for first, length in zip(start, side, strict=True))
-    in_file = [w.start if turn.step is None else n - w.stop
-               for w, turn, n in zip(window, opened.turns, shape, strict=True)]  # fmt: skip
-    place = [case.name, f"{index} ({opened.axis})", "{}, {}".format(*in_file), "{} x {}".format(*side)]
-    return Row(label, opened.plane(index), [entropy[index] for entropy in entropies], window, place)
+    firsts = [w.start if turn.step is None else n - w.stop
+              for w, turn, n in zip(window, opened.turns, shape, strict=True)]  # fmt: skip
+    in_file = sorted(zip(opened.axes, firsts, side, strict=True))  # where rows may be columns
+    place = [case.name, f"{index} ({opened.axis})", "{}, {}".format(*(first for _, first, _ in in_file)),
+             "{} x {}".format(*(length for *_, length in in_file))]  # fmt: skip
+    return Row(label, opened.plane(index), [entropy[index].copy() for entropy in entropies], window, place)
 
 
 def entropy_figure(rows: Sequence[Row], names: Sequence[str], options: FigureOptions) -> Figure:
@@ -226,5 +234,6 @@ def _caption(
         table="\n".join(table(cells)),
         cases=cases_in_words(cases),
         how="with" if options.tta else "without",
-        models="\n".join(f"- {run.name}: `{prediction_folder(run, out)}`, `{run.checkpoint_file}`" for run in pair),
+        models=models_in_words(pair),
+        entropies="\n".join(f"- {run.name}: `{prediction_folder(run, out)}`" for run in pair),
     )
