@@ -74,8 +74,7 @@ def wait_until_warped(wish: Wish, timeout: float = 24 * 3600) -> WarpedFolder:
     """Wait until another process has warped, and keep the warps for reading: see ``store.wait_for``.
 
     Raises:
-        UserError: not in time.
-        SystemExit: too few warps are good; the rank that warps says so.
+        UserError: not in time, or too few warps are good.
     """
     known: Mapping[str, list] = {}
 

@@ -36,7 +36,7 @@ from nnunet_ssl.surroundings import surroundings
 from nnunet_ssl.trainers.data import Data
 from nnunet_ssl.trainers.epoch import Epoch
 from nnunet_ssl.trainers.log import SSLLog
-from nnunet_ssl.trainers.optimizers import Optimizers
+from nnunet_ssl.trainers.optimizers import Optimizers, take_from_first_rank
 from nnunet_ssl.trainers.prediction import Prediction, unwrapped
 from nnunet_ssl.trainers.resuming import Resuming, training_state_file
 from nnunet_ssl.trainers.settings import ENVIRONMENT_VARIABLE, SSLSettings, load_settings
@@ -331,6 +331,7 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
         self.training_modules = nn.ModuleDict(self.build_training_modules()).to(self.device)
         if self.is_ddp:  # as nnU-Net does with its network
             self.training_modules = nn.SyncBatchNorm.convert_sync_batchnorm(self.training_modules)
+            take_from_first_rank(self.training_modules)
         self._configure_training_optimizers()
         self._runnable = nn.ModuleDict()
         for name, network in self.networks().items():
@@ -348,8 +349,10 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
         """
         with np.errstate(invalid="ignore"):
             loss = super()._build_loss()
-        if self.enable_deep_supervision and len(loss.weight_factors) == 1:
-            loss.weight_factors = (1.0,)
+        if self.enable_deep_supervision:
+            # floats, since NumPy's numbers are tensors to the compiler, which then cannot branch on them
+            weights = loss.weight_factors
+            loss.weight_factors = tuple(map(float, weights)) if len(weights) > 1 else (1.0,)
         if self._do_i_compile():  # in place: with deep supervision, and that of one output, see full_resolution_loss
             loss.compile()
             if self.enable_deep_supervision:

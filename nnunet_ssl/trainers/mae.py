@@ -58,7 +58,7 @@ class nnUNetTrainerMAE(nnUNetTrainerSSL):  # noqa: N801
     It sees the images of the fold's training cases and of ``imagesUn``, all drawn equally often. A patch is
     moved, scaled, rotated and mirrored as nnU-Net does it; its intensities stay, since noise cannot be foretold. Most
     blocks are then set to 0 in all channels, and a convolution of one voxel on the last decoder feature, which only
-    training needs, tells what they were. The heads that segment learn nothing, so they keep their first weights.
+    training needs, tells what they were. The heads that segment learn nothing.
 
     Departures from the papers: the network and its size are the plans'; it is a dense CNN, which sees the hidden voxels
     as zeros, and its whole decoder is kept, for -pretrained_weights takes all but the heads.

@@ -109,6 +109,12 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
+def take_from_first_rank(module: nn.Module) -> None:
+    """Make weights and buffers those of the first rank, in place, as DDP does it with nnU-Net's network."""
+    for weights in module.state_dict().values():
+        dist.broadcast(weights, src=0)
+
+
 def average_gradients(parameters: list[nn.Parameter]) -> None:
     """Average gradients over the ranks, in one all-reduce for each dtype.
 

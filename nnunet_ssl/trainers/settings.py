@@ -56,7 +56,7 @@ class SSLSettings:
     )
     elastic_deformation: Share = setting(0.0, "Probability that a training patch is [deformed](#elastic-deformation)")
     warped_share: Share = setting(
-        0.0, "Probability that a labeled patch comes from a [warp](shapes.md); `nnUNetTrainerMAE` uses none"
+        0.0, "Probability that a labeled patch comes from a [warp](shapes.md); `nnUNetTrainerMAE` refuses it"
     )
     warped_share_last: Share | None = setting(
         None, "That probability at the last step, reached by a linear change; `null` keeps it constant"

@@ -245,15 +245,12 @@ def wait_for(look: Callable[[], T | None], timeout: float, late: str) -> T:
     They look at a folder rather than wait in a collective, which would time out.
 
     Raises:
-        UserError: ``late``, if ``look`` has given nothing but None for ``timeout`` seconds.
-        SystemExit: looking ended in a UserError; the rank that makes it says why.
+        UserError: ``late``, if ``look`` has given nothing but None for ``timeout`` seconds; or what ``look`` raises:
+            torch ends all ranks as soon as one has ended, perhaps before the first has said the same.
     """
     end = time.monotonic() + timeout
-    try:
-        while (found := look()) is None and time.monotonic() <= end:
-            time.sleep(POLL_EVERY)
-    except UserError:
-        raise SystemExit(1) from None
+    while (found := look()) is None and time.monotonic() <= end:
+        time.sleep(POLL_EVERY)
     if found is None:
         raise UserError(late)
     return found

@@ -592,7 +592,7 @@ def test_where_few_register_it_says_so_in_one_sentence_and_tries_once(tiny_copy,
     for _ in range(2):
         with pytest.raises(UserError, match=told):
             warps(dataset, ("tr_00",), each=3)
-    with pytest.raises(SystemExit):
+    with pytest.raises(UserError, match=told):
         wait_until_warped(wish(dataset, ("tr_00",)), timeout=5)
     monkeypatch.setattr("nnunet_ssl.shapes.quality.TOO_FEW", 0.25)
     assert count_of(warps(dataset, ("tr_00",))) == [("tr_00", 1)]

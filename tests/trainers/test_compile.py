@@ -70,6 +70,22 @@ def test_compiled_losses_give_the_same_values_and_gradients(tiny, make_trainer, 
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-8)
 
 
+def test_the_loss_of_many_outputs_is_one_graph(tiny, make_trainer, monkeypatch):
+    """nnU-Net's weights of the outputs are NumPy's numbers, on which the compiler cannot branch."""
+    trainer = make_trainer("nnUNetTrainerLabeledOnly", tiny())
+    monkeypatch.setattr(trainer, "_get_deep_supervision_scales", lambda: [[1 / s] * 3 for s in (1, 2, 4)])
+    graphs = CompileCounterWithBackend("eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=graphs))
+    monkeypatch.setattr(type(trainer), "_do_i_compile", lambda self: True)
+    loss = trainer._build_loss()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    target = [torch.zeros(2, 1, n, n, n) for n in (16, 8, 4)]
+    loss([torch.randn(2, trainer.label_manager.num_segmentation_heads, *t.shape[2:]) for t in target], target)
+    assert graphs.frame_count == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 def test_nothing_is_compiled_on_a_cpu(tiny, make_trainer, monkeypatch):
     """As nnU-Net has it, whatever its variable says."""
     monkeypatch.setenv("nnUNet_compile", "true")

@@ -7,7 +7,7 @@ import torch
 from helpers.steps import a_batch, all_weights, half_a_step, on_two_ranks
 from torch import nn
 
-from nnunet_ssl.trainers.optimizers import average_gradients
+from nnunet_ssl.trainers.optimizers import average_gradients, take_from_first_rank
 
 
 def _average(rank):
@@ -23,6 +23,22 @@ def test_gradients_are_averaged_in_place_and_missing_ones_stay_missing(tmp_path)
         torch.testing.assert_close(gradients[0], torch.arange(3.0) * 1.5)
         torch.testing.assert_close(gradients[1], torch.full((2, 2), 0.5))
         assert gradients[2] is None
+
+
+def _built_apart(rank):
+    torch.manual_seed(rank)  # as nnU-Net's ranks are
+    module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    module[1].running_mean.fill_(rank)
+    take_from_first_rank(module)
+    return module.state_dict()
+
+
+def test_modules_that_were_built_apart_become_the_first_ranks(tmp_path):
+    first, second = on_two_ranks(tmp_path, _built_apart)
+    torch.manual_seed(0)
+    assert torch.equal(first["0.weight"], nn.Linear(2, 3).weight)
+    for name, weights in first.items():
+        assert torch.equal(weights, second[name]), name
 
 
 def _supervised(rank, trainer, outputs, target):

@@ -331,6 +331,5 @@ def test_other_ranks_wait(tiny_copy, monkeypatch):
     assert found == [prepared]
     for file in (dataset.raw / "imagesUn").iterdir():
         file.unlink()
-    with pytest.raises(SystemExit) as stopped:  # the first rank says why
+    with pytest.raises(UserError, match="holds no image"):  # by itself: this rank may be the first to end
         wait_until_prepared(*arguments)
-    assert not isinstance(stopped.value, UserError)

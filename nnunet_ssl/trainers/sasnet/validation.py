@@ -73,9 +73,7 @@ class BranchValidation(nnUNetTrainer):
                     super().perform_actual_validation(False)
             finally:
                 self.output_folder, done, self.configuration_manager = folder, self.output_folder, plan
-            if self.is_ddp:
-                dist.barrier()
-            if self.local_rank == 0:
+            if self.local_rank == 0:  # nnU-Net has waited until all have written
                 dice[name] = _foreground_dice(os.path.join(done, "validation"))
                 kept = os.path.join(folder, f"validation_{name}")
                 shutil.rmtree(kept, ignore_errors=True)
