@@ -37,6 +37,7 @@ os.environ.update(
     nnUNet_n_proc_DA="0",  # in this process: no workers
     nnUNet_def_n_proc="1",  # each process of a pool imports nnU-Net, which takes longer than its work
     OMP_NUM_THREADS="1",
+    OMP_WAIT_POLICY="PASSIVE",  # nnU-Net's commands take every core each: threads that wait must not spin
     MPLBACKEND="Agg",
     nnUNet_compile="f",
 )

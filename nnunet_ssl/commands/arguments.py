@@ -102,11 +102,11 @@ def find_device(given: str | None) -> str:
     """The device that ``-device`` names; by default the GPU if torch sees one, otherwise the CPU.
 
     Raises:
-        UserError: a GPU is asked for, and torch sees none.
+        UserError: another device than the CPU is asked for, and torch sees none.
     """
     import torch
 
-    gpu = torch.cuda.is_available()
-    if given == "cuda" and not gpu:
-        raise UserError("-device cuda: torch sees no GPU here; leave -device out to use the CPU.")
-    return given or ("cuda" if gpu else "cpu")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if given is not None and not there[given]:
+        raise UserError(f"-device {given}: torch sees no such GPU here; leave -device out to use what is there.")
+    return given or ("cuda" if there["cuda"] else "cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 
 from nnunet_ssl.commands.arguments import Parser, add_shared
 from nnunet_ssl.errors import UserError
@@ -49,6 +50,10 @@ def main(argv: list[str] | None = None) -> None:
     print(f"Wrote {model}")
     print(f"  nnUNetv2_predict_from_modelfolder -m {model} -f {' '.join(str(f.fold) for f in exported)} -i IN -o OUT")
     if args.zip:
-        with writing("Make room for it: the folder is complete."):
-            archive = shutil.make_archive(zip_base, "zip", root_dir=args.folder)
+        archive = zip_base + ".zip"
+        with (
+            writing(f"{args.folder} is complete. To have it as a zip, too, make room, remove it and export again."),
+            tempfile.TemporaryDirectory(dir=os.path.dirname(archive) or ".") as temporary,
+        ):
+            os.replace(shutil.make_archive(os.path.join(temporary, "model"), "zip", root_dir=args.folder), archive)
         print(f"Wrote {archive}\n  nnUNetv2_install_pretrained_model_from_zip {archive}")

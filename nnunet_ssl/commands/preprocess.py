@@ -6,7 +6,6 @@ import os
 
 from nnunet_ssl.commands.arguments import Parser, add_shared
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import read_json
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -27,9 +26,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # heavy: only once the arguments are known to be good
     from nnunetv2.configuration import default_num_processes
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    from nnunet_ssl.unlabeled.find import find_labeled, read_dataset_json, required_folder, resolve_dataset
+    from nnunet_ssl.unlabeled.find import find_labeled, read_dataset_json, read_plans, required_folder, resolve_dataset
     from nnunet_ssl.unlabeled.prepare import prepare_unlabeled
 
     for dataset in map(resolve_dataset, args.datasets):
@@ -40,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(
                 f"{plans_file} does not exist. Run nnUNetv2_plan_and_preprocess first, or name the plans with -p."
             )
-        plans_manager = PlansManager(read_json(plans_file, "Run nnUNetv2_plan_experiment again."))
+        plans_manager = read_plans(plans_file, "Run nnUNetv2_plan_experiment again.")
         dataset_json = read_dataset_json(preprocessed)
         configurations = [c for c in args.configurations if c in plans_manager.available_configurations]
         if not configurations:

@@ -35,5 +35,6 @@ def main(argv: list[str] | None = None) -> None:
         print("No --val: the labeled cases also serve as validation cases, because nnU-Net needs some.")
     if not split.unlabeled:
         print("No unlabeled case is left: only trainers that need none, such as nnUNetTrainerLabeledOnly, work.")
+    trainer = "Warps" if split.unlabeled else "LabeledOnly"
     print(f"Train fold 0, for instance:\n  nnUNetv2_plan_and_preprocess -d {args.target_id} -c 3d_fullres\n"
-          f"  nnUNetv2_train {args.target_id} 3d_fullres 0 -tr nnUNetTrainerSHTA_CPS")  # fmt: skip
+          f"  nnUNetv2_train {args.target_id} 3d_fullres 0 -tr nnUNetTrainer{trainer}")  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nnunet_ssl.commands.arguments import Parser, add_shared, count, whole
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.files import writing
 
 
 def channel(text: str) -> tuple[int, ...]:
@@ -85,5 +86,6 @@ def main(argv: list[str] | None = None) -> None:
     labeled = sorted(trained_with(preprocessed)) or labeled  # cases that are only validated with: not needed
     wish = Wish(*what, tuple(labeled), (), onto, args.pairs, groups, args.channel)
     warps = prepare_warps(wish, processes)
-    picture = draw_warps(wish)
+    with writing("The warps are complete; make room or make the folder writable for their picture."):
+        picture = draw_warps(wish)
     print(f"{args.configuration}: {len(warps.cases)} warps are ready in {warps.folder}; look at {picture}")

@@ -95,9 +95,10 @@ class Demo:
 
     def _make_folders(self) -> None:
         """Note what the folder is for, and the settings."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "demo.json", {"seed": self.seed})  # first: it says whose the rest is
         for name in FOLDERS:
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "demo.json", {"seed": self.seed})
+            (self.folder / name).mkdir(exist_ok=True)
         write_json(self.folder / "settings.json", {"seed": self.seed, **SETTINGS})
 
     # ------------------------------------------------------------------ steps

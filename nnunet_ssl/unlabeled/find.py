@@ -219,7 +219,7 @@ def read_plans(file: str, remedy: str, configuration: str | None = None) -> Plan
         UserError: they are missing, no plans, or without the configuration or a known reader; ``remedy`` says what to
             do.
     """
-    plans = PlansManager(read_json(file, remedy, keys={"image_reader_writer": str}))
+    plans = PlansManager(read_json(file, remedy, keys={"image_reader_writer": str, "configurations": dict}))
     try:
         _ = plans.image_reader_writer_class
         if configuration is not None:

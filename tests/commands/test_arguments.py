@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from nnunet_ssl.commands.arguments import NEW_DATASET, SHARED, Parser
+from nnunet_ssl.commands.arguments import NEW_DATASET, SHARED, Parser, find_device
 from nnunet_ssl.datasets import MADE_UP, PUBLISHED
 from nnunet_ssl.errors import UserError
 
@@ -151,6 +152,16 @@ def test_rules_of_options(command):
         assert options["-o"].metavar in {"DIR", "FILE", "ID"}
     if "-tr" in options and command != "figures":  # which takes -m in its place, and one of the two is required
         assert options["-tr"].required
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    for name, place in {"cuda": torch.cuda, "mps": torch.backends.mps}.items():
+        monkeypatch.setattr(place, "is_available", lambda: False)
+        with pytest.raises(UserError, match=f"-device {name}: torch sees no such GPU here; leave -device out"):
+            find_device(name)
+    assert find_device(None) == find_device("cpu") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert find_device(None) == find_device("cuda") == "cuda"
 
 
 @pytest.mark.parametrize("command", ["benchmark", "demo", "pseudolabel"])

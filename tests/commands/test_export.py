@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import resource
 import shutil
 import zipfile
@@ -130,6 +132,19 @@ def test_zip_unpacks_to_the_folder(trained, tmp_path):
     assert archived == {
         f.relative_to(tmp_path / "out").as_posix() for f in (tmp_path / "out").rglob("*.*") if f.is_file()
     }
+
+
+def test_a_zip_that_does_not_fit_leaves_nothing_behind(trained, tmp_path, monkeypatch):
+    _, arguments = trained(LABELED_ONLY)
+
+    def full(file, *_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(zipfile.ZipFile, "write", full)
+    (tmp_path / "in").mkdir()
+    with pytest.raises(UserError, match=r"No space left.*in/out is complete.*make room, remove it and export again"):
+        main([*arguments, "-o", str(tmp_path / "in/out"), "--zip"])
+    assert [file.name for file in (tmp_path / "in").iterdir()] == ["out"]
 
 
 def refused(arguments: list[str], output: Path, *words: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 from pathlib import Path
 
@@ -41,6 +43,18 @@ def test_what_cannot_be_is_refused_in_a_sentence_and_makes_nothing(tiny_copy, ar
         warp(dataset, *arguments)
     assert not folder_of(dataset).exists()
     assert not Path(str(folder_of(dataset)).replace("_warped", "_unlabeled")).exists()
+
+
+@pytest.mark.usefixtures("quick_registration")
+def test_a_picture_that_cannot_be_written_is_not_a_crash(tiny_copy, monkeypatch):
+    dataset = tiny_copy()
+
+    def read_only(*_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder_of(dataset) / "warps.png"))
+
+    monkeypatch.setattr("nnunet_ssl.figures.warps.save_figure", read_only)
+    with pytest.raises(UserError, match=r"warps\.png cannot be written \(Permission denied\)\. The warps are complete"):
+        warp(dataset, "--pairs", 1)
 
 
 @pytest.mark.usefixtures("quick_registration")
