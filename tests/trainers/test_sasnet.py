@@ -460,11 +460,9 @@ def test_regions_are_refused(tiny, make_trainer):
         make_trainer(NAME, tiny("regions"))
 
 
-@pytest.mark.parametrize(
-    ("kind", "again"),
-    [("3d", False), pytest.param("3d", True, marks=pytest.mark.slow), pytest.param("2d", True, marks=pytest.mark.slow)],
-)
-def test_real_commands_train_continue_validate_predict_and_export(tiny, own_results, run_nnunet, tmp_path, kind, again):
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["3d", "2d"])
+def test_real_commands_train_continue_validate_predict_and_export(tiny, own_results, run_nnunet, tmp_path, kind):
     from nnunet_ssl.commands.export import main
 
     dataset = tiny(kind)
@@ -472,11 +470,10 @@ def test_real_commands_train_continue_validate_predict_and_export(tiny, own_resu
     what = [dataset.id, dataset.configuration, 0, "-p", dataset.plans_name, "-tr", trainer, "-device", "cpu"]
     settings = {"sasnet_low_level_start": 0} if kind == "2d" else {}
     run_nnunet("nnUNetv2_train", *what, settings=settings)
-    if again:
-        run_nnunet("nnUNetv2_train", *what, "--c", "--npz")
-        assert len(list(own_results.glob(f"*/{trainer}__*/fold_0/validation/*.npz"))) == 1
-        run_nnunet("nnUNetv2_train", *what, "--val")  # without the settings of the training
-        assert len(list(own_results.glob(f"*/{trainer}__*/fold_0/validation/*.npz"))) == 1  # what is there stays
+    run_nnunet("nnUNetv2_train", *what, "--c", "--npz")
+    assert len(list(own_results.glob(f"*/{trainer}__*/fold_0/validation/*.npz"))) == 1
+    run_nnunet("nnUNetv2_train", *what, "--val")  # without the settings of the training
+    assert len(list(own_results.glob(f"*/{trainer}__*/fold_0/validation/*.npz"))) == 1  # what is there stays
     model = ["-d", dataset.id, "-c", dataset.configuration, "-f", 0, "-p", dataset.plans_name, "-tr", trainer]
     images = ["-i", dataset.raw / "imagesTs", "-device", "cpu", "--disable_tta", "--save_probabilities"]
     run_nnunet("nnUNetv2_predict", *model, *images, "-o", tmp_path / "both", "-npp", 0, "-nps", 0)
