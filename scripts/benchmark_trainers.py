@@ -149,10 +149,12 @@ def turn(setup: Setup, steps: int, warm_up: int, which: tuple[str, str | None]) 
     before = resident_peak()
     trainer = build(setup, *which)
     start = setup.now()
-    batches = batches_of(trainer, setup, steps)
+    batches = [next(trainer.dataloader_train) for _ in range(steps)]
     loader = (setup.now() - start) / steps
-    for i in range(warm_up + 1):
+    batches = pinned(batches, setup)
+    for i in range(warm_up):
         trainer.train_step(batches[i % steps])
+    parts = parts_of_steps(trainer, batches, setup.now)
     if setup.device == "cuda":
         memory = {
             "peak": torch.cuda.max_memory_allocated() / 2**20,
@@ -162,10 +164,9 @@ def turn(setup: Setup, steps: int, warm_up: int, which: tuple[str, str | None]) 
         memory = {"peak": resident_peak() - before}
     modules = [trainer.network, getattr(trainer, "training_modules", torch.nn.Module())]
     parameters = sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
-    parts = parts_of_steps(trainer, batches, setup.now)
 
     baseline = build(setup, BASELINE, None)
-    its_batches = batches_of(baseline, setup, steps)
+    its_batches = pinned([next(baseline.dataloader_train) for _ in range(steps)], setup)
     for i in range(warm_up):
         baseline.train_step(its_batches[i % steps])
     own, its = [], []
@@ -181,12 +182,11 @@ def turn(setup: Setup, steps: int, warm_up: int, which: tuple[str, str | None]) 
     return {"step": step, "ratio": ratio, "loader": loader, **parts, **memory, "parameters": parameters}
 
 
-def batches_of(trainer: Any, setup: Setup, number: int) -> list[dict]:
-    """Batches as the step gets them from nnU-Net's workers."""
-    batches = [next(trainer.dataloader_train) for _ in range(number)]
-    if setup.device == "cuda":
-        batches = tree_map(lambda x: x.pin_memory() if isinstance(x, Tensor) else x, batches)
-    return batches
+def pinned(batches: list[dict], setup: Setup) -> list[dict]:
+    """Batches as the step gets them: where there is a GPU, nnU-Net's workers pin them."""
+    if setup.device != "cuda":
+        return batches
+    return tree_map(lambda x: x.pin_memory() if isinstance(x, Tensor) else x, batches)
 
 
 def parts_of_steps(trainer: Any, batches: list[dict], now: Callable[[], float]) -> dict[str, float]:
