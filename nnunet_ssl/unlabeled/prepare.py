@@ -113,8 +113,7 @@ def wait_until_prepared(
     The arguments are those of ``prepare_unlabeled``, and the seconds after which to give up.
 
     Raises:
-        UserError: not prepared in time.
-        SystemExit: the images cannot be prepared; the rank that prepares them says why.
+        UserError: not prepared in time, or the images cannot be prepared.
     """
     task = Preparation(dataset_name, plans_manager.plans, configuration, dataset_json)
     folder = f"{task.labeled_folder}_unlabeled"
