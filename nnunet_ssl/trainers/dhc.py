@@ -8,7 +8,7 @@ import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
 
-from nnunet_ssl.declared import Share, declared, setting
+from nnunet_ssl.declared import Share, Weight, declared, setting
 from nnunet_ssl.losses.class_counts import class_counts
 from nnunet_ssl.losses.dhc import (
     DifficultyWeights,
@@ -24,8 +24,14 @@ from nnunet_ssl.trainers.cps import CrossSupervisionSettings, nnUNetTrainerCPS
 
 @declared
 class DHCSettings(CrossSupervisionSettings):
-    """Settings of DHC; weight and ramp-up as in CPS, so that the two differ by their losses alone."""
+    """Settings of DHC.
 
+    Weight and ramp-up of the cross term are the authors', not those of CPS: a class that the other network invents in
+    the background weighs 1, the background that the label says there about 0.1. So a strong cross term outvotes labels.
+    """
+
+    cps_weight: Weight = setting(0.1, "Full weight of the cross term", symbol="lambda")
+    cps_rampup: Share = setting(1.0, "Share of the training over which the weight grows")
     dhc_least_weight: Share = setting(
         0.1,
         "Least weight of a class in the second network, where the rarest has 1; with `0` the background has none",

@@ -114,3 +114,23 @@ def test_the_papers_preset(tiny, make_trainer):
 @pytest.mark.slow
 def test_nnunets_commands_train_continue_validate_and_predict(tiny_copy, run_nnunet, tmp_path):
     commands_work(tiny_copy("3d"), run_nnunet, tmp_path, f"{NAME}_2epochs", {"loss_sup", "loss_sup_second", "loss_cps"})
+
+
+def test_what_labels_say_outvotes_the_other_networks_inventions(tiny, make_trainer):
+    """Where a third of the background is called an organ, learning still moves it back towards background."""
+    weight = make_trainer(NAME, tiny()).settings.cps_weight
+    weights = torch.tensor([0.1, 1.0, 1.0])
+    target = torch.zeros(1, 1, 1000, dtype=torch.long)
+    target[..., :100] = 1
+    invented = target.clone()
+    invented[..., 100:400] = 1
+
+    def moves_to_background(weight: float) -> bool:
+        logits = torch.zeros(1, 3, 1000, requires_grad=True)
+        cross = 0.5 * weight * weighted_cross_entropy(logits, invented, weights)
+        (weighted_cross_entropy(logits, target, weights) + cross).backward()
+        background, organ, _ = logits.grad[0, :, 100:400]
+        return bool((background < organ).all())
+
+    assert moves_to_background(weight)
+    assert not moves_to_background(1.0)  # the weight of CPS
