@@ -396,3 +396,4 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
                 write_json(self.settings_file, record)
             self.ssl_log = SSLLog(self.output_folder, self.current_epoch)
         self.print_to_log_file(f"nnunet_ssl {__version__}: {self.settings}")
+        self.warn_of_slow_bfloat16()

@@ -83,6 +83,15 @@ class Step(nnUNetTrainer):
         # Without the cache of cast weights: one that a forward without gradient left behind would have no gradient.
         return torch.autocast(self.device.type, cache_enabled=False) if half else nullcontext()
 
+    def warn_of_slow_bfloat16(self) -> None:
+        """Say so where the CPU only emulates what ``cpu_bfloat16`` asks for."""
+        asked = self.device.type == "cpu" and self.settings.cpu_bfloat16
+        if asked and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            self.print_to_log_file(
+                "WARNING: 'cpu_bfloat16' is on, but this CPU has no instructions for bfloat16: steps take several "
+                "times as long as without it."
+            )
+
     def _to_device(self, batch: dict) -> Batch:
         def move(x: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
             return [move(i) for i in x] if isinstance(x, list) else x.to(self.device, non_blocking=True)
