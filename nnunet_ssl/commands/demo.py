@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     add_shared(parser, "-o", default=Path("demo"), help="Folder to write to. Default: demo")
     parser.add_argument(
-        "--epochs", type=count, default=20, metavar="N", help="Epochs of each training, of 50 steps each. Default: 20"
+        "--epochs", type=count, default=60, metavar="N", help="Epochs of each training, of 100 steps each. Default: 60"
     )
     add_shared(parser, "-device")
     add_shared(parser, "--seed", help="Seed of the dataset and of both trainings. Default: 0")

@@ -1,6 +1,6 @@
 """The demo's made-up anatomy: five organs in a body, few of the images with labels.
 
-Made so that five labeled cases are not enough: the organs overlap in intensity with each other and with unlabeled
+Made so that three labeled cases are not enough: the organs overlap in intensity with each other and with unlabeled
 tissue next to them, contrast and shape change from case to case, and a smooth field and noise lie over the image.
 """
 
@@ -19,7 +19,7 @@ from nnunet_ssl.files import write_json
 ORGANS = {"background": 0, "liver": 1, "spleen": 2, "kidney": 3, "nodule": 4, "vessel": 5}
 SHAPE = (32, 40, 36)  # z y x
 DATASET = "Dataset001_SSLDemo"
-LABELED, UNLABELED, TEST = 5, 40, 10
+LABELED, UNLABELED, TEST = 3, 32, 20
 
 # Mean and spread of what a case's organ is bright by, in the middle of the case's grey scale: they overlap.
 _INTENSITY = {

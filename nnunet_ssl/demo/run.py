@@ -12,18 +12,19 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_ssl.demo.dataset import DATASET, ORGANS, write_dataset
+from nnunet_ssl.demo.dataset import DATASET, LABELED, ORGANS, TEST, UNLABELED, write_dataset
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_json, write_json, writing
 from nnunet_ssl.steps import Step, Steps, training
 
 TRAINERS = ("nnUNetTrainerLabeledOnly", "nnUNetTrainerWarps")
-CONFIGURATION, PLANS, FOLD = "3d_fullres", "nnUNetPlans", "all"
+CONFIGURATION, PLANS, FOLD = "2d", "nnUNetPlans", "all"
 DATASET_ID = 1
 FEATURES = (8, 16, 32)
-PATCH_SIZE = (24, 28, 28)
+PATCH_SIZE = (40, 36)
+BATCH_SIZE = 8
 PAIRS = 10  # warps of each labeled case
-STEPS_AN_EPOCH = 50
+STEPS_AN_EPOCH = 100
 SETTINGS = {"num_iterations_per_epoch": STEPS_AN_EPOCH, "num_val_iterations_per_epoch": 2, "save_every": 5}
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 FIGURE_CASES = 3  # the first of the test set
@@ -35,7 +36,7 @@ class Demo:
 
     Attributes:
         folder: everything is written here.
-        epochs: of each training, of 50 steps each.
+        epochs: of each training, of 100 steps each.
         device: ``cpu``, ``cuda`` or ``mps``, as nnU-Net's ``-device``.
         seed: of the dataset and of both trainings.
     """
@@ -56,7 +57,7 @@ class Demo:
         self._refuse_other()
         self._make_folders()
         if not self._raw.is_dir():  # complete or not there
-            print("\nDrawing the dataset: 5 labeled, 40 unlabeled and 10 test cases", flush=True)
+            print(f"\nDrawing the dataset: {LABELED} labeled, {UNLABELED} unlabeled and {TEST} test cases", flush=True)
             write_dataset(self._raw.parent, self.seed)
         self._do_steps()
         dice = {trainer: {"test_dice": read_dice(self._predictions(trainer) / "summary.json")} for trainer in TRAINERS}
@@ -135,7 +136,7 @@ class Demo:
         file = self._prepared / f"{PLANS}.json"
         plan = ["nnUNetv2_plan_and_preprocess", "-d", DATASET_ID, "-c", CONFIGURATION, "-npfp", 2, "-np", 2]
         shrink = ["python", "-m", "nnunet_ssl.demo.plans", file, CONFIGURATION, "--features", *FEATURES]
-        shrink += ["--patch-size", *PATCH_SIZE, "--batch-size", 2]
+        shrink += ["--patch-size", *PATCH_SIZE, "--batch-size", BATCH_SIZE]
         return self._step("plan", "Planning and preprocessing", file, plan, shrink)
 
     def _warp(self) -> Step:
