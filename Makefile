@@ -1,4 +1,4 @@
-# make demo       the whole way on made-up data, from preprocessing to a figure, in about 20 minutes on 2 CPU cores
+# make demo       the whole way on made-up data, from preprocessing to a figure, in about 25 minutes on 2 CPU cores
 # make test       the tests that take seconds each;  make test-slow: every test;  make lint
 # make settings   the tables of settings in docs/, from what the trainers declare
 # make wheel      the wheel, in build/wheel, installed where nothing else is, where it checks itself

@@ -13,7 +13,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="nnUNetv2_ssl_demo",
         description="Make a small dataset of five organs with few labels, train nnUNetTrainerLabeledOnly and "
         "nnUNetTrainerWarps on it from the same seed with nnU-Net's own commands, and compare them on test cases. "
-        "Takes about twenty minutes on two CPU cores. A stopped demo resumes where it was.",
+        "Takes about 25 minutes on two CPU cores. A stopped demo resumes where it was.",
     )
     add_shared(parser, "-o", default=Path("demo"), help="Folder to write to. Default: demo")
     parser.add_argument(

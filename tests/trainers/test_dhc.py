@@ -8,6 +8,7 @@ from helpers.runs import assert_plain_checkpoint, assert_resumed_equals_uninterr
 from helpers.steps import a_batch, gradients, half_a_step, on_two_ranks, stepped
 
 from nnunet_ssl.losses.dhc import weighted_cross_entropy, weighted_dice_and_cross_entropy
+from nnunet_ssl.trainers.dhc import DHCSettings
 
 NAME = "nnUNetTrainerDHC"
 
@@ -116,9 +117,8 @@ def test_nnunets_commands_train_continue_validate_and_predict(tiny_copy, run_nnu
     commands_work(tiny_copy("3d"), run_nnunet, tmp_path, f"{NAME}_2epochs", {"loss_sup", "loss_sup_second", "loss_cps"})
 
 
-def test_what_labels_say_outvotes_the_other_networks_inventions(tiny, make_trainer):
+def test_what_labels_say_outvotes_the_other_networks_inventions():
     """Where a third of the background is called an organ, learning still moves it back towards background."""
-    weight = make_trainer(NAME, tiny()).settings.cps_weight
     weights = torch.tensor([0.1, 1.0, 1.0])
     target = torch.zeros(1, 1, 1000, dtype=torch.long)
     target[..., :100] = 1
@@ -132,5 +132,5 @@ def test_what_labels_say_outvotes_the_other_networks_inventions(tiny, make_train
         background, organ, _ = logits.grad[0, :, 100:400]
         return bool((background < organ).all())
 
-    assert moves_to_background(weight)
+    assert moves_to_background(DHCSettings().cps_weight)
     assert not moves_to_background(1.0)  # the weight of CPS
