@@ -1,7 +1,7 @@
 """Writes a trained model as a model of plain nnU-Net, and keeps it only if it gives the same answers.
 
 The checkpoints of this package hold nnU-Net's own network already. An export is what one hands on: weights on the CPU,
-no optimiser, nothing but tensors and builtins (so that ``torch.load(..., weights_only=True)`` reads it), under the
+no optimizer, nothing but tensors and builtins (so that ``torch.load(..., weights_only=True)`` reads it), under the
 name of nnU-Net's own trainer. The second network of a method with two becomes a separate fold: nnU-Net averages the
 folds that it is given.
 """

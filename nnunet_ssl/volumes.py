@@ -206,7 +206,7 @@ def _has_content(file: str) -> bool:
     import nibabel
 
     voxels = nibabel.load(file).dataobj
-    return voxels.dtype.kind != "V" and bool(np.any(voxels))  # V: colours, which are whole numbers
+    return voxels.dtype.kind != "V" and bool(np.any(voxels))  # V: colors, which are whole numbers
 
 
 def _not_finite(file: str, number: int, what: str) -> VolumeError:

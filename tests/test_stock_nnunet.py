@@ -31,7 +31,7 @@ from nnunet_ssl.commands.preprocess import main as prepare
 
 pytestmark = pytest.mark.slow
 
-# the last is a user's own, with an adversary and its optimiser
+# the last is a user's own, with an adversary and its optimizer
 OURS = ("nnUNetTrainerCPS_2epochs", "nnUNetTrainerSHTA_CPS_2epochs", "nnUNetTrainerAdversarial_2epochs")
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_best.pth", "checkpoint_epoch1.pth")
 EXPECTED_KEYS = {

@@ -79,7 +79,7 @@ CUT = {
     "more slices than there are": ("x.nii", patched(WHOLE, DIM, "<4h", 3, 8, 9, 32000)),
     "no slice": ("x.nii", patched(WHOLE, DIM, "<4h", 3, 8, 9, 0)),
     "wider voxels than there are": ("x.nii", patched(WHOLE, DATATYPE, "<2h", 64, 64)),
-    "colours": ("x.nii", half(nifti(np.zeros((8, 9, 10), [(c, "u1") for c in "RGB"])))),
+    "colors": ("x.nii", half(nifti(np.zeros((8, 9, 10), [(c, "u1") for c in "RGB"])))),
     "big endian": ("x.nii", half(nifti(IMAGE, order=">"))),
     "NIfTI-2": ("x.nii", half(nifti(IMAGE, nibabel.Nifti2Image))),
     "a text": ("x.nii.gz", b"hello"),
@@ -210,12 +210,12 @@ def test_voxels_of_other_formats(tmp_path, ending, value):
         read(file)
 
 
-def test_what_is_let_through_can_be_normalised(tmp_path):
+def test_what_is_let_through_can_be_normalized(tmp_path):
     """The bound is where nnU-Net's z-score stops working; right below it, it works."""
     pattern = IMAGE / np.abs(IMAGE).max()
     fits = np.float32(0.9 * np.sqrt(np.finfo(np.float32).max / np.square(pattern).sum()))
-    normalised = ZScoreNormalization(False, {}).run(read(write(tmp_path, "x.nii", nifti(pattern * fits))))
-    assert abs(float(normalised.std()) - 1) < 1e-3
+    normalized = ZScoreNormalization(False, {}).run(read(write(tmp_path, "x.nii", nifti(pattern * fits))))
+    assert abs(float(normalized.std()) - 1) < 1e-3
     with pytest.raises(VolumeError, match="too large"):
         read(write(tmp_path, "x.nii", nifti(pattern * fits * np.float32(1.2))))
 
@@ -264,7 +264,7 @@ def test_the_channel_that_is_broken_is_named(tmp_path):
 
 
 def test_the_readers_would_have_said_nothing(tmp_path):
-    """If this fails, they have learnt it, and a check of ours can go."""
+    """If this fails, they have learned it, and a check of ours can go."""
     file = write(tmp_path, "x.nii", half(WHOLE))
     assert SimpleITKIO().read_images([file])[0].shape == (1, 10, 9, 8)
     array = IMAGE.copy()
@@ -276,8 +276,8 @@ def test_the_readers_would_have_said_nothing(tmp_path):
     assert SimpleITKIO().read_images([file])[0].shape == (1, 8, 9, 10)
     for value in (3e38, 1e20):
         with np.errstate(all="ignore"):
-            normalised = ZScoreNormalization(False, {}).run(IMAGE * np.float32(value / 150))
-        assert not np.nan_to_num(normalised).any()
+            normalized = ZScoreNormalization(False, {}).run(IMAGE * np.float32(value / 150))
+        assert not np.nan_to_num(normalized).any()
     tifffile.imwrite(tmp_path / "x.tif", IMAGE.astype(np.uint8), metadata=None, compression="zlib")
     content = (tmp_path / "x.tif").read_bytes()
     with tifffile.TiffFile(tmp_path / "x.tif") as tiff:

@@ -18,9 +18,9 @@ FULL_SCORE = 1000
 
 
 def reach(affine: Sequence[Sequence[float]], patch_size: Sequence[int]) -> list[float]:
-    """How far from its centre a resampled patch takes voxels from, along each axis of what it is taken from.
+    """How far from its center a resampled patch takes voxels from, along each axis of what it is taken from.
 
-    ``affine`` is dim x dim, from positions in the patch to positions in its source, both from the centre, in voxels.
+    ``affine`` is dim x dim, from positions in the patch to positions in its source, both from the center, in voxels.
     """
     return [
         sum(abs(factor) * (n - 1) / 2 for factor, n in zip(row, patch_size, strict=True)) + 1  # and interpolates there
@@ -35,7 +35,7 @@ def sampling_grid(
 
     Args:
         affine: as for :func:`reach`.
-        patch_size, source_shape: in voxels; their centres coincide.
+        patch_size, source_shape: in voxels; their centers coincide.
 
     Returns:
         float32 ``[*patch, dim]``, last axis first, from -1 to 1.

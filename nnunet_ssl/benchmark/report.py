@@ -253,7 +253,7 @@ def curve_table(p: Protocol, runs: Sequence[dict[str, Any]]) -> list[str]:
 def draw_curves(benchmark: Benchmark, results: dict[str, Any], file: Path) -> None:
     """The leading metric over steps, or over minutes if the budget is in time; one panel per table.
 
-    The mean over seeds; for few methods also a thin line for every seed. A method has the colour of the one that it is
+    The mean over seeds; for few methods also a thin line for every seed. A method has the color of the one that it is
     compared with, dashed.
     """
     from matplotlib import style
@@ -287,16 +287,16 @@ def draw_curves(benchmark: Benchmark, results: dict[str, Any], file: Path) -> No
 
 
 def line_styles(rows: Sequence[Row]) -> Iterator[tuple[Any, str]]:
-    """Colour and line style of each row."""
+    """Color and line style of each row."""
     from matplotlib import colormaps
 
     palette = itertools.cycle([*colormaps["tab10"].colors, *colormaps["Dark2"].colors])
     families: dict[str, tuple[Any, Iterator[str]]] = {}  # by the row that others are compared with
     for row in rows:
         if row.against in families:
-            colour, dashes = families[row.against]
-            families[row.name] = colour, dashes
-            yield colour, next(dashes)
+            color, dashes = families[row.against]
+            families[row.name] = color, dashes
+            yield color, next(dashes)
         else:
             families[row.name] = next(palette), itertools.cycle(["--", "-.", ":"])
             yield families[row.name][0], "-"

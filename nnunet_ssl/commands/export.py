@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> None:
     """Entry point."""
     parser = Parser(
         prog="nnUNetv2_ssl_export",
-        description="Write a trained model as a plain nnUNetTrainer model: CPU tensors, no optimiser, logits verified "
+        description="Write a trained model as a plain nnUNetTrainer model: CPU tensors, no optimizer, logits verified "
         "to be equal. Predicting with it does not need this package.",
     )
     add_shared(parser, "-d", "-c")

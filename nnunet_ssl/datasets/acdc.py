@@ -31,7 +31,7 @@ RECIPE = Recipe(
     labels={"background": 0, "right ventricle": 1, "myocardium": 2, "left ventricle": 3},
     channel="MRI",
     reference="ACDC, Bernard et al. 2018",
-    licence="registration and citation asked, non-commercial",
+    license="registration and citation asked, non-commercial",
 )
 
 

@@ -19,7 +19,7 @@ What differs from the literature's preprocessing:
 - CT is cut to -125 to 275 HU, as GA-CPS has it (DHC: -75 to 275; ``--window``), and stays HU.
 - MRI is left as it is. The literature cuts it with the window for CT, which means nothing there; ``--clip-mri`` does
   so too.
-- The mixed dataset is normalised image by image (z-score), the CT-only one by nnU-Net's scheme for CT: statistics
+- The mixed dataset is normalized image by image (z-score), the CT-only one by nnU-Net's scheme for CT: statistics
   over both kinds together would fit neither.
 - Images keep their voxel sizes; the literature resizes whole volumes, each repository to another size.
 """

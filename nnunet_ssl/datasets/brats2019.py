@@ -1,4 +1,4 @@
-"""BraTS 2019 (FLAIR, whole tumour) as an nnU-Net raw dataset with few labels.
+"""BraTS 2019 (FLAIR, whole tumor) as an nnU-Net raw dataset with few labels.
 
     nnUNetv2_ssl_dataset brats2019 --data MICCAI_BraTS_2019_Data_Training --labeled 25 -d 731 \\
         --train-list train.txt --validation-list val.txt --test-list test.txt
@@ -40,7 +40,7 @@ RECIPE = Recipe(
     labels={"background": 0, "whole tumor": 1},
     channel="FLAIR",
     reference="Brain Tumor Segmentation challenge 2019",
-    label_values={0: 0, 1: 1, 2: 1, 4: 1},  # necrosis, oedema, enhancing tumour
+    label_values={0: 0, 1: 1, 2: 1, 4: 1},  # necrosis, oedema, enhancing tumor
     h5_axes="zyx",
 )
 

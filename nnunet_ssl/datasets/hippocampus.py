@@ -39,7 +39,7 @@ RECIPE = Recipe(
     labels={"background": 0, "anterior": 1, "posterior": 2},
     channel="MRI",
     reference="Medical Segmentation Decathlon, task 4",
-    licence="CC-BY-SA 4.0",
+    license="CC-BY-SA 4.0",
 )
 
 

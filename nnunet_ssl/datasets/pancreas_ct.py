@@ -23,7 +23,7 @@ What differs from the literature's preprocessing:
 - It cuts every case, test cases too, to a box around its true pancreas, 25 voxels wider in x and y. That tells the
   network where the pancreas is, so here images stay whole. ``--crop-to-label`` cuts them as the literature does, at
   1 mm, for numbers that compare with its tables; it opens the labels of all cases. The h5 files are cut already.
-- Intensities are cut to -125 to 275 HU and stay HU; nnU-Net normalises.
+- Intensities are cut to -125 to 275 HU and stay HU; nnU-Net normalizes.
 - nnU-Net resamples by its plans and brings predictions back to the images' own grid (``-overwrite_target_spacing 1 1
   1`` plans at the literature's 1 mm). ``--resample`` stores 1 mm images, on which evaluation then happens too.
 """
@@ -74,7 +74,7 @@ def resample(image: sitk.Image, spacing: tuple[float, float, float], interpolato
     """The same extent at another spacing (mm), from the same corner."""
     old, size = np.array(image.GetSpacing()), np.array(image.GetSize())
     new_size = np.maximum(1, np.rint(size * old / spacing)).astype(int)
-    # voxel centres: the first of the new ones lies half a new voxel from the same corner
+    # voxel centers: the first of the new ones lies half a new voxel from the same corner
     origin = image.TransformContinuousIndexToPhysicalPoint(((np.array(spacing) / old - 1) / 2).tolist())
     outside = float(sitk.GetArrayViewFromImage(image).min())
     return sitk.Resample(
@@ -99,7 +99,7 @@ RECIPE = Recipe(
     reference="Pancreas-CT, The Cancer Imaging Archive, doi 10.7937/K9/TCIA.2016.tNB1kqBU",
     align=align,
 )
-H5_RECIPE = replace(RECIPE, channel="CT, normalised case by case", align=align_by_header)
+H5_RECIPE = replace(RECIPE, channel="CT, normalized case by case", align=align_by_header)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -67,7 +67,7 @@ class Recipe:
     """What a module says about its dataset. Its functions are module-level ones, so that processes can share them."""
 
     labels: dict[str, int]  # name -> number, as in dataset.json
-    channel: str  # nnU-Net normalises CT by statistics of the dataset and anything else image by image
+    channel: str  # nnU-Net normalizes CT by statistics of the dataset and anything else image by image
     reference: str  # where the data come from
     label_values: dict[int, int] | None = None  # value in the published file -> number; by default they are the same
     # name -> numbers of labels; nnUNetv2_ssl_evaluate averages over them
@@ -79,4 +79,4 @@ class Recipe:
     edit: Callable[[Case, sitk.Image, sitk.Image | None], tuple[sitk.Image, sitk.Image | None]] | None = None
     h5_axes: str = "xyz"  # the arrays' axes in h5 files
     h5_spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)  # mm; h5 files do not say
-    licence: str | None = None  # of the data
+    license: str | None = None  # of the data

@@ -19,7 +19,7 @@ five labeled cases, by which nothing is to be chosen.
 What differs from the literature's preprocessing:
 
 - Intensities are cut to the window (``--window`` for another, ``--no-window`` for none) and stay HU: to bring them to
-  0 and 1 would be undone by nnU-Net's normalisation.
+  0 and 1 would be undone by nnU-Net's normalization.
 - Images keep their voxel sizes; nnU-Net resamples to the plans' spacing and brings predictions back to the images'
   own grid. The literature trains and evaluates on resized volumes whose making it has not published in full.
 """

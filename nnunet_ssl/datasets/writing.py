@@ -86,7 +86,7 @@ def prepare(
         "numTraining": len(by_part["labeled"]) + len(by_part["validation"]),
         "file_ending": ENDING,
         "reference": recipe.reference,
-        "licence": recipe.licence,
+        "licence": recipe.license,
         "class_groups": recipe.class_groups,
     }
     with new_dataset(str(raw), dataset, True, str(prepared)) as building:

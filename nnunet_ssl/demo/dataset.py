@@ -21,7 +21,7 @@ SHAPE = (32, 40, 36)  # z y x
 DATASET = "Dataset001_SSLDemo"
 LABELED, UNLABELED, TEST = 3, 32, 20
 
-# Mean and spread of what a case's organ is bright by, in the middle of the case's grey scale: they overlap.
+# Mean and spread of what a case's organ is bright by, in the middle of the case's gray scale: they overlap.
 _INTENSITY = {
     "air": (0.0, 0.0),
     "body": (0.36, 0.03),
@@ -33,7 +33,7 @@ _INTENSITY = {
     "lump": (0.66, 0.10),
 }
 _GRAIN = {"body": 1.5, "liver": 1.0, "spleen": 0.7, "kidney": 1.8, "nodule": 0.7, "vessel": 0.7, "lump": 1.0}  # voxels
-_TEXTURE = 0.04  # standard deviation of the texture, of a grey scale from 0 to 1
+_TEXTURE = 0.04  # standard deviation of the texture, of a gray scale from 0 to 1
 _NOISE = 0.04
 
 
@@ -51,20 +51,20 @@ def make_case(rng: np.random.Generator, shape: tuple[int, int, int] = SHAPE) -> 
     tissue = np.full(shape, "air", dtype="<U8")
     tissue[_ellipsoid(grid, (0, 0, 0), (1.3, 0.88, 0.88))] = "body"
     # tissue without a label that looks like an organ, at one of two places
-    for centre in ((-0.45, 0.48, 0.25), (0.45, -0.42, 0.15)):
+    for center in ((-0.45, 0.48, 0.25), (0.45, -0.42, 0.15)):
         if rng.random() < 0.7:
-            tissue[_ellipsoid(grid, _near(rng, centre, 0.12), rng.uniform(0.1, 0.2, 3))] = "lump"
+            tissue[_ellipsoid(grid, _near(rng, center, 0.12), rng.uniform(0.1, 0.2, 3))] = "lump"
     liver = _ellipsoid(grid, _near(rng, (0.2, -0.1, -0.42), 0.05), _size(rng, (0.55, 0.5, 0.36)))
     liver &= ~_ellipsoid(grid, _near(rng, (-0.2, 0.3, -0.2), 0.06), _size(rng, (0.5, 0.3, 0.3)))  # a notch
     tissue[liver] = "liver"
     tissue[_ellipsoid(grid, _near(rng, (0.3, 0.15, 0.52), 0.05), _size(rng, (0.36, 0.3, 0.2)))] = "spleen"
-    kidney_centre = _near(rng, (-0.4, 0.42, -0.35), 0.05)
-    kidney = _ellipsoid(grid, kidney_centre, _size(rng, (0.4, 0.26, 0.24)))
-    kidney &= ~_ellipsoid(grid, np.add(kidney_centre, (0, -0.05, 0.2)), _size(rng, (0.15, 0.15, 0.16)))  # the hilum
+    kidney_center = _near(rng, (-0.4, 0.42, -0.35), 0.05)
+    kidney = _ellipsoid(grid, kidney_center, _size(rng, (0.4, 0.26, 0.24)))
+    kidney &= ~_ellipsoid(grid, np.add(kidney_center, (0, -0.05, 0.2)), _size(rng, (0.15, 0.15, 0.16)))  # the hilum
     tissue[kidney] = "kidney"
     tissue[_vessel(rng, grid, shape)] = "vessel"
-    nodule_centre = _near(rng, (0.2, -0.15, -0.4), 0.13)  # somewhere in the liver
-    tissue[_ellipsoid(grid, nodule_centre, _size(rng, (0.19, 0.15, 0.165)))] = "nodule"
+    nodule_center = _near(rng, (0.2, -0.15, -0.4), 0.13)  # somewhere in the liver
+    tissue[_ellipsoid(grid, nodule_center, _size(rng, (0.19, 0.15, 0.165)))] = "nodule"
 
     labels = np.zeros(shape, np.uint8)
     for organ, label in ORGANS.items():
@@ -81,30 +81,30 @@ def _warped_grid(rng: np.random.Generator, shape: tuple[int, int, int]) -> np.nd
     return grid @ affine + rng.uniform(-0.05, 0.05, 3) + 0.06 * bend / bend.std()
 
 
-def _near(rng: np.random.Generator, centre: tuple[float, ...], spread: float) -> tuple[float, ...]:
-    return tuple(np.array(centre) + rng.uniform(-spread, spread, 3))
+def _near(rng: np.random.Generator, center: tuple[float, ...], spread: float) -> tuple[float, ...]:
+    return tuple(np.array(center) + rng.uniform(-spread, spread, 3))
 
 
 def _size(rng: np.random.Generator, radii: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(np.array(radii) * rng.uniform(0.82, 1.2) * rng.uniform(0.9, 1.1, 3))
 
 
-def _ellipsoid(grid: np.ndarray, centre: Sequence[float], radii: Sequence[float]) -> np.ndarray:
-    return (((grid - np.array(centre)) / np.array(radii)) ** 2).sum(-1) < 1
+def _ellipsoid(grid: np.ndarray, center: Sequence[float], radii: Sequence[float]) -> np.ndarray:
+    return (((grid - np.array(center)) / np.array(radii)) ** 2).sum(-1) < 1
 
 
 def _vessel(rng: np.random.Generator, grid: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     """A tube of about four voxels across that winds along z through the middle of the body."""
     z, y, x = np.moveaxis(grid, -1, 0)
     phase, swing = rng.uniform(0, 2 * np.pi, 2), rng.uniform(0.06, 0.14, 2)
-    centre_y = 0.2 + swing[0] * np.sin(2.2 * z + phase[0])
-    centre_x = 0.12 + swing[1] * np.sin(2.8 * z + phase[1])
+    center_y = 0.2 + swing[0] * np.sin(2.2 * z + phase[0])
+    center_x = 0.12 + swing[1] * np.sin(2.8 * z + phase[1])
     radius = rng.uniform(1.7, 2.2) * 2 / min(shape[1:])
-    return (np.hypot(y - centre_y, x - centre_x) < radius) & (np.abs(z) < 0.9)
+    return (np.hypot(y - center_y, x - center_x) < radius) & (np.abs(z) < 0.9)
 
 
 def _image(rng: np.random.Generator, tissue: np.ndarray) -> np.ndarray:
-    """Grey values of a tissue map: means of this case, texture, partial volume, a smooth field, noise."""
+    """Gray values of a tissue map: means of this case, texture, partial volume, a smooth field, noise."""
     image = np.zeros(tissue.shape)
     for name, (mean, spread) in _INTENSITY.items():
         inside = tissue == name

@@ -25,7 +25,7 @@ def shrink_plans(
     """Make the network of a configuration smaller, in the plans file itself.
 
     The first stages of the planned network stay with their kernels and strides, so an anisotropic plan stays
-    anisotropic. What preprocessing reads (spacing, normalisation, resampling) is left alone, so the images may be
+    anisotropic. What preprocessing reads (spacing, normalization, resampling) is left alone, so the images may be
     prepared before or after.
 
     Args:

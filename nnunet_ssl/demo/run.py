@@ -232,7 +232,7 @@ def draw_figure(raw: Path, predictions: dict[str, Path], file: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    colours = ListedColormap(["#00000000", "#d1495b", "#30638e", "#edae49", "#66a182", "#b56cc4"])
+    colors = ListedColormap(["#00000000", "#d1495b", "#30638e", "#edae49", "#66a182", "#b56cc4"])
     cases = sorted(path.name for path in (raw / "labelsTs").glob("*.nii.gz"))[:FIGURE_CASES]
     folders = {"image": None, "truth": raw / "labelsTs", **predictions}
     figure = Figure(figsize=(2.7 * len(folders), 2.9 * len(cases) + 0.4))
@@ -246,9 +246,9 @@ def draw_figure(raw: Path, predictions: dict[str, Path], file: Path) -> None:
             panel.imshow(image[z], cmap="gray", vmin=0, vmax=np.percentile(image, 99.8))
             if folder is not None:
                 labels = _read(folder / case)[z]
-                panel.imshow(labels, cmap=colours, vmin=0, vmax=5, alpha=0.75, interpolation="nearest")
+                panel.imshow(labels, cmap=colors, vmin=0, vmax=5, alpha=0.75, interpolation="nearest")
             panel.set_axis_off()
-    handles = [Patch(color=colours(label), label=name) for name, label in ORGANS.items() if label]
+    handles = [Patch(color=colors(label), label=name) for name, label in ORGANS.items() if label]
     figure.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize=9, frameon=False)
     figure.tight_layout(rect=(0, 0.04, 1, 1))
     figure.savefig(file, dpi=120)

@@ -2,7 +2,7 @@
 
 Published definitions of surface metrics differ by half on the same masks, so each is written out in ``METRICS`` and
 travels with the numbers. They are medpy's, which the code of most semi-supervised papers calls: the surface
-is a set of voxels, a distance runs between voxel centres, and HD95 pools the distances of both directions.
+is a set of voxels, a distance runs between voxel centers, and HD95 pools the distances of both directions.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from scipy.spatial import cKDTree
 Label = int | tuple[int, ...]  # a class, or a region of several labels
 
 SURFACE = (
-    "Surface: the voxels of a mask with a face neighbour outside it; everything beyond the image is outside. Distances "
-    "are exact, between voxel centres. P: surface of the prediction, T: surface of the truth."
+    "Surface: the voxels of a mask with a face neighbor outside it; everything beyond the image is outside. Distances "
+    "are exact, between voxel centers. P: surface of the prediction, T: surface of the truth."
 )
 
 

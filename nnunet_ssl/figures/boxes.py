@@ -27,7 +27,7 @@ from nnunet_ssl.pools import all_outcomes
 
 BOXES_A_ROW = 36  # with the gaps between the groups
 MAX_HEIGHT = 8.5  # inches
-LINES_UP_TO = 60  # cases; more lines would be a grey area
+LINES_UP_TO = 60  # cases; more lines would be a gray area
 MEAN = "Mean"
 
 

@@ -83,7 +83,7 @@ def cases_figure(
 ) -> Figure:
     """Rows: slices, chosen for a class. Columns: image with the truth's contour, then each run's prediction with it.
 
-    The class is drawn in full colour, the others pale.
+    The class is drawn in full color, the others pale.
     """
     num_columns = 1 + len(names)
     width = min(column_width(1 if num_columns <= 2 else 2), 0.25 + MAX_PANEL * num_columns)

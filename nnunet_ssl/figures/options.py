@@ -37,7 +37,7 @@ class FigureOptions:
 
     @property
     def colors(self) -> dict[Label, str]:
-        """A colour for each chosen class, the same in all figures."""
+        """A color for each chosen class, the same in all figures."""
         return dict(zip(self.names, class_colors(len(self.names)), strict=True))
 
     @property

@@ -1,4 +1,4 @@
-"""Classes drawn over a slice, to the voxel: outlines along the voxels' edges, and see-through colours."""
+"""Classes drawn over a slice, to the voxel: outlines along the voxels' edges, and see-through colors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def draw_outline(axes: Axes, mask: np.ndarray, size: tuple[float, float], line: 
 
 
 def overlay(label_map: np.ndarray, colors: Mapping[Label, tuple[str, float]]) -> np.ndarray:
-    """Colour and opacity of each voxel of a label map ``[rows, columns]``; of ``colors`` the last one lies on top.
+    """Color and opacity of each voxel of a label map ``[rows, columns]``; of ``colors`` the last one lies on top.
 
     Returns:
         uint8 ``[rows, columns, 4]``; voxels of no such class are clear.

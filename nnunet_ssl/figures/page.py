@@ -20,7 +20,7 @@ from nnunet_ssl.files import replacing, write_text
 DPI = 300
 CHARACTER = 0.062  # inches, about the widest that a letter is on average
 WIDTHS = {1: 3.5, 2: 7.16}  # inches, of IEEE's columns
-# Okabe and Ito's colours, which the colour-blind tell apart; black is left to outlines and text
+# Okabe and Ito's colors, which the color-blind tell apart; black is left to outlines and text
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 HERE = Path(__file__).parent
 
@@ -81,9 +81,9 @@ def panel_grid(
 
 
 def class_colors(num: int) -> list[str]:
-    """So many colours, as ``#rrggbb``.
+    """So many colors, as ``#rrggbb``.
 
-    Up to seven are safe for the colour-blind. More cannot all be, and are spread over a map of even brightness steps.
+    Up to seven are safe for the color-blind. More cannot all be, and are spread over a map of even brightness steps.
     """
     if num <= len(PALETTE):
         return list(PALETTE[:num])

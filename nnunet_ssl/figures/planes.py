@@ -1,4 +1,4 @@
-"""Cases as radiologists look at them: in slices, front or head up, the patient's left on the right, in grey."""
+"""Cases as radiologists look at them: in slices, front or head up, the patient's left on the right, in gray."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Plane:
         return 0, width, height, 0
 
     def draw(self, axes: Axes, array: np.ndarray, window: Window, **options: Any) -> AxesImage:
-        """Draw ``array``, values or colours of all voxels of the slice, to scale, and show the window of it."""
+        """Draw ``array``, values or colors of all voxels of the slice, to scale, and show the window of it."""
         drawn = axes.imshow(array, extent=self.whole, **options)
         axes.set(xlim=window[:2], ylim=window[2:], xticks=[], yticks=[], facecolor="black", aspect="equal")
         axes.spines[:].set_visible(False)
@@ -116,7 +116,7 @@ class OpenCase:
         Raises:
             UserError: the image cannot be read, or is not of the truth's shape.
         """
-        image = in_grey(np.stack([channel[index] for channel in self.channels]), self.run, self.options)
+        image = in_gray(np.stack([channel[index] for channel in self.channels]), self.run, self.options)
         # copies: a view would keep the whole volume
         return Plane(
             image, self.truth[index].copy(), tuple(labels[index].copy() for labels in self.predictions), self.size
@@ -167,8 +167,8 @@ def upright(properties: dict, axis: int) -> tuple[tuple[int, int], tuple[slice, 
     return (rows, columns), (turns[0], turns[1])
 
 
-def in_grey(channels: np.ndarray, run: TrainedRun, options: FigureOptions) -> np.ndarray:
-    """Scale the first channel of a slice ``[C, rows, columns]`` to 0 to 1, or show the three of a colour image.
+def in_gray(channels: np.ndarray, run: TrainedRun, options: FigureOptions) -> np.ndarray:
+    """Scale the first channel of a slice ``[C, rows, columns]`` to 0 to 1, or show the three of a color image.
 
     CT is shown in the window that the run's plans clip it to, all else from the slice's 0.5th to 99.5th percentile.
     """

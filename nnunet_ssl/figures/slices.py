@@ -1,6 +1,6 @@
 """Which slices a figure shows: the worst, the median and the best of a class, by a rule and never by hand.
 
-At the tips of an organ a voxel or two decide, so they are no candidates. The mean over all runs that are drawn favours
+At the tips of an organ a voxel or two decide, so they are no candidates. The mean over all runs that are drawn favors
 none. The median is the lower one in the middle. Of equal scores, at either end, the slice with more truth is taken,
 then the case that is first by name, then the lower slice.
 """

@@ -63,7 +63,7 @@ def recover(cubes: Tensor, counts: Sequence[int]) -> Tensor:
 def fits(count: int, length: int, stride: int, padded: bool = False) -> bool:
     """Whether a network with a total stride can take in ``1 / count`` of an axis by itself.
 
-    The cube's bottleneck must have two voxels along the axis, for instance normalisation over one voxel is undefined.
+    The cube's bottleneck must have two voxels along the axis, for instance normalization over one voxel is undefined.
 
     Args:
         count: cubes along the axis.

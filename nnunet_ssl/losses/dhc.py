@@ -20,12 +20,12 @@ DAMPING = 1 / 5  # exponent of unlearning over learning
 
 
 class DifficultyWeights(nn.Module):
-    """DiffDW: a class weighs more the lower its Dice is, and the more it is unlearnt and the less learnt.
+    """DiffDW: a class weighs more the lower its Dice is, and the more it is unlearned and the less learned.
 
     Let d be the Dice of a class in this step, d' that in the last step in which it was there. Averages run over steps::
 
-        l = E[ max(d - d', 0) log(d / d') ]         how fast it is learnt
-        u = E[ min(d - d', 0) log(d / d') ]         how fast it is unlearnt, positive too
+        l = E[ max(d - d', 0) log(d / d') ]         how fast it is learned
+        u = E[ min(d - d', 0) log(d / d') ]         how fast it is unlearned, positive too
         w = ((u + eps) / (l + eps))^(1/5) E[1 - d]
 
     All state is in buffers, float32 ``[K]``.
@@ -36,15 +36,15 @@ class DifficultyWeights(nn.Module):
 
     weights: Tensor
     last: Tensor
-    learnt: Tensor
-    unlearnt: Tensor
+    learned: Tensor
+    unlearned: Tensor
     missed: Tensor
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         for name in ("weights", "missed"):
             self.register_buffer(name, torch.ones(num_classes))
-        for name in ("learnt", "unlearnt"):
+        for name in ("learned", "unlearned"):
             self.register_buffer(name, torch.zeros(num_classes))
         self.register_buffer("last", torch.full((num_classes,), EPS))
 
@@ -63,13 +63,13 @@ class DifficultyWeights(nn.Module):
         speed = change * (dice / self.last).log()
         there = total > 0
         for average, new in (
-            (self.learnt, torch.where(change > 0, speed, 0.0)),
-            (self.unlearnt, torch.where(change > 0, 0.0, speed)),
+            (self.learned, torch.where(change > 0, speed, 0.0)),
+            (self.unlearned, torch.where(change > 0, 0.0, speed)),
             (self.missed, 1 - dice),
         ):
             average.lerp_(torch.where(there, new, average), 1 - DIFFICULTY_DECAY)
         self.last.copy_(torch.where(there, dice, self.last))
-        weights = ((self.unlearnt + EPS) / (self.learnt + EPS)) ** DAMPING * self.missed
+        weights = ((self.unlearned + EPS) / (self.learned + EPS)) ** DAMPING * self.missed
         self.weights.copy_(weights / weights.max().clamp(min=EPS))
 
 

@@ -91,7 +91,7 @@ class GADiceLoss(nn.Module):
 
 
 class GACELoss(nn.Module):
-    """Cross-entropy of the hardest voxels, each class normalised by a mix of its own and the total number (E4).
+    """Cross-entropy of the hardest voxels, each class normalized by a mix of its own and the total number (E4).
 
     A voxel's weight falls with the number of its class: with ``gamma`` 0.5 it is ``1 / sqrt(n_c M)``, where the plain
     mean has ``1 / M``. ``gamma`` 1 is the plain mean over the selected voxels, 0 the sum of the class means.

@@ -1,4 +1,4 @@
-"""Dice and cross-entropy of the voxels that count: what labels and pseudo-labels in one mixed image are learnt with."""
+"""Dice and cross-entropy of the voxels that count: how labels and pseudo-labels in one mixed image are learned."""
 
 from __future__ import annotations
 

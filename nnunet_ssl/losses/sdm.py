@@ -1,6 +1,6 @@
 """Signed distance maps of the classes of a label map, exact, on any device.
 
-Source: the SASNet paper, the target of its regression heads (Eq. 16); normalised as in the authors' code.
+Source: the SASNet paper, the target of its regression heads (Eq. 16); normalized as in the authors' code.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def signed_distance_maps(
     """Distance to the boundary of each class, scaled to [-1, 1] per sample: negative inside, positive outside.
 
     ``dist_out / max(dist_out) - dist_in / max(dist_in)`` with the exact Euclidean distances of voxels outside to the
-    class and of its own voxels to any other class (between voxel centres), and 0 on the inner boundary: voxels of the
-    class with a face neighbour within the image that is not of it. What lies beyond the image is unknown, not another
+    class and of its own voxels to any other class (between voxel centers), and 0 on the inner boundary: voxels of the
+    class with a face neighbor within the image that is not of it. What lies beyond the image is unknown, not another
     class.
 
     A class that is absent gives zeros everywhere, as in the authors' code. So does one that fills the image, which has
@@ -68,12 +68,12 @@ def signed_distance_maps(
         signed = _distance(classes, step, compiled)
     deepest, farthest = (x.view(*present.shape, *[1] * dim) for x in signed.flatten(2).aminmax(dim=2))
     sdm = signed / torch.where(masks, -deepest, farthest)
-    inner_boundary = masks & _differs_from_neighbour(labels)[:, None]
+    inner_boundary = masks & _differs_from_neighbor(labels)[:, None]
     return sdm.masked_fill_(inner_boundary | ~present.view(*present.shape, *[1] * dim), 0), present
 
 
-def _differs_from_neighbour(labels: Tensor) -> Tensor:
-    """Voxels with a face neighbour, within the image, of another class: bool, as ``labels``."""
+def _differs_from_neighbor(labels: Tensor) -> Tensor:
+    """Voxels with a face neighbor, within the image, of another class: bool, as ``labels``."""
     differs = torch.zeros_like(labels, dtype=torch.bool)
     for axis in range(1, labels.ndim):
         n = labels.shape[axis] - 1

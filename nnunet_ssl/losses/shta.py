@@ -79,7 +79,7 @@ def token_class_distribution(
             Other negative values (nnU-Net's padding) count as background, as they do in nnU-Net's own loss.
         stride: voxels per token along each axis; each must divide its axis.
         num_classes: K, with background.
-        ignore_label: voxels with this value are not counted, and the rest of the token is renormalised.
+        ignore_label: voxels with this value are not counted, and the rest of the token is renormalized.
         min_valid_fraction: a token with a smaller share of counted voxels is not valid.
 
     Returns:
@@ -177,7 +177,7 @@ class SHTALoss(nn.Module):
         eps: epsilon of Eq. 4 (Eq. 5's is replaced by a log-softmax, which needs none).
 
     Attributes:
-        proxies: ``[K, C_z]`` parameter mu, unit length at the start, normalised on use.
+        proxies: ``[K, C_z]`` parameter mu, unit length at the start, normalized on use.
 
     Raises:
         ValueError: for fewer than two classes.
@@ -345,7 +345,7 @@ def confidence_logit(s: Tensor) -> Tensor:
     """The logit of h_i (Eq. 6): how far the largest score is above the log-sum-exp of the others.
 
     It orders tokens as ``h_i = max_k q_{i,k} = sigmoid(logit)`` does. But h_i is exactly 1 in single precision for most
-    tokens once two classes at a small temperature are learnt, and such ties would go to the first image of the batch.
+    tokens once two classes at a small temperature are learned, and such ties would go to the first image of the batch.
 
     Args:
         s: ``[N, K]`` scores of Eq. 3, K at least 2.

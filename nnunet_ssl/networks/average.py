@@ -18,7 +18,7 @@ class WeightAverage(nn.Module):
     long run step i weighs as ``i ** (1 / share - 1)``; for the first ``1 / share`` steps it is the network itself, and
     with ``share`` 1 it is the mean of all steps.
 
-    The two change places in the network's own tensors, so anything that holds the network (an optimiser, a compiled or
+    The two change places in the network's own tensors, so anything that holds the network (an optimizer, a compiled or
     distributed wrapper) need not know. Buffers, which are batch norm's running statistics where there are any, are
     averages already and stay as they are.
 

@@ -18,7 +18,7 @@ class DenoisingAutoencoder(nn.Module):
     """Convolutions that halve the resolution, two linear layers with a code of 512 numbers between, and the way back.
 
     There are no skips: what does not go through the code is lost. An axis is halved while it has more than 6 voxels, an
-    even number. Batch normalisation, since instance normalisation would make patches of one class all alike.
+    even number. Batch normalization, since instance normalization would make patches of one class all alike.
 
     Source: Adiga, Dolz, Lombaert, "Anatomically-aware Uncertainty for Semi-supervised Image Segmentation" (MedIA 2024),
     the authors' code, in 2D too and for any patch.

@@ -21,7 +21,7 @@ class ChannelAttention(nn.Module):
     """The channels of an image are complemented by those channels of another image that are like them.
 
     Each head has a query of every channel of the one and a key and a value of every channel of the other, by depthwise
-    convolutions. Their ``C x C`` products over all positions are normalised and become weights by a softmax; what they
+    convolutions. Their ``C x C`` products over all positions are normalized and become weights by a softmax; what they
     select, the mean over heads, is added, and then a layer of one convolution. Both end in zeros at the start, so that
     nothing is changed.
 

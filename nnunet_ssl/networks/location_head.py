@@ -10,7 +10,7 @@ class LocationHead(nn.Module):
     """Position of a cube from its bottleneck feature: two linear layers on the flattened feature.
 
     The bottleneck is brought to two voxels along each axis first (it has just these where a cube is as small as it may
-    be), so that the size of the head does not depend on the plans. Not to one, the mean: instance normalisation has set
+    be), so that the size of the head does not depend on the plans. Not to one, the mean: instance normalization has set
     each channel's mean over the cube to a constant, so little of the position would be left.
 
     Source: Chen et al., "MagicNet" (CVPR 2023), with LayerNorm for the authors' BatchNorm1d.

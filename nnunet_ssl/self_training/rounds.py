@@ -161,7 +161,7 @@ class _Rounds:
     # ------------------------------------------------------------------ steps
 
     def _move_plans(self, target: str) -> Step:
-        """The first dataset's plans, so that network, spacing and normalisation stay what they were."""
+        """The first dataset's plans, so that network, spacing and normalization stay what they were."""
         plans, makes = self.settings.plans, (_preprocessed(target) / f"{self.settings.plans}.json",)
         words = ["nnUNetv2_move_plans_between_datasets", "-s", self.source.name, "-t", target]
         words += ["-sp", plans, "-tp", plans]

@@ -197,7 +197,7 @@ def region_around(moving: Volume) -> sitk.Image:
 def template_start(pairs: list[tuple[sitk.Image, sitk.Image]], region: sitk.Image) -> sitk.TranslationTransform:
     """The translation at which the box around a region of the moving image is most like the fixed image.
 
-    By normalised cross-correlation on a coarse grid. The box may leave the fixed image by a fifth of its size.
+    By normalized cross-correlation on a coarse grid. The box may leave the fixed image by a fifth of its size.
 
     Args:
         pairs: fixed and moving image of each channel.

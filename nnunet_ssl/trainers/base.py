@@ -122,7 +122,7 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
         return {}
 
     def build_own_optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        """Optimisers of parameters of ``self.training_modules`` that shall not have nnU-Net's, by a name for each.
+        """Optimizers of parameters of ``self.training_modules`` that shall not have nnU-Net's, by a name for each.
 
         The base steps them with its own, after the same clipping and under the same scaler, saves and resumes them. It
         leaves out one whose parameters got no gradient in a step. Learning rates stay as they are built, unless the
@@ -161,7 +161,7 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
         """What a method makes at the start of a training, before ``load_training_state`` may fill it."""
 
     def after_step(self) -> None:
-        """What follows each step, when all optimisers have stepped: a teacher's update, for instance."""
+        """What follows each step, when all optimizers have stepped: a teacher's update, for instance."""
 
     def labeled_loader(self) -> type[nnUNetDataLoader]:
         """The class that serves labeled batches: nnU-Net's own, or one that says more of each patch."""
@@ -172,7 +172,7 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
         return None
 
     def training_state(self, filename: str) -> dict[str, Any]:
-        """State that must survive ``--c``, in addition to modules and optimisers: tensors and plain types.
+        """State that must survive ``--c``, in addition to modules and optimizers: tensors and plain types.
 
         Args:
             filename: of the checkpoint that it belongs to.

@@ -36,7 +36,7 @@ class nnUNetTrainerBCP(Taught):  # noqa: N801
     """BCP: labeled and unlabeled images swap a box, and the labels and the teacher's pseudo-labels swap with them.
 
     At first labeled images are mixed with each other, and no unlabeled image is used; then the teacher starts as the
-    student. Every image is in a mixed one twice, once within the box and once around it. All is learnt with the code's
+    student. Every image is in a mixed one twice, once within the box and once around it. All is learned with the code's
     Dice and cross-entropy, part by part, at each resolution with nnU-Net's weights.
     """
 

@@ -32,7 +32,7 @@ class Data(nnUNetTrainer):
         """Rank 0 prepares what is missing; the others wait without a collective, which would time out.
 
         Raises:
-            UserError: this run has learnt from other images so far.
+            UserError: this run has learned from other images so far.
         """
         what = (
             self.plans_manager.dataset_name,

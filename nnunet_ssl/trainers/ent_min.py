@@ -1,4 +1,4 @@
-"""Entropy minimisation (Grandvalet and Bengio, NeurIPS 2004; for segmentation Vu et al., ADVENT, CVPR 2019)."""
+"""Entropy minimization (Grandvalet and Bengio, NeurIPS 2004; for segmentation Vu et al., ADVENT, CVPR 2019)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nnunet_ssl.trainers.settings import SSLSettings
 
 @declared
 class EntMinSettings(SSLSettings):
-    """Settings of entropy minimisation."""
+    """Settings of entropy minimization."""
 
     entmin_weight: Weight = setting(0.1, "Full weight of the entropy", symbol="lambda")
     entmin_rampup: Share = setting(1.0, "Share of the training over which the weight grows")
@@ -22,7 +22,7 @@ class EntMinSettings(SSLSettings):
 
 
 class nnUNetTrainerEntMin(nnUNetTrainerSSL):  # noqa: N801
-    """Entropy minimisation: the network learns to be confident on unlabeled images.
+    """Entropy minimization: the network learns to be confident on unlabeled images.
 
     The entropy is a share of ln K, with K from the plans; ported code has the number of classes written out. It is
     taken at full resolution, on voxels with the ignore label too, since no label is asked. ADVENT's adversary is not

@@ -24,7 +24,7 @@ class GACPSSettings(CrossSupervisionSettings):
     )
     ga_gamma: Share = setting(
         0.5,
-        "Exponent of the total number of voxels in the normaliser of a class: `1` is the plain mean, `0` the sum of "
+        "Exponent of the total number of voxels in the normalizer of a class: `1` is the plain mean, `0` the sum of "
         "the class means",
         symbol="gamma",
     )

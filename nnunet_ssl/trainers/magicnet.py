@@ -63,7 +63,7 @@ class MagicNetSettings(SSLSettings):
     magicnet_noise: Weight = setting(
         0.1,
         "Standard deviation of the noise on the teacher's images, clipped at twice this value; 0 disables it. Images "
-        "are normalised: 0.1 is small",
+        "are normalized: 0.1 is small",
     )
     magicnet_blend_start: Whole = setting(100, "Steps before the pseudo-labels are blended")  # the histogram must fill
     magicnet_blend_temperature: Positive = setting(

@@ -32,7 +32,7 @@ class MeanTeacherSettings(TeacherSettings):
     teacher_noise: Weight = setting(
         0.1,
         "Standard deviation of the noise on the teacher's images, clipped at twice this value; 0 disables it. Images "
-        "are normalised: 0.1 is small",
+        "are normalized: 0.1 is small",
     )
 
 

@@ -1,4 +1,4 @@
-"""Who learns by which rule: optimisers, and how gradients reach them."""
+"""Who learns by which rule: optimizers, and how gradients reach them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLIP_NORM = 12  # nnU-Net's
 
 
 class Optimizers(nnUNetTrainer):
-    """nnU-Net's optimiser for the network, its twin for the modules that only training needs, and methods' own."""
+    """nnU-Net's optimizer for the network, its twin for the modules that only training needs, and methods' own."""
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         """nnU-Net's; its SGD on a GPU as one kernel, which reads by itself whether half precision overflowed."""
@@ -25,10 +25,10 @@ class Optimizers(nnUNetTrainer):
         return optimizer, schedule
 
     def _configure_training_optimizers(self) -> None:
-        """The method's own optimisers; for the other modules that only training needs, nnU-Net's rule and schedule.
+        """The method's own optimizers; for the other modules that only training needs, nnU-Net's rule and schedule.
 
-        Apart from the network's optimiser: what nnU-Net saves in its checkpoint stays what it saves for a plain
-        trainer. (With half precision an overflow skips the step of the optimiser that it is in, not the others'.)
+        Apart from the network's optimizer: what nnU-Net saves in its checkpoint stays what it saves for a plain
+        trainer. (With half precision an overflow skips the step of the optimizer that it is in, not the others'.)
         Parameters marked ``no_weight_decay`` get none.
         """
         self.own_optimizers = self.build_own_optimizers()
@@ -75,7 +75,7 @@ class Optimizers(nnUNetTrainer):
 
 
 def fused(optimizer: torch.optim.SGD) -> torch.optim.SGD:
-    """The same optimiser, which steps by one kernel; it reads and writes the state of the plain one.
+    """The same optimizer, which steps by one kernel; it reads and writes the state of the plain one.
 
     Momentum begins at zero, before the first step, which is then the plain one's: torch would allocate it only, and
     where that step overflows the kernel writes nothing there.
@@ -105,7 +105,7 @@ def fused(optimizer: torch.optim.SGD) -> torch.optim.SGD:
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[nn.Parameter]:
-    """What an optimiser moves."""
+    """What an optimizer moves."""
     return (parameter for group in optimizer.param_groups for parameter in group["params"])
 
 

@@ -27,7 +27,7 @@ class SSNetSettings(SSLSettings):
     ssnet_separation: Weight = setting(0.1, "Weight of separation within that weight")
     ssnet_noise: Positive | None = setting(
         None,
-        "Root mean square of the adversarial noise on images, which are normalised; `null` is 0.01 in 3D and 0.1 in 2D",
+        "Root mean square of the adversarial noise on images, which are normalized; `null` is 0.01 in 3D and 0.1 in 2D",
         symbol="epsilon",
     )
 

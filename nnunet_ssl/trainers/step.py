@@ -1,4 +1,4 @@
-"""One step: the passes of a method, each backpropagated, then clipping and the optimisers."""
+"""One step: the passes of a method, each backpropagated, then clipping and the optimizers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Step(nnUNetTrainer):
     """``train_step``, which asks the method for ``losses`` and ``term_weights``."""
 
     def train_step(self, batch: dict) -> dict:
-        """One step: the method's passes, each backpropagated, then clipping and the optimisers.
+        """One step: the method's passes, each backpropagated, then clipping and the optimizers.
 
         Args:
             batch: ``data``, ``target`` and, for methods that use it, ``unlabeled``.

@@ -26,7 +26,7 @@ class StronglyViewed(nnUNetTrainerSSL):
     """A method that makes strong views of the loader's patches, which are the weak ones: ``self.strong_view``.
 
     Where nnU-Net's augmentation keeps to the plane, since slices are thick, so do blur and low resolution. What a mask
-    of the normalisation sets to 0 stays 0.
+    of the normalization sets to 0 stays 0.
     """
 
     Settings = StrongViewSettings

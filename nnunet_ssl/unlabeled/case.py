@@ -132,6 +132,6 @@ def _read_back(dataset_class: type, folder: str, case: str, files: list[str]) ->
     _ = seg[:]
     if not np.isfinite(data[:]).all():
         raise BadImageError(
-            f"{files[0]}: after normalisation and resampling the image has voxels that are NaN or infinite. "
+            f"{files[0]}: after normalization and resampling the image has voxels that are NaN or infinite. "
             "Look at its intensities, or remove it."
         )

@@ -14,11 +14,11 @@ from nnunet_ssl.volumes import VolumeError, read_volume
 
 
 class BadImageError(Exception):
-    """An image that must not be learnt from; the message names file, fault and remedy."""
+    """An image that must not be learned from; the message names file, fault and remedy."""
 
 
 class CheckingPlans(PlansManager):
-    """Plans whose image reader refuses what must not be learnt from.
+    """Plans whose image reader refuses what must not be learned from.
 
     So the check happens where a preprocessor reads, no matter which preprocessor the plans name, and each image is read
     once.

@@ -67,7 +67,7 @@ class ImageTransforms(ComposeTransforms):
 class UnlabeledLoader(nnUNetDataLoader):
     """nnU-Net's loader with patches drawn uniformly: there is no label that could steer it.
 
-    The mask of an image is cropped and transformed only where intensities are normalised within it, for nnU-Net's
+    The mask of an image is cropped and transformed only where intensities are normalized within it, for nnU-Net's
     transforms then set what is outside to 0; the random draws are the same without.
 
     Args:

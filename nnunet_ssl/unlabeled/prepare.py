@@ -5,7 +5,7 @@ is current if its manifest's entry says what is true now: the raw files that it 
 was made with.
 
 Where nnU-Net writes ``<case>_seg``, an image without a label gets nnU-Net's nonzero mask: 0 inside, -1 outside. It is
-kept, since nnU-Net's augmentation masks with it where the plans normalise within the mask.
+kept, since nnU-Net's augmentation masks with it where the plans normalize within the mask.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ def amplitude_mixed(images: Tensor, styles: Tensor, share: Tensor) -> Tensor:
     """Images with ``(1 - share) A_image + share A_style`` as the amplitudes of the lowest frequencies; phases stay.
 
     Amplitudes are of what a channel exceeds the smallest value of the two images by: of means that differ in sign,
-    which normalised images have, sizes say nothing.
+    which normalized images have, sizes say nothing.
 
     Args:
         images: ``[B, C, *spatial]``, any float type; transformed in fp32, each channel by itself.

@@ -11,7 +11,7 @@ from torch import Tensor
 from nnunet_ssl.views import intensity
 
 BLUR = 0.1, 2.0  # sigma in voxels; kernels end at twice the largest, as nnU-Net's at twice their own
-NOISE = 0.0, 0.2  # standard deviation; images are normalised
+NOISE = 0.0, 0.2  # standard deviation; images are normalized
 SCALE = 0.5, 1.0  # of low resolution
 INVERTED = 0.25  # share of gammas that are of the inverted image, as in nnU-Net
 

@@ -163,7 +163,7 @@ def test_labels_where_many_meet_and_the_patch_reaches_outside():
 
 
 def test_ties_go_to_the_nearest_voxel():
-    """Half a voxel away from each centre every score is a tie."""
+    """Half a voxel away from each center every score is a tie."""
     transforms = nnunets((8, 8), always=(SpatialTransform,))
     spatial = transforms.transforms[0]
     transforms.transforms = [spatial]

@@ -158,7 +158,7 @@ def test_figures_are_shown_and_copied(benchmark, tmp_path):
         assert (tmp_path / "figures" / f"made_up_{name}.png").read_text() == content
 
 
-def test_what_is_compared_with_a_method_has_its_colour_dashed():
+def test_what_is_compared_with_a_method_has_its_color_dashed():
     rows = [
         Row(name=name, trainer="X", against=other)
         for name, other in zip("ABCDE", (None, None, "B", "B", "A"), strict=True)

@@ -76,7 +76,7 @@ def test_plain_nnunet_predicts_with_the_trained_network(trained, tmp_path):
     torch.testing.assert_close(logits(plain.network, patch), logits(trainer.plans_network, patch), rtol=0, atol=0)
 
 
-def test_file_holds_cpu_tensors_and_builtins_and_no_optimiser(trained, tmp_path):
+def test_file_holds_cpu_tensors_and_builtins_and_no_optimizer(trained, tmp_path):
     [trainer], arguments = trained()
     main([*arguments, "-o", str(tmp_path / "out")])
 

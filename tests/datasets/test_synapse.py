@@ -188,7 +188,7 @@ HARMS = {
         lambda data: write(path(data, "img", UNLABELED), image(np.float32) * np.float32("nan")),
         "synapse_0001: .*NaN",
     ),
-    "colours": (
+    "colors": (
         lambda data: sitk.WriteImage(
             sitk.GetImageFromArray(np.zeros((*SHAPE, 3), np.uint8), isVector=True), str(path(data, "img", UNLABELED))
         ),

@@ -35,7 +35,7 @@ def test_one_organ_is_small_and_one_is_thin(cases):
 
 
 def test_organs_overlap_in_intensity(cases):
-    """No pair of neighbours in brightness can be told apart by a threshold, even within a case."""
+    """No pair of neighbors in brightness can be told apart by a threshold, even within a case."""
     for pair in (("liver", "spleen"), ("liver", "kidney"), ("nodule", "vessel")):
         best = []
         for image, labels in cases:
@@ -49,8 +49,8 @@ def test_organs_overlap_in_intensity(cases):
 def test_cases_differ_in_shape_and_place(cases):
     liver = voxels(cases, "liver")
     assert liver.std() > 0.1 * liver.mean()
-    centres = np.array([np.argwhere(labels == ORGANS["kidney"]).mean(0) for _, labels in cases])
-    assert centres.std(0).max() > 1.0
+    centers = np.array([np.argwhere(labels == ORGANS["kidney"]).mean(0) for _, labels in cases])
+    assert centers.std(0).max() > 1.0
 
 
 def test_a_case_follows_from_its_seed():

@@ -15,16 +15,16 @@ ALL = Options()
 
 
 def surface_points(mask, spacing):
-    """Coordinates of the voxels with a face neighbour outside the mask, found neighbour by neighbour."""
+    """Coordinates of the voxels with a face neighbor outside the mask, found neighbor by neighbor."""
     points = []
     for voxel in itertools.product(*map(range, mask.shape)):
         if not mask[voxel]:
             continue
         for axis, step in itertools.product(range(mask.ndim), (-1, 1)):
-            neighbour = list(voxel)
-            neighbour[axis] += step
-            beyond = not 0 <= neighbour[axis] < mask.shape[axis]
-            if beyond or not mask[tuple(neighbour)]:
+            neighbor = list(voxel)
+            neighbor[axis] += step
+            beyond = not 0 <= neighbor[axis] < mask.shape[axis]
+            if beyond or not mask[tuple(neighbor)]:
                 points.append(np.array(voxel) * spacing)
                 break
     return np.array(points)
@@ -36,7 +36,7 @@ def oracle(prediction, reference, spacing, tolerance):
     pairs = np.sqrt(((p[:, None] - t[None]) ** 2).sum(-1))
     from_p, from_t = pairs.min(1), pairs.min(0)
     both = sorted([*from_p, *from_t])
-    place = 0.95 * (len(both) - 1)  # linear interpolation between the neighbours in order
+    place = 0.95 * (len(both) - 1)  # linear interpolation between the neighbors in order
     low, high = both[math.floor(place)], both[math.ceil(place)]
     overlap = (prediction & reference).sum()
     return {

@@ -16,7 +16,7 @@ from nnunet_ssl.figures.cases import cases_figure, draw_cases, file_name, read_p
 from nnunet_ssl.figures.options import FigureOptions
 from nnunet_ssl.figures.outlines import edges
 from nnunet_ssl.figures.page import class_colors
-from nnunet_ssl.figures.planes import OpenCase, Plane, in_grey, upright
+from nnunet_ssl.figures.planes import OpenCase, Plane, in_gray, upright
 from nnunet_ssl.figures.predictions import with_predictions
 from nnunet_ssl.figures.slices import choose_slices, measure_all_slices
 from nnunet_ssl.figures.test_set import Case
@@ -149,7 +149,7 @@ def test_pictures_without_a_patient_are_left_as_they_are() -> None:
     assert upright({"sitk_stuff": {"direction": (1, 0, 0, 1)}}, 0) == as_it_is
 
 
-# ---------------------------------------------------------------------------------------------------- window, greys
+# ---------------------------------------------------------------------------------------------------- window, grays
 
 
 @pytest.mark.parametrize(
@@ -171,25 +171,25 @@ def test_window(where: tuple, size: tuple, window: tuple) -> None:
 def test_ct_is_shown_in_the_plans_window(made: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, _, options = everything(made)
     image = np.linspace(0, 1000, 1001).reshape(1, 7, 143)
-    grey = in_grey(image, runs[0], options)
-    assert (grey.min(), grey.max()) == (0, 1)
-    assert grey.flat[5] == 0
-    assert grey.flat[500] == pytest.approx(0.5)
+    gray = in_gray(image, runs[0], options)
+    assert (gray.min(), gray.max()) == (0, 1)
+    assert gray.flat[5] == 0
+    assert gray.flat[500] == pytest.approx(0.5)
 
     file = runs[0].folder / "plans.json"
     window = {"0": {"percentile_00_5": 100.0, "percentile_99_5": 300.0}}
     plans = json.loads(file.read_text()) | {"foreground_intensity_properties_per_channel": window}
     file.write_text(json.dumps(plans))
     monkeypatch.setitem(options.dataset_json, "channel_names", {"0": "CT"})
-    assert in_grey(image, runs[0], options).flat[[99, 100, 200, 301]].tolist() == [0, 0, 0.5, 1]
+    assert in_gray(image, runs[0], options).flat[[99, 100, 200, 301]].tolist() == [0, 0, 0.5, 1]
 
 
 @pytest.mark.parametrize("names", [("R", "G", "B"), ("rgb_to_0_1",) * 3])
-def test_colour_images_are_shown_in_colour(names: tuple, made: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_color_images_are_shown_in_color(names: tuple, made: MadeUp, monkeypatch: pytest.MonkeyPatch) -> None:
     runs, _, options = everything(made)
     monkeypatch.setitem(options.dataset_json, "channel_names", dict(zip("012", names, strict=True)))
     image = np.random.default_rng(0).integers(2, 256, (3, 4, 5))
-    assert np.allclose(in_grey(image, runs[0], options), np.moveaxis(image, 0, 2) / 255)
+    assert np.allclose(in_gray(image, runs[0], options), np.moveaxis(image, 0, 2) / 255)
 
 
 # --------------------------------------------------------------------------------------------- other kinds of images
@@ -207,7 +207,7 @@ def test_regions_are_drawn_as_their_labels_together(tmp_path: Path, monkeypatch:
     assert np.array_equal(figure.axes[1].images[1].get_array()[..., 3] > 0, guess > 0)
 
 
-def test_a_2d_dataset_of_colour_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_2d_dataset_of_color_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """nnU-Net reads them as one slice with an enormous spacing, and three channels from one file."""
     set_environment(monkeypatch, tmp_path)
     made = make_folders(tmp_path, num_cases=1)

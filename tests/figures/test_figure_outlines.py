@@ -1,4 +1,4 @@
-"""Outlines run along the voxels' edges, all of them and no others; colours lie where the classes are."""
+"""Outlines run along the voxels' edges, all of them and no others; colors lie where the classes are."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_the_outline_is_drawn_to_scale_and_closed_at_the_images_edge() -> None:
     picture, (patch,) = drawn(mask, (-2, 12, 42, 0))  # 14 by 42 mm in 200 by 200 pixels
     segments = patch.get_path().vertices.reshape(-1, 2, 2)
     assert {tuple(map(tuple, s)) for s in (segments / SIZE[::-1]).tolist()} == edges_one_by_one(mask)
-    ys, xs = np.nonzero(picture > 240)  # white; the ground is grey
+    ys, xs = np.nonzero(picture > 240)  # white; the ground is gray
     left, right, top, bottom = (2 + 2) / 14, (6 + 2) / 14, 18 / 42, 30 / 42
     assert (xs.min(), xs.max()) == pytest.approx((200 * left, 200 * right), abs=2)
     assert (ys.min(), ys.max()) == pytest.approx((200 * top, 200 * bottom), abs=2)
@@ -81,7 +81,7 @@ def test_only_what_lies_in_the_window_is_drawn() -> None:
     assert not drawn(np.eye(40, dtype=bool)[:20], (15, 20, 60, 30))[1]  # all of it is elsewhere
 
 
-def test_colours_lie_where_the_classes_are_and_the_last_on_top() -> None:
+def test_colors_lie_where_the_classes_are_and_the_last_on_top() -> None:
     labels = np.array([[0, 1, 2], [3, 2, 1]])
     found = overlay(labels, {2: ("red", 0.3), (1, 3): ("#0072B2", 0.6), 3: ("lime", 1.0)})
     wanted = {0: (0, 0, 0, 0), 1: (*to_rgb("#0072B2"), 0.6), 2: (1, 0, 0, 0.3), 3: (0, 1, 0, 1)}

@@ -72,7 +72,7 @@ def test_style_is_ours_inside_and_the_processs_own_outside(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("num", [1, 2, 7, 8, 15, 40])
-def test_colours_are_as_many_as_asked_for_and_differ(num: int) -> None:
+def test_colors_are_as_many_as_asked_for_and_differ(num: int) -> None:
     colors = class_colors(num)
     assert len(set(colors)) == num
     assert all(re.fullmatch("#[0-9a-fA-F]{6}", color) for color in colors)

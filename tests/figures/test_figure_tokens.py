@@ -62,7 +62,7 @@ def test_silhouette_of_two_pairs() -> None:
     assert found[1] == pytest.approx(((9.5 - 2) / 9.5 + (11.5 - 2) / 11.5) / 2)
 
 
-def test_what_is_drawn_is_every_token_in_the_colour_of_its_class() -> None:
+def test_what_is_drawn_is_every_token_in_the_color_of_its_class() -> None:
     rng = np.random.default_rng(0)
     classes = np.array([1] * 9 + [3] * 6)
     spaces = [Space("a", rng.normal(size=(15, 4))), Space("b", rng.normal(size=(15, 3)), rng.normal(size=(2, 3)))]
@@ -83,7 +83,7 @@ def test_what_is_drawn_is_every_token_in_the_colour_of_its_class() -> None:
     assert names == ["shell", "rim", "class proxy"]
 
 
-def test_the_background_beside_one_class_is_grey() -> None:
+def test_the_background_beside_one_class_is_gray() -> None:
     classes = np.array([3] * 5 + [0] * 5)
     with paper_style():
         figure = tokens_figure(

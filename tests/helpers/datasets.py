@@ -159,10 +159,10 @@ def make_case(recipe: Recipe, rng: np.random.Generator) -> tuple[np.ndarray, np.
         image: float32 ``[channels, *shape]``; labels: uint8 ``[*shape]``.
     """
     shape = np.array(recipe.shape)
-    centre = shape / 2 + rng.uniform(-0.08, 0.08, len(shape)) * shape
+    center = shape / 2 + rng.uniform(-0.08, 0.08, len(shape)) * shape
     radii = shape * rng.uniform(0.28, 0.36, len(shape))
     grid = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), axis=-1)
-    distance = np.sqrt((((grid - centre) / radii) ** 2).sum(-1))
+    distance = np.sqrt((((grid - center) / radii) ** 2).sum(-1))
     labels = (distance < 1).astype(np.uint8)
     if recipe.core:
         labels[distance < 0.5] = 2

@@ -174,7 +174,7 @@ class Meter(TorchDispatchMode):
             # no overflow on the device; on the host the number of a step, which Adam divides by
             number = 0.0 if on_device(args[0]) else 1.0
             return {torch.bool: False}.get(args[0].dtype, number if args[0].is_floating_point() else 1)
-        in_place = name.startswith("_fused_")  # optimisers' kernels, which return nothing and have no fake counterpart
+        in_place = name.startswith("_fused_")  # optimizers' kernels, which return nothing and have no fake counterpart
         out = None if in_place else func(*args, **kwargs)
         if name in ("_to_copy", "copy_"):
             source, target = (args[1], args[0]) if name == "copy_" else (args[0], out)
@@ -280,7 +280,7 @@ def built_on_device() -> Iterator[None]:
     plain = torch.tensor
 
     def tensor(value: Any, **kwargs: Any) -> Tensor:
-        """Batch normalisation's count of steps: ``torch.tensor`` would ask the driver."""
+        """Batch normalization's count of steps: ``torch.tensor`` would ask the driver."""
         return torch.full((), value, **kwargs) if isinstance(value, int) else plain(value, **kwargs)
 
     with (

@@ -16,25 +16,25 @@ from nnunet_ssl.losses.dhc import (
 STEPS = np.array([[[50, 4, 1], [60, 9, 2], [55, 6, 4]], [[52, 2, 0], [56, 9, 3], [60, 6, 4]]], dtype=float)
 
 
-def test_difficulty_is_what_is_missed_and_unlearnt():
-    """Two steps: the second class is unlearnt, the third has lost all of its voxels."""
+def test_difficulty_is_what_is_missed_and_unlearned():
+    """Two steps: the second class is unlearned, the third has lost all of its voxels."""
     found = DifficultyWeights(3)
     assert found.weights.tolist() == [1, 1, 1]
-    eps, last, learnt, unlearnt, missed = 1e-8, np.full(3, 1e-8), np.zeros(3), np.zeros(3), np.ones(3)
+    eps, last, learned, unlearned, missed = 1e-8, np.full(3, 1e-8), np.zeros(3), np.zeros(3), np.ones(3)
     for right, predicted, labeled in STEPS:
         found.update(*(torch.tensor(x, dtype=torch.float32) for x in (right, predicted, labeled)))
         dice = (2 * right + eps) / (predicted + labeled + eps)
         change, ratio = dice - last, np.log(dice / last)
-        learnt = 0.98 * learnt + 0.02 * np.maximum(change, 0) * ratio
-        unlearnt = 0.98 * unlearnt + 0.02 * np.minimum(change, 0) * ratio
+        learned = 0.98 * learned + 0.02 * np.maximum(change, 0) * ratio
+        unlearned = 0.98 * unlearned + 0.02 * np.minimum(change, 0) * ratio
         missed, last = 0.98 * missed + 0.02 * (1 - dice), dice
-    weights = ((unlearnt + eps) / (learnt + eps)) ** 0.2 * missed
+    weights = ((unlearned + eps) / (learned + eps)) ** 0.2 * missed
     np.testing.assert_allclose(found.weights.numpy(), weights / weights.max(), rtol=1e-4)
     assert found.weights.argmax() == 2
 
 
 def test_the_difficulty_of_a_class_that_is_not_there_stays():
-    """The authors' code gives it a Dice of 0.5, so that it is learnt and unlearnt from patch to patch."""
+    """The authors' code gives it a Dice of 0.5, so that it is learned and unlearned from patch to patch."""
     found = DifficultyWeights(3)
     for right, predicted, labeled in STEPS:
         found.update(*(torch.tensor(x, dtype=torch.float32) for x in (right, predicted, labeled)))

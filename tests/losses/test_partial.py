@@ -29,7 +29,7 @@ def test_voxel_by_voxel(regions, channels, over_all):
     torch.testing.assert_close(partial_dice_and_cross_entropy(logits, labels, counts, regions, over_all), expected)
 
 
-def test_where_nothing_counts_nothing_is_learnt():
+def test_where_nothing_counts_nothing_is_learned():
     logits = torch.randn(1, 3, 4, 4, requires_grad=True)
     labels = torch.zeros(1, 1, 4, 4, dtype=torch.int16)
     loss = partial_dice_and_cross_entropy(logits, labels, torch.zeros_like(labels, dtype=torch.bool))

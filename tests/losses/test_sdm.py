@@ -58,8 +58,8 @@ def brute_force(mask: np.ndarray, spacing: tuple[float, ...]) -> np.ndarray:
     for v in outside:
         result[v] = distance[v] / max_out
     for v in inside:
-        face_neighbours = [o for o in outside if sum(abs(a - b) for a, b in zip(v, o, strict=True)) == 1]
-        result[v] = 0 if face_neighbours else -distance[v] / max_in
+        face_neighbors = [o for o in outside if sum(abs(a - b) for a, b in zip(v, o, strict=True)) == 1]
+        result[v] = 0 if face_neighbors else -distance[v] / max_in
     return result
 
 

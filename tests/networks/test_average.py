@@ -47,7 +47,7 @@ def test_the_closed_form(share):
 
 
 def test_it_spans_the_last_share_of_any_number_of_steps():
-    """Its centre lies half of about twice that share back, and what was before twice of it hardly counts."""
+    """Its center lies half of about twice that share back, and what was before twice of it hardly counts."""
     for steps in (1000, 100_000):
         weight, weights_of = 1.0, []
         for step in reversed(range(steps)):

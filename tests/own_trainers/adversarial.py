@@ -1,4 +1,4 @@
-"""A user's own trainer, in a folder of ``nnUNet_extTrainer``: a toy whose adversary has an optimiser of its own.
+"""A user's own trainer, in a folder of ``nnUNet_extTrainer``: a toy whose adversary has an optimizer of its own.
 
 It reads the last decoder feature of both streams. A discriminator tells whether a voxel's feature is of a labeled
 image; the network shall give unlabeled images features that pass for labeled ones.

@@ -80,7 +80,7 @@ def test_the_average_validates_is_saved_and_predicts_and_training_is_what_it_was
     assert not any(name.startswith("average.") for name in kept)  # of the run with "last", in the same folder
 
 
-BATCH_NORM = type("NormalisedByBatch", (trainers.nnUNetTrainerCPS, nnUNetTrainerBN), {"epochs": 2})
+BATCH_NORM = type("NormalizedByBatch", (trainers.nnUNetTrainerCPS, nnUNetTrainerBN), {"epochs": 2})
 
 
 @pytest.mark.parametrize("name", ["batch norm", "nnUNetTrainerMagicNet_2epochs", "nnUNetTrainerSASNet_2epochs"])

@@ -1,4 +1,4 @@
-"""BCP: what is mixed with what, which part is learnt from which labels, the two stages, and what has a gradient."""
+"""BCP: what is mixed with what, which part is learned from which labels, the two stages, and what has a gradient."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_only_the_student_learns_and_the_order_of_passes_is_no_matter(tiny, make
 
 
 @pytest.mark.parametrize("kind", ["3d", "2d", "regions"])
-def test_boxes_go_both_ways_and_each_part_is_learnt_from_its_own_labels(tiny, make_trainer, kind):
+def test_boxes_go_both_ways_and_each_part_is_learned_from_its_own_labels(tiny, make_trainer, kind):
     """At full resolution by hand; without the largest component the teacher's decision is taken as it is."""
     trainer = make_trainer(NAME, tiny(kind), settings=NOW | {"bcp_largest_component": False, "bcp_side": 0.5})
     batch, regions = a_batch(trainer), kind == "regions"

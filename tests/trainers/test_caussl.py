@@ -64,7 +64,7 @@ def test_both_networks_are_made_independent(tiny, make_trainer):
         assert network.decoder.transpconvs[0].weight.grad.any()
 
 
-def test_minimising_it_makes_them_less_dependent(tiny, make_trainer):
+def test_minimizing_it_makes_them_less_dependent(tiny, make_trainer):
     found = {}
     for weight in (0, 100):
         trainer = make_trainer(NAME, tiny(), settings={**FROM_THE_START, "caussl_weight": weight, "caussl_every": 1})

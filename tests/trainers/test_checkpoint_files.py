@@ -126,7 +126,7 @@ def spoil(file: Path, how: str) -> None:
         file.mkdir()
     elif how == "a list":
         torch.save([1, 2], file)
-    elif how == "no optimiser":
+    elif how == "no optimizer":
         checkpoint = torch.load(file, weights_only=False)
         del checkpoint["optimizer_state"]
         torch.save(checkpoint, file)
@@ -134,7 +134,7 @@ def spoil(file: Path, how: str) -> None:
         checkpoint = torch.load(file, weights_only=False)
         checkpoint["network_weights"] = {"weight": torch.zeros(3)}
         torch.save(checkpoint, file)
-    elif how == "another optimiser":
+    elif how == "another optimizer":
         checkpoint = torch.load(file, weights_only=False)
         checkpoint["optimizer_state"]["param_groups"] = []
         torch.save(checkpoint, file)
@@ -144,7 +144,7 @@ def spoil(file: Path, how: str) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    ["empty", "cut off", "a folder", "a list", "no optimiser", "another network", "another optimiser", "runs code"],
+    ["empty", "cut off", "a folder", "a list", "no optimizer", "another network", "another optimizer", "runs code"],
 )
 def test_a_checkpoint_that_is_none_is_a_sentence(running, make_trainer, tiny, how):
     _, folder = running(LABELED_ONLY)

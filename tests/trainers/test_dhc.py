@@ -92,7 +92,7 @@ def test_resumed_it_ends_with_the_weights_of_an_uninterrupted_run_and_a_plain_ch
     settings = {"save_every": 1, "cps_rampup": 0, "seed": 3}
     folder = assert_resumed_equals_uninterrupted(lambda: make_trainer(f"{NAME}_2epochs", tiny(), settings=settings))
     state = torch.load(folder / "checkpoint_final_ssl.pth", weights_only=True)["modules"]
-    assert {"difficulty.weights", "difficulty.unlearnt", "frequency.counts"} <= set(state)
+    assert {"difficulty.weights", "difficulty.unlearned", "frequency.counts"} <= set(state)
     assert_plain_checkpoint(folder, make_trainer("nnUNetTrainer", tiny()))
 
 

@@ -1,4 +1,4 @@
-"""Entropy minimisation: what is measured, on which images, and that it makes the network surer."""
+"""Entropy minimization: what is measured, on which images, and that it makes the network surer."""
 
 from __future__ import annotations
 

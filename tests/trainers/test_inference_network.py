@@ -101,7 +101,7 @@ MIXED = subclass("Mixed", OfANetwork, CPS)
         (trainers.nnUNetTrainerSASNet_5epochs, "nnUNetTrainerSASNet"),
         (subclass("Sub", SASNET), "nnUNetTrainerSASNet"),
         (subclass("SubOfANetwork", OfANetwork, SASNET), "SubOfANetwork"),
-        (subclass("NormalisedByBatch", CPS, nnUNetTrainerBN), "nnUNetTrainerBN"),  # plain nnU-Net knows it
+        (subclass("NormalizedByBatch", CPS, nnUNetTrainerBN), "nnUNetTrainerBN"),  # plain nnU-Net knows it
         (MIXED, "Mixed"),
         (subclass("Mixed_5epochs", MIXED, epochs=5), "Mixed_5epochs"),
         (subclass("Named", MIXED, inference_trainer="nnUNetTrainer"), "nnUNetTrainer"),
@@ -121,8 +121,8 @@ def started(trainer_class, tiny, own_results, kind="3d"):
     return trainer
 
 
-def test_batch_normalisation_mixed_in_is_predicted_with(tiny, own_results):
-    trainer = started(subclass("NormalisedByBatch", CPS, nnUNetTrainerBN), tiny, own_results)
+def test_batch_normalization_mixed_in_is_predicted_with(tiny, own_results):
+    trainer = started(subclass("NormalizedByBatch", CPS, nnUNetTrainerBN), tiny, own_results)
     assert any(isinstance(module, nn.BatchNorm3d) for module in trainer.plans_network.modules())
     trainer.save_checkpoint(str(own_results / "checkpoint.pth"))
     assert torch.load(own_results / "checkpoint.pth", weights_only=False)["trainer_name"] == "nnUNetTrainerBN"

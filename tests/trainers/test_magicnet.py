@@ -64,9 +64,9 @@ def gradients_of_terms(trainer, batch):
     for terms in trainer.losses(trainer._to_device(batch)):
         for term, value in terms.items():
             everything = parameters(trainer)
-            learnt = {n: p for n, p in everything.items() if p.requires_grad}
-            grads = torch.autograd.grad(value, learnt.values(), retain_graph=True, allow_unused=True)
-            names = {n for n, g in zip(learnt, grads, strict=True) if g is not None and g.abs().max() > 0}
+            learned = {n: p for n, p in everything.items() if p.requires_grad}
+            grads = torch.autograd.grad(value, learned.values(), retain_graph=True, allow_unused=True)
+            names = {n for n, g in zip(learned, grads, strict=True) if g is not None and g.abs().max() > 0}
             moved.setdefault(term, []).append(names)
     return moved
 
@@ -206,7 +206,7 @@ def test_pseudo_labels_blend_the_cubes_of_the_same_unlabeled_images(magicnet):
 
 
 def labels_of_step(trainer, batch):
-    """The terms of a step's last pass, and the pseudo-labels that it learnt from."""
+    """The terms of a step's last pass, and the pseudo-labels that it learned from."""
     trainer.global_step = 1  # or the teacher would begin anew
     labels, real = [], trainer._pseudo_labels
     trainer._pseudo_labels = lambda *args: labels.append(real(*args)) or labels[-1]

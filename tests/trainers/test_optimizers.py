@@ -17,7 +17,7 @@ def sgd(parameters):
 
 
 def both():
-    """A plain optimiser and a fused one of equal parameters, of which the last gets no gradient."""
+    """A plain optimizer and a fused one of equal parameters, of which the last gets no gradient."""
     torch.manual_seed(0)
     plain = nn.ParameterList(torch.randn(shape) for shape in ((3, 4), (5,), (2,)))
     one_kernel = copy.deepcopy(plain)

@@ -1,4 +1,4 @@
-"""Modules with an optimiser of their own, and features of both streams: on a user's toy, ``own_trainers``."""
+"""Modules with an optimizer of their own, and features of both streams: on a user's toy, ``own_trainers``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def own_trainers(monkeypatch):
     monkeypatch.setenv("nnUNet_extTrainer", str(Path(__file__).parent.parent / "own_trainers"))
 
 
-def test_each_optimiser_moves_its_own_by_its_own_rule(tiny, make_trainer):
+def test_each_optimizer_moves_its_own_by_its_own_rule(tiny, make_trainer):
     trainer, batch = make_trainer(NAME, tiny()), a_batch(make_trainer(NAME, tiny()))
     assert trainer.training_optimizer is None  # nothing is left for nnU-Net's rule
     adversary = copy.deepcopy(trainer.training_modules["discriminator"])
@@ -69,7 +69,7 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tiny, make_
 
 
 @pytest.mark.parametrize("left", [None, {}])
-def test_a_training_state_without_its_optimiser_is_a_sentence(tiny, make_trainer, left):
+def test_a_training_state_without_its_optimizer_is_a_sentence(tiny, make_trainer, left):
     trainer = make_trainer(NAME, tiny(), settings={"save_every": 1})
     train(trainer, until=1)
     file = Path(trainer.output_folder) / "checkpoint_latest_ssl.pth"
@@ -88,7 +88,7 @@ def with_a_scaler(trainer):
     return lambda: {n.startswith(ADVERSARY) for n, p in parameters(trainer).items() if not torch.equal(p, before[n])}
 
 
-def test_one_scaler_serves_all_and_an_overflow_skips_the_optimiser_that_it_is_in(tiny, make_trainer):
+def test_one_scaler_serves_all_and_an_overflow_skips_the_optimizer_that_it_is_in(tiny, make_trainer):
     trainer = make_trainer(NAME, tiny(), settings={"cpu_bfloat16": True})
     moved, batch = with_a_scaler(trainer), a_batch(trainer)
     first = trainer.training_modules["discriminator"][0].weight
@@ -102,7 +102,7 @@ def test_one_scaler_serves_all_and_an_overflow_skips_the_optimiser_that_it_is_in
     assert trainer.grad_scaler.get_scale() == 2.0**9
 
 
-def test_an_optimiser_without_gradients_is_left_out_of_a_step(tiny, make_trainer):
+def test_an_optimizer_without_gradients_is_left_out_of_a_step(tiny, make_trainer):
     """An adversary that begins later, or that a method trains by itself in ``after_step``."""
     trainer = make_trainer(NAME, tiny(), settings={"cpu_bfloat16": True})
     moved, losses = with_a_scaler(trainer), trainer.losses

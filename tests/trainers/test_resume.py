@@ -249,7 +249,7 @@ def test_kill_9_and_continue_ends_with_the_weights_of_an_uninterrupted_run(
 
 
 def test_a_run_from_before_a_setting_was_there_is_continued(tiny, make_trainer, stopped):
-    """Its training state does not know the setting, which has its default then, nor what it has learnt from."""
+    """Its training state does not know the setting, which has its default then, nor what it has learned from."""
     file = stopped / "checkpoint_latest_ssl.pth"
     state = torch.load(file, weights_only=True)
     del state["settings"]["shta_matched_hard"]

@@ -258,7 +258,7 @@ def test_what_augmented_patches_wrote_other_augmented_patches_read(tiny, make_tr
             [torch.sin(y / 6) * torch.cos(x / 6), torch.cos(y / 9 + x / 9) * (z.round() % 2)]
         )
 
-    def field_of_slices(coords):  # 2D: neighbouring slices differ as much as they can
+    def field_of_slices(coords):  # 2D: neighboring slices differ as much as they can
         return field(coords) if kind == "2d" else field(torch.stack([torch.ones_like(coords[0]), *coords[1:]]))
 
     for number in range(40):

@@ -31,7 +31,7 @@ def fp16(*shape: int) -> Tensor:
 
 
 def voxels(memory: ConfidenceMemory, case: str = "a") -> Tensor:
-    """What the memory says at each voxel centre, ``[branches, *shape]``."""
+    """What the memory says at each voxel center, ``[branches, *shape]``."""
     return memory.read(case, grid(*memory.state()[case].shape[2:]))
 
 
@@ -164,7 +164,7 @@ def test_crops_permutations_and_mirrors_are_exact(rule, device, write_view, read
     assert torch.equal(memory.read("a", read_view(coords).to(device)).cpu(), read_view(expected))
 
 
-def test_interpolation_between_voxel_centres_is_multilinear():
+def test_interpolation_between_voxel_centers_is_multilinear():
     """A field that is linear in the position is read back without error; at corners of four voxels their mean."""
     memory = ConfidenceMemory({"a": (9, 5, 17)})
     case = grid(9, 5, 17)

@@ -25,13 +25,13 @@ from nnunet_ssl.trainers.sasnet.views import (
 
 
 def positions(shape: tuple[int, ...]) -> torch.Tensor:
-    """[dim, *shape] float64, voxels from the centre (n - 1) / 2."""
+    """[dim, *shape] float64, voxels from the center (n - 1) / 2."""
     axes = [torch.arange(n, dtype=torch.float64) - (n - 1) / 2 for n in shape]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"))
 
 
 def source(shape: tuple[int, ...], degrees: float, plane: tuple[int, int]) -> torch.Tensor:
-    """[dim, *shape]: where each voxel of the rotated patch comes from, from the centre: the rotation undone."""
+    """[dim, *shape]: where each voxel of the rotated patch comes from, from the center: the rotation undone."""
     where = positions(shape)
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     a, b = plane
@@ -191,7 +191,7 @@ def test_half_a_voxel_cannot_be_turned():
 @pytest.mark.parametrize("degrees", [5.0, 30.0, -45.0, 118.0])
 @pytest.mark.parametrize(("shape", "plane"), EVEN_SHAPES)
 def test_a_gaussian_is_rotated_as_the_formula_says(shape, plane, degrees):
-    """Off the centre and not round, so that direction, centre and angle all show."""
+    """Off the center and not round, so that direction, center and angle all show."""
     center, sigma = (3.0, -2.0, 1.0)[: len(shape)], (1.6, 2.4, 2.0)[: len(shape)]
     image = gaussian(positions(shape), center, sigma)
     wanted = gaussian(source(shape, degrees, plane), center, sigma)

@@ -82,7 +82,7 @@ def test_any_order_of_passes_gives_the_gradients_of_one_plain_pass_bit_for_bit(
 
 @pytest.mark.parametrize(("passes", "runs"), [("paired", 2), ("lean", 4)])
 def test_paired_passes_run_each_network_once_on_each_stream(tiny, make_trainer, passes, runs):
-    """So that batch normalisation counts an image once."""
+    """So that batch normalization counts an image once."""
     trainer, seen = make_trainer("nnUNetTrainerCPS", tiny(), settings={"passes": passes}), []
     for network in (trainer.plans_network, trainer.training_modules["second"]):
         network.register_forward_hook(lambda network, *_: seen.append(network))

@@ -62,7 +62,7 @@ def test_without_changes_all_three_views_are_the_weak_one(tiny, make_trainer, ki
     assert trainer._mean_values()["unimatch_sure"] == pytest.approx(sure.float().mean().item())
 
 
-def test_where_nothing_is_sure_nothing_is_learnt(tiny, make_trainer):
+def test_where_nothing_is_sure_nothing_is_learned(tiny, make_trainer):
     trainer = make_trainer(NAME, tiny(), settings={"unimatch_threshold": 1.0})
     for terms in terms_of(trainer, a_batch(trainer))[1:]:
         (loss,) = terms.values()

@@ -193,7 +193,7 @@ def test_it_goes_on_only_with_the_warps_that_it_began_with(tiny_copy, make_train
 
 
 def test_it_goes_on_though_an_image_has_come_that_it_does_not_use(tiny_copy, make_trainer):
-    """It has learnt from its warps alone; a method that takes unlabeled images themselves is refused."""
+    """It has learned from its warps alone; a method that takes unlabeled images themselves is refused."""
     dataset = tiny_copy()
     folder, warps = stopped_run(dataset, make_trainer)
     from helpers.datasets import make_case, write_images

@@ -246,7 +246,7 @@ def test_images_are_the_same_without_their_masks(tiny, make_trainer, monkeypatch
         assert ours["target"].numel() == 0 < theirs["target"].numel()
 
 
-def test_where_intensities_are_normalised_within_the_mask_what_is_outside_stays_zero(tiny, make_trainer, monkeypatch):
+def test_where_intensities_are_normalized_within_the_mask_what_is_outside_stays_zero(tiny, make_trainer, monkeypatch):
     trainer = make_trainer("nnUNetTrainerCPS", tiny())
     loader = unlabeled_loader(trainer, monkeypatch, mask_for_norm=True)
     transforms = [t for t in loader.transforms.transforms if not isinstance(t, MaskImageTransform)]

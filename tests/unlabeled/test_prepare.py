@@ -69,7 +69,7 @@ def test_equals_the_same_image_prepared_as_labeled(tiny_copy, kind):
 
 
 def test_keeps_the_nonzero_mask(tiny_copy):
-    """Brain-extracted images are 0 around the brain; plans that normalise within the mask need it afterwards."""
+    """Brain-extracted images are 0 around the brain; plans that normalize within the mask need it afterwards."""
     dataset = tiny_copy("3d")
     plans = dataset.plans
     plans["configurations"]["3d_fullres"].update(

@@ -81,9 +81,9 @@ def assignment_figure(names: Sequence[str], counts: Sequence[np.ndarray], option
 def draw_flows(
     axes: Axes, counts: np.ndarray, names: Mapping[int, str], colors: Mapping[int, str], line: float
 ) -> None:
-    """Flows from assigned classes, left, to those by the truth, right; between different ones in full colour.
+    """Flows from assigned classes, left, to those by the truth, right; between different ones in full color.
 
-    A flow has the colour of its class by the truth, so a stripe tells at its left end who took it. The flows reach from
+    A flow has the color of its class by the truth, so a stripe tells at its left end who took it. The flows reach from
     0 to 1 in x; labels lie outside.
 
     Args:

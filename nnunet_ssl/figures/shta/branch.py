@@ -28,7 +28,7 @@ from nnunet_ssl.trainers.resuming import find_training_state, training_state_fil
 from nnunet_ssl.trainers.shta import SHTASettings, build_branch
 
 BRANCH = "shta_first."  # of the network that predicts
-BACKGROUND = "#999999"  # unlike the colours of classes
+BACKGROUND = "#999999"  # unlike the colors of classes
 NOT_SHOWN = -1
 PREPARED_BY = ("preprocessor_name", "patch_size", "spacing", "normalization_schemes", "use_mask_for_norm")
 

@@ -1,7 +1,7 @@
 """Figure 2: where a baseline and SHTA are sure, and where they are not, in the windows in which they differ most.
 
 As Fig. 5 of the SHTA paper, a row a class. Case, slice and window are chosen by the rule in
-``captions/entropy.md``, which favours neither run.
+``captions/entropy.md``, which favors neither run.
 """
 
 from __future__ import annotations
@@ -192,20 +192,20 @@ def entropy_figure(rows: Sequence[Row], names: Sequence[str], options: FigureOpt
     figure, grid = panel_grid(len(rows), titles, width, panel, handles)
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0.01, hspace=0.01)
     highest = max(entropy[row.window].max() for row in rows for entropy in row.entropies)
-    grey = {"cmap": "gray", "vmin": 0, "vmax": 1}
+    gray = {"cmap": "gray", "vmin": 0, "vmax": 1}
     for axes, row in zip(grid, rows, strict=True):
         plane = row.plane
         (top, left), (bottom, right) = (np.multiply([getattr(w, end) for w in row.window], plane.size)
                                         for end in ("start", "stop"))  # fmt: skip
         height, across = np.multiply(plane.truth.shape, plane.size) / 2
         half = max(height, across)  # the whole slice in a square, so that all panels are of one size
-        plane.draw(axes[0], plane.image, (across - half, across + half, height + half, height - half), **grey)
+        plane.draw(axes[0], plane.image, (across - half, across + half, height + half, height - half), **gray)
         frame = {"fill": False, "edgecolor": TRUTH, "linewidth": 1.0, "path_effects": shadow(1.0), "clip_on": False}
         axes[0].add_patch(Rectangle((left, top), right - left, bottom - top, **frame))
         axes[0].set_ylabel(wrapped(options.names[row.label].replace("_", " "), panel))
         window = (left, right, bottom, top)
         for each, label_map in zip(axes[1:4], (plane.truth, *plane.predictions), strict=True):
-            plane.draw(each, plane.image, window, **grey)
+            plane.draw(each, plane.image, window, **gray)
             plane.draw(each, overlay(label_map, colors), window)
         for each, entropy in zip(axes[4:], row.entropies, strict=True):
             drawn = plane.draw(each, entropy, window, cmap="magma", vmin=0, vmax=highest)

@@ -30,7 +30,7 @@ PERPLEXITY = 30
 METHODS = {"pca": "PCA", "tsne": "t-SNE"}
 PROXY = "class proxy"
 OTHER_PLANS = "whose plans prepare images differently from the plans of the run with SHTA"
-MARKERS = "osD^vP"  # in addition to colour, for readers who cannot see it; the background's is X
+MARKERS = "osD^vP"  # in addition to color, for readers who cannot see it; the background's is X
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def in_two_dimensions(space: Space, method: str, seed: int) -> tuple[np.ndarray,
 
 
 def tokens_figure(spaces: Sequence[Space], classes: np.ndarray, shown: Sequence[int], options: FigureOptions) -> Figure:
-    """Rows: methods. Columns: spaces of the same tokens, of ``classes`` ``[N]``; ``shown`` in the order of colours."""
+    """Rows: methods. Columns: spaces of the same tokens, of ``classes`` ``[N]``; ``shown`` in the order of colors."""
     width = column_width(2)
     names = _names(options)
     colors = {**options.colors, 0: BACKGROUND}

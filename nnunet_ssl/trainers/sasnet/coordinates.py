@@ -57,7 +57,7 @@ def positions(coordinates: Tensor, patch: Sequence[int]) -> Tensor:
         patch: voxels along each of ``dim`` axes.
 
     Returns:
-        float32 ``[B, case_dim, *patch]`` on the device of ``coordinates``; whole numbers are voxel centres. NaN where
+        float32 ``[B, case_dim, *patch]`` on the device of ``coordinates``; whole numbers are voxel centers. NaN where
         the patch shows something from outside the case, or from outside the larger patch that nnU-Net crops before it
         rotates and scales.
     """
@@ -159,7 +159,7 @@ def affine_map(transform: BasicTransform, parameters: dict[str, Any], shape: Seq
         center, size = (np.array(x) for x in (parameters["center_location_in_pixels"], transform.patch_size))
         if parameters["affine"] is None:  # a crop
             offset[:] = np.floor(center) - size // 2
-        else:  # about the centres of both, of which a voxel has its own at a half
+        else:  # about the centers of both, of which a voxel has its own at a half
             linear[:] = parameters["affine"]
             offset[:] = center - 0.5 - linear @ ((size - 1) / 2)
     return result

@@ -91,14 +91,14 @@ class ConfidenceMemory:
 
     @torch.no_grad()
     def read(self, case: str, coords: Tensor) -> Tensor:
-        """The mean of brackets in Eq. 4 and 5, for a patch, by multilinear interpolation between voxel centres.
+        """The mean of brackets in Eq. 4 and 5, for a patch, by multilinear interpolation between voxel centers.
 
         A voxel that was never visited has the neutral 0.5, one that was visited once the value of that visit.
 
         Args:
             case: a name that the constructor was given.
             coords: ``[dim, *spatial]``, positions in voxels of the case, of which ``dim`` is the dimension; the patch
-                may be a slice of it. Whole numbers are voxel centres, where the value is the stored one exactly.
+                may be a slice of it. Whole numbers are voxel centers, where the value is the stored one exactly.
 
         Returns:
             ``[branches, *spatial]`` float32 on the device of ``coords``. 0.5 where a coordinate is NaN or more than
@@ -113,7 +113,7 @@ class ConfidenceMemory:
         position = position.flatten(1).float()
         inside = _inside(position, shape)
 
-        corners = [(0, 1)]  # offsets in the case, and weights; each axis gives every corner two neighbours
+        corners = [(0, 1)]  # offsets in the case, and weights; each axis gives every corner two neighbors
         for x, n, stride in zip(position, shape, _strides(shape), strict=True):
             x = x.nan_to_num(nan=0.0).clamp(0, n - 1)
             lower = x.floor()

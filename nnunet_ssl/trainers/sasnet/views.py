@@ -60,7 +60,7 @@ def rotation_planes(spacing: Sequence[float]) -> tuple[tuple[int, int], ...]:
 
 
 def rotate_in_frequency(image: Tensor, degrees: float, plane: tuple[int, int]) -> Tensor:
-    """Rotate an image through its spectrum (Eq. 9 to 11), about the centre ``(n - 1) / 2`` of the patch.
+    """Rotate an image through its spectrum (Eq. 9 to 11), about the center ``(n - 1) / 2`` of the patch.
 
     For a rotation R, ``FT{f(R x)}(k) = (FT f)(R k)``: an image is rotated by rotating its spectrum. To look a sampled
     spectrum up between its samples would multiply the image by the transform of the interpolation kernel and fold
@@ -94,7 +94,7 @@ def rotate_in_frequency(image: Tensor, degrees: float, plane: tuple[int, int]) -
 def rotate_in_space(
     values: Tensor, degrees: float, plane: tuple[int, int], mode: Literal["nearest", "bilinear"]
 ) -> Tensor:
-    """The same rotation for what must not ring: nearest neighbour or linear interpolation, zero outside.
+    """The same rotation for what must not ring: nearest neighbor or linear interpolation, zero outside.
 
     Args:
         values: ``[C, *spatial]`` of any type; ``"bilinear"`` wants a float type.
@@ -119,7 +119,7 @@ class FrequencyRotation(BasicTransform):
     """Rotates a sample by a random angle in a random plane, the image through its spectrum.
 
     Labels cannot be band-limited, they would ring. So the segmentation takes the same rotation in space, by nearest
-    neighbour (0 outside), and so does the regression target, linearly: source coordinates are an affine function of the
+    neighbor (0 outside), and so does the regression target, linearly: source coordinates are an affine function of the
     position, which linear interpolation keeps exact. Outside the patch its validity channel is 0, and within half
     a voxel of the border between 0 and 1, as after nnU-Net's own spatial transform.
 
@@ -207,7 +207,7 @@ def _rotate(
         if (height - width) % 2:
             raise ValueError(
                 f"a patch of {height} x {width} voxels cannot be turned by {degrees} degrees: one axis is even, the "
-                "other odd, so a turn by 90 degrees about the centre puts voxels between voxels"
+                "other odd, so a turn by 90 degrees about the center puts voxels between voxels"
             )
         side = max(height, width)
         planes = _pad(planes, (side - height) // 2, (side - width) // 2)
@@ -220,7 +220,7 @@ def _rotate(
 
 
 def _rotate_by_shears(planes: Tensor, angle: float) -> Tensor:
-    """Three shears, ``[..., u, v]`` to a larger patch with the same centre; ``angle`` in radians."""
+    """Three shears, ``[..., u, v]`` to a larger patch with the same center; ``angle`` in radians."""
     # out(x) = in(A x), A = [[cos, sin], [-sin, cos]] = [[1, tan], [0, 1]] [[1, 0], [-sin, 1]] [[1, tan], [0, 1]],
     # where tan is taken of half the angle: along u, along v, along u.
     along_u, along_v = -math.tan(angle / 2), math.sin(angle)
@@ -232,7 +232,7 @@ def _rotate_by_shears(planes: Tensor, angle: float) -> Tensor:
 
 
 def _shear(planes: Tensor, slope: float) -> Tensor:
-    """Shift each line along the last axis by ``slope`` times the distance of the line from the centre.
+    """Shift each line along the last axis by ``slope`` times the distance of the line from the center.
 
     Args:
         planes: ``[..., lines, n]``.
@@ -245,7 +245,7 @@ def _shear(planes: Tensor, slope: float) -> Tensor:
     shifts = slope * (torch.arange(lines, dtype=torch.float64, device=planes.device) - (lines - 1) / 2)
     padded = length + 2 * math.ceil(abs(slope) * (lines - 1) / 2)
     while next_fast_len(padded) != padded:
-        padded += 2  # the centre stays where it is
+        padded += 2  # the center stays where it is
     planes = _pad(planes, 0, (padded - length) // 2)
 
     cycles = torch.fft.rfftfreq(padded, dtype=torch.float64, device=planes.device)  # k of Eq. 9, cycles a voxel
