@@ -3,6 +3,7 @@
 The translation finds the labeled structures of the moving image by template matching, unless the images lie well as
 they are. Demons with symmetric forces follow on a pyramid, by SimpleITK: fields are added up, or, where the result
 folds, composed, which takes one and a half times as long (Vercauteren et al., NeuroImage 2009).
+Large images are registered and judged on coarser grids; only the warped case itself has all its voxels.
 docs/shapes.md compares other libraries; an affine step raises the correlation and lowers Dice on LA.
 """
 
@@ -17,15 +18,17 @@ import SimpleITK as sitk
 from scipy import ndimage
 from skimage.feature import match_template
 
-VERSION = 3  # of the code below: pairs registered by another version are registered again
+VERSION = 4  # of the code below: pairs registered by another version are registered again
 LEVELS = (4, 2, 1)  # shrink factors of the pyramid
 ITERATIONS = 40  # at each level
 SIGMA = 1.0  # voxels: of the Gaussian that smooths the field after each iteration
 LONGEST = {2: 128, 3: 64}  # voxels of an axis at the finest level; a field is smooth enough to be enlarged from there
+JUDGED = {2: 256, 3: 128}  # voxels of an axis where two images are compared: what warps keep is as smooth
 SHORTEST = 16  # voxels: an axis is not shrunk below
 TEMPLATE = 40  # voxels of an axis when the translation is looked for
 MOST_FOLDING = 0.01  # share of the voxels
 MARGIN = 0.15  # what is around the labeled structures counts too: this share of their extent
+VOXELS_AT_A_TIME = 2**21  # for which it is computed where they lie
 GAIN = 0.05  # a correlation that is higher by this is worth another start
 
 
@@ -122,8 +125,8 @@ def register(fixed: Volume, moving: Volume, channels: list[int] | None = None) -
         match. The coarsest level of the pyramid tells which.
     """
     chosen = range(len(moving.channels)) if channels is None else channels
-    pairs = [(fixed.channels[c], moving.channels[c]) for c in chosen]
-    region = region_around(moving)
+    pairs = [(_judged(fixed.channels[c]), _judged(moving.channels[c])) for c in chosen]
+    region = region_around(moving, pairs[0][1])
     middle = sitk.TranslationTransform(region.GetDimension())
     starts = [middle, template_start(pairs, region)]
     coarse = [_demons(pairs, start, LEVELS[:1]) for start in starts]
@@ -165,33 +168,85 @@ def warp(image: sitk.Image, grid: sitk.Image, transform: sitk.Transform, outside
 def warp_labels(labels: sitk.Image, grid: sitk.Image, transform: sitk.Transform, outside: int = -1) -> sitk.Image:
     """The moving labels on the grid of the fixed image, the likeliest of each voxel, as nnU-Net resamples labels.
 
+    Each label is interpolated linearly, but only where there are others within a voxel: elsewhere it is known.
+
     Args:
         labels: int16.
         grid, transform: as for ``warp``.
         outside: the value where there are none; nnU-Net pads with -1.
     """
-    highest = sitk.GetArrayFromImage(sitk.Image(grid.GetSize(), sitk.sitkFloat32))
-    warped = np.full_like(highest, outside, np.int16)
-    for value in np.unique(sitk.GetArrayViewFromImage(labels)):  # one after the other: there may be a hundred
-        this = sitk.Cast(labels == int(value), sitk.sitkFloat32)
-        likely = sitk.GetArrayFromImage(sitk.Resample(this, grid, transform, sitk.sitkLinear))
-        warped[likely > highest] = value
-        highest = np.maximum(highest, likely)
+    values = sitk.GetArrayViewFromImage(labels)
+    mixed = ndimage.maximum_filter(values, 3) != ndimage.minimum_filter(values, 3)
+    warped = np.full(sitk.GetArrayViewFromImage(grid).shape, outside, np.int16)
+    for slab, where in _places(grid, transform, labels):
+        axes = list(zip(where, values.shape, strict=True))
+        inside = np.logical_and.reduce([(place >= -0.5) & (place < n - 0.5) for place, n in axes])
+        nearest = tuple(np.rint(place).clip(0, n - 1).astype(np.int32) for place, n in axes)
+        found, unsure = values[nearest], inside & mixed[nearest]
+        edge = np.stack([place[unsure].clip(0, n - 1) for place, n in axes], 1)
+        found[unsure] = _likeliest(values, edge)
+        warped[slab] = np.where(inside, found, outside)
     return _like(warped, grid)
 
 
-def region_around(moving: Volume) -> sitk.Image:
-    """Where registration is judged: the structures and what is near them; everywhere without any. uint8."""
+def _places(grid: sitk.Image, transform: sitk.Transform, image: sitk.Image) -> Iterator[tuple[slice, list[np.ndarray]]]:
+    """Some slices of a grid at a time, and where their voxels lie in an image: along each axis, in its voxels."""
+    dimension = grid.GetDimension()
+    slices = max(1, VOXELS_AT_A_TIME // int(np.prod(grid.GetSize()[:-1])))
+    for first in range(0, grid.GetSize()[-1], slices):
+        size = [*grid.GetSize()[:-1], min(slices, grid.GetSize()[-1] - first)]
+        part = sitk.RegionOfInterest(grid, size, [0] * (dimension - 1) + [first])
+        field = sitk.TransformToDisplacementField(
+            transform, sitk.sitkVectorFloat64, size, part.GetOrigin(), part.GetSpacing(), part.GetDirection()
+        )
+        moved, where = sitk.GetArrayViewFromImage(field), []
+        for axis in reversed(range(dimension)):
+            steps = np.arange(size[axis]) * part.GetSpacing()[axis] + part.GetOrigin()[axis] - image.GetOrigin()[axis]
+            steps = steps.reshape([-1 if axis == other else 1 for other in reversed(range(dimension))])
+            where.append((moved[..., axis] + steps) / image.GetSpacing()[axis])
+        yield slice(first, first + size[-1]), where
+
+
+def _likeliest(values: np.ndarray, where: np.ndarray) -> np.ndarray:
+    """By linear interpolation of each label at ``where`` ``[N, axes]``, in voxels; the smallest of equals."""
+    low = np.floor(where).astype(int)
+    corners = []
+    for step in np.ndindex(*[2] * where.shape[1]):
+        share = np.where(step, where - low, 1 - (where - low)).prod(1)
+        corners.append((values[tuple(np.minimum(low + step, np.array(values.shape) - 1).T)], share))
+    best, highest = np.zeros(len(where), values.dtype), np.zeros(len(where))
+    for value in np.unique([label for label, _ in corners]):
+        likely = sum(share * (label == value) for label, share in corners)
+        best[likely > highest] = value
+        highest = np.maximum(highest, likely)
+    return best
+
+
+def region_around(moving: Volume, grid: sitk.Image) -> sitk.Image:
+    """Where registration is judged: the structures and what is near them; everywhere without any.
+
+    Args:
+        moving: the labeled case.
+        grid: of the result: that of ``moving``, or a coarser one.
+
+    Returns:
+        uint8.
+    """
     labels = moving.labels
     assert labels is not None  # a moving volume has them
-    values = np.isin(sitk.GetArrayViewFromImage(labels), moving.structures)
+    values = np.isin(sitk.GetArrayViewFromImage(labels), moving.structures).astype(np.uint8)
+    if grid.GetSize() != labels.GetSize():
+        coarser = np.divide(grid.GetSpacing(), labels.GetSpacing())[::-1]
+        values = ndimage.maximum_filter(values, [2 * int(np.ceil(c / 2)) + 1 for c in coarser])  # nothing is too small
+        here = sitk.Resample(_like(values, labels), grid, sitk.Transform(), sitk.sitkNearestNeighbor, 0)
+        values = sitk.GetArrayFromImage(here)
     if not values.any():
-        return _like(np.ones(values.shape, np.uint8), labels)
-    box = ndimage.find_objects(values.astype(np.uint8))[0]
-    spacing = np.array(labels.GetSpacing()[::-1])
+        return _like(np.ones_like(values), grid)
+    box = ndimage.find_objects(values)[0]
+    spacing = np.array(grid.GetSpacing()[::-1])
     extent = np.mean([(side.stop - side.start) * s for side, s in zip(box, spacing, strict=True)])
-    distance = ndimage.distance_transform_edt(~values, sampling=spacing)
-    return _like((distance <= max(MARGIN * extent, 2 * spacing.min())).astype(np.uint8), labels)
+    distance = ndimage.distance_transform_edt(values == 0, sampling=spacing)
+    return _like((distance <= max(MARGIN * extent, 2 * spacing.min())).astype(np.uint8), grid)
 
 
 def template_start(pairs: list[tuple[sitk.Image, sitk.Image]], region: sitk.Image) -> sitk.TranslationTransform:
@@ -295,6 +350,10 @@ def _like(values: np.ndarray, image: sitk.Image) -> sitk.Image:
     made = sitk.GetImageFromArray(values)
     made.CopyInformation(image)
     return made
+
+
+def _judged(image: sitk.Image) -> sitk.Image:
+    return _shrunk(image, max(1.0, max(image.GetSize()) / JUDGED[image.GetDimension()]))
 
 
 def _shrunk(image: sitk.Image, factor: float) -> sitk.Image:

@@ -73,7 +73,7 @@ def test_a_structure_that_lies_elsewhere_is_found_by_its_template():
     moving = volume(image[None], (1, 1, 1), labels)
     found = register(fixed, moving)
     assert_found(found, fixed, truth, moving, 0.8)
-    start = template_start([(fixed.channels[0], moving.channels[0])], region_around(moving))
+    start = template_start([(fixed.channels[0], moving.channels[0])], region_around(moving, moving.channels[0]))
     assert np.allclose(start.GetOffset(), (12, -9, -3), atol=1.5)
     alone = registration._after(
         nothing(), registration._demons([(fixed.channels[0], moving.channels[0])], nothing(), (4, 2, 1))
@@ -174,11 +174,16 @@ def test_where_it_is_judged_what_is_ignored_is_no_structure():
     labels = np.zeros((10, 40, 40), np.int16)
     labels[4:6, 10:14, 10:14] = 1
     image = np.zeros((1, *labels.shape), np.float32)
-    alone = array(region_around(volume(image, (1, 1, 1), labels)))
+
+    def region(*structures: tuple[int, ...]) -> np.ndarray:
+        moving = volume(image, (1, 1, 1), labels, *structures)
+        return array(region_around(moving, moving.channels[0]))
+
+    alone = region()
     labels[0, 30:] = 2
-    assert np.array_equal(array(region_around(volume(image, (1, 1, 1), labels, (1,)))), alone)
-    assert array(region_around(volume(image, (1, 1, 1), labels))).sum() > alone.sum() + 400
-    assert array(region_around(volume(image, (1, 1, 1), labels, ()))).all()  # without structures everywhere
+    assert np.array_equal(region((1,)), alone)
+    assert region().sum() > alone.sum() + 400
+    assert region(()).all()  # without structures everywhere
 
 
 @pytest.mark.filterwarnings("error")
@@ -254,6 +259,50 @@ def test_labels_are_warped_without_values_in_between_and_with_minus_1_outside():
     assert set(np.unique(half)) <= {-1, 0, 2, 7}
     assert half.dtype == np.int16
     assert (array(warp_labels(image.labels, grid, sitk.TranslationTransform(3, (99.0, 0, 0)), 5)) == 5).all()
+
+
+@pytest.mark.parametrize("shape", [(9, 20, 24), (1, 30, 26)])
+def test_warped_labels_are_the_likeliest_of_all_interpolated_ones(shape, monkeypatch):
+    """The plain way, a label at a time over the whole grid, is the oracle."""
+    monkeypatch.setattr(registration, "VOXELS_AT_A_TIME", 700)  # a few slices at a time
+    rng = np.random.default_rng(0)
+    labels = np.rint(ndimage.zoom(rng.uniform(-1.4, 5.4, (min(shape[0], 3), 6, 7)), [n / k for n, k in zip(
+        shape, (min(shape[0], 3), 6, 7), strict=True)], order=0)).astype(np.int16)  # fmt: skip
+    moving = volume(np.zeros((1, *labels.shape), np.float32), (2.5, 1, 1), labels)
+    (grid,) = volume(np.zeros((1, shape[0], 25, 22), np.float32), (2.0, 1.1, 1.2)).channels
+    dimension = grid.GetDimension()
+    (small,) = volume(np.zeros((1, min(shape[0], 4), 6, 6), np.float32), (5, 5, 5)).channels
+    field = sitk.GetImageFromArray(rng.normal(0, 2, (*small.GetSize()[::-1], dimension)), isVector=True)
+    field.CopyInformation(small)
+    transform = registration._after(sitk.TranslationTransform(dimension, [0.3] * dimension), field)
+    expected, highest = np.full(array(grid).shape, -1), np.zeros(array(grid).shape)
+    for label in np.unique(labels):
+        this = sitk.Cast(moving.labels == int(label), sitk.sitkFloat64)
+        likely = array(sitk.Resample(this, grid, transform, sitk.sitkLinear, 0.0))
+        expected[likely > highest + 1e-9] = label
+        highest = np.maximum(highest, likely)
+    found = array(warp_labels(moving.labels, grid, transform))
+    assert len(np.unique(expected)) >= 7
+    assert np.array_equal(found, expected)
+
+
+def test_a_large_volume_is_judged_on_fewer_voxels(monkeypatch):
+    """As it would be on all of them, and small structures count there too."""
+    spacing = (1.0, 1.0, 0.4)
+    image, _ = phantom((20, 24, 80), spacing, shift=(1, 2, -2), seed=1)
+    fixed = volume(image[None], spacing)
+    image, labels = phantom((20, 24, 80), spacing, bend=1.0, seed=2)
+    labels[1, 1, 1] = 3  # one voxel
+    moving = volume(image[None], spacing, labels)
+    plain = register(fixed, moving)
+    monkeypatch.setitem(registration.JUDGED, 3, 40)
+    grid = registration._judged(moving.channels[0])
+    assert grid.GetSize() == (40, 16, 16)
+    assert array(region_around(moving, grid))[0, 0, 0] == 1
+    fewer = register(fixed, moving)
+    assert fewer.after == pytest.approx(plain.after, abs=0.05)
+    assert plain.before < fewer.before < plain.before + 0.1  # noise is averaged away
+    assert fewer.covered == pytest.approx(plain.covered, abs=0.05)
 
 
 def test_an_image_is_given_back_by_the_identity_and_stays_in_its_range():
