@@ -10,7 +10,7 @@ from nnunet_ssl.declared import Count, Decay, Part, declared, setting
 from nnunet_ssl.losses.entropy import entropy
 from nnunet_ssl.losses.masked import masked_mean
 from nnunet_ssl.networks.dropout import drop_channels_in_training
-from nnunet_ssl.networks.ema import EMATeacher, noisy
+from nnunet_ssl.networks.ema import noisy
 from nnunet_ssl.trainers.mean_teacher import MeanTeacherSettings, Taught
 
 
@@ -25,7 +25,7 @@ class UAMTSettings(MeanTeacherSettings):
         symbol="H",
     )
     uamt_dropout: Decay = setting(
-        0.5, "Dropout of whole channels before the teacher's head, because nnU-Net's networks have none; 0 disables it"
+        0.5, "Dropout of whole channels before the heads, because nnU-Net's networks have none; 0 disables it"
     )
 
 
@@ -43,14 +43,12 @@ class nnUNetTrainerUAMT(Taught):  # noqa: N801
     Settings = UAMTSettings
 
     def build_training_modules(self) -> dict[str, nn.Module]:
-        """The teacher, with dropout before the head of its highest resolution."""
-        modules = super().build_training_modules()
+        """The student learns with dropout before the head of its highest resolution, and its copy has it too."""
         if self.settings.uamt_dropout:
-            teacher: EMATeacher = modules["teacher"]
-            self.require_decoder(teacher.network, "to drop channels before, as uamt_dropout asks")
-            head = teacher.network.decoder.seg_layers[-1]
+            self.require_decoder(self.plans_network, "to drop channels before, as uamt_dropout asks")
+            head = self.plans_network.decoder.seg_layers[-1]
             head.register_forward_pre_hook(partial(drop_channels_in_training, self.settings.uamt_dropout))
-        return modules
+        return super().build_training_modules()
 
     def consistency(self, images: Tensor) -> Tensor:
         """The squared difference to one pass of the teacher, where the mean of T passes is sure enough."""

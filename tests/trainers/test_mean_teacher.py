@@ -11,6 +11,7 @@ from helpers.steps import a_batch, at_step, gradients_by_passes, stepped
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.entropy import entropy
+from nnunet_ssl.trainers.base import full_resolution
 
 NAMES = ("nnUNetTrainerMeanTeacher", "nnUNetTrainerUAMT", "nnUNetTrainerICT")
 
@@ -104,15 +105,21 @@ def test_ua_mt_learns_nothing_where_the_teacher_is_sure_of_nothing(tiny, make_tr
     assert not any(p.grad.any() for p in trainer.plans_network.parameters() if p.grad is not None)
 
 
-def test_ua_mts_dropout_is_the_teachers_alone_and_of_training(tiny, make_trainer):
+def test_ua_mts_student_learns_with_the_dropout_that_its_teacher_has(tiny, make_trainer):
+    """A teacher whose dropout its student never had changes the class of every third pixel."""
     trainer = make_trainer(NAMES[1], tiny())
     images = a_batch(trainer)["unlabeled"]
-    teacher = trainer.training_modules["teacher"]
-    with torch.no_grad():
-        assert not torch.equal(teacher(images), teacher(images))
-        assert torch.equal(trainer.plans_network(images)[0], trainer.plans_network(images)[0])
-        teacher.eval()
-        assert torch.equal(teacher(images), teacher(images))
+    for network in (trainer.training_modules["teacher"], trainer.plans_network):
+        with torch.no_grad():
+            (one, other) = (full_resolution(network.train()(images)) for _ in range(2))
+            assert not torch.equal(one, other)
+            (one, other) = (full_resolution(network.eval()(images)) for _ in range(2))
+            assert torch.equal(one, other)
+    assert "dropout" not in str(trainer.plans_network.state_dict().keys())
+    for network in make_trainer(NAMES[1], tiny(), settings={"uamt_dropout": 0}).networks().values():
+        with torch.no_grad():
+            (one, other) = (full_resolution(network.train()(images)) for _ in range(2))
+            assert torch.equal(one, other)
 
 
 def test_ict_compares_a_mix_with_the_mix_of_predictions(tiny, make_trainer, monkeypatch):
