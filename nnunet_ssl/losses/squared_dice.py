@@ -83,17 +83,17 @@ def squared_dice_per_class(p: Tensor, y: Tensor, smooth: float = 1e-10) -> Tenso
     return 1 - (2 * (p * y).sum(over) + smooth) / ((p * p).sum(over) + y_sum + smooth)
 
 
-def squared_dice_to_soft_labels(logits: Tensor, labels: Tensor, smooth: float = 1e-5) -> Tensor:
-    """``1 / K sum_k 1 - (2 sum p q + s) / (sum p^2 + sum q^2 + s)``, 0 if and only if p is q; in fp32.
+def squared_dice_to_soft_labels(logits: Tensor, labels: Tensor) -> Tensor:
+    """``1 - 2 sum p q / (sum p^2 + sum q^2)``, sums over classes too, 0 if and only if p is q; in fp32.
+
+    A mean over classes would let those that neither shows compare their last digits, with a full vote each.
 
     Args:
         logits: of p, ``[B, K, *spatial]``, any float type.
         labels: q, ``[B, K, *spatial]`` probabilities.
-        smooth: s, for classes that neither has.
 
     Returns:
         0-dim float32 in [0, 1].
     """
-    p, q, over = logits.float().softmax(1), labels.float(), [0, *range(2, logits.ndim)]
-    overlap, squares = (p * q).sum(over), (p * p).sum(over) + (q * q).sum(over)
-    return (1 - (2 * overlap + smooth) / (squares + smooth)).mean()
+    p, q = logits.float().softmax(1), labels.float()
+    return (p - q).square().sum() / (p.square().sum() + q.square().sum())  # the same, without cancellation

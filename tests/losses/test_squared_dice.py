@@ -43,15 +43,22 @@ def test_soft_labels_have_their_squares_in_the_denominator_and_the_least_where_b
     """The authors' 3D form of SS-Net has it at one-hot probabilities instead."""
     generator = torch.Generator().manual_seed(0)
     logits, q = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator).softmax(1)
-    p, expected = logits.softmax(1), 0.0
-    for k in range(shape[1]):
-        pk, qk = p[:, k].flatten().tolist(), q[:, k].flatten().tolist()
-        overlap = sum(a * b for a, b in zip(pk, qk, strict=True))
-        squares = sum(a * a for a in pk) + sum(b * b for b in qk)
-        expected += (1 - (2 * overlap + 1e-5) / (squares + 1e-5)) / shape[1]
+    p = logits.softmax(1)
+    one, other = p.flatten().tolist(), q.flatten().tolist()
+    difference = sum((a - b) ** 2 for a, b in zip(one, other, strict=True))
+    expected = difference / (sum(a * a for a in one) + sum(b * b for b in other))
     assert squared_dice_to_soft_labels(logits, q).item() == pytest.approx(expected, rel=1e-5)
     assert squared_dice_to_soft_labels(logits, p).item() == pytest.approx(0, abs=1e-6)
     assert squared_dice_to_soft_labels(10 * logits, p) > 0.01
+
+
+def test_soft_labels_of_a_class_that_neither_shows_say_next_to_nothing():
+    """By class they would say 0.98 of 1e-4 against 1e-2, and a third of the whole."""
+    logits = torch.zeros(1, 3, 8, 8)
+    logits[:, 0] = 10
+    q = logits.softmax(1)
+    p = torch.stack([logits[:, 0], logits[:, 1], logits[:, 2] + 5], 1)
+    assert 0 < squared_dice_to_soft_labels(p, q) < 1e-4
 
 
 @pytest.mark.parametrize("regions", [False, True])
