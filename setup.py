@@ -108,6 +108,7 @@ setup(
         "nibabel",  # reads NIfTI headers and data to the end: SimpleITK passes over truncated files in silence
         "filelock>=3.13",  # locks that a process shares
         "pydantic>=2.7",  # settings and protocols: types with ranges
+        "blosc2",  # files of prepared cases, as nnU-Net writes them
         "edt>=3.0",  # exact distance transforms on the CPU, several times as fast as scipy's
         "packaging",
         "psutil",

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -123,20 +123,25 @@ def _named(kind: type | tuple[type, ...]) -> str:
     return " or ".join(words[k] for k in (kind if isinstance(kind, tuple) else (kind,)))
 
 
-def stamp(path: str | Path, kept: Stamp | None = None) -> Stamp:
-    """What tells that a file is another one: size, time of the last change, and a digest of its content.
-
-    The content is read only where size or time are not as ``kept``: what this said earlier, perhaps of a file that this
-    one is a copy of.
-    """
-    status = os.stat(path)
-    if kept is not None and kept[:2] == [status.st_size, status.st_mtime_ns] and len(kept) == 3:
-        return kept
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    return [status.st_size, status.st_mtime_ns, digest.hexdigest()]
+    return digest.hexdigest()
+
+
+def stamp(path: str | Path, kept: Stamp | None = None, digest: Callable[[str | Path], str] = file_digest) -> Stamp:
+    """What tells that a file is another one: size, time of the last change, and a digest of its content.
+
+    The content is read, by ``digest``, only where size or time are not as ``kept``: what this said earlier, perhaps of
+    a file that this one is a copy of.
+    """
+    status = os.stat(path)
+    if kept is not None and kept[:2] == [status.st_size, status.st_mtime_ns] and len(kept) == 3:
+        return kept
+    return [status.st_size, status.st_mtime_ns, digest(path)]
 
 
 def same_content(one: Stamp, other: Stamp) -> bool:

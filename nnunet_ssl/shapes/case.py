@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
+import blosc2
 import numpy as np
 import SimpleITK as sitk
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
@@ -13,7 +17,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nn
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import Stamp, stamp
+from nnunet_ssl.files import Stamp, file_digest, stamp
 from nnunet_ssl.shapes.quality import volumes, why_not
 from nnunet_ssl.shapes.registration import (
     Registration,
@@ -96,9 +100,20 @@ def stamps_of(task: Preparation, case: str, kept: Iterable[Sequence], needed: bo
         there = [file for file in files if os.path.isfile(os.path.join(folder, file))]
         if not there and needed:
             raise UserError(f"{folder} has no case {case}. {remedy}")
-        return [[file, *stamp(os.path.join(folder, file), earlier.get(file))] for file in there]
+        return [[file, *stamp(os.path.join(folder, file), earlier.get(file), digest_of)] for file in there]
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror or error}). {remedy}") from error
+
+
+def digest_of(file: str | Path) -> str:
+    """SHA-256 of what a prepared file holds: nnU-Net compresses by several threads, in other bytes each time."""
+    if os.fspath(file).endswith(".b2nd"):
+        with suppress(RuntimeError, ValueError):  # damaged: reading it for training says so
+            values = np.ascontiguousarray(blosc2.open(os.fspath(file), mode="r")[:])
+            digest = sha256(repr((values.shape, values.dtype)).encode())
+            digest.update(values.data)
+            return digest.hexdigest()
+    return file_digest(file)
 
 
 def load(folder: str, case: str) -> tuple[np.ndarray, np.ndarray, dict]:
