@@ -74,6 +74,12 @@ def all_outcomes(
         ) from error
 
 
+def usable_cores() -> int:
+    """Cores that this process may use: in a job of a cluster fewer than the machine has."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux has it
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 def die_with_parent() -> None:
     """End this worker when its parent is gone: by itself it would wait for work, or for room for its results, forever.
 

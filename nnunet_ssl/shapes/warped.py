@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from nnunetv2.paths import nnUNet_raw
@@ -18,6 +19,7 @@ from nnunetv2.paths import nnUNet_raw
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_json
 from nnunet_ssl.names import a_few
+from nnunet_ssl.pools import usable_cores
 from nnunet_ssl.shapes.case import stamps_of, warp_case
 from nnunet_ssl.shapes.pairs import choose
 from nnunet_ssl.shapes.quality import refuse_few
@@ -29,7 +31,7 @@ from nnunet_ssl.unlabeled.case import Preparation
 from nnunet_ssl.unlabeled.store import Outcome, cannot_write
 
 BUDGET = 10.0  # minutes that may be spent where no number of pairs is given
-MOST_EACH = 30  # warps of a labeled case then
+LEAST_EACH, MOST_EACH = 5, 30  # warps of a labeled case then, as far as there are images; the least takes longer
 SPARE = 4 / 3  # pairs registered per pair kept: the least similar are left out
 LESS_ALIKE = "are less alike than others"
 
@@ -211,8 +213,8 @@ def _complete(state: _State, num_processes: int) -> None:
     targets = far_apart_first(wish.onto, set(wish.candidates) - wish.of_tests)
     each = each or _affordable(wish, about["channels"], targets, num_processes)
     there = [(entry["moving"], entry["fixed"]) for entry in [*manifest.cases.values(), *state.dropped.values()]]
-    given, of_dataset = wish.groupings
-    pairs = choose(list(todo), targets, round(SPARE * each), {**of_dataset, **given}, there)
+    group_of = dict(ChainMap(*wish.groupings))
+    pairs = choose(list(todo), targets, round(SPARE * each), group_of, there)
     if pairs:
         print(
             f"nnunet_ssl: registering {len(pairs)} pairs of {len(todo)} labeled images and {len(targets)} to warp them "
@@ -255,18 +257,22 @@ def _affordable(wish: Wish, channels: list[int], targets: list[str], num_process
     if not others:
         return MOST_EACH  # of images that may come
     fixed = others[0]
+    print("nnunet_ssl: registering one pair, to see how long it takes", flush=True)
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         place = os.path.join(folder, "trial")
         warp_case(wish, channels, moving, fixed, wish.onto.places[fixed], "", place)
+        written = sum(file.stat().st_size for file in Path(place).glob("*"))
     seconds = time.monotonic() - start
-    of_one = SPARE * len(wish.labeled) * seconds / 60 / num_processes  # minutes, of a warp of each case
-    each = max(1, min(MOST_EACH, int(BUDGET / of_one)))
+    at_a_time = min(num_processes, usable_cores())
+    of_one = SPARE * len(wish.labeled) * seconds / 60 / at_a_time  # minutes, of a warp of each case
+    each = max(LEAST_EACH, min(MOST_EACH, int(BUDGET / of_one)))
     now = min(each, len(targets))
+    size = now * len(wish.labeled) * written / 2**30
     print(
         f"nnunet_ssl: a pair takes about {seconds:.1f} s; {now} warps of each of {len(wish.labeled)} labeled cases "
-        f"take about {now * of_one:.1f} min with {num_processes} processes (nnUNetv2_ssl_warp --pairs N for another "
-        "number).",
+        f"take about {now * of_one:.1f} min, {at_a_time} at a time, and {size:.1f} GB (nnUNetv2_ssl_warp --pairs N "
+        "for another number).",
         flush=True,
     )
     return each

@@ -36,6 +36,12 @@ def groups_of_dataset(dataset_name: str) -> dict[str, str]:
     return {}
 
 
+def kept_groups_files(dataset_name: str) -> list[str]:
+    """Where ``nnUNetv2_ssl_warp --groups`` keeps what it was given: beside the warps of each configuration."""
+    folder = os.path.join(nnUNet_preprocessed.get() or os.devnull, dataset_name)
+    return sorted(glob.glob(os.path.join(glob.escape(folder), "*_warped*", GROUPS)))
+
+
 def all_groups(dataset_name: str) -> dict[str, str]:
     """The dataset's groups, and those that ``nnUNetv2_ssl_warp --groups`` keeps beside its warps, in one.
 
@@ -45,9 +51,8 @@ def all_groups(dataset_name: str) -> dict[str, str]:
     Raises:
         UserError: a file holds something else.
     """
-    folder = os.path.join(nnUNet_preprocessed.get() or os.devnull, dataset_name)
-    kept = sorted(glob.glob(os.path.join(glob.escape(folder), "*_warped*", GROUPS)))
-    groupings = [groups for groups in (groups_of_dataset(dataset_name), *map(read_groups, kept)) if groups]
+    kept = map(read_groups, kept_groups_files(dataset_name))
+    groupings = [groups for groups in (groups_of_dataset(dataset_name), *kept) if groups]
     if len(groupings) < 2:
         return groupings[0] if groupings else {}
     same = DisjointSet()

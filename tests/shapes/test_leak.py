@@ -172,6 +172,17 @@ def test_groups_of_a_file_hold_where_that_file_and_the_raw_data_are_gone(dataset
     assert "un_04" not in {manifest(dataset)["cases"][case]["fixed"] for case in first.cases}
 
 
+def test_groups_of_a_file_hold_for_every_configuration(dataset):
+    (dataset.raw / GROUPS).unlink()
+    warps(dataset, ("tr_01",), ("tr_00",), each=20, groups={"tr_00": "p", "un_04": "p"})
+    folder = warped_in(dataset)
+    folder.rename(folder.with_name("nnUNetPlans_of_another_configuration_warped"))
+    made = warps(dataset, ("tr_01",), ("tr_00",), each=20)
+    fixed = {manifest(dataset)["cases"][case]["fixed"] for case in made.cases}
+    assert "un_04" not in fixed
+    assert "un_05" in fixed
+
+
 def test_groups_of_a_file_hold_where_the_manifest_is_lost(dataset):
     (dataset.raw / GROUPS).unlink()
     warps(dataset, ("tr_01",), ("tr_00",), each=20, groups={"tr_00": "p", "un_04": "p"})
