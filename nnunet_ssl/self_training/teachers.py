@@ -10,6 +10,7 @@ import shutil
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from nnunetv2.configuration import default_num_processes
@@ -18,6 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.export import RESTORE
 from nnunet_ssl.files import stamp
+from nnunet_ssl.locks import holding
 from nnunet_ssl.self_training.dataset import Source
 from nnunet_ssl.self_training.predictions import Predictions, stored_confidences
 from nnunet_ssl.self_training.settings import ATLAS, NETWORK, Model, Settings
@@ -82,8 +84,11 @@ class Teachers:
         """Where their predictions are kept."""
         if self.electorate and not self.network:
             return os.path.join(self.electorate.folder, "predicted")
-        with_atlas = "_with_atlas" if self.electorate else ""
-        return os.path.join(self.model.folder, f"unlabeled_fold_{'_'.join(self.model.folds)}{with_atlas}")
+        name = f"unlabeled_fold_{'_'.join(self.model.folds)}"
+        if (checkpoint := Path(self.settings.checkpoint).stem) != "checkpoint_final":
+            name += f"_{checkpoint}"
+        name += "" if self.settings.mirroring else "_without_mirroring"
+        return os.path.join(self.model.folder, name + ("_with_atlas" if self.electorate else ""))
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -114,8 +119,7 @@ class Teachers:
         Raises:
             UserError: the command failed, or left no usable prediction.
         """
-        ending = self.source.dataset_json["file_ending"]
-        predictions = Predictions(self.folder, self.identity if trained else None, self.source.unlabeled, ending)
+        predictions = self._predictions(trained)
         if not predictions.missing():
             steps.skip(f"the predictions in {self.folder} are there")
             if not steps.dry_run:
@@ -128,8 +132,16 @@ class Teachers:
                 if cases := predictions.missing(part, self.settings.parts):
                     steps.run(self._command(self._input_folder(cases)))
         else:
-            self._complete(predictions, steps)
+            busy = f"another process predicts into {self.folder}: waiting for it"
+            with holding(f"{self.folder}.lock", busy, wait=True):
+                predictions = self._predictions()  # as it is now
+                if predictions.missing():
+                    self._complete(predictions, steps)
         return predictions
+
+    def _predictions(self, trained: bool = True) -> Predictions:
+        ending = self.source.dataset_json["file_ending"]
+        return Predictions(self.folder, self.identity if trained else None, self.source.unlabeled, ending)
 
     def _complete(self, predictions: Predictions, steps: Steps) -> None:
         plans_manager, dataset_json = self.plans, read_dataset_json(self.plans_folder)

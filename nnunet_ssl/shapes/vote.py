@@ -27,11 +27,11 @@ class Atlas(NamedTuple):
 
     Attributes:
         image: ``[C, z, y, x]`` float32.
-        shares: ``[K, z, y, x]`` float32: of each label; their sum is below 1 where the case is ignored or ends.
+        shares: of each of the K labels ``[z, y, x]`` float32; their sum is below 1 where the case is ignored or ends.
     """
 
     image: np.ndarray
-    shares: np.ndarray
+    shares: Iterable[np.ndarray]
 
 
 def atlas(moving: Volume, grid: sitk.Image, transform: sitk.Transform, labels: Sequence[int]) -> Atlas:
@@ -43,12 +43,13 @@ def atlas(moving: Volume, grid: sitk.Image, transform: sitk.Transform, labels: S
         transform: from points of the grid to points of ``moving``.
         labels: the K labels that vote, background first. Others, such as the ignore label, do not.
     """
-    image = np.stack([array(warp(channel, grid, transform)) for channel in moving.channels])
-    shares = []
-    for label in labels:
+
+    def share(label: int) -> np.ndarray:
         here = moving.labels == label if label else (moving.labels == 0) | (moving.labels == -1)
-        shares.append(array(sitk.Resample(sitk.Cast(here, sitk.sitkFloat32), grid, transform, sitk.sitkLinear, 0.0)))
-    return Atlas(image, np.stack(shares))
+        return array(sitk.Resample(sitk.Cast(here, sitk.sitkFloat32), grid, transform, sitk.sitkLinear, 0.0))
+
+    image = np.stack([array(warp(channel, grid, transform)) for channel in moving.channels])
+    return Atlas(image, map(share, labels))  # one after the other: there may be a hundred
 
 
 def vote(image: np.ndarray, atlases: Iterable[Atlas], num_labels: int) -> np.ndarray:
@@ -64,10 +65,13 @@ def vote(image: np.ndarray, atlases: Iterable[Atlas], num_labels: int) -> np.nda
     """
     said = np.zeros((num_labels, *image.shape[1:]), np.float32)
     for one in atlases:
-        said += one.shares * weight(similarity(image, one.image))
+        counts = weight(similarity(image, one.image))
+        for votes, share in zip(said, one.shares, strict=True):
+            votes += share * counts
     total = said.sum(0)
     said[0][total == 0] = total[total == 0] = 1
-    return said / total
+    said /= total
+    return said
 
 
 def similarity(one: np.ndarray, other: np.ndarray) -> np.ndarray:

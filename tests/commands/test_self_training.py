@@ -24,6 +24,8 @@ from helpers.datasets import TinyDataset
 
 from nnunet_ssl.commands.pseudolabel import main
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.locks import holding
+from nnunet_ssl.self_training.teachers import Teachers
 
 TRAINER = "nnUNetTrainerLabeledOnly_1epochs"
 OTHER = "nnUNetTrainerCPS_1epochs"  # of students
@@ -170,14 +172,33 @@ def test_dry_run_prints_every_command_and_writes_nothing(trained, tmp_path, caps
     main([*arguments, "-o", "960", "--keep", "0.5", "--dry-run"])
     output = capsys.readouterr().out
     assert commands_in(output) == ["nnUNetv2_predict"]
-    assert f"-i {dataset.raw / 'imagesUn'} -o {model / 'unlabeled_fold_0'} -d {dataset.name}" in output
+    assert (
+        f"-i {dataset.raw / 'imagesUn'} -o {model / 'unlabeled_fold_0_without_mirroring'} -d {dataset.name}" in output
+    )
     assert "of the best 0.5 of all cases" in output
+    (model / "fold_0" / "checkpoint_best.pth").touch()
+    main([*arguments, "-o", "960", "-chk", "checkpoint_best.pth", "--disable_tta", "--dry-run"])
+    assert f"-o {model / 'unlabeled_fold_0_checkpoint_best_without_mirroring'} -d" in capsys.readouterr().out
+
+
+def test_two_commands_on_one_model_predict_one_after_the_other(trained, monkeypatch):
+    """They would delete each other's files."""
+    _, _, arguments = trained()
+
+    def beside_another(self: Teachers, *_: object) -> None:
+        with pytest.raises(UserError, match="taken"), holding(f"{self.folder}.lock", "taken"):
+            pass
+        raise UserError("it was asked")
+
+    monkeypatch.setattr(Teachers, "_complete", beside_another)
+    with pytest.raises(UserError, match="it was asked"):
+        main([*arguments, "-o", "960"])
 
 
 @pytest.mark.timeout(600)
 def test_predictions_of_nnunet_become_labels_and_are_used_again(trained, in_process, capsys):
     dataset, model, arguments = trained()
-    predictions = model / "unlabeled_fold_0"
+    predictions = model / "unlabeled_fold_0_without_mirroring"
 
     def run(*options: str) -> str:
         capsys.readouterr()
@@ -271,7 +292,7 @@ def test_a_network_and_an_atlas_teach_a_student_that_is_warm_and_finished(traine
     assert len(record["pseudo_labeled"]) == 2
     report = (dataset.folders.raw / name / "pseudolabels.csv").read_text().splitlines()
     assert report[0].startswith("case,confidence,agreement,kept")
-    predictions = model / "unlabeled_fold_0_with_atlas"
+    predictions = model / "unlabeled_fold_0_without_mirroring_with_atlas"
     assert not list(predictions.glob("*.np[yz]"))
     for case in record["pseudo_labeled"]:
         label = dataset.folders.raw / name / "labelsTr" / f"{case}.nii.gz"
@@ -315,7 +336,10 @@ def test_the_mean_of_several_folds_predicts(trained, capsys):
     shutil.copytree(model / "fold_0", model / "fold_1")
     capsys.readouterr()
     main(arguments)
-    assert f"-o {model / 'unlabeled_fold_0_1'} -d {dataset.name} -c 3d_fullres -f 0 1 -tr" in capsys.readouterr().out
+    assert (
+        f"-o {model / 'unlabeled_fold_0_1_without_mirroring'} -d {dataset.name} -c 3d_fullres -f 0 1 -tr"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.timeout(600)
