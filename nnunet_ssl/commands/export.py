@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import tempfile
 
@@ -48,7 +49,9 @@ def main(argv: list[str] | None = None) -> None:
         name = f"{each.network} {part}" if args.both else part
         print(f"fold_{each.fold}: the {name} of fold {each.source_fold}, verified")
     print(f"Wrote {model}")
-    print(f"  nnUNetv2_predict_from_modelfolder -m {model} -f {' '.join(str(f.fold) for f in exported)} -i IN -o OUT")
+    folds_there = [str(each.fold) for each in exported]
+    command = ["nnUNetv2_predict_from_modelfolder", "-m", str(model), "-f", *folds_there, "-i", "IN", "-o", "OUT"]
+    print(f"  {shlex.join(command)}")
     if args.zip:
         archive = zip_base + ".zip"
         with (
@@ -56,4 +59,4 @@ def main(argv: list[str] | None = None) -> None:
             tempfile.TemporaryDirectory(dir=os.path.dirname(archive) or ".") as temporary,
         ):
             os.replace(shutil.make_archive(os.path.join(temporary, "model"), "zip", root_dir=args.folder), archive)
-        print(f"Wrote {archive}\n  nnUNetv2_install_pretrained_model_from_zip {archive}")
+        print(f"Wrote {archive}\n  {shlex.join(['nnUNetv2_install_pretrained_model_from_zip', archive])}")

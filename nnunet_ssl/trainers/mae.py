@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
@@ -208,10 +210,11 @@ class nnUNetTrainerMAE(nnUNetTrainerSSL):  # noqa: N801
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """There is nothing to segment with; say what comes next."""
+        words = ["nnUNetv2_train", self.plans_manager.dataset_name, self.configuration_name, str(self.fold)]
+        words += ["-p", self.plans_manager.plans_name, "-tr", "TRAINER"]
+        words += ["-pretrained_weights", os.path.join(self.output_folder, "checkpoint_final.pth")]
         self.print_to_log_file(
-            f"No validation: {type(self).__name__} has not learned to segment. Next: nnUNetv2_train "
-            f"{self.plans_manager.dataset_name} {self.configuration_name} {self.fold} -p "
-            f"{self.plans_manager.plans_name} -tr TRAINER -pretrained_weights {self.output_folder}/checkpoint_final.pth"
+            f"No validation: {type(self).__name__} has not learned to segment. Next: {shlex.join(words)}"
         )
 
 

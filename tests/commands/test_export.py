@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shlex
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -98,6 +99,16 @@ def test_serves_as_pretrained_weights(trained, make_trainer, tiny, tmp_path):
     torch.testing.assert_close(
         other.network.encoder.state_dict(), trainer.plans_network.encoder.state_dict(), rtol=0, atol=0
     )
+
+
+def test_what_is_printed_to_be_pasted_is_quoted(trained, tmp_path, capsys):
+    _, arguments = trained()
+    main([*arguments, "-o", str(tmp_path / "my models"), "--zip"])
+    folder, predict, archive, install = capsys.readouterr().out.splitlines()[-4:]
+    assert shlex.split(predict)[2] == folder.removeprefix("Wrote ")
+    assert shlex.split(install)[1] == archive.removeprefix("Wrote ")
+    assert " models" in folder
+    assert " models" in archive
 
 
 def test_both_networks_become_two_folds_that_nnunet_averages(trained, tmp_path, capsys):

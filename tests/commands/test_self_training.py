@@ -336,10 +336,8 @@ def test_the_mean_of_several_folds_predicts(trained, capsys):
     shutil.copytree(model / "fold_0", model / "fold_1")
     capsys.readouterr()
     main(arguments)
-    assert (
-        f"-o {model / 'unlabeled_fold_0_1_without_mirroring'} -d {dataset.name} -c 3d_fullres -f 0 1 -tr"
-        in capsys.readouterr().out
-    )
+    folder = model / "unlabeled_fold_0_1_without_mirroring"
+    assert f"-o {folder} -d {dataset.name} -c 3d_fullres -f 0 1 -tr" in capsys.readouterr().out
 
 
 @pytest.mark.timeout(600)
