@@ -248,7 +248,7 @@ def _check_channels(case: str, files: list[str], ending: str, num_channels: int)
         raise UserError(
             f"{os.path.dirname(files[0])}: case {case} has the channel files "
             f"{', '.join(os.path.basename(file) for file in files)}, but dataset.json names {num_channels} "
-            f"channel(s), _0000 to _{num_channels - 1:04d}. Add what is missing or remove what is too much."
+            f"channel(s), _0000 to _{num_channels - 1:04d}. Add the missing channels or remove the extra ones."
         )
 
 
