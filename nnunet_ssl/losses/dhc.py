@@ -32,6 +32,7 @@ class DifficultyWeights(nn.Module):
 
     Args:
         num_classes: K, with background.
+        least: the smallest weight.
     """
 
     weights: Tensor
@@ -40,8 +41,9 @@ class DifficultyWeights(nn.Module):
     unlearned: Tensor
     missed: Tensor
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, least: float) -> None:
         super().__init__()
+        self.least = least
         for name in ("weights", "missed"):
             self.register_buffer(name, torch.ones(num_classes))
         for name in ("learned", "unlearned"):
@@ -70,7 +72,7 @@ class DifficultyWeights(nn.Module):
             average.lerp_(torch.where(there, new, average), 1 - DIFFICULTY_DECAY)
         self.last.copy_(torch.where(there, dice, self.last))
         weights = ((self.unlearned + EPS) / (self.learned + EPS)) ** DAMPING * self.missed
-        self.weights.copy_(weights / weights.max().clamp(min=EPS))
+        self.weights.copy_((weights / weights.max().clamp(min=EPS)).clamp(min=self.least))
 
 
 class FrequencyWeights(nn.Module):
@@ -133,9 +135,10 @@ def weighted_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor, igno
 def weighted_dice_and_cross_entropy(
     logits: Tensor, target: Tensor, weights: Tensor, ignore_label: int | None = None
 ) -> Tensor:
-    """``1 - sum_c w_c Dice_c / sum_c w_c`` over foreground classes c, of the whole batch, plus the above.
+    """``K mean_c w_c (1 - Dice_c)`` over foreground classes c, of the whole batch, plus the above.
 
-    ``Dice_c = (2 sum p y + 1) / (sum p + sum y + 1)``; arguments as above.
+    ``Dice_c = (2 sum p y + 1) / (sum p + sum y + 1)``; arguments as above. The authors' weights reach up to K, which
+    the cross-entropy does not notice.
 
     Returns:
         0-dim float32.
@@ -144,5 +147,5 @@ def weighted_dice_and_cross_entropy(
     p, y = probabilities_and_one_hot(logits, labels, valid)
     over = [0, *range(2, p.ndim)]
     dice = (2 * (p * y).sum(over) + 1) / (p.sum(over) + y.sum(over) + 1)
-    weighted = (weights * dice)[1:].sum() / weights[1:].sum().clamp(min=EPS)
-    return 1 - weighted + weighted_cross_entropy(logits, target, weights, ignore_label)
+    of_foreground = (weights * (1 - dice))[1:].mean()
+    return len(weights) * of_foreground + weighted_cross_entropy(logits, target, weights, ignore_label)

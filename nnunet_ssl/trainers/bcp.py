@@ -25,7 +25,7 @@ class BCPSettings(TeacherSettings):
 
     teacher_weight: Weight = setting(0.5, "Full weight of voxels with pseudo-labels", symbol="alpha")
     teacher_rampup: Share = setting(0.0, "Share of the training over which that weight grows; BCP has none")
-    bcp_pretraining: Share = setting(0.1, "Share of the training in which labeled images alone are mixed")
+    bcp_pretraining: Share = setting(0.25, "Share of the training in which labeled images alone are mixed")
     bcp_side: Part = setting(0.667, "Side of the box, as a share of the patch's", symbol="beta")
     bcp_largest_component: bool = setting(
         True, "Pseudo-labels keep the largest component of each class; `false` where a class has several parts"

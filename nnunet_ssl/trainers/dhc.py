@@ -34,7 +34,7 @@ class DHCSettings(CrossSupervisionSettings):
     cps_rampup: Share = setting(1.0, "Share of the training over which the weight grows")
     dhc_least_weight: Share = setting(
         0.1,
-        "Least weight of a class in the second network, where the rarest has 1; with `0` the background has none",
+        "Least weight of a class in both networks, where the largest is 1; with `0` the second's background has none",
         paper=0.0,
     )
 
@@ -63,7 +63,7 @@ class nnUNetTrainerDHC(nnUNetTrainerCPS):  # noqa: N801
         """The second network, and the weights of both."""
         classes = self.label_manager.num_segmentation_heads
         weights = {
-            "difficulty": DifficultyWeights(classes),
+            "difficulty": DifficultyWeights(classes, self.settings.dhc_least_weight),
             "frequency": FrequencyWeights(classes, self.settings.dhc_least_weight),
         }
         return {**super().build_training_modules(), **weights}

@@ -102,7 +102,9 @@ class nnUNetTrainerSKCDF(nnUNetTrainerSSL):  # noqa: N801
         self.log_value("drawn", drawn.float().mean())
         terms = {
             "sup": self.loss(outputs, batch.labeled.target),
-            "sup_balanced": partial_dice_and_cross_entropy(balanced, labels, drawn if valid is None else drawn & valid),
+            "sup_balanced": partial_dice_and_cross_entropy(
+                balanced, labels, drawn if valid is None else drawn & valid, over_all=True
+            ),
         }
         del outputs, balanced, of_unlabeled, balanced_of_unlabeled  # before the next forward
         yield terms
@@ -114,7 +116,7 @@ class nnUNetTrainerSKCDF(nnUNetTrainerSSL):  # noqa: N801
             "pseudo": partial_dice_and_cross_entropy(
                 full_resolution(outputs), pseudo, torch.ones_like(pseudo, dtype=torch.bool)
             ),
-            "pseudo_balanced": partial_dice_and_cross_entropy(balanced, pseudo_balanced, drawn),
+            "pseudo_balanced": partial_dice_and_cross_entropy(balanced, pseudo_balanced, drawn, over_all=True),
         }
 
     def after_step(self) -> None:

@@ -67,9 +67,9 @@ class Step(nnUNetTrainer):
             self._backward(sum(held))
 
         self._update()
+        self.after_step()
         if self.average is not None:
             self.average.update(self.plans_network, self.global_step)
-        self.after_step()
         self.global_step += 1
         for name, term in terms_of_step.items():
             self.log_value(f"loss_{name}", term)

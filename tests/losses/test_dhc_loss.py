@@ -18,7 +18,7 @@ STEPS = np.array([[[50, 4, 1], [60, 9, 2], [55, 6, 4]], [[52, 2, 0], [56, 9, 3],
 
 def test_difficulty_is_what_is_missed_and_unlearned():
     """Two steps: the second class is unlearned, the third has lost all of its voxels."""
-    found = DifficultyWeights(3)
+    found = DifficultyWeights(3, least=0.0)
     assert found.weights.tolist() == [1, 1, 1]
     eps, last, learned, unlearned, missed = 1e-8, np.full(3, 1e-8), np.zeros(3), np.zeros(3), np.ones(3)
     for right, predicted, labeled in STEPS:
@@ -35,7 +35,7 @@ def test_difficulty_is_what_is_missed_and_unlearned():
 
 def test_the_difficulty_of_a_class_that_is_not_there_stays():
     """The authors' code gives it a Dice of 0.5, so that it is learned and unlearned from patch to patch."""
-    found = DifficultyWeights(3)
+    found = DifficultyWeights(3, least=0.0)
     for right, predicted, labeled in STEPS:
         found.update(*(torch.tensor(x, dtype=torch.float32) for x in (right, predicted, labeled)))
     before = {name: state[1].item() for name, state in found.named_buffers() if name != "weights"}
@@ -65,9 +65,22 @@ def test_one_batch_without_a_class_hardly_moves_the_weights():
 def test_weights_are_finite_whatever_the_counts(counts):
     found = FrequencyWeights(3, least=0.1)
     found.start(torch.tensor(counts))
-    assert found.weights.isfinite().all()
-    assert (found.weights >= 0.1 - 1e-6).all()
+    difficulty = DifficultyWeights(3, least=0.1)
+    for _ in range(300):  # all is right: nothing is difficult
+        difficulty.update(*[torch.tensor(counts)] * 3)
+    for weights in (found.weights, difficulty.weights):
+        assert weights.isfinite().all()
+        assert (weights >= 0.1 - 1e-6).all()
+        assert weights.max() <= 1
     assert found.weights.max() == 1
+
+
+def test_the_background_that_is_easy_keeps_some_weight():
+    """Or the network that predicts is hardly told where there is nothing: 0.05 on ACDC."""
+    found = DifficultyWeights(2, least=0.1)
+    for _ in range(200):
+        found.update(*(torch.tensor(x) for x in ([990.0, 2.0], [995.0, 5.0], [995.0, 5.0])))
+    assert found.weights.tolist() == pytest.approx([0.1, 1.0])
 
 
 @pytest.mark.parametrize("ignore_label", [None, 3])
@@ -88,7 +101,7 @@ def test_losses_voxel_by_voxel(ignore_label):
     dice = (2 * tp + 1) / (size + 1)
     arguments = torch.tensor(logits), torch.tensor(y[:, None]), torch.tensor(w).float(), ignore_label
     assert weighted_cross_entropy(*arguments).item() == pytest.approx(ce / total, rel=1e-5)
-    expected = ce / total + 1 - (w[1] * dice[1] + w[2] * dice[2]) / (w[1] + w[2])
+    expected = ce / total + 3 * (w[1] * (1 - dice[1]) + w[2] * (1 - dice[2])) / 2
     assert weighted_dice_and_cross_entropy(*arguments).item() == pytest.approx(expected, rel=1e-5)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers.runs import assert_plain_checkpoint, assert_resumed_equals_uninterrupted, commands_work
 from helpers.steps import a_batch, gradients_by_passes, parameters, stepped, who_learns, with_stages
 
 from nnunet_ssl.losses.partial import partial_dice_and_cross_entropy
+from nnunet_ssl.losses.squared_dice import squared_dice_of_shown
 
 NAME = "nnUNetTrainerSKCDF"
 TERMS = {"loss_sup", "loss_sup_balanced", "loss_pseudo", "loss_pseudo_balanced"}
@@ -57,8 +59,8 @@ def test_the_unlabeled_decoder_learns_what_the_labeled_one_says_of_unlabeled_ima
     assert terms["pseudo"].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_voxels_that_are_left_out_say_nothing(tiny, make_trainer, monkeypatch):
-    """In the authors' code they are background with equal logits: in the means, and in the Dice's denominators."""
+def test_voxels_that_are_left_out_have_no_gradient_and_count_in_the_mean(tiny, make_trainer, monkeypatch):
+    """As in the authors' code; in a mean of what is drawn the balanced heads would lead the decoders."""
     trainer = make_trainer(NAME, tiny())
     batch, seen = a_batch(trainer), []
 
@@ -71,8 +73,12 @@ def test_voxels_that_are_left_out_say_nothing(tiny, make_trainer, monkeypatch):
     classes = trainer.training_modules["classes"]
     drawn = torch.rand(batch["target"][0].shape) < 0.2
     monkeypatch.setattr(classes, "draw", lambda labels, progress=1.0: drawn)
-    next(iter(trainer.losses(trainer._to_device(batch))))["sup_balanced"].backward()
+    loss = next(iter(trainer.losses(trainer._to_device(batch))))["sup_balanced"]
+    loss.backward()
     [logits] = seen
+    each = F.cross_entropy(logits.float(), batch["target"][0][:, 0].long(), reduction="none")[:, None]
+    dice = squared_dice_of_shown(logits, batch["target"][0], drawn)
+    torch.testing.assert_close(loss, (each * drawn).sum() / drawn.numel() + dice)
     has_gradient = logits.grad.abs().sum(1, keepdim=True) > 0
     assert torch.equal(has_gradient, drawn)
 
