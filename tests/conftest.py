@@ -68,7 +68,8 @@ def own_locale() -> Any:
 def session_folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """nnU-Net's three folders of the session; no test sees a user's own."""
     folders = Folders.below(tmp_path_factory.mktemp("nnunet"))
-    few_warps = mock.patch("nnunet_ssl.shapes.warped.BUDGET", 0.0)  # one of each labeled case, where no test says more
+    # one of each labeled case, where no test says more
+    few_warps = mock.patch.multiple("nnunet_ssl.shapes.warped", BUDGET=0.0, LEAST_EACH=1)
     with datasets.environment(folders.environment()), few_warps:
         yield folders
 

@@ -92,7 +92,6 @@ def test_every_trainer_takes_it(tiny, make_trainer, name):
 
 
 def test_warps_are_taken_too(tiny, make_trainer, monkeypatch):
-    monkeypatch.setattr("nnunet_ssl.shapes.warped.BUDGET", 0.0)
     monkeypatch.setattr("nnunet_ssl.shapes.quality.TOO_FEW", 0.0)
     trainer = make_trainer("nnUNetTrainerWarps", tiny(), settings={**DEVICE, "warped_share": 1.0})
     stepped(trainer)
