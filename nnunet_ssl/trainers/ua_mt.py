@@ -10,7 +10,7 @@ from nnunet_ssl.declared import Count, Decay, Part, declared, setting
 from nnunet_ssl.losses.entropy import entropy
 from nnunet_ssl.losses.masked import masked_mean
 from nnunet_ssl.networks.dropout import drop_channels_in_training
-from nnunet_ssl.networks.ema import noisy
+from nnunet_ssl.networks.ema import EMATeacher, noisy
 from nnunet_ssl.trainers.mean_teacher import MeanTeacherSettings, Taught
 
 
@@ -25,7 +25,9 @@ class UAMTSettings(MeanTeacherSettings):
         symbol="H",
     )
     uamt_dropout: Decay = setting(
-        0.5, "Dropout of whole channels before the heads, because nnU-Net's networks have none; 0 disables it"
+        0.5,
+        "Dropout of whole channels before the teacher's head in the passes that measure its uncertainty, because "
+        "nnU-Net's networks have none; 0 disables it",
     )
 
 
@@ -43,21 +45,25 @@ class nnUNetTrainerUAMT(Taught):  # noqa: N801
     Settings = UAMTSettings
 
     def build_training_modules(self) -> dict[str, nn.Module]:
-        """The student learns with dropout before the head of its highest resolution, and its copy has it too."""
+        """The teacher, with dropout before the head of its highest resolution."""
+        modules = super().build_training_modules()
         if self.settings.uamt_dropout:
-            self.require_decoder(self.plans_network, "to drop channels before, as uamt_dropout asks")
-            head = self.plans_network.decoder.seg_layers[-1]
+            self.require_decoder(modules["teacher"].network, "to drop channels before, as uamt_dropout asks")
+            head = modules["teacher"].network.decoder.seg_layers[-1]
             head.register_forward_pre_hook(partial(drop_channels_in_training, self.settings.uamt_dropout))
-        return super().build_training_modules()
+        return modules
 
     def consistency(self, images: Tensor) -> Tensor:
-        """The squared difference to one pass of the teacher, where the mean of T passes is sure enough."""
+        """The squared difference to a pass of the teacher without dropout, where T with it are sure enough."""
         noise = self.settings.teacher_noise
         mean = sum(self.of_teacher(noisy(images, noise)) for _ in range(self.settings.uamt_passes))
         unsure = entropy(mean / self.settings.uamt_passes, self.label_manager.has_regions)
         start = self.settings.uamt_threshold
         sure = unsure < start + (1 - start) * self.rampup(1.0)
         self.log_value("teacher_sure", sure.float().mean())
+        teacher: EMATeacher = self.training_modules["teacher"]
+        teacher.eval()  # the student has no dropout: with it the target would be wrong at random
         target = self.of_teacher(noisy(images, noise))
+        teacher.train()
         squared = (self.of_student(images) - target).square().mean(1)
         return masked_mean(squared, sure)
