@@ -7,6 +7,7 @@ GA-CPS have it.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nnunet_ssl.losses.masked import masked_mean
@@ -96,4 +97,4 @@ def squared_dice_to_soft_labels(logits: Tensor, labels: Tensor) -> Tensor:
         0-dim float32 in [0, 1].
     """
     p, q = logits.float().softmax(1), labels.float()
-    return (p - q).square().sum() / (p.square().sum() + q.square().sum())  # the same, without cancellation
+    return F.mse_loss(p, q, reduction="sum") / (p.square().sum() + q.square().sum())  # the same, without cancellation
