@@ -72,7 +72,7 @@ class DifficultyWeights(nn.Module):
             average.lerp_(torch.where(there, new, average), 1 - DIFFICULTY_DECAY)
         self.last.copy_(torch.where(there, dice, self.last))
         weights = ((self.unlearned + EPS) / (self.learned + EPS)) ** DAMPING * self.missed
-        self.weights.copy_((weights / weights.max().clamp(min=EPS)).clamp(min=self.least))
+        self.weights.copy_(scaled(weights, self.least))
 
 
 class FrequencyWeights(nn.Module):
@@ -110,9 +110,13 @@ class FrequencyWeights(nn.Module):
     def _weigh(self) -> None:
         counts = self.counts.clamp(min=1)
         rarity = (counts.max() / counts).log()
-        weights = rarity / rarity.max().clamp(min=EPS)
-        weights = torch.where(rarity.max() > 0, weights, 1.0)  # all are equally frequent
-        self.weights.copy_(weights.clamp(min=self.least))
+        weights = scaled(rarity, self.least)
+        self.weights.copy_(torch.where(rarity.max() > 0, weights, 1.0))  # all are equally frequent
+
+
+def scaled(weights: Tensor, least: float) -> Tensor:
+    """Weights ``[K]`` with a largest of 1 and none below ``least``."""
+    return (weights / weights.max().clamp(min=EPS)).clamp(min=least)
 
 
 def weighted_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor, ignore_label: int | None = None) -> Tensor:

@@ -290,7 +290,7 @@ def _demons(
 ) -> sitk.Image:
     """The displacement field that follows ``start``, from coarse to fine."""
     grid = pairs[0][0]
-    finest = max(1.0, max(grid.GetSize()) / LONGEST[grid.GetDimension()])
+    finest = _beyond(grid, LONGEST)
     turns = 1 if len(pairs) == 1 else 4
     for level in levels:
         shrunk = [tuple(_shrunk(image, level * finest) for image in pair) for pair in pairs]
@@ -353,7 +353,12 @@ def _like(values: np.ndarray, image: sitk.Image) -> sitk.Image:
 
 
 def _judged(image: sitk.Image) -> sitk.Image:
-    return _shrunk(image, max(1.0, max(image.GetSize()) / JUDGED[image.GetDimension()]))
+    return _shrunk(image, _beyond(image, JUDGED))
+
+
+def _beyond(image: sitk.Image, longest: dict[int, int]) -> float:
+    """How often the longest axis an image may have fits into its own; 1 for a smaller image."""
+    return max(1.0, max(image.GetSize()) / longest[image.GetDimension()])
 
 
 def _shrunk(image: sitk.Image, factor: float) -> sitk.Image:

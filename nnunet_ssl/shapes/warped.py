@@ -213,8 +213,7 @@ def _complete(state: _State, num_processes: int) -> None:
     targets = far_apart_first(wish.onto, set(wish.candidates) - wish.of_tests)
     each = each or _affordable(wish, about["channels"], targets, num_processes)
     there = [(entry["moving"], entry["fixed"]) for entry in [*manifest.cases.values(), *state.dropped.values()]]
-    group_of = dict(ChainMap(*wish.groupings))
-    pairs = choose(list(todo), targets, round(SPARE * each), group_of, there)
+    pairs = choose(list(todo), targets, round(SPARE * each), ChainMap(*wish.groupings), there)
     if pairs:
         print(
             f"nnunet_ssl: registering {len(pairs)} pairs of {len(todo)} labeled images and {len(targets)} to warp them "

@@ -48,8 +48,9 @@ class nnUNetTrainerUAMT(Taught):  # noqa: N801
         """The teacher, with dropout before the head of its highest resolution."""
         modules = super().build_training_modules()
         if self.settings.uamt_dropout:
-            self.require_decoder(modules["teacher"].network, "to drop channels before, as uamt_dropout asks")
-            head = modules["teacher"].network.decoder.seg_layers[-1]
+            teacher: EMATeacher = modules["teacher"]
+            self.require_decoder(teacher.network, "to drop channels before, as uamt_dropout asks")
+            head = teacher.network.decoder.seg_layers[-1]
             head.register_forward_pre_hook(partial(drop_channels_in_training, self.settings.uamt_dropout))
         return modules
 

@@ -266,8 +266,8 @@ def test_warped_labels_are_the_likeliest_of_all_interpolated_ones(shape, monkeyp
     """The plain way, a label at a time over the whole grid, is the oracle."""
     monkeypatch.setattr(registration, "VOXELS_AT_A_TIME", 700)  # a few slices at a time
     rng = np.random.default_rng(0)
-    labels = np.rint(ndimage.zoom(rng.uniform(-1.4, 5.4, (min(shape[0], 3), 6, 7)), [n / k for n, k in zip(
-        shape, (min(shape[0], 3), 6, 7), strict=True)], order=0)).astype(np.int16)  # fmt: skip
+    blocks = (min(shape[0], 3), 6, 7)
+    labels = ndimage.zoom(rng.uniform(-1.4, 5.4, blocks), np.divide(shape, blocks), order=0).round().astype(np.int16)
     moving = volume(np.zeros((1, *labels.shape), np.float32), (2.5, 1, 1), labels)
     (grid,) = volume(np.zeros((1, shape[0], 25, 22), np.float32), (2.0, 1.1, 1.2)).channels
     dimension = grid.GetDimension()
