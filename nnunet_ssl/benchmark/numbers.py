@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nnunet_ssl.benchmark.protocol import Protocol
-from nnunet_ssl.benchmark.runs import Benchmark, Run, epoch_seconds, trainings
+from nnunet_ssl.benchmark.runs import Benchmark, Run, Table, epoch_seconds, trainings
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.evaluation.compare import bootstrap_interval, holm, signed_rank_p
 from nnunet_ssl.evaluation.draws import MIN_DRAWS, mean_of_units, mean_over_draws, share_of_gap, t_over_draws
@@ -40,7 +40,7 @@ def collect(benchmark: Benchmark) -> dict[str, Any]:
         found = {
             "runs": [runs[run.folder] for run in table.runs if run.folder in runs],
             "differences": list(_differences(p, done, groups)),
-            "over_draws": over_draws(p, done, groups),
+            "over_draws": over_draws(p, table, done, groups),
         }
         tables.append({"budget": table.budget.key, "labeled": table.labeled, **found})
     places = {json.dumps(place): place for folder in runs for fold in trainings(folder) for place in _made_on(fold)}
@@ -120,11 +120,21 @@ def case_values(summary: dict[str, Any], key: str) -> np.ndarray:
 
 
 def groups_of_cases(benchmark: Benchmark) -> dict[str, str]:
-    """Name of a label file -> patient, from the first raw dataset that has a ``groups.json``; empty where none has."""
-    for number in benchmark.ids.values():
-        for file in sorted(benchmark.raw.glob(f"Dataset{number:03d}_*/groups.json")):
-            ending = read_dataset_json(str(file.parent))["file_ending"]
-            return {case + ending: patient for case, patient in read_groups(str(file)).items()}
+    """Name of a label file -> patient, from the first raw dataset that has a ``groups.json``; empty where none has.
+
+    Raises:
+        UserError: the raw datasets are gone, and with them what they say of patients.
+    """
+    ids = benchmark.ids.values()
+    folders = [folder for number in ids for folder in sorted(benchmark.raw.glob(f"Dataset{number:03d}_*"))]
+    if not folders:
+        raise UserError(
+            f"none of this benchmark's datasets ({', '.join(map(str, ids))}) is in {benchmark.raw}, so nobody can tell "
+            "whether patients have several cases; restore them, or set nnUNet_raw to where they are."
+        )
+    for file in (folder / "groups.json" for folder in folders if (folder / "groups.json").is_file()):
+        ending = read_dataset_json(str(file.parent))["file_ending"]
+        return {case + ending: patient for case, patient in read_groups(str(file)).items()}
     return {}
 
 
@@ -134,10 +144,11 @@ def units_of(summary: dict[str, Any], groups: dict[str, str]) -> list[str]:
     return [groups.get(file, file) for file in files]
 
 
-def _gains(done: Summaries, row: str, other: str, seeds: Sequence[int], key: str) -> np.ndarray:
-    """``[seeds, cases]``: what a row has of a metric that another has not."""
+def _gains(done: Summaries, row: str, other: str, seeds: Sequence[int], key: str, groups: dict[str, str]) -> np.ndarray:
+    """``[seeds, units]``: what a row has of a metric that another has not; NaN where undefined."""
     pairs = [[case_values(done[name, seed], key) for name in (row, other)] for seed in seeds]
-    return np.array([case_differences(*pair) for pair in pairs])
+    units = units_of(done[row, seeds[0]], groups)
+    return np.array([mean_of_units(case_differences(*pair), units) for pair in pairs])
 
 
 def _differences(p: Protocol, done: Summaries, groups: dict[str, str]) -> Iterator[dict[str, Any]]:
@@ -147,26 +158,28 @@ def _differences(p: Protocol, done: Summaries, groups: dict[str, str]) -> Iterat
         seeds = [seed for seed in p.seeds if (row.name, seed) in done and (other.name, seed) in done]
         if row is other or not seeds:
             continue
-        units = units_of(done[row.name, seeds[0]], groups)
         for key in (METRICS[name].key for name in p.metrics):
-            gains = _gains(done, row.name, other.name, seeds, key)
-            by_case = mean_of_units(np.array([nanmean(of_seeds) for of_seeds in gains.T]), units)
-            low, high = bootstrap_interval(by_case)
+            gains = _gains(done, row.name, other.name, seeds, key, groups)
+            by_unit = np.array([nanmean(of_seeds) for of_seeds in gains.T])
+            by_unit = by_unit[~np.isnan(by_unit)]
+            low, high = bootstrap_interval(by_unit)
             yield {
                 "row": row.name,
                 "against": other.name,
                 "metric": key,
                 "seeds": {str(seed): nanmean(values) for seed, values in zip(seeds, gains, strict=True)},
-                "mean": nanmean(by_case),
+                "mean": nanmean(by_unit),
                 "low": low,
                 "high": high,
-                "p": signed_rank_p(by_case),
-                "cases": len(by_case),
+                "p": signed_rank_p(by_unit),
+                "cases": len(by_unit),
             }
 
 
-def over_draws(p: Protocol, done: Summaries, groups: dict[str, str]) -> dict[str, Any] | None:
+def over_draws(p: Protocol, table: Table, done: Summaries, groups: dict[str, str]) -> dict[str, Any] | None:
     """What the rows gain over labeled sets, in the leading metric; None where there are not enough of these.
+
+    With all cases labeled there is one set, and seeds differ by chance alone.
 
     Returns:
         ``draws``, ``units`` (how many), ``of_patients`` and ``rows``: of each row the difference to the one that it is
@@ -176,7 +189,7 @@ def over_draws(p: Protocol, done: Summaries, groups: dict[str, str]) -> dict[str
     # the same labeled sets for all rows that are there at all
     names = {name for name, _ in done}
     seeds = [seed for seed in p.seeds if all((name, seed) in done for name in names)]
-    if not p.data.order_by_seed or len(seeds) < MIN_DRAWS:
+    if not p.data.order_by_seed or table.labeled == "all" or len(seeds) < MIN_DRAWS:
         return None
     units = units_of(next(iter(done.values())), groups)
     ends = {p.gap.lower, p.gap.upper} if p.gap else set()
@@ -185,13 +198,13 @@ def over_draws(p: Protocol, done: Summaries, groups: dict[str, str]) -> dict[str
         other = p.against(row)
         if row is other or not {row.name, other.name} <= names:
             continue
-        values = _gains(done, row.name, other.name, seeds, key)
+        values = _gains(done, row.name, other.name, seeds, key, groups)
         share = (float("nan"),) * 3
         if ends and ends <= names - {row.name}:
-            of_row, of_gap = (_gains(done, name, p.gap.lower, seeds, key) for name in (row.name, p.gap.upper))
-            share = share_of_gap(of_row, of_gap, units)
+            of_row, of_gap = (_gains(done, name, p.gap.lower, seeds, key, groups) for name in (row.name, p.gap.upper))
+            share = share_of_gap(of_row, of_gap)
         fields = ("mean", "low", "high", "t_low", "t_high", "p", "share", "share_low", "share_high")
-        numbers = (*mean_over_draws(values, units), *t_over_draws(values), *share)
+        numbers = (*mean_over_draws(values), *t_over_draws(values), *share)
         found.append({"row": row.name, "against": other.name, **dict(zip(fields, numbers, strict=True))})
     for line, p_holm in zip(found, holm([line["p"] for line in found]), strict=True):
         line["p_holm"] = p_holm

@@ -173,7 +173,7 @@ def methods_table(p: Protocol, runs: Sequence[dict[str, Any]], differences: Sequ
     """One row per method: steps, minutes, each metric, the leading one of groups or few classes, and of every seed.
 
     As in the papers' Table I: brackets show the gain over the method that this one is built on, the best value is
-    bold. A row with other labels does not compete.
+    bold. A row with other labels, or without some of the seeds, does not compete.
     """
     rows, by_seed = map(list, zip(*_rows(p, runs), strict=True))
     options, leading = runs[0]["options"], METRICS[p.metrics[0]]
@@ -184,13 +184,14 @@ def methods_table(p: Protocol, runs: Sequence[dict[str, Any]], differences: Sequ
         """Of each row, over its seeds, what is found by its keys in a run."""
         return [nanmean(reduce(getitem, way, run) for run in own.values()) for own in by_seed]
 
-    titles = [row.name if row.labeled is None else f"{row.name} ({row.labeled} labeled)" for row in rows]
+    titles = [_title_of_row(p, row, own) for row, own in zip(rows, by_seed, strict=True)]
+    competes = [title == row.name for title, row in zip(titles, rows, strict=True)]
     columns = [["Method", *titles], ["Steps", *(f"{steps:,.0f}" for steps in means("steps"))]]
     columns.append(["Minutes", *(f"{minutes:.1f}" for minutes in means("minutes"))])
     if any(row.offline for row in rows):
         columns.append(["Of these offline", *(f"{row.offline or 0:.1f}" for row in rows)])
     for metric in (METRICS[name] for name in p.metrics):
-        cells = best_in_bold(metric, means("metrics", metric.key), [row.labeled is None for row in rows])
+        cells = best_in_bold(metric, means("metrics", metric.key), competes)
         gained = [gains.get((row.name, metric.key), math.nan) if row.against else math.nan for row in rows]
         unit = "mm" if options["spacing"] == "mm" else "voxels"
         columns.append([heading(metric, unit), *map(partial(with_gain, metric), cells, gained)])
@@ -200,6 +201,13 @@ def methods_table(p: Protocol, runs: Sequence[dict[str, Any]], differences: Sequ
         own_cells = [shown(leading, own[seed]["metrics"][leading.key]) if seed in own else "" for own in by_seed]
         columns.append([f"{leading.title}, seed {seed}", *own_cells])
     return table([*zip(*columns, strict=True)])
+
+
+def _title_of_row(p: Protocol, row: Row, own: dict[int, Any]) -> str:
+    """Its name, and what sets its mean apart from the others': other labels, or seeds that are not finished."""
+    notes = [] if row.labeled is None else [f"{row.labeled} labeled"]
+    notes += [f"{len(own)} of {len(p.seeds)} seeds"] if len(own) < len(p.seeds) else []
+    return f"{row.name} ({', '.join(notes)})" if notes else row.name
 
 
 def differences_table(differences: Sequence[dict[str, Any]]) -> list[str]:
@@ -243,7 +251,8 @@ def curve_table(p: Protocol, runs: Sequence[dict[str, Any]]) -> list[str]:
     rows = [["Method", *(f"{100 * share:g} % of the training" for share in p.curve)]]
     for row, own in _rows(p, runs):
         curves = [[point[leading.key] for point in run["curve"]] for run in own.values()]
-        rows.append([row.name, *(shown(leading, nanmean(values)) for values in zip(*curves, strict=True))])
+        title = _title_of_row(p, row, own)
+        rows.append([title, *(shown(leading, nanmean(values)) for values in zip(*curves, strict=True))])
     return table(rows)
 
 

@@ -3,7 +3,8 @@
 Draws and cases are crossed: a draw has a value for each case. Both are resampled, independently of each other, and a
 value counts as often as its draw times as often as its case (Owen, The pigeonhole bootstrap, Ann. Appl. Stat.
 1:386-411, 2007). Of D draws D - 1 are resampled, which makes the variance between few draws unbiased (Rao and Wu,
-Resampling inference with complex survey data, JASA 83:231-241, 1988). Cases of one patient are resampled together.
+Resampling inference with complex survey data, JASA 83:231-241, 1988). The cases of one patient count as one, by their
+mean: see ``mean_of_units``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 from scipy import stats
 
 from nnunet_ssl.evaluation.compare import RESAMPLES
+from nnunet_ssl.evaluation.summary import nanmean
 
 MIN_DRAWS = 3
 
@@ -28,24 +30,24 @@ class Interval(NamedTuple):
     high: float
 
 
-def mean_over_draws(values: np.ndarray, units: Sequence[str], seed: int = 0) -> Interval:
-    """Mean of ``[draws, cases]``, with the interval of the bootstrap over draws and units.
+def mean_over_draws(values: np.ndarray, seed: int = 0) -> Interval:
+    """Mean of ``[draws, cases]``, with the interval of the bootstrap over both.
 
     Args:
-        values: NaN where undefined; a draw has at least one.
-        units: of each case the patient, or another unit that is resampled as one.
+        values: NaN where undefined; a draw has at least one that is not.
+        seed: of the resampling.
     """
-    means = _resampled_means([values], units, seed)[0]
+    means = _resampled_means([values], seed)[0]
     return Interval(_mean(values), *_percentiles(means))
 
 
-def share_of_gap(gain: np.ndarray, gap: np.ndarray, units: Sequence[str], seed: int = 0) -> Interval:
+def share_of_gap(gain: np.ndarray, gap: np.ndarray, seed: int = 0) -> Interval:
     """What share of ``gap`` the ``gain`` is: (row - lower) / (upper - lower), 1 where the row reaches the upper one.
 
-    Both, ``[draws, cases]`` of row - lower and of upper - lower, NaN where undefined, are resampled alike, by ``units``
-    as for ``mean_over_draws``. There is no share where the gap's own interval holds 0.
+    Both, ``[draws, cases]`` of row - lower and of upper - lower, NaN where undefined, are resampled alike. There is no
+    share where the gap's own interval holds 0.
     """
-    gains, gaps = _resampled_means([gain, gap], units, seed)
+    gains, gaps = _resampled_means([gain, gap], seed)
     low, high = _percentiles(gaps)
     if not low * high > 0:
         return Interval(math.nan, math.nan, math.nan)
@@ -66,23 +68,24 @@ def t_over_draws(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def mean_of_units(values: np.ndarray, units: Sequence[str]) -> np.ndarray:
-    """``[units]``: the mean of the values ``[cases]`` of each, without NaN; units without a value are left out."""
+    """``[units]``: of each patient, or another unit, the mean of its ``[cases]`` without NaN; NaN if it has none else.
+
+    ``units`` says of each case which one it is of. They come as they come first.
+    """
     values, names = np.asarray(values, float), np.asarray(units)
-    defined = ~np.isnan(values)
-    return np.array([values[defined & (names == name)].mean() for name in dict.fromkeys(names[defined].tolist())])
+    return np.array([nanmean(values[names == name]) for name in dict.fromkeys(units)])
 
 
 def _mean(values: np.ndarray) -> float:
     return float(np.mean(np.nanmean(values, axis=1)))
 
 
-def _resampled_means(several: Sequence[np.ndarray], units: Sequence[str], seed: int) -> list[np.ndarray]:
-    """``[RESAMPLES]`` means of each array ``[draws, cases]``, all of the same resampled draws and units."""
+def _resampled_means(several: Sequence[np.ndarray], seed: int) -> list[np.ndarray]:
+    """``[RESAMPLES]`` means of each array ``[draws, cases]``, all of the same resampled draws and cases."""
     rng = np.random.default_rng(seed)
-    draws = several[0].shape[0]
-    names, unit = np.unique(np.asarray(units), return_inverse=True)
+    draws, cases = several[0].shape
     of_draw = rng.multinomial(draws - 1, np.full(draws, 1 / draws), RESAMPLES)  # [RESAMPLES, draws]
-    of_case = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), RESAMPLES)[:, unit]
+    of_case = rng.multinomial(cases, np.full(cases, 1 / cases), RESAMPLES)  # [RESAMPLES, cases]
     means = []
     for values in several:
         defined = ~np.isnan(values)

@@ -47,6 +47,7 @@ def check(file, content, read, harmless=()):
 
 def test_what_the_folder_was_begun_with(given, make_benchmark):
     benchmark = make_benchmark(given)
+    (benchmark.raw / "Dataset500_X").mkdir()
     content = {"device": "cpu", "protocol": given}
     check(benchmark.home / "protocol.json", content, lambda: refuse_other(benchmark.home, given, "cpu"), {"unreadable"})
     check(benchmark.home / "protocol.json", content, lambda: begun_with(benchmark.home), {"unreadable"})
@@ -69,6 +70,7 @@ def test_ids(given, make_benchmark):
 
 def test_settings_of_a_run(given, make_benchmark):
     benchmark = make_benchmark(given)
+    (benchmark.raw / "Dataset500_X").mkdir()
     file = benchmark.home / "runs/time_of_cps/labels_only_2labeled_seed0/settings.json"
     check(file, {"num_iterations_per_epoch": 7}, benchmark.queue, {"unreadable"})
 
@@ -94,6 +96,7 @@ def test_a_report_names_the_file(given, make_benchmark, write_times):
     """Of a run whose evaluation or record is damaged."""
     given["budgets"] = given["budgets"][:1]
     benchmark = make_benchmark(given)
+    (benchmark.raw / "Dataset500_X").mkdir()
     run = benchmark.queue()[0]
     write_times(run.folder, [1.0])
     for epoch in benchmark.protocol.curve_epochs:

@@ -40,6 +40,7 @@ def summary(dice, hd95, cases=CASES):
 def benchmark(given, make_benchmark, write_times):
     """Every run with equal steps is finished but one, and none with equal time but the shared one."""
     benchmark = make_benchmark(given)
+    (benchmark.raw / "Dataset500_X").mkdir()
     dice = {"Labels only": 0.5, "CPS": 0.6, "CPS + SHTA": 0.62, "More labels": 0.8}
     for run in next(benchmark.tables()).runs:
         if run.row.name == "More labels" and run.seed == 1:
@@ -65,7 +66,8 @@ def test_tables(benchmark):
     # Dice of labels only, seed 0: the liver's mean (0.5 + 0.5 + 0.6) / 3, the spleen's 0.4, of both 0.46667
     assert "| Labels only | 80 | 2.0 | 51.67 | 4.00 | 58.33 | 45.00 | 46.67 | 56.67 |" in lines
     assert "| CPS | 80 | 2.0 | 61.67 | **3.00** | 68.33 | 55.00 | 56.67 | 66.67 |" in lines
-    assert "| More labels (4 labeled) | 80 | 2.0 | 76.67 | 4.00 | 83.33 | 70.00 | 76.67 |  |" in lines  # no contest
+    more = "| More labels (4 labeled, 1 of 2 seeds) | 80 | 2.0 | 76.67 | 4.00 | 83.33 | 70.00 | 76.67 |  |"
+    assert more in lines  # no contest
     # what it gains on CPS in brackets, the best in bold
     gain = next(line for line in lines if line.startswith("| CPS + SHTA | 80"))
     assert "| **63.67** (+2.00) | 4.00 (+1.00) |" in gain
@@ -200,9 +202,9 @@ def over_three(given, make_benchmark, write_times, tmp_path):
         given["rows"][1]["offline"] = 4.5
         given["measure"] = {"seconds": {row["name"]: 0.1 for row in given["rows"]}}
         benchmark = make_benchmark(given)
+        folder = tmp_path / "raw" / f"Dataset{min(benchmark.ids.values())}_X"
+        folder.mkdir()
         if groups is not None:
-            folder = tmp_path / "raw" / f"Dataset{min(benchmark.ids.values())}_X"
-            folder.mkdir()
             (folder / "groups.json").write_text(json.dumps(groups))
             content = {"channel_names": {"0": "CT"}, "file_ending": ".nii.gz"}
             (folder / "dataset.json").write_text(json.dumps(content))
@@ -241,11 +243,51 @@ def test_claims_over_labeled_sets(over_three):
 
 
 def test_cases_of_a_patient_count_as_one(over_three):
+    """By hand: the mean over classes of a case, over the cases of a patient, over patients; in both tables."""
     benchmark = over_three({"case_a": "p1", "case_b": "p1", "case_c": "p2"})
     text = write_report(benchmark)
     assert "Over 3 labeled sets and 2 patients" in text
-    results = json.loads((benchmark.home / "results.json").read_text())
-    assert {d["cases"] for d in results["tables"][0]["differences"]} == {2}
+    found = json.loads((benchmark.home / "results.json").read_text())["tables"][0]
+    assert {d["cases"] for d in found["differences"]} == {2}
+    rng = np.random.default_rng(0)
+    expected = []
+    for _ in range(3):
+        labels, more = rng.normal(0.4, 0.02, (2, 3, 2)).mean(-1)
+        a, b, c = (more + 0.2 - labels) / 2
+        expected.append(((a + b) / 2 + c) / 2)
+    d = next(d for d in found["differences"] if (d["row"], d["metric"]) == ("CPS", "Dice"))
+    assert [*d["seeds"].values()] == pytest.approx(expected)
+    line = next(line for line in found["over_draws"]["rows"] if line["row"] == "CPS")
+    assert d["mean"] == pytest.approx(np.mean(expected))
+    assert line["mean"] == pytest.approx(np.mean(expected))
+    assert (line["t_low"] + line["t_high"]) / 2 == pytest.approx(np.mean(expected))
+
+
+def test_without_the_datasets_nobody_knows_patients(benchmark):
+    (benchmark.raw / "Dataset500_X").rmdir()
+    with pytest.raises(UserError, match=r"none of this benchmark's datasets \(500, .* nnUNet_raw"):
+        write_report(benchmark)
+
+
+def test_all_labels_are_one_set(over_three, given):
+    """However many seeds: they differ by chance."""
+    given["labeled"], given["rows"] = ["all"], given["rows"][:3]
+    given["rows"].append({"name": "More labels", "trainer": "nnUNetTrainerURPC"})
+    given["data"] = {"published": "la", "order_by_seed": True}
+    text = write_report(over_three())
+    assert "| CPS | Labels only | Dice (%) |" in text
+    assert "labeled sets and" not in text
+
+
+def test_a_row_without_a_seed_wins_nothing(benchmark):
+    """Its mean is over other labeled sets."""
+    for run in next(benchmark.tables()).runs:
+        if run.row.name == "CPS + SHTA" and run.seed == 0:
+            benchmark.summary(run, 4).unlink()
+    lines = write_report(benchmark).splitlines()
+    assert any(line.startswith("| CPS + SHTA (1 of 2 seeds) | 80 | 2.0 | 68.67 (+2.00)") for line in lines)
+    assert any(line.startswith("| CPS | 80 | 2.0 | **61.67** |") for line in lines)
+    assert any(line.startswith("| CPS + SHTA (1 of 2 seeds) | 66.67 | 68.67") for line in lines)
 
 
 @pytest.mark.parametrize(
