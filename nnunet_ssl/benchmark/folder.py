@@ -15,9 +15,12 @@ from nnunet_ssl.files import read_json, write_json, writing
 from nnunet_ssl.locks import holding
 
 ADDED_TO = ("seeds", "labeled", "rows", "budgets")  # what a protocol may get more of while its benchmark is under way
+LISTS = ("test", "validation")
 FREE = ("about", "figures", "gap")
 FIRST_STEPS = "the first budget's steps"  # by which budgets go that are the time of a row
 IDS = "datasets.json"
+SNAPSHOT = "protocol_in_use.json"  # what the workflow goes by, whatever becomes of the user's file meanwhile
+RESERVED = ".nnunet_ssl_benchmarks.json"  # in nnUNet_raw: the dataset ids of each benchmark's folder
 KEEP = "It records the protocol of this folder: restore it, or choose another -o."
 
 
@@ -73,6 +76,9 @@ def _what_stays(protocol: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     measure = dict(protocol.get("measure", {}))
     seconds = by_row(measure.pop("seconds", {}))
     fields = {name: value for name, value in protocol.items() if name not in (*ADDED_TO, *FREE)}
+    # lists of cases stand next to the file, whose copy in the folder names them in full
+    fields["data"] = {name: Path(value).name if name in LISTS and isinstance(value, str) else value
+                      for name, value in protocol["data"].items()}  # fmt: skip
     steps = next((budget["steps"] for budget in protocol["budgets"] if "steps" in budget), None)
     rows = {row_key(row["name"]): row | {"against": None} for row in protocol["rows"]}
     rows = {key: row | {"seconds per step": seconds.get(key)} for key, row in rows.items()}
@@ -101,6 +107,31 @@ def begun_with(home: Path) -> str | None:
     if device not in ("cpu", "cuda", "mps"):
         raise UserError(f"{file} names the device {device!r}, which is none of cpu, cuda and mps. {KEEP}")
     return device
+
+
+@contextmanager
+def reserving(raw: Path) -> Iterator[None]:
+    """While a benchmark chooses dataset ids, no other does; their folders come into being much later."""
+    with holding(
+        (raw / RESERVED).with_suffix(".lock"), "another benchmark is choosing dataset ids; waiting.", wait=True
+    ):
+        yield
+
+
+def ids_of_others(raw: Path, home: Path) -> set[int]:
+    """Dataset ids that benchmarks in other folders have reserved."""
+    return {number for folder, ids in _reserved(raw).items() if folder != str(home) for number in ids}
+
+
+def reserve(raw: Path, home: Path, ids: set[int]) -> None:
+    """Keep ids for the benchmark in a folder; what benchmarks had whose folder is gone is free again."""
+    others = {folder: taken for folder, taken in _reserved(raw).items() if Path(folder, IDS).is_file()}
+    write_json(raw / RESERVED, {**others, str(home): sorted(ids)})
+
+
+def _reserved(raw: Path) -> dict[str, list[int]]:
+    file = raw / RESERVED
+    return read_json(file, "Remove it if no other benchmark is under way.") if file.is_file() else {}
 
 
 def known_ids(home: Path) -> dict[str, int]:

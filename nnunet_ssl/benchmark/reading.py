@@ -36,6 +36,13 @@ def load_json(which: str) -> tuple[dict[str, Any], Path]:
     return read_json(file, "Write one JSON object, as docs/benchmark.md shows."), file
 
 
+def with_full_paths(given: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A protocol whose lists of cases are found from any folder; ``given`` stands in ``file``."""
+    lists = {name: str((file.parent / given["data"][name]).resolve()) for name in OF_DATA["dataset"]
+             if isinstance(given["data"].get(name), str) and (file.parent / given["data"][name]).is_file()}  # fmt: skip
+    return {**given, "data": {**given["data"], **lists}}
+
+
 def read_protocol(which: str) -> Protocol:
     """Read and check a protocol, found as by :func:`load_json`.
 

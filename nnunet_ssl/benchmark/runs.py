@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,18 +75,24 @@ class Table:
 class Benchmark:
     """A protocol in a folder of its own.
 
-    ``ids`` are known dataset ids, see ``dataset_key``; more are chosen as they are needed.
+    ``ids`` are known dataset ids, see ``dataset_key``; more are chosen as they are needed, none that is ``reserved``.
     """
 
     def __init__(
-        self, protocol: Protocol, home: Path, raw: Path, preprocessed: Path, ids: Mapping[str, int] | None = None
+        self,
+        protocol: Protocol,
+        home: Path,
+        raw: Path,
+        preprocessed: Path,
+        ids: Mapping[str, int] | None = None,
+        reserved: Iterable[int] = (),
     ) -> None:
         self.protocol, self.home, self.raw, self.preprocessed = protocol, home, raw, preprocessed
         self._given = by_row(protocol.measure.seconds)
         single = [row for row in protocol.rows[::-1] if row.key in self._given and row.trainings == 1]
         self._given_kinds = {kind(row): self._given[row.key] for row in single}
         self._seconds = {**self._given_kinds}  # by kind; a complete measurement stays: its logs are read once
-        self.ids = self._choose_ids(dict(ids or {}))
+        self.ids = self._choose_ids(dict(ids or {}), set(reserved))
 
     # ------------------------------------------------------------------------------------------------ datasets
 
@@ -107,18 +113,16 @@ class Benchmark:
                 wanted.setdefault(self.dataset_key(labeled, seed), (labeled, seed))
         return wanted
 
-    def _choose_ids(self, ids: dict[str, int]) -> dict[str, int]:
+    def _choose_ids(self, ids: dict[str, int], reserved: set[int]) -> dict[str, int]:
         """A free id, from ``first_id`` on, for each dataset that has none; one after the other for self-training."""
         taken = {
             int(match[1])
             for folder in (self.raw, self.preprocessed)
             for path in folder.glob("Dataset*")
             if (match := re.match(r"Dataset(\d{3})_", path.name))
-        } | set(ids.values())
-        wanted = {**dict.fromkeys(self._sources(), 1), **{run.key: run.row.rounds for run in self.queue()}}
-        wanted = {key: count for key, count in wanted.items() if count}
-        taken |= {ids[key] + n for key, count in wanted.items() if key in ids for n in range(count)}
-        for key, count in wanted.items():
+        }
+        taken |= reserved | set(ids.values()) | self._used(ids)
+        for key, count in self._wanted().items():
             if key not in ids:
                 free = (n for n in range(self.protocol.first_id, 1001 - count) if not taken & set(range(n, n + count)))
                 ids[key] = next(free, 0)
@@ -129,6 +133,18 @@ class Benchmark:
                         f"'first_id' in the protocol {self.protocol.name}."
                     )
         return ids
+
+    def _wanted(self) -> dict[str, int]:
+        """How many ids each labeled set and each run needs: the datasets of self-training come one after the other."""
+        wanted = {**dict.fromkeys(self._sources(), 1), **{run.key: run.row.rounds for run in self.queue()}}
+        return {key: count for key, count in wanted.items() if count}
+
+    def _used(self, ids: Mapping[str, int]) -> set[int]:
+        return {ids[key] + n for key, count in self._wanted().items() if key in ids for n in range(count)}
+
+    def all_ids(self) -> set[int]:
+        """Every dataset id that this benchmark has or will have."""
+        return set(self.ids.values()) | self._used(self.ids)
 
     def name(self, key: str) -> str:
         """Of the dataset with this key, as it stands in nnU-Net's folders."""
@@ -171,6 +187,20 @@ class Benchmark:
         order = [names if number % 2 == 0 else names[::-1] for number in range(self.protocol.measure.rounds)]
         return [f"{name}_{number}" for number, turn in enumerate(order) for name in turn]
 
+    def measured_on(self) -> tuple[int, int]:
+        """Dataset id and seed of the short trainings: what the first of them had, whatever is added later."""
+        for file in sorted(self.home.glob(f"measure/*/{SETTINGS}")):
+            for folder in file.parent.glob("results/Dataset*"):
+                seed = read_json(file, "Remove the folder measure, and done/measure*.", keys={"seed": int})["seed"]
+                return int(folder.name[7:10]), seed
+        p = self.protocol
+        return self.ids[self.dataset_key(p.labeled[0], p.seeds[0])], p.seeds[0]
+
+    def failed_measurements(self) -> list[Path]:
+        """The marks of short trainings that failed: those in which something is written."""
+        marks = (self.home / "done" / "measure" / name for name in self.rounds())
+        return [mark for mark in marks if mark.is_file() and mark.stat().st_size]
+
     def seconds_per_step(self) -> dict[str, float]:
         """Of each row that is known, by its key: as the protocol gives them, or measured; the mean of its stages."""
         seconds = {}
@@ -183,7 +213,8 @@ class Benchmark:
     def _seconds_of(self, stage: Row) -> float | None:
         """Given, or measured, or None as long as it is neither.
 
-        The fastest epoch counts: other load on the machine makes an epoch longer, never shorter.
+        Of an epoch the faster round counts, since other load makes it longer, never shorter; and the mean of the
+        epochs, since those of a method with phases differ.
         """
         m, name = self.protocol.measure, kind(stage)
         if name in self._seconds:
@@ -193,7 +224,8 @@ class Benchmark:
         if [len(found) for found in rounds] != [m.epochs] * m.rounds:
             return None
         # the first epoch is warm-up: allocators, compilation, the choice of algorithms
-        seconds = min(time for found in rounds for epoch, time in found.items() if epoch > 0) / m.iterations
+        epochs = [min(found[epoch] for found in rounds) for epoch in range(1, m.epochs)]
+        seconds = sum(epochs) / len(epochs) / m.iterations
         if seconds == 0:
             raise UserError(
                 f"the short runs of {stage.name} took no time that nnU-Net's log can show; set measure.iterations in "
@@ -275,7 +307,7 @@ class Benchmark:
     def measuring_settings(self, name: str) -> dict[str, Any]:
         """Of the short trainings of a kind."""
         m = self.protocol.measure
-        return {**self._settings(self.timed()[name], self.protocol.seeds[0], m.iterations), "save_every": m.epochs + 1}
+        return {**self._settings(self.timed()[name], self.measured_on()[1], m.iterations), "save_every": m.epochs + 1}
 
     def _settings(self, row: Row, seed: int, iterations: int | None) -> dict[str, Any]:
         """Nothing is chosen by validation, so one step of it will do."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nnunet_ssl.benchmark.runs import Benchmark
 
 SNAKEFILE = Path(__file__).resolve().parents[1] / "benchmark" / "Snakefile"
+NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 CANCELLED = 60  # seconds that Snakemake has to end its jobs, on a cluster as well
 
 
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     what.add_argument("--report", action="store_true", help="Report on what has finished, and do nothing else")
     args, passed_on = parser.parse_known_args(argv)
 
-    from nnunet_ssl.benchmark.reading import load_json, read_protocol, shipped
+    from nnunet_ssl.benchmark.reading import load_json, read_protocol, shipped, with_full_paths
 
     if args.list:
         for name, file in shipped().items():
@@ -71,7 +72,17 @@ def main(argv: list[str] | None = None) -> None:
     protocol = read_protocol(args.protocol)
 
     # heavy: only once the arguments are known to be good
-    from nnunet_ssl.benchmark.folder import IDS, begun_with, claimed, known_ids, refuse_other
+    from nnunet_ssl.benchmark.folder import (
+        IDS,
+        SNAPSHOT,
+        begun_with,
+        claimed,
+        ids_of_others,
+        known_ids,
+        refuse_other,
+        reserve,
+        reserving,
+    )  # fmt: skip
     from nnunet_ssl.benchmark.runs import Benchmark
     from nnunet_ssl.unlabeled.find import required_folder
 
@@ -81,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     if device == "cuda" != here and not (args.dry_run or args.report or passed_on):
         raise UserError(f"torch sees no GPU here; take -device cpu, with another -o if {home} was started with a GPU.")
     raw, preprocessed = (Path(required_folder(f"nnUNet_{name}")).resolve() for name in ("raw", "preprocessed"))
-    benchmark = Benchmark(protocol, home, raw, preprocessed, known_ids(home))
+    benchmark = Benchmark(protocol, home, raw, preprocessed, known_ids(home), ids_of_others(raw, home))
     given, file = load_json(args.protocol)
     if args.report:  # of a benchmark that may be running
         refuse_other(home, given, device)
@@ -94,12 +105,12 @@ def main(argv: list[str] | None = None) -> None:
     words += f"--cores {max(args.jobs, processes)} --jobs {args.jobs} --resources training={args.jobs}".split()
     # a file that is newer, or another list of them, is a reason to do a step again; another number of processes is not
     words += "--rerun-triggers mtime input --rerun-incomplete --keep-going --nolock --printshellcmds".split()
-    words += [*passed_on, "--config", f"protocol={file.resolve()}", f"device={device}", f"processes={processes}"]
-    words += [f"jobs={args.jobs}", f"data={args.data.resolve() if args.data else 'DATA'}"]
+    words += [*passed_on, "--config", f"device={device}", f"processes={processes}", f"jobs={args.jobs}"]
+    words += [f"data={args.data.resolve() if args.data else 'DATA'}"]
     words += [f"page={args.page.resolve()}"] if args.page else []
     if args.dry_run:
         existed = home.exists()
-        code = run([*words, "--dry-run"])
+        code = run([*words, f"protocol={file.resolve()}", "--dry-run"])
         if not existed and home.is_dir():
             shutil.rmtree(home)  # Snakemake works in it
         if code:
@@ -107,13 +118,24 @@ def main(argv: list[str] | None = None) -> None:
         return
     with claimed(home, given, device):
         check_source(benchmark, args.data)
-        write_json(str(home / IDS), benchmark.ids)
-        code = run(words)
+        with reserving(raw):
+            benchmark = Benchmark(protocol, home, raw, preprocessed, known_ids(home), ids_of_others(raw, home))
+            write_json(home / IDS, benchmark.ids)
+            reserve(raw, home, benchmark.all_ids())
+        # jobs on a cluster read the protocol when they begin, and the user's file may be another one by then
+        write_json(home / SNAPSHOT, with_full_paths(given, file))
+        for mark in benchmark.failed_measurements():
+            mark.unlink()
+        code = run([*words, f"protocol={home / SNAPSHOT}"])
+        unmeasured = [mark.name for mark in benchmark.failed_measurements()]
         if code and any(map(benchmark.is_finished, benchmark.queue())):
             report(benchmark, args.page)
-    if code:
+    if code or unmeasured:
+        what = "Snakemake names it above"
+        if unmeasured:
+            what = f"how long a step takes could not be measured ({', '.join(unmeasured)}), so these rows wait"
         raise UserError(
-            f"something failed; Snakemake names it above, and its log is in {home / 'logs'}. The rest is done. "
+            f"something failed: {what}; its log is in {home / 'logs'}. The rest is done. "
             "Fix it and start again: finished steps are not repeated."
         )
 
@@ -142,9 +164,12 @@ def run(words: list[str]) -> int:
     from nnunet_ssl.stock_commands import running
 
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    # Snakemake works in another folder, where relative paths would mean others
+    folders = {name: os.path.abspath(os.environ[name]) for name in NNUNET_FOLDERS if name in os.environ}
+    env = {**os.environ, **folders, "PATH": path, "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"}
     before = signal.signal(signal.SIGTERM, _end)
     try:
-        with running(words, env={**os.environ, "PATH": path, "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"}) as process:
+        with running(words, env=env) as process:
             try:
                 return process.wait()
             except BaseException:

@@ -54,11 +54,12 @@ def write_protocol(tmp_path):
 def make_benchmark(tmp_path, write_protocol):
     """``make_benchmark(given)``: what a protocol comes to, below this test's folder."""
     raw, preprocessed = tmp_path / "raw", tmp_path / "preprocessed"
-    raw.mkdir()
-    preprocessed.mkdir()
+    raw.mkdir(exist_ok=True)
+    preprocessed.mkdir(exist_ok=True)
 
-    def make(content, ids=None):
-        return Benchmark(read_protocol(str(write_protocol(content))), tmp_path / "home", raw, preprocessed, ids)
+    def make(content, ids=None, reserved=()):
+        protocol = read_protocol(str(write_protocol(content)))
+        return Benchmark(protocol, tmp_path / "home", raw, preprocessed, ids, reserved)
 
     return make
 

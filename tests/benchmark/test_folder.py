@@ -9,6 +9,7 @@ import os
 import pytest
 
 from nnunet_ssl.benchmark.folder import claimed, refuse_other
+from nnunet_ssl.benchmark.reading import with_full_paths
 from nnunet_ssl.errors import UserError
 
 
@@ -33,6 +34,17 @@ def test_a_folder_takes_more_rows_and_seeds_but_no_other_protocol(given, tmp_pat
     more["rows"][1] = {"name": "cps", "trainer": "nnUNetTrainerCPS"}  # the folders' name is the same
     with pytest.raises(UserError, match="started with row cps"):
         refuse_other(home, more, "cpu")
+
+
+def test_a_copy_with_full_paths_is_the_same_protocol(given, tmp_path, write_protocol):
+    file = write_protocol(given)
+    copy = with_full_paths(given, file)
+    assert copy["data"] == given["data"] | {"test": str(tmp_path / "test.txt")}
+    with claimed(tmp_path / "home", given, "cpu"):
+        pass
+    refuse_other(tmp_path / "home", copy, "cpu")
+    with pytest.raises(UserError, match="started with data"):
+        refuse_other(tmp_path / "home", given | {"data": given["data"] | {"test": "other.txt"}}, "cpu")
 
 
 def test_a_row_that_was_left_out_once_is_not_forgotten(given, tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 
+from nnunet_ssl.benchmark.folder import ids_of_others, reserve
 from nnunet_ssl.benchmark.runs import epoch_seconds, kind, quoted, trainings
 from nnunet_ssl.errors import UserError
 
@@ -17,11 +18,13 @@ SECONDS = {"Labels only": 0.1, "CPS": 0.4, "CPS + SHTA": 0.5, "More labels": 0.1
 def write_measurements(benchmark, write_times, seconds=SECONDS):
     """Short runs of each row (or stage) with these seconds per step; their first epoch is slow."""
     stages = {stage.name: stage for row in benchmark.protocol.rows for stage in row.stages}
+    rounds = benchmark.protocol.measure.rounds
     for name, second in ((name, second) for name, second in seconds.items() if name in stages):
-        for number in range(benchmark.protocol.measure.rounds):
+        for number in range(rounds):
             folder = benchmark.home / "measure" / f"{kind(stages[name])}_{number}"
             if not folder.exists():
-                write_times(folder, [50.0, 10 * second + 0.1, 10 * second])
+                slow = 10 * second + 0.1 * (rounds > 1)  # other work, in another epoch of each round
+                write_times(folder, [50.0, *([slow, 10 * second] if number % 2 else [10 * second, slow])])
 
 
 def lengths(benchmark, budget):
@@ -52,6 +55,27 @@ def test_ids_stay_when_a_protocol_grows(given, make_benchmark):
     after = make_benchmark(given, ids=before).ids
     assert before.items() <= after.items()
     assert len(set(after.values())) == len(after) == 9
+
+
+def test_ids_of_other_benchmarks_are_not_taken(given, make_benchmark, tmp_path):
+    """Their folders come into being one by one, those of self-training after days."""
+    given["rows"][1]["self_training"] = {"rounds": 2}
+    given["budgets"] = [{"steps": 240}]
+    raw, homes = tmp_path / "raw", [tmp_path / name for name in ("one", "other")]
+    taken = []
+    for home in homes:
+        benchmark = make_benchmark(given, reserved=ids_of_others(raw, home) if raw.exists() else ())
+        home.mkdir()
+        (home / "datasets.json").write_text(json.dumps(benchmark.ids))
+        reserve(raw, home, benchmark.all_ids())
+        taken.append(benchmark.all_ids())
+    assert [len(ids) for ids in taken] == [8, 8]  # four datasets, and two of self-training for each seed
+    assert not taken[0] & taken[1]
+    assert ids_of_others(raw, homes[0]) == taken[1]
+    (homes[1] / "datasets.json").unlink()  # the other is gone
+    reserve(raw, homes[0], taken[0])
+    assert ids_of_others(raw, homes[1]) == taken[0]
+    assert ids_of_others(raw, homes[0]) == set()
 
 
 def test_no_free_id(given, make_benchmark, tmp_path):
@@ -97,6 +121,29 @@ def test_equal_time_follows_from_the_measured_seconds(given, make_benchmark, wri
     assert lengths(benchmark, 1) == {"Labels only": 80, "CPS": 20, "CPS + SHTA": 16, "More labels": 80}
     # 24 s: 4 epochs of 6 s
     assert lengths(benchmark, 2) == {"Labels only": 60, "CPS": 15, "CPS + SHTA": 12, "More labels": 60}
+
+
+def test_epochs_count_alike_since_a_method_may_have_phases(given, make_benchmark, write_times):
+    """Half as long in the second epoch that is timed; a round that other work disturbed counts where it was faster."""
+    benchmark = make_benchmark(given)
+    for number, seconds in enumerate(([9.0, 2.0, 1.5], [9.0, 4.0, 1.0])):
+        write_times(benchmark.home / "measure" / f"nnUNetTrainerLabeledOnly_{number}", seconds)
+    assert benchmark.seconds_per_step()["labels_only"] == pytest.approx((2.0 + 1.0) / 2 / 10)
+
+
+@pytest.mark.parametrize("change", [{"labeled": [1, 2]}, {"seeds": [1]}])
+def test_what_is_added_or_removed_is_timed_on_the_first_dataset(given, make_benchmark, write_times, change):
+    benchmark = make_benchmark(given)
+    assert benchmark.measured_on() == (500, 0)
+    write_measurements(benchmark, write_times)
+    for folder in (benchmark.home / "measure").iterdir():
+        (folder / "settings.json").write_text(json.dumps({"seed": 0}))
+    later = make_benchmark(given | change, ids=benchmark.ids)
+    assert later.measured_on() == (500, 0)
+    assert later.seconds_per_step() == pytest.approx(benchmark.seconds_per_step())
+    given["rows"].append({"name": "URPC", "trainer": "nnUNetTrainerURPC"})
+    later = make_benchmark(given | change, ids=benchmark.ids)
+    assert later.measuring_settings("nnUNetTrainerURPC")["seed"] == 0
 
 
 def test_seconds_are_kept_for_what_is_added_later(given, make_benchmark, write_times):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +21,7 @@ ONE_THREAD = "nnUNet_n_proc_DA=0 nnUNet_def_n_proc=1 OMP_NUM_THREADS=1"
 def commands(tmp_path, write_protocol, monkeypatch, capfd):
     """``commands(given)``: what makes each output, by the output's name; below ``HOME`` and ``RAW``."""
     for name in ("raw", "preprocessed", "results"):
-        (tmp_path / name).mkdir()
+        (tmp_path / name).mkdir(exist_ok=True)
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
 
     def run(given, *options):
@@ -46,8 +48,9 @@ def test_a_benchmark_of_a_dataset_that_is_split(given, commands, tmp_path):
         for row in ("labels_only_2labeled", "cps_2labeled", "cps_shta_2labeled", "more_labels_4labeled")
     )  # fmt: skip
     assert found["done/dataset_501"] == (
-        "test -d RAW/Dataset501_* || nnUNet_results=HOME/results nnUNetv2_ssl_split -d 1 -o 501 --labeled 2 --val 1 "
-        f"--test {tmp_path / 'test.txt'} --seed 1 --name made_up_2_labeled_order_1"
+        "mark=done/begun_501; test -e $mark && test -d RAW/Dataset501_* || { touch $mark && "
+        "nnUNet_results=HOME/results nnUNetv2_ssl_split -d 1 -o 501 --labeled 2 --val 1 "
+        f"--test {tmp_path / 'test.txt'} --seed 1 --name made_up_2_labeled_order_1 || {{ rm -f $mark; false; }}; }}"
     )
     assert found["done/plan_501"] == (
         "nnUNet_results=HOME/results nnUNet_n_proc_DA=1 nnUNetv2_plan_and_preprocess -d 501 -c 3d_fullres "
@@ -64,9 +67,9 @@ def test_a_benchmark_of_a_dataset_that_is_split(given, commands, tmp_path):
     settings |= {"save_every": 2, "keep_epochs": [2, 4]}
     variables = f"nnUNet_results={run}/results"
     assert found["done/steps80/cps_2labeled_seed1/train"] == (
-        f"mkdir -p {run} && echo '{json.dumps(settings)}' > {run}/settings.json && {variables} "
+        f"set -- --c; mkdir -p {run} && echo '{json.dumps(settings)}' > {run}/settings.json && {variables} "
         f"nnUNet_ssl_config={run}/settings.json {ONE_THREAD} python -P -m nnunet_ssl.stock_commands nnUNetv2_train 501 "
-        "3d_fullres 0 -p small -tr nnUNetTrainerCPS_4epochs -device cpu --c"
+        '3d_fullres 0 -p small -tr nnUNetTrainerCPS_4epochs -device cpu "$@"'
     )
     assert found["done/steps80/cps_2labeled_seed1/predict_2"] == (
         f"{variables} {ONE_THREAD} python -P -m nnunet_ssl.stock_commands nnUNetv2_predict "
@@ -120,17 +123,62 @@ def test_several_trainings_and_measured_time(given, commands, tmp_path):
         f"{run}/results/Dataset500_*/{trainer}_4epochs__nnUNetPlans__3d_fullres/fold_0"
         for trainer in ("nnUNetTrainerMAE", "nnUNetTrainerLabeledOnly")
     ]
-    assert after.endswith(
-        f"-device cpu $(ls {folds[1]}/checkpoint_*.pth > /dev/null 2>&1 && echo --c || "
-        f"echo -pretrained_weights {folds[0]}/checkpoint_final.pth)"
+    start = (
+        f"if ls {folds[1]}/checkpoint_*.pth > /dev/null 2>&1; then set -- --c; "
+        f"else set -- -pretrained_weights {folds[0]}/checkpoint_final.pth; fi; "
     )
+    assert after.startswith(start)
+    assert after.endswith(' -device cpu "$@"')
+    home = tmp_path / "a folder"  # which the shell must not split
+    weights, own = (Path(fold.replace("HOME", str(home)).replace("*", "Made")) for fold in folds)
+    weights.mkdir(parents=True)
+    own.mkdir(parents=True)
+    (weights / "checkpoint_final.pth").touch()
+    start = start.replace("HOME", f"'{home}'")
+    for words in (["-pretrained_weights", str(weights / "checkpoint_final.pth")], ["--c"]):
+        line = ["bash", "-euc", start + "printf '%s\\n' \"$@\""]
+        assert subprocess.run(line, capture_output=True, text=True, check=True).stdout.splitlines() == words
+        (own / "checkpoint_latest.pth").touch()
 
     # how many steps five minutes are is known once each kind of training is timed
     measured = [name for name in found if name.startswith("done/measure/")]
     kinds = ("nnUNetTrainerWarps", "nnUNetTrainerURPC", "nnUNetTrainerMAE", "nnUNetTrainerLabeledOnly")
     assert sorted(measured) == sorted(f"done/measure/{kind}_{number}" for kind in kinds for number in (0, 1))
-    assert "-tr nnUNetTrainerURPC_3epochs -device cpu --c" in found["done/measure/nnUNetTrainerURPC_1"]
+    assert (
+        "-tr nnUNetTrainerURPC_3epochs -device cpu --c; } || echo 'failed, see logs/measure/"
+        in found["done/measure/nnUNetTrainerURPC_1"]
+    )
     assert not [name for name in found if "minutes5" in name]
+
+
+def test_figures_wait_for_the_lengths_of_their_runs(given, commands):
+    given |= {"budgets": [{"minutes": 5}], "figures": ["Labels only", "CPS"], "curve": [1]}
+    found = commands(given)
+    assert [name for name in found if name.startswith("done/measure/")]
+    assert not [name for name, command in found.items() if "/train" in name or "null" in command]
+
+
+def test_a_row_that_cannot_be_timed_keeps_none_back(given, commands, make_benchmark, write_times):
+    """All were tried and CPS failed: the others have their lengths, and train."""
+    given |= {"budgets": [{"minutes": 5}], "figures": ["Labels only", "CPS"], "curve": [1], "seeds": [0]}
+    benchmark = make_benchmark(given)
+    done = benchmark.home / "done"
+    (done / "measure").mkdir(parents=True)
+    for name in [f"{step}_{number}" for step in ("dataset", "plan", "prepare") for number in benchmark.sources()]:
+        (done / name).touch()
+    for name in benchmark.rounds():
+        failed = name.startswith("nnUNetTrainerCPS_")
+        (done / "measure" / name).write_text("failed, see its log" if failed else "")
+        if not failed:
+            write_times(benchmark.home / "measure" / name, [5.0, 1.0, 1.0])
+    (done / "measured").touch()
+    assert len(benchmark.failed_measurements()) == 2
+    found = commands(given)
+    trained = [name.split("/")[2] for name in found if name.endswith("/train")]
+    assert sorted(trained) == ["cps_shta_2labeled_seed0", "labels_only_2labeled_seed0", "more_labels_4labeled_seed0"]
+    (compare,) = (command for name, command in found.items() if name.startswith("compared/"))
+    assert "--names 'Labels only' 'CPS + SHTA' 'More labels' -o" in compare
+    assert "--names 'Labels only' -o" in found["done/figures_minutes5_2labeled"]
 
 
 def test_published_data_and_what_snakemake_is_told(given, commands, tmp_path):
@@ -141,7 +189,7 @@ def test_published_data_and_what_snakemake_is_told(given, commands, tmp_path):
     found = commands(given, "--data", data, "--until", "dataset")  # the last is one of Snakemake's own
     make = "nnUNet_results=HOME/results nnUNetv2_ssl_dataset la --labeled"
     end = f"--data {data} --x {data}/x.txt -np 2"
-    assert {name: command.partition(" || ")[2] for name, command in found.items()} == {
+    assert {name: re.search(r"touch \$mark && (.+) \|\| ", command)[1] for name, command in found.items()} == {
         "done/dataset_500": f"{make} 2 -d 500 --seed 0 {end}",
         "done/dataset_501": f"{make} 2 -d 501 --seed 1 {end}",
         "done/dataset_502": f"{make} all -d 502 --seed 0 {end}",  # they have no order

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from nnunet_ssl.benchmark.folder import claimed
-from nnunet_ssl.commands.benchmark import main
+from nnunet_ssl.commands.benchmark import main, run
 from nnunet_ssl.demo.dataset import write_dataset
 from nnunet_ssl.errors import UserError
 
@@ -98,6 +98,16 @@ def trainings(home):
     return [line for line in found if "_2epochs" in line and "nnUNetv2_train" in line]
 
 
+def test_relative_folders_mean_the_same_in_the_workflow(tmp_path, monkeypatch):
+    """It runs in the folder of the benchmark."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("nnUNet_raw", "raw")
+    (tmp_path / "home").mkdir()
+    code = "import os; os.chdir('home'); open('found', 'w').write(os.path.abspath(os.environ['nnUNet_raw']))"
+    assert run([sys.executable, "-c", code]) == 0
+    assert (tmp_path / "home" / "found").read_text() == str(tmp_path / "raw")
+
+
 def test_a_report_can_be_asked_for_while_it_runs(protocol, tmp_path):
     home = tmp_path / "out"
     with claimed(home, PROTOCOL, "cpu"), pytest.raises(UserError, match=r"no run in .* is finished yet"):
@@ -151,9 +161,9 @@ def test_killed_resumed_and_reported(protocol, tmp_path, fresh_folders, capfd):
     seconds = results["seconds_per_step"]
     assert cps == equal_steps["runs"][1]  # not trained twice
     assert labels_only["steps"] == 2 * max(1, round(2 * seconds["cps"] / seconds["labels_only"]))
-    for run in [*equal_steps["runs"], labels_only]:
-        assert 0 <= run["metrics"]["Dice"] <= 1
-        assert run["minutes"] > 0
+    for result in [*equal_steps["runs"], labels_only]:
+        assert 0 <= result["metrics"]["Dice"] <= 1
+        assert result["minutes"] > 0
     assert set(labels_only["classes"]) == {"liver", "spleen", "kidney", "nodule", "vessel"}
     text = (home / "report.md").read_text(encoding="utf-8")
     assert "| Labels only | 4 |" in text
