@@ -95,8 +95,8 @@ setup(
     install_requires=[
         "nnunetv2>=2.8.0,<2.9",
         "torch>=2.6",  # names what a checkpoint may call when it is read
-        "batchgenerators",
-        "batchgeneratorsv2",
+        "batchgenerators>=0.25.3",  # workers that are told how to end
+        "batchgeneratorsv2>=0.3.6",  # the direction of a rotation, and how ties between labels are broken
         "dynamic-network-architectures",
         "numpy",
         "pandas",

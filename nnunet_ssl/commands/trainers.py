@@ -11,6 +11,7 @@ from functools import partial
 from importlib import metadata
 from typing import NamedTuple
 
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from nnunet_ssl import trainers
@@ -45,6 +46,23 @@ def check_nnunet() -> Finding:
     if not SpecifierSet(NNUNET).contains(version, prereleases=True):
         return Finding("WRONG", f"nnU-Net {version} is installed, this package needs {NNUNET}: {remedy}")
     return Finding("ok", f"nnU-Net {version} (needed: {NNUNET})")
+
+
+def check_requirements() -> Finding:
+    """What else the package needs is installed in the versions that it needs; pip may have changed them since."""
+    wanted = [Requirement(line) for line in metadata.requires("nnunet_ssl") or ()]
+    wrong = []
+    for need in (need for need in wanted if need.marker is None or need.marker.evaluate({"extra": ""})):
+        try:
+            version = metadata.version(need.name)
+        except metadata.PackageNotFoundError:
+            version = ""
+        if not version or not need.specifier.contains(version, prereleases=True):
+            wrong.append((f"{need.name} {version or 'is missing'}", f"'{need.name}{need.specifier}'"))
+    if wrong:
+        found, remedies = zip(*wrong, strict=True)
+        return Finding("WRONG", f"other versions are needed than {', '.join(found)}: pip install {' '.join(remedies)}")
+    return Finding("ok", "all packages that are needed, in versions that work")
 
 
 def check_discovery(name: str = "nnUNetTrainerLabeledOnly") -> Finding:
@@ -124,7 +142,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name:<26}  {(trainer.__doc__ or '').strip().splitlines()[0]} [{trainer.paper}]")
         return
     levels = set()
-    for find in (check_nnunet, *(partial(check_folder, name) for name in FOLDERS), check_gpu, check_discovery):
+    folders = [partial(check_folder, name) for name in FOLDERS]
+    for find in (check_nnunet, check_requirements, *folders, check_gpu, check_discovery):
         level, text = find()
         print(f"{level:<5}  {text}", flush=True)
         levels.add(level)

@@ -53,7 +53,7 @@ def test_check_is_content(good_installation: pytest.MonkeyPatch, capsys: pytest.
     command.main(["--check"])
     found = levels(capsys.readouterr().out)
     assert not found["WRONG"]
-    assert [line.partition("=")[0] for line in found["ok"][1:4]] == list(command.FOLDERS)
+    assert [line.partition("=")[0] for line in found["ok"][2:5]] == list(command.FOLDERS)
 
 
 def wrong_lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
@@ -110,6 +110,26 @@ def test_check_of_an_nnunet_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(command.metadata, "version", missing)
     assert command.check_nnunet().level == "WRONG"
+
+
+@pytest.mark.parametrize(("version", "told"), [("0.25.2", "0.25.2"), (None, "is missing")])
+def test_check_of_what_else_is_needed(monkeypatch: pytest.MonkeyPatch, version: str | None, told: str) -> None:
+    """Whoever upgraded nnU-Net alone may have kept an older one."""
+    assert command.check_requirements().level == "ok"
+    found = command.metadata.version
+
+    def other(name: str) -> str:
+        if name != "batchgenerators":
+            return found(name)
+        if version is None:
+            raise command.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(command.metadata, "version", other)
+    finding = command.check_requirements()
+    assert finding.level == "WRONG"
+    assert f"batchgenerators {told}" in finding.text
+    assert "pip install 'batchgenerators>=0.25.3'" in finding.text
 
 
 def test_check_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
