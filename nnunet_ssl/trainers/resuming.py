@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import glob
 import hashlib
 import os
@@ -165,6 +166,9 @@ class Resuming(nnUNetTrainer):
                 f"{self.plans_manager.plans_name} ({_first_line(error)}). {remedy}"
             ) from error
         self._resumed_from = filename_or_checkpoint
+        # nnU-Net compares an epoch with the best one after it has saved the latest checkpoint
+        if values := self.logger.get_value("ema_fg_dice", step=None):
+            self._best_ema = functools.reduce(lambda best, value: value if value > best else best, values)
 
     def _load_training_state(self, filename: str) -> None:
         """Take the training state that was written with the checkpoint that has been loaded.
@@ -192,13 +196,16 @@ class Resuming(nnUNetTrainer):
                 f"({', '.join(names)}): a new run was started in this folder and left no checkpoint; start it again "
                 f"without --c, or delete {self.settings_file} and set {ENVIRONMENT_VARIABLE} to the old settings."
             )
-        if self.current_epoch < self.num_epochs:  # else only validation is left
-            for what, key, prepared in (
-                ("unlabeled images", "unlabeled", self.unlabeled if self.uses_unlabeled else None),
-                ("warps", "warps", self.warps),
-            ):
-                if state.get(key) is not None and prepared is not None:
-                    self._refuse_other_images(what, prepared.contents, state[key])
+        for what, key, prepared in (
+            ("unlabeled images", "unlabeled", self.unlabeled if self.uses_unlabeled else None),
+            ("warps", "warps", self.warps),
+        ):
+            if state.get(key) is None or prepared is None:
+                continue
+            if self.current_epoch < self.num_epochs:
+                self._refuse_other_images(what, prepared.contents, state[key])
+            else:  # only validation is left: what the run learned from stays on record
+                setattr(self, key, dataclasses.replace(prepared, contents=state[key]))
         if self.is_ddp:
             dist.barrier()  # all have read
         if candidate != filename and self.local_rank == 0:

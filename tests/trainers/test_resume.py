@@ -167,6 +167,29 @@ def test_checkpoints_of_named_epochs_are_kept(tiny, make_trainer):
     assert_equal(last["network_weights"], final["network_weights"])
 
 
+def test_the_best_epoch_so_far_stays_the_best(tiny, make_trainer):
+    """nnU-Net saves the latest checkpoint before it compares; what follows must be better than this epoch."""
+    trainer = make_trainer(NAME, tiny(), settings={"save_every": 1})
+    train(trainer, until=1)
+    assert trainer._best_ema is not None
+    assert resumed(make_trainer, tiny, Path(trainer.output_folder))._best_ema == trainer._best_ema
+
+
+def test_a_finished_run_keeps_the_record_of_its_images(tiny_copy, make_trainer):
+    """``--c`` of it validates again; images that came since were not learned from."""
+    dataset = tiny_copy()
+    trainer = make_trainer("nnUNetTrainerCPS_1epochs", dataset)
+    train(trainer)
+    folder = Path(trainer.output_folder)
+    before = (folder / "ssl_settings.json").read_text(), training_state(folder)["unlabeled"]
+    image = sorted((dataset.raw / "imagesUn").iterdir())[0]
+    image.rename(image.with_name("new_0000.nii.gz"))
+    trainer = make_trainer("nnUNetTrainerCPS_1epochs", dataset)
+    trainer.load_checkpoint(str(folder / "checkpoint_final.pth"))
+    train(trainer)
+    assert ((folder / "ssl_settings.json").read_text(), training_state(folder)["unlabeled"]) == before
+
+
 def test_a_run_goes_on_only_with_the_unlabeled_images_that_it_began_with(tiny_copy, make_trainer):
     dataset = tiny_copy()
     folder = Path(make_trainer(NAME, dataset, settings={"save_every": 1}, initialize=False).output_folder)
@@ -191,6 +214,10 @@ def test_a_run_goes_on_only_with_the_unlabeled_images_that_it_began_with(tiny_co
     trainer.on_train_start()
     assert trainer.current_epoch == 1
     assert (folder / "ssl_settings.json").read_text() == record
+
+
+def training_state(folder):
+    return torch.load(folder / "checkpoint_final_ssl.pth", weights_only=True)
 
 
 def wait_for(condition, process, seconds=120):
