@@ -26,6 +26,7 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.masked import masked_mean
 from nnunet_ssl.trainers.base import Batch, Stream, nnUNetTrainerSSL
 from nnunet_ssl.trainers.settings import SSLSettings
+from nnunet_ssl.unlabeled.elastic import deform_elastically
 from nnunet_ssl.unlabeled.loader import UnlabeledLoader
 
 LARGEST_BLOCK = 16  # voxels along an axis by default, in He et al. and in Wald et al.'s code
@@ -157,6 +158,8 @@ class nnUNetTrainerMAE(nnUNetTrainerSSL):  # noqa: N801
         transforms = self.get_training_transforms(
             patch_size, rotation, None, mirror_axes, dummy_2d, use_mask_for_norm=mask_for_norm
         )
+        if self.settings.elastic_deformation:
+            deform_elastically(transforms, self.settings.elastic_deformation, type(self).__name__)
         training, validation = (
             dict.fromkeys(cases, self.preprocessed_dataset_folder) for cases in map(sorted, self.do_split())
         )

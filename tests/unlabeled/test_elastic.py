@@ -104,6 +104,14 @@ def test_both_streams_of_a_trainer_and_no_validation_patch(tiny, make_trainer):
     assert spatial_of(validation) == []
 
 
+def test_pretraining_patches_too(tiny, make_trainer):
+    trainer = make_trainer("nnUNetTrainerMAE_1epochs", tiny(), settings={"elastic_deformation": 0.3})
+    trainer.on_train_start()
+    ((patches,), validation) = transforms_of(trainer)
+    assert [t.p_elastic_deform for t in spatial_of(patches)] == [0.3]
+    assert spatial_of(validation) == []
+
+
 def test_it_changes_batches_only_where_it_is_asked_for(tiny, make_trainer):
     """And what it draws follows from the seed, so that a resumed run sees the same."""
     batches = {}
