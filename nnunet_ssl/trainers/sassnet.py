@@ -49,7 +49,8 @@ class nnUNetTrainerSASSNet(RegressesDistances):  # noqa: N801
     def build_own_optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """The discriminator has Adam."""
         learning = self.training_modules["discriminator"].parameters()
-        adam = torch.optim.Adam(learning, self.settings.sassnet_lr, betas=(0.9, 0.99))
+        fused = self.device.type == "cuda" or None  # or the scaler waits for the device
+        adam = torch.optim.Adam(learning, self.settings.sassnet_lr, betas=(0.9, 0.99), fused=fused)
         return {**super().build_own_optimizers(), "discriminator": adam}
 
     def term_weights(self) -> dict[str, float]:
