@@ -1,8 +1,8 @@
 """SHTA: Semantic Hard Token correction and center Alignment.
 
 Source: Zhang, Zhong, Zhang, Liu, "SHTA: Semantic Hard Token Correction and Center Alignment for Semi-Supervised
-Medical Image Segmentation". Equation numbers are the paper's. Its code is not public; where the paper leaves a choice
-open, the choice is a named setting, of :class:`SHTALossSettings`.
+Medical Image Segmentation". Equation numbers are the paper's. Its code was not available to us; where the paper leaves
+a choice open, the choice is a named setting, of :class:`SHTALossSettings`.
 """
 
 from __future__ import annotations

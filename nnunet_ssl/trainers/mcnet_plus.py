@@ -13,15 +13,26 @@ from nnunet_ssl.trainers.base import Batch, full_resolution, nnUNetTrainerSSL
 from nnunet_ssl.trainers.settings import SSLSettings
 
 DECODERS = ("linear", "nearest")  # beside the plans' own; each by its interpolation
+# of the authors' scripts, for images of two and three dimensions
+PUBLISHED = {
+    2: {"mcnet_supervised": 1.0, "mcnet_weight": 0.1, "mcnet_rampup": 1.0},
+    3: {"mcnet_supervised": 0.5, "mcnet_weight": 1.0, "mcnet_rampup": 0.4},
+}
 
 
 @declared
 class MCNetPlusSettings(SSLSettings):
     """Settings of MC-Net+."""
 
-    mcnet_supervised: Weight = setting(0.5, "Weight of each decoder's loss on labels", symbol="lambda")
-    mcnet_weight: Weight = setting(1.0, "Full weight of the mutual consistency", symbol="beta")
-    mcnet_rampup: Share = setting(0.4, "Share of the training over which that weight grows")
+    mcnet_supervised: Weight | None = setting(
+        None, "Weight of each decoder's loss on labels; `null` is 0.5 in 3D and 1 in 2D", symbol="lambda"
+    )
+    mcnet_weight: Weight | None = setting(
+        None, "Full weight of the mutual consistency; `null` is 1 in 3D and 0.1 in 2D", symbol="beta"
+    )
+    mcnet_rampup: Share | None = setting(
+        None, "Share of the training over which that weight grows; `null` is 0.4 in 3D and 1 in 2D"
+    )
     mcnet_temperature: Positive = setting(0.1, "Temperature of the sharpening", symbol="T")
     mcnet_detach_target: bool = setting(False, "No gradient through the sharpened target")
 
@@ -37,8 +48,11 @@ class nnUNetTrainerMCNetPlus(nnUNetTrainerSSL):  # noqa: N801
     Settings = MCNetPlusSettings
 
     def initialize(self) -> None:
-        """As the base; and the consistency, compiled."""
+        """As the base; then the weights, and the consistency, compiled."""
         super().initialize()
+        published = PUBLISHED[len(self.configuration_manager.patch_size)]
+        given = {name: getattr(self.settings, name) for name in published}
+        self.weights = {name: published[name] if value is None else value for name, value in given.items()}
         self.consistency = self.compiled(pseudo_label_consistency)
 
     def build_training_modules(self) -> dict[str, nn.Module]:
@@ -57,8 +71,9 @@ class nnUNetTrainerMCNetPlus(nnUNetTrainerSSL):  # noqa: N801
 
     def term_weights(self) -> dict[str, float]:
         """lambda for each decoder; beta grows along a sigmoid."""
-        supervised = dict.fromkeys(["sup", *(f"sup_{mode}" for mode in DECODERS)], self.settings.mcnet_supervised)
-        weight = self.settings.mcnet_weight * self.rampup(self.settings.mcnet_rampup)
+        of_decoders = ["sup", *(f"sup_{mode}" for mode in DECODERS)]
+        supervised = dict.fromkeys(of_decoders, self.weights["mcnet_supervised"])
+        weight = self.weights["mcnet_weight"] * self.rampup(self.weights["mcnet_rampup"])
         return {**super().term_weights(), **supervised, "mutual": weight}
 
     def losses(self, batch: Batch) -> Iterator[dict[str, Tensor]]:

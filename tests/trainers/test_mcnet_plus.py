@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import exp
+
 import pytest
 import torch
 from helpers.runs import assert_plain_checkpoint, assert_resumed_equals_uninterrupted, commands_work
@@ -47,6 +49,20 @@ def test_the_terms_are_the_equations(tiny, make_trainer, kind):
     assert [first[n].item() for n in ("sup", "sup_linear", "sup_nearest")] == pytest.approx(supervised, rel=1e-5)
     assert list(second) == ["mutual"]
     assert (first["mutual"] + second["mutual"]).item() == pytest.approx(mutual, rel=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "supervised", "full", "half_way"), [("3d", 0.5, 1, 1), ("2d", 1, 0.1, 0.1 * exp(-1.25))])
+def test_weights_are_those_of_the_authors_script_for_the_dimension(tiny, make_trainer, kind, supervised, full, half_way):
+    trainer = make_trainer(NAME, tiny(kind))
+    trainer.on_train_start()
+    found = {}
+    for share in (0.5, 1):
+        trainer.global_step = round(share * trainer.total_steps)
+        found[share] = trainer.term_weights()
+    assert [found[share]["mutual"] for share in (0.5, 1)] == pytest.approx([half_way, full])
+    assert {found[1][term] for term in TERMS - {"mutual"}} == {supervised}
+    trainer = make_trainer(NAME, tiny(kind), settings={"mcnet_weight": 0.25, "mcnet_rampup": 0})
+    assert trainer.term_weights()["mutual"] == 0.25
 
 
 def test_every_decoder_learns_from_unlabeled_images_and_through_the_target_unless_it_is_detached(tiny, make_trainer):
