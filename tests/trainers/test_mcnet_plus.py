@@ -51,8 +51,12 @@ def test_the_terms_are_the_equations(tiny, make_trainer, kind):
     assert (first["mutual"] + second["mutual"]).item() == pytest.approx(mutual, rel=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "supervised", "full", "half_way"), [("3d", 0.5, 1, 1), ("2d", 1, 0.1, 0.1 * exp(-1.25))])
-def test_weights_are_those_of_the_authors_script_for_the_dimension(tiny, make_trainer, kind, supervised, full, half_way):
+@pytest.mark.parametrize(
+    ("kind", "supervised", "full", "half_way"), [("3d", 0.5, 1, 1), ("2d", 1, 0.1, 0.1 * exp(-1.25))]
+)
+def test_weights_are_those_of_the_authors_script_for_the_dimension(
+    tiny, make_trainer, kind, supervised, full, half_way
+):
     trainer = make_trainer(NAME, tiny(kind))
     trainer.on_train_start()
     found = {}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from batchgeneratorsv2.transforms.spatial.transpose import TransposeAxesTransform
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from helpers.datasets import threads_for_processes
 from helpers.runs import assert_resumed_equals_uninterrupted, train
 from helpers.steps import a_batch, half_a_step, on_two_ranks, with_stages
@@ -20,7 +21,6 @@ from nnunet_ssl.losses.branches import Branches
 from nnunet_ssl.trainers.sasnet import trainer as sasnet
 from nnunet_ssl.trainers.sasnet.coordinates import positions
 from nnunet_ssl.trainers.sasnet.memory import ConfidenceMemory
-from nnunet_ssl.trainers.sasnet.views import FrequencyRotation
 
 NAME = "nnUNetTrainerSASNet"
 FULL = {"sasnet_rampup": 0.0}
@@ -172,7 +172,7 @@ def test_views_turn_both_streams(tiny, make_trainer, views):
     ("patch", "spacing", "kind", "said"),
     [
         ([8, 16, 16], [5, 1, 1], TransposeAxesTransform, ""),
-        ([8, 24, 16], [5, 1, 1], FrequencyRotation, "SASNet: no two axes of '3d_fullres' (patch [8, 24, 16], spacing"),
+        ([8, 24, 16], [5, 1, 1], RandomTransform, "SASNet: no two axes of '3d_fullres' (patch [8, 24, 16], spacing"),
         ([8, 16, 16], [5, 1, 2], type(None), "WARNING: no two axes of '3d_fullres' (patch [8, 16, 16], spacing"),
     ],
 )

@@ -364,7 +364,12 @@ def test_what_the_trainer_gets():
     rotation = view_transform("rotate", (16, 32, 40), (3, 1, 1), 30)
     assert (rotation.planes, rotation.max_angle) == (((1, 2),), 30)
     instead = view_transform("permute", (16, 32, 40), (3, 1, 1), 30)  # no two axes that can be exchanged
-    assert (type(instead), instead.planes, instead.max_angle) == (FrequencyRotation, ((1, 2),), 30)
+    rotation = instead.transform
+    assert (type(rotation), rotation.planes, rotation.max_angle) == (FrequencyRotation, ((1, 2),), 30)
+    image = torch.randn(1, 16, 32, 40)
+    with seeded(0, "views"):
+        kept = [torch.equal(instead(image=image.clone())["image"], image) for _ in range(60)]
+    assert 20 < sum(kept) < 40  # the patch's own view, which is that of prediction
     assert view_transform("rotate", (32, 25), (1, 1), 45).planes == ((0, 1),)
     with pytest.raises(UserError, match="Set the angle to 45 or less"):
         view_transform("rotate", (32, 25), (1, 1), 46)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -32,7 +33,7 @@ from nnunet_ssl.trainers.base import Batch, Stream, full_resolution, nnUNetTrain
 from nnunet_ssl.trainers.sasnet.coordinates import CoordinateLoader, positions
 from nnunet_ssl.trainers.sasnet.memory import ConfidenceMemory, moved
 from nnunet_ssl.trainers.sasnet.validation import BranchValidation
-from nnunet_ssl.trainers.sasnet.views import FrequencyRotation, view_transform
+from nnunet_ssl.trainers.sasnet.views import view_transform
 from nnunet_ssl.trainers.settings import SSLSettings
 
 SECONDS_PER_VOXEL = 0.6e-6  # to read and write the memory of confidence on one CPU thread, measured
@@ -74,8 +75,8 @@ class SASNetSettings(SSLSettings):
     sasnet_detach_target: bool = setting(False, "No gradient through the sharpened target")
     sasnet_views: Literal["permute", "rotate", "off"] = setting(
         "permute",
-        'View variance: exchange axes (or rotate, if none can be exchanged), `"rotate"` in the frequency domain, or '
-        '`"off"`',
+        'View variance: exchange axes (or rotate every other sample, if none can be exchanged), `"rotate"` in the '
+        'frequency domain, or `"off"`',
     )
     sasnet_view_angle: Angle = setting(
         30.0, "Largest rotation angle (Eq. 10), in degrees; nnU-Net's own rotations go as far", symbol="theta"
@@ -298,9 +299,9 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
         plan, wanted = self.configuration_manager, self.settings.sasnet_views
         transform = view_transform(wanted, plan.patch_size, plan.spacing, self.settings.sasnet_view_angle)
         patch = f"'{self.configuration_name}' (patch {list(plan.patch_size)}, spacing {list(plan.spacing)})"
-        if wanted == "permute" and isinstance(transform, FrequencyRotation):
+        if wanted == "permute" and isinstance(transform, RandomTransform):
             self.print_to_log_file(
-                f"SASNet: no two axes of {patch} can be exchanged, so views are rotated, as with sasnet_views: rotate."
+                f"SASNet: no two axes of {patch} can be exchanged, so every other sample is rotated."
             )
         elif wanted != "off" and transform is None:
             self.print_to_log_file(

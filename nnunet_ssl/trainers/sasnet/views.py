@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.spatial.transpose import TransposeAxesTransform
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from scipy.fft import next_fast_len
 from torch import Tensor
 
@@ -168,7 +169,8 @@ def view_transform(
     ``"permute"`` draws, for each sample, any permutation of the :func:`interchangeable_axes`, all equally likely: two
     for two axes, six for three. The released code draws the identity or one swap, with probability 1/2 each, on LA, and
     the identity or one of two swaps, with 1/3 each, elsewhere; the third swap and the two cyclic permutations are
-    never seen there. If no two axes can be exchanged, as in anisotropic patches that are not square, it rotates.
+    never seen there. If no two axes can be exchanged, as in anisotropic patches that are not square, it rotates every
+    other sample: the patch's own view must stay among those that are seen.
 
     Args:
         kind: what to do to a sample.
@@ -192,7 +194,10 @@ def view_transform(
             f"Views are to be rotated by up to {max_angle} degrees, but a patch of {tuple(patch_size)} voxels can "
             "only be turned by up to 45: some axes are even, others odd. Set the angle to 45 or less."
         )
-    return FrequencyRotation(planes, max_angle) if planes else None
+    if not planes:
+        return None
+    rotation = FrequencyRotation(planes, max_angle)
+    return RandomTransform(rotation, apply_probability=0.5) if kind == "permute" else rotation
 
 
 def _rotate(
