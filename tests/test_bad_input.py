@@ -169,7 +169,7 @@ def rewrite(tiny: TinyDataset, **changes: Any) -> None:
     (tiny.raw / "dataset.json").write_text(json.dumps({**tiny.dataset_json, **changes}))
 
 
-def broken_link(dataset: TinyDataset) -> None:
+def broken_labeled_link(dataset: TinyDataset) -> None:
     file = dataset.raw / "imagesTr" / f"{dataset.cases('imagesTr')[0]}_0000.nii.gz"
     file.unlink()
     file.symlink_to("nowhere")
@@ -189,7 +189,7 @@ SPLIT = {
         lambda d: rewrite(d, dataset={"/elsewhere": {"images": ["imagesTr/tr_00_0000.nii.gz"], "label": "x"}})
     ),
     "an empty `file_ending`": Row(lambda d: rewrite(d, file_ending="")),
-    "an image that is a broken link": Row(broken_link),
+    "an image that is a broken link": Row(broken_labeled_link),
     "no labeled dataset": Row(lambda d: ["-d", 950]),
 }
 

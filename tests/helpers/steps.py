@@ -148,3 +148,17 @@ def all_weights(trainer):
     """Names and weights of what predicts and of what only trains."""
     yield from trainer.plans_network.named_parameters()
     yield from trainer.training_modules.named_parameters("training")
+
+
+def ignoring(trainer, batch: dict) -> dict:
+    """The batch with a quarter of each target ignored."""
+    for target in batch["target"]:
+        target[..., : target.shape[-1] // 4] = trainer.label_manager.ignore_label
+    return batch
+
+
+def spied(monkeypatch, of, name: str) -> list:
+    """What a function of an object or a module gives from now on, call by call."""
+    seen, real = [], getattr(of, name)
+    monkeypatch.setattr(of, name, lambda *args, **kwargs: seen.append(real(*args, **kwargs)) or seen[-1])
+    return seen

@@ -77,3 +77,19 @@ def test_a_cell_takes_a_place_in_the_chosen_images_alone():
         for n in range(4):
             expected = other[b, source[b]] if n == index[b] and b != 1 else cells[b, n]
             assert torch.equal(moved[b, n], expected)
+
+
+def test_alike_is_by_the_divergence_from_the_unsure_cell():
+    """Of the other direction the order is another."""
+    p, a, b = (torch.tensor(x).log() for x in ([0.5, 0.49, 0.01], [0.34, 0.33, 0.33], [0.95, 0.049, 0.001]))
+
+    def divergence_of(x, y):
+        return (x.exp() * (x - y)).sum()
+
+    assert divergence_of(p, a) < divergence_of(p, b)
+    assert divergence_of(a, p) > divergence_of(b, p)
+    unsure = CellScores(torch.tensor([[0.1, *[0.9] * 7]]), p.expand(1, 8, 3))
+    other = CellScores(
+        torch.tensor([[0.0, 0.9, 0.0, 0.8, 0.0, 0.0, 0.0, 0.0]]), torch.stack([p, a, p, b, p, p, p, p])[None]
+    )
+    assert [found.item() for found in reliable_match(unsure, other)] == [0, 1]

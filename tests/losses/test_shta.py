@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import torch.nn.functional as F
 
 from nnunet_ssl.losses.shta import (
     SHTALoss,
@@ -140,11 +141,15 @@ def oracle(loss, z, y):
         loss.settings.shta_hard_weight,
         loss.settings.shta_center_weight,
     )
+    gap = mean([(F.normalize(centers[k], dim=0) - F.normalize(c[k], dim=0)).norm().item() for k in centers])
     total = sum(w * term for w, term in zip(weights, (assign, anchor, hard, center), strict=True))  # 11
     return {
         "assign": assign, "anchor": anchor, "hard": hard, "center": center, "total": total,
         "num_candidates": len(candidates), "num_hard": len(hard_set), "hard_share": len(hard_set) / max(1, len(omega)),
-        "num_references": len(present), "num_centers": len(centers),
+        "num_references": len(present), "num_centers": len(centers), "center_gap": gap,
+        "candidate_share": len(candidates) / max(1, len(omega)),
+        "token_accuracy": mean([float(q[i].index(max(q[i])) == y[i].argmax().item()) for i in omega]),
+        "proxy_cosine": mean([cosine(c[k], mu[k]) for k in present]),
         "candidates_of_class": [sum(k and 1 + y[i, 1:].argmax() == k for i in candidates) for k in range(num_classes)],
         "hard_of_class": [sum(k and label[i] == k for i in hard_set) for k in range(num_classes)],
     }  # fmt: skip

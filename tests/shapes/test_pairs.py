@@ -8,7 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from nnunet_ssl.shapes import targets
 from nnunet_ssl.shapes.pairs import SIDE, choose, description, spread_out
+from nnunet_ssl.unlabeled.store import PreparedFolder
 
 
 @pytest.mark.parametrize(
@@ -67,3 +69,13 @@ def test_a_description_tells_images_apart_and_nothing_of_brightness_or_size(shap
     assert np.allclose(description(3 * one + 7), vector, atol=1e-4)
     assert np.linalg.norm(description(other) - vector) > 0.5
     assert not description(np.full((1, *shape), 5.0)).any()
+
+
+def test_images_that_are_not_looked_at_come_last(monkeypatch):
+    """Looking at thousands would take too long; they are warped onto where more are asked for."""
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(targets, "DESCRIBED", 2)
+    monkeypatch.setattr(targets, "load", lambda *_: (rng.random((1, 8, 8, 8)),))
+    cases = ["a", "b", "c", "d", "e"]
+    order = targets.far_apart_first(PreparedFolder("", dict.fromkeys(cases, ""), {}), cases)
+    assert sorted(order) == cases

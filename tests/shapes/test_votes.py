@@ -123,10 +123,18 @@ def test_votes_are_good_and_made_once(electorate, tiny, monkeypatch, capsys):
 @pytest.mark.timeout(300)
 def test_where_most_do_not_register_nobody_votes(electorate, monkeypatch):
     monkeypatch.setattr(case_module, "why_not", lambda *_: "fold")
+    voted, real = [], module.vote
+
+    def counted(image, good, classes):
+        voted.append(len(good := list(good)))
+        return real(image, iter(good), classes)
+
+    monkeypatch.setattr(module, "vote", counted)
     with pytest.raises(UserError, match=r"of 8 pairs .* only 0 register well \(8 fold\).*--teachers network"):
         ready(electorate)
     entry = VoteManifest.read(electorate.folder).cases["un_00"]
     assert [one["why"] for one in entry["atlases"].values()] == ["fold", "fold"]
+    assert voted == [0] * 4
 
 
 def test_the_most_alike_vote(electorate, monkeypatch):

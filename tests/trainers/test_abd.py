@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from helpers.runs import assert_resumed_equals_uninterrupted, commands_work
 from helpers.steps import a_batch, gradients, stepped
 
 from nnunet_ssl.losses.cubes import partition
+from nnunet_ssl.losses.displacement import CellScores
 from nnunet_ssl.losses.squared_dice import squared_dice_of_shown
 
 NAME = "nnUNetTrainerABD"
@@ -135,6 +138,32 @@ def test_a_term_of_displaced_images_is_the_mean_over_both_views(tiny, make_train
 def test_resumed_it_ends_with_the_weights_of_an_uninterrupted_run(tiny, make_trainer):
     settings = {"save_every": 1, "cps_rampup": 0, "seed": 3}
     assert_resumed_equals_uninterrupted(lambda: make_trainer(f"{NAME}_2epochs", tiny(), settings=settings))
+
+
+def test_the_surest_cell_gives_way_to_the_least_sure_of_the_other_view_in_turn(tiny, make_trainer):
+    """Of labeled images; the second view takes from the first as it has become. Of unlabeled ones the least sure."""
+    trainer = make_trainer(NAME, tiny("2d"), settings={"abd_labeled_probability": 1.0})
+    patch, number = trainer.configuration_manager.patch_size, math.prod(trainer.cells)
+    views = {name: torch.randn(2, 1, *patch) for name in ("first", "second")}
+    confidence = {name: torch.stack([torch.randperm(number) for _ in range(2)]).float() for name in views}
+    trainer._sure = {name: CellScores(confidence[name], torch.randn(2, number, 3)) for name in views}
+    cells = {name: partition(images, trainer.cells) for name, images in views.items()}
+
+    displaced = trainer._displaced_labeled(views, torch.zeros(2, 1, *patch, dtype=torch.int16))
+    first, second = (partition(images, trainer.cells) for images, _ in displaced)
+    for b in range(2):
+        most = {name: c[b].argmax() for name, c in confidence.items()}
+        least = {name: c[b].argmin() for name, c in confidence.items()}
+        expected = cells["first"][b].clone()
+        expected[most["first"]] = cells["second"][b, least["second"]]
+        assert torch.equal(first[b], expected)
+        other = cells["second"][b].clone()
+        other[most["second"]] = expected[least["first"]]
+        assert torch.equal(second[b], other)
+
+    for name, images in zip(views, trainer._displaced_unlabeled(views), strict=True):
+        changed = (partition(images, trainer.cells) != cells[name]).flatten(2).any(2)
+        assert [row.nonzero().item() for row in changed] == confidence[name].argmin(1).tolist()
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ import torch
 from helpers.runs import assert_plain_checkpoint, assert_resumed_equals_uninterrupted, commands_work
 from helpers.steps import a_batch, at_step, gradients_by_passes, stepped
 
+from nnunet_ssl.trainers import auss
+from nnunet_ssl.trainers.base import full_resolution
 from nnunet_ssl.views.mixing import labeled_patches
 
 NAME = "nnUNetTrainerAUSS"
@@ -116,6 +118,29 @@ def test_resumed_it_ends_with_the_weights_of_an_uninterrupted_run_and_a_plain_ch
     settings = {"save_every": 1, "auss_share": share, "teacher_rampup": 0, "seed": 3}
     folder = assert_resumed_equals_uninterrupted(lambda: make_trainer(f"{NAME}_2epochs", tiny(), settings=settings))
     assert_plain_checkpoint(folder, make_trainer("nnUNetTrainer", tiny()))
+
+
+def test_the_autoencoder_learns_the_masks_without_their_errors(tiny, make_trainer, monkeypatch):
+    """By hand: half the sum of squares over all classes and of the Dice of the foreground over the batch."""
+    trainer = make_trainer(NAME, tiny("2d"))
+    monkeypatch.setattr(auss, "with_errors", lambda masks, *_: ~masks)
+    masks = trainer._masks(full_resolution(trainer._to_device(a_batch(trainer)).labeled.target))
+    logits = torch.randn(masks.shape)
+    trainer.training_modules["autoencoder"].forward = lambda _: logits
+    found = trainer._of_autoencoder(masks, torch.ones_like(masks[:, :1], dtype=torch.bool))
+    p, t = logits.sigmoid(), masks.float()
+    shared, sizes = (p * t).sum((0, 2, 3)), (p.square() + t.square()).sum((0, 2, 3))
+    dice = (1 - 2 * shared / sizes)[1:].mean()
+    assert found.item() == pytest.approx((0.5 * ((p - t).square().mean() + dice)).item(), rel=1e-3)
+
+
+def test_the_teacher_sees_noise(tiny, make_trainer):
+    trainer = judging(make_trainer(NAME, tiny("2d"), settings={"teacher_noise": 0.3}))
+    stream = trainer._to_device(a_batch(trainer)).unlabeled
+    seen, of_teacher = [], trainer.of_teacher
+    trainer.of_teacher = lambda x: seen.append(x) or of_teacher(x)
+    trainer._consistency(trainer.forward("first", stream), stream.images)
+    assert (seen[0] - stream.images).std() > 0.1
 
 
 @pytest.mark.slow

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers.runs import assert_plain_checkpoint, assert_resumed_equals_uninterrupted, commands_work
-from helpers.steps import a_batch, gradients, half_a_step, on_two_ranks, stepped
+from helpers.steps import a_batch, gradients, half_a_step, ignoring, on_two_ranks, stepped
 
 from nnunet_ssl.losses.dhc import weighted_cross_entropy, weighted_dice_and_cross_entropy
+from nnunet_ssl.trainers import dhc
 from nnunet_ssl.trainers.dhc import DHCSettings
 
 NAME = "nnUNetTrainerDHC"
@@ -110,6 +111,20 @@ def test_two_ranks_count_together(tiny, make_trainer, tmp_path):
 def test_the_papers_preset(tiny, make_trainer):
     settings = make_trainer(NAME, tiny(), settings={"preset": "paper"}).settings
     assert (settings.dhc_least_weight, settings.cps_weight, settings.cps_rampup) == (0.0, 0.1, 1.0)
+
+
+def test_ignored_voxels_are_not_counted(tiny, make_trainer, monkeypatch):
+    """They are background to it, which the networks predict everywhere here."""
+    likeliest = dhc.likeliest_class
+    monkeypatch.setattr(dhc, "likeliest_class", lambda logits: torch.zeros_like(likeliest(logits)))
+    trainer = make_trainer(NAME, tiny("ignore"))
+    batch = ignoring(trainer, a_batch(trainer))
+    target = batch["target"][0]
+    list(trainer.losses(trainer._to_device(batch)))
+    counted = {name: counts.sum().item() for name, counts in trainer._counted.items()}
+    known = (target != trainer.label_manager.ignore_label).sum().item()
+    assert counted["labeled"] == counted["predicted"] == known
+    assert counted["right"] == (target == 0).sum().item()
 
 
 @pytest.mark.slow

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from helpers.runs import assert_equal, assert_resumed_equals_uninterrupted, commands_work, weights
-from helpers.steps import a_batch, gradients, on_two_ranks, parameters
+from helpers.steps import a_batch, gradients, on_two_ranks, parameters, spied
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.cubes import blended_pseudo_labels, class_weights, partition, recover
 from nnunet_ssl.losses.pseudo_labels import hard_pseudo_labels
+from nnunet_ssl.trainers.base import full_resolution
 from nnunet_ssl.trainers.magicnet import nnUNetTrainerMagicNet
 
 NAME = "nnUNetTrainerMagicNet"
@@ -458,6 +459,26 @@ def test_resumed_it_ends_with_the_weights_of_an_uninterrupted_run(tiny, make_tra
     assert all(f"loss_{term}" in log for term in TERMS)
     assert not any(n.startswith("training.teacher") for n in torch.load(
         folder / "checkpoint_final.pth", weights_only=False)["network_weights"])  # fmt: skip
+
+
+def test_each_term_is_of_its_own_prediction_and_target(magicnet, monkeypatch):
+    trainer = magicnet()
+    batch = trainer._to_device(a_batch(trainer))
+    seen = {name: spied(monkeypatch, trainer, name) for name in ("_exchanged", "_cube_by_cube", "_pseudo_labels")}
+    found = {}
+    for terms in trainer.losses(batch):
+        for term, value in terms.items():
+            found[term] = found.get(term, 0.0) + value.detach()
+    target = full_resolution(batch.labeled.target)
+    (of_labeled, of_unlabeled), (labels,) = seen["_exchanged"][0], seen["_pseudo_labels"]
+    (within, of_first), (_, of_second) = seen["_cube_by_cube"]
+    for term, expected in {
+        "cross": trainer._dice(of_labeled, target),
+        "consistency": trainer._dice(of_unlabeled, labels),
+        "within": trainer._dice(within, target),
+        "location": (of_first + of_second) / 2,
+    }.items():
+        torch.testing.assert_close(found[term], expected.detach(), rtol=1e-5, atol=1e-6, msg=term)
 
 
 @pytest.mark.slow

@@ -181,6 +181,18 @@ def test_ua_mt_steps(tiny, make_trainer):
     assert stepped(make_trainer("nnUNetTrainerUAMT", tiny()))
 
 
+def test_each_pass_of_ua_mt_sees_noise_of_its_own_and_so_does_the_target(tiny, make_trainer):
+    trainer = make_trainer("nnUNetTrainerUAMT", tiny("2d"), settings={"teacher_noise": 0.3})
+    images = trainer._to_device(a_batch(trainer)).unlabeled.images
+    seen, of_teacher = [], trainer.of_teacher
+    trainer.of_teacher = lambda x: seen.append(x) or of_teacher(x)
+    apart(trainer).consistency(images)
+    assert len(seen) == trainer.settings.uamt_passes + 1
+    for i, one in enumerate(seen):
+        assert (one - images).std() > 0.1
+        assert not any(torch.equal(one, other) for other in seen[:i])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_nnunets_commands_train_continue_validate_and_predict(tiny_copy, run_nnunet, tmp_path, name):

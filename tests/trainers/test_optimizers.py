@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers.steps import a_batch
+from helpers.steps import a_batch, parameters
 from torch import nn
 
 from nnunet_ssl.trainers.optimizers import fused
@@ -103,3 +103,24 @@ def test_trainers_take_it_on_a_gpu_alone(tiny, make_trainer, name):
     trainer.lr_scheduler.step(0)
     assert trainer.optimizer.state_dict()["param_groups"] == plain
     assert trainer.train_step(batch)["loss"].isfinite()
+
+
+def test_a_scaler_changes_no_step(tiny, make_trainer):
+    """Gradients are clipped as they are without it."""
+    stepped = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10)):
+        torch.manual_seed(0)
+        trainer = make_trainer("nnUNetTrainerCPS", tiny("2d"), settings={"cps_rampup": 0.0})
+        trainer.grad_scaler = scaler
+        trainer.train_step(a_batch(trainer))
+        stepped.append({name: p.detach().clone() for name, p in parameters(trainer).items()})
+    for name, p in stepped[0].items():
+        torch.testing.assert_close(p, stepped[1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_both_networks_have_one_learning_rate(tiny, make_trainer):
+    trainer = make_trainer("nnUNetTrainerCPS", tiny("2d"))
+    trainer.current_epoch = 1
+    trainer.on_train_epoch_start()
+    first, second = (o.param_groups[0]["lr"] for o in (trainer.optimizer, trainer.training_optimizer))
+    assert first == second < trainer.initial_lr

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.runs import assert_plain_checkpoint, assert_resumed_equals_uninterrupted, commands_work
-from helpers.steps import a_batch, gradients_by_passes, parameters, stepped, who_learns, with_stages
+from helpers.steps import a_batch, gradients_by_passes, ignoring, parameters, stepped, who_learns, with_stages
 
 from nnunet_ssl.losses.partial import partial_dice_and_cross_entropy
 from nnunet_ssl.losses.squared_dice import squared_dice_of_shown
+from nnunet_ssl.trainers import skcdf
 
 NAME = "nnUNetTrainerSKCDF"
 TERMS = {"loss_sup", "loss_sup_balanced", "loss_pseudo", "loss_pseudo_balanced"}
@@ -135,6 +136,29 @@ def test_resumed_it_ends_with_the_weights_of_an_uninterrupted_run_and_a_plain_ch
     settings = {"save_every": 1, "skcdf_rampup": 0, "seed": 3}
     folder = assert_resumed_equals_uninterrupted(lambda: make_trainer(f"{NAME}_2epochs", tiny(), settings=settings))
     assert_plain_checkpoint(folder, make_trainer("nnUNetTrainer", tiny()))
+
+
+def test_ignored_voxels_teach_the_balanced_head_nothing(tiny, make_trainer, monkeypatch):
+    trainer = make_trainer(NAME, tiny("ignore"))
+    shown, loss = [], skcdf.partial_dice_and_cross_entropy
+    monkeypatch.setattr(
+        skcdf, "partial_dice_and_cross_entropy", lambda *args, **kw: shown.append(args[2]) or loss(*args, **kw)
+    )
+    batch = ignoring(trainer, a_batch(trainer))
+    list(trainer.losses(trainer._to_device(batch)))
+    ignored = batch["target"][0] == trainer.label_manager.ignore_label
+    assert not shown[0][ignored].any()
+    assert shown[0][~ignored].any()
+
+
+def test_pseudo_labels_are_drawn_by_progress(tiny, make_trainer, monkeypatch):
+    trainer = make_trainer(NAME, tiny("2d"))
+    classes, seen = trainer.training_modules["classes"], []
+    draw = classes.draw
+    monkeypatch.setattr(classes, "draw", lambda *args: seen.append(args[1:]) or draw(*args))
+    trainer.global_step = trainer.total_steps // 4
+    list(trainer.losses(trainer._to_device(a_batch(trainer))))
+    assert seen == [(), (0.25,)]
 
 
 @pytest.mark.slow

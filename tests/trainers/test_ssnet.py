@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from helpers.runs import assert_resumed_equals_uninterrupted, commands_work
-from helpers.steps import a_batch, gradients_by_passes, parameters
+from helpers.steps import a_batch, gradients_by_passes, parameters, spied
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.squared_dice import squared_dice_to_soft_labels
@@ -151,6 +151,15 @@ def test_resumed_it_ends_with_the_weights_of_an_uninterrupted_run(tiny, make_tra
     folder = assert_resumed_equals_uninterrupted(lambda: make_trainer(f"{NAME}_2epochs", tiny(), settings=settings))
     state = torch.load(folder / "checkpoint_final_ssl.pth", weights_only=True)
     assert state["modules"]["prototypes.prototypes"].any()
+
+
+def test_smoothness_is_the_mean_of_both_streams(tiny, make_trainer, monkeypatch):
+    trainer = make_trainer(NAME, tiny("2d"))
+    seen = spied(monkeypatch, trainer, "_smoothness")
+    terms = list(trainer.losses(trainer._to_device(a_batch(trainer))))
+    found = sum(of_pass["smoothness"].item() for of_pass in terms if "smoothness" in of_pass)
+    assert len(seen) == 2
+    assert found == pytest.approx(sum(seen).item() / 2)
 
 
 @pytest.mark.slow

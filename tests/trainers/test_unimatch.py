@@ -8,8 +8,9 @@ import torch
 from helpers.runs import assert_resumed_equals_uninterrupted, commands_work
 from helpers.steps import a_batch, gradients_by_passes, stepped
 
+from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.squared_dice import squared_dice_of_shown
-from nnunet_ssl.trainers.base import nnUNetTrainerSSL
+from nnunet_ssl.trainers.unimatch import nnUNetTrainerUniMatch
 
 NAME = "nnUNetTrainerUniMatch"
 PLAIN = {"strong_jitter": 0, "strong_blur": 0, "strong_noise": 0, "unimatch_cutmix": 0, "unimatch_dropout": 0}
@@ -119,11 +120,11 @@ def test_dropped_features_are_those_between_encoder_and_decoder(tiny, make_train
     assert 0.2 < kept < 0.8
 
 
-def test_a_network_without_encoder_is_refused(tiny, make_trainer, monkeypatch):
-    asked = []
-    monkeypatch.setattr(nnUNetTrainerSSL, "require_decoder", lambda self, network, why: asked.append((network, why)))
+def test_a_network_without_encoder_is_refused(tiny, make_trainer):
     trainer = make_trainer(NAME, tiny())
-    assert asked == [(trainer.plans_network, "to drop features between")]
+    trainer.require_decoder(trainer.plans_network, "to drop features between")
+    with pytest.raises(UserError, match="to drop features between; use plans with"):
+        trainer.require_decoder(torch.nn.Conv2d(1, 2, 3), "to drop features between")
 
 
 def test_its_weights_grow_at_first_and_the_papers_do_not(tiny, make_trainer):
@@ -141,6 +142,20 @@ def test_its_weights_grow_at_first_and_the_papers_do_not(tiny, make_trainer):
 def test_resumed_it_ends_with_the_weights_of_an_uninterrupted_run(tiny, make_trainer):
     settings = {"save_every": 1, "seed": 3, **SURE}
     assert_resumed_equals_uninterrupted(lambda: make_trainer(f"{NAME}_2epochs", tiny(), settings=settings))
+
+
+@pytest.mark.parametrize("slice_by_slice", [True, False])
+def test_thick_slices_are_blurred_one_by_one(tiny, make_trainer, monkeypatch, slice_by_slice):
+    """Where nnU-Net rotates them so; and what its normalization left at 0 outside stays 0."""
+    whole = nnUNetTrainerUniMatch.configure_rotation_dummyDA_mirroring_and_inital_patch_size
+
+    def configured(self):
+        rotation, _, *rest = whole(self)
+        return rotation, slice_by_slice, *rest
+
+    monkeypatch.setattr(nnUNetTrainerUniMatch, whole.__name__, configured)
+    view = make_trainer(NAME, tiny()).strong_view
+    assert view.axes == ((1, 2) if slice_by_slice else None)
 
 
 @pytest.mark.slow
