@@ -426,8 +426,10 @@ import json, os, resource, sys
 from nnunetv2.run.run_training import run_training_entry
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 recursive_find_trainer_class_by_name("nnUNetTrainerSHTA_CPS")  # imports whatever there is to import
+from nnunet_ssl.shapes import registration, warped
 from nnunet_ssl.trainers import base
 base.PATIENCE = 0.1
+registration.ITERATIONS, warped.BUDGET, warped.LEAST_EACH = 4, 0.0, 1
 print(flush=True)
 for row in json.loads(sys.argv[1]):
     if (child := os.fork()) == 0:

@@ -148,7 +148,10 @@ def our_folder(environment: SmallEnvironment, mode: str) -> str:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_install_takes_effect_and_uninstall_leaves_nothing(small_environment: SmallEnvironment, mode: str) -> None:
+def test_install_takes_effect_and_uninstall_leaves_nothing(
+    small_environment: SmallEnvironment, tmp_path: Path, mode: str
+) -> None:
+    """In between, nnU-Net finds the trainers, and Python starts in silence even where the package is broken."""
     environment = small_environment
     assert environment.variable() == [""]
     before = environment.files()
@@ -160,17 +163,17 @@ def test_install_takes_effect_and_uninstall_leaves_nothing(small_environment: Sm
     entry = (environment.site_packages / "nnunet_ssl.start").read_text().strip()
     again = f"import os, pkgutil; pkgutil.resolve_name({entry!r})(); print(os.environ[{VARIABLE!r}])"
     assert environment.run("-c", again).stdout.strip() == our_folder(environment, mode)
+    if mode == "plain":
+        nnunet_finds_trainers_in_every_process(environment, tmp_path, mode)
+    else:
+        python_starts_in_silence_when_the_package_is_broken_or_gone(environment)
 
     environment.pip("uninstall", "-y", "nnunet-ssl")
     assert environment.files() == before
     assert environment.variable() == [""]
 
 
-@pytest.mark.parametrize("mode", [pytest.param("plain"), pytest.param("editable", marks=pytest.mark.slow)])
-def test_nnunet_finds_trainers_in_every_process(
-    installed: Callable[[str], SmallEnvironment], tmp_path: Path, mode: str
-) -> None:
-    environment = installed(mode)
+def nnunet_finds_trainers_in_every_process(environment: SmallEnvironment, tmp_path: Path, mode: str) -> None:
     users = tmp_path / "users"
     users.mkdir()
     (users / "users_trainer.py").write_text(USERS_TRAINER)
@@ -192,19 +195,21 @@ def test_nnunet_finds_trainers_in_every_process(
     assert found["rank"]["user"] == "nnUNetTrainerOfTheUser"
 
 
-def test_python_starts_in_silence_when_the_package_is_broken_or_gone(
-    installed: Callable[[str], SmallEnvironment],
-) -> None:
-    environment = installed("editable")
+def python_starts_in_silence_when_the_package_is_broken_or_gone(environment: SmallEnvironment) -> None:
     package = environment.source / "nnunet_ssl"
-
     (package / "__init__.py").write_text("<<<<<<< a merge conflict\n")
     broken = environment.run("-c", "print('alive')")
     shutil.rmtree(package)
     gone = environment.run("-c", "print('alive')")
-
     for start in (broken, gone):
         assert (start.stdout, start.stderr) == ("alive\n", "")
+
+
+@pytest.mark.slow
+def test_nnunet_finds_trainers_of_an_editable_install(
+    installed: Callable[[str], SmallEnvironment], tmp_path: Path
+) -> None:
+    nnunet_finds_trainers_in_every_process(installed("editable"), tmp_path, "editable")
 
 
 @pytest.mark.slow

@@ -93,6 +93,7 @@ def test_epochs_that_cannot_be_are_a_sentence(own: Path) -> None:
         find("nnUNetTrainerMine_0epochs")
 
 
+@pytest.mark.slow
 def test_the_real_commands_take_them(
     tiny: Callable, own_results: Path, run_nnunet: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

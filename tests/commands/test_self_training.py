@@ -259,7 +259,9 @@ def test_predictions_of_nnunet_become_labels_and_are_used_again(trained, in_proc
 
 
 @pytest.mark.timeout(600)
-def test_a_network_and_an_atlas_teach_a_student_that_is_warm_and_finished(trained, in_process, capsys):
+def test_a_network_and_an_atlas_teach_a_student_that_is_warm_and_finished(
+    trained, in_process, capsys, quick_registration
+):
     dataset, model, arguments = trained()
     options = ["-o", "960", "--teachers", "network,atlas", "--keep", "0.5", "--rounds", "1", "--warm", "--finish", "1"]
     options += ["--student", OTHER]
@@ -306,7 +308,7 @@ def test_a_network_and_an_atlas_teach_a_student_that_is_warm_and_finished(traine
 
 
 @pytest.mark.timeout(300)
-def test_an_atlas_needs_no_model(tiny_copy, in_process, capsys):
+def test_an_atlas_needs_no_model(tiny_copy, in_process, capsys, quick_registration):
     dataset = tiny_copy("3d")
     splits = [{"train": ["tr_00", "tr_01"], "val": ["tr_03", "tr_04"]}]
     (dataset.preprocessed / "splits_final.json").write_text(json.dumps(splits))

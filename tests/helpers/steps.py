@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from helpers.datasets import TinyDataset
+from nnunet_ssl.trainers import TRAINERS
 
 
 def a_batch(trainer, seed=0):
@@ -155,6 +156,10 @@ def ignoring(trainer, batch: dict) -> dict:
     for target in batch["target"]:
         target[..., : target.shape[-1] // 4] = trainer.label_manager.ignore_label
     return batch
+
+
+# of what the base does for every method alike; SHTA's branch does it the same way on each host
+ONE_WITH_SHTA = sorted(name for name in TRAINERS if "SHTA" not in name or name == "nnUNetTrainerSHTA_CPS")
 
 
 def spied(monkeypatch, of, name: str) -> list:

@@ -116,10 +116,11 @@ def test_a_network_that_is_no_unet_is_refused():
         DualBranchUNet(nn.Conv3d(1, 1, 1))
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_compiled_as_one_graph_it_gives_the_same(training):
+@pytest.mark.parametrize(("training", "branch"), [(True, "both"), (False, "both"), (False, "high"), (False, "low")])
+def test_compiled_as_one_graph_it_gives_the_same(training, branch):
     dual = a_dual().train(training)
-    compiled = torch.compile(dual, backend="aot_eager", fullgraph=True)
+    dual.branch = branch
+    compiled = torch.compile(dual, backend="aot_eager" if training else "eager", fullgraph=True)
     found, expected = compiled(images()), dual(images())
     flat = torch.utils._pytree.tree_leaves
     assert len(flat(found)) == len(flat(expected))

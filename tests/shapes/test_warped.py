@@ -456,7 +456,7 @@ def test_a_damaged_manifest_counts_as_none(tiny_copy, damage):
 
 WARP_SLOWLY = """
 import sys, time
-from nnunet_ssl.shapes import case, warped
+from nnunet_ssl.shapes import case, registration, warped
 real = case.warp_case
 def slow(*job):
     outcome = real(*job)
@@ -464,6 +464,7 @@ def slow(*job):
     return outcome
 warped.warp_case = slow
 warped.store.SAVE_EVERY = 0
+registration.ITERATIONS = 4
 from nnunet_ssl.commands.warp import main
 main()
 """
@@ -478,7 +479,7 @@ def child(dataset: TinyDataset, *more: object) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def test_killed_midway_it_goes_on_with_what_is_finished(tiny_copy):
+def test_killed_midway_it_goes_on_with_what_is_finished(tiny_copy, quick_registration):
     dataset = tiny_copy("3d")
     process = child(dataset, "--pairs", 2)
     end = time.time() + 120

@@ -130,9 +130,9 @@ def test_only_validation_needs_neither_settings_nor_the_training_state(tiny, mak
 
 
 def test_a_compiled_network_sees_the_exchange(tiny, make_trainer, monkeypatch):
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.setattr(trainers.nnUNetTrainerLabeledOnly, "_do_i_compile", lambda self: True)
-    trainer = make_trainer("nnUNetTrainerLabeledOnly", tiny(), settings=EMA)
+    trainer = make_trainer("nnUNetTrainerLabeledOnly", tiny("2d"), settings=EMA)
     trainer.on_train_start()
     trainer.on_train_epoch_start()
     for seed in range(4):
@@ -144,4 +144,3 @@ def test_a_compiled_network_sees_the_exchange(tiny, make_trainer, monkeypatch):
             outputs.append(trainer.network(images)[0])
             torch.testing.assert_close(outputs[-1], trainer.plans_network(images)[0])
     assert not torch.allclose(*outputs)
-    assert trainer.train_step(a_batch(trainer))["loss"].isfinite()

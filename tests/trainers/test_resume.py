@@ -231,10 +231,33 @@ def wait_for(condition, process, seconds=120):
 def killed_runs():
     """When the kill comes, as a test of the fold's folder."""
     log = lambda f: "".join(p.read_text() for p in f.glob("training_log*"))  # noqa: E731
-    yield pytest.param(lambda f: "Epoch 1" in log(f), id="during an epoch")
+    yield pytest.param(lambda f: "Epoch 1" in log(f), id="during an epoch", marks=pytest.mark.slow)
     yield pytest.param(lambda f: (f / "checkpoint_latest.pth").exists(), id="between epochs", marks=pytest.mark.slow)
     yield pytest.param(lambda f: list(f.glob("*_ssl.pth.new*")), id="while saving", marks=pytest.mark.slow)
     yield pytest.param(lambda f: "Epoch 0" in log(f), id="before any checkpoint", marks=pytest.mark.slow)
+
+
+def test_killed_during_an_epoch_it_goes_on(tiny, make_trainer):
+    """As the real commands do below, in a fork of this process."""
+    settings = {"save_every": 1, "num_iterations_per_epoch": 6}
+    trainer = make_trainer(NAME, tiny(), settings=settings)
+    folder = Path(trainer.output_folder)
+    child = multiprocessing.get_context("fork").Process(target=train, args=(trainer,))
+    child.start()
+    end = time.time() + 60
+    while not any("Epoch 1" in log.read_text() for log in folder.glob("training_log*")):
+        assert child.is_alive()
+        assert time.time() < end
+        time.sleep(0.005)
+    child.kill()
+    child.join()
+    trainer = resumed(make_trainer, tiny, folder, **settings)
+    assert trainer.current_epoch == 1
+    train(trainer)
+    found = weights(folder)
+    shutil.rmtree(folder)
+    train(make_trainer(NAME, tiny(), settings=settings))
+    assert_equal(weights(folder), found)
 
 
 @pytest.mark.parametrize("moment", killed_runs())

@@ -412,11 +412,11 @@ def test_final_validation_exports_to_the_next_stage_once(tiny, make_trainer, mon
 
 
 def test_compiled_networks_give_the_same_gradients(tiny, make_trainer, monkeypatch):
-    plain = started(make_trainer(NAME, tiny(), settings=FULL))
+    plain = started(make_trainer(NAME, tiny("2d"), settings=FULL))
     batch = next(plain.dataloader_train)
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(type(plain), "_do_i_compile", lambda self: True)
-    compiled = started(make_trainer(NAME, tiny(), settings=FULL))
+    compiled = started(make_trainer(NAME, tiny("2d"), settings=FULL))
     assert isinstance(compiled.network, torch._dynamo.OptimizedModule)
     expected, found = (gradients(trainer, batch) for trainer in (plain, compiled))
     assert expected.keys() == found.keys()
@@ -425,15 +425,6 @@ def test_compiled_networks_give_the_same_gradients(tiny, make_trainer, monkeypat
             assert found[name] is None or not found[name].any()
         else:
             torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
-    compiled.on_validation_epoch_start()
-    plain.on_validation_epoch_start()
-    with torch.no_grad():
-        found, expected = (t.validation_step(next(plain.dataloader_val)) for t in (compiled, plain))
-    assert found.keys() == expected.keys()
-    images = batch["data"]
-    for branch in ("high", "low", "both"):
-        compiled.plans_network.branch = branch  # the compiled network is traced anew for each
-        torch.testing.assert_close(compiled.network(images)[0], compiled.plans_network(images)[0])
     assert compiled.plans_network.state_dict().keys() == plain.plans_network.state_dict().keys()
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.steps import a_batch, gradients, parameters, with_stages
-
-from nnunet_ssl.trainers import TRAINERS as ALL_TRAINERS
+from helpers.steps import ONE_WITH_SHTA, a_batch, gradients, parameters, with_stages
 
 TRAINERS = ["nnUNetTrainerLabeledOnly", "nnUNetTrainerCPS", "nnUNetTrainerSHTA_CPS"]
 
@@ -90,7 +88,7 @@ def test_paired_passes_run_each_network_once_on_each_stream(tiny, make_trainer, 
     assert [seen.count(n) for n in (trainer.plans_network, trainer.training_modules["second"])] == [2, runs]
 
 
-@pytest.mark.parametrize("name", [n for n in ALL_TRAINERS if not n.endswith("CPS")])
+@pytest.mark.parametrize("name", [n for n in ONE_WITH_SHTA if not n.endswith("CPS")])
 def test_where_one_network_learns_paired_passes_are_lean_ones(tiny, make_trainer, name):
     found = []
     for passes in ("paired", "lean"):

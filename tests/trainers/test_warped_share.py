@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.runs import assert_equal, assert_resumed_equals_uninterrupted, resumed, train, weights
-from helpers.steps import stepped
+from helpers.steps import ONE_WITH_SHTA, stepped
 
-import nnunet_ssl.trainers as trainers
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.shapes.loader import JoinedDataset
 from nnunet_ssl.shapes.wish import WarpManifest
@@ -33,7 +32,7 @@ def loader_of(trainer):
     return trainer.get_dataloaders()[0].data_loader
 
 
-@pytest.mark.parametrize("name", sorted(trainers.TRAINERS.keys() - {"nnUNetTrainerMAE"}))  # it sees no label
+@pytest.mark.parametrize("name", [name for name in ONE_WITH_SHTA if name != "nnUNetTrainerMAE"])  # it sees no label
 def test_every_trainer_takes_warps(tiny, make_trainer, name):
     """SASNet with its memory of confidence and its coordinates included."""
     trainer = make_trainer(name, tiny(), settings={"warped_share": 0.5})
