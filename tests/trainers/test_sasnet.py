@@ -12,12 +12,13 @@ from batchgeneratorsv2.transforms.spatial.transpose import TransposeAxesTransfor
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from helpers.datasets import threads_for_processes
 from helpers.runs import assert_resumed_equals_uninterrupted, train
-from helpers.steps import a_batch, half_a_step, on_two_ranks, with_stages
+from helpers.steps import a_batch, half_a_step, on_two_ranks, spied, with_stages
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.branches import Branches
+from nnunet_ssl.losses.sdm import signed_distance_maps
 from nnunet_ssl.trainers.sasnet import trainer as sasnet
 from nnunet_ssl.trainers.sasnet.coordinates import positions
 from nnunet_ssl.trainers.sasnet.memory import ConfidenceMemory
@@ -51,6 +52,42 @@ def test_steps_move_every_parameter(tiny, make_trainer, kind):
         assert trainer.train_step(next(trainer.dataloader_train))["loss"].isfinite()
     still = [n for n, p in parameters(trainer).items() if torch.equal(p, before[n])]
     assert all(n.startswith("decoder.seg_layers.0.") for n in still), still  # nnU-Net gives it no weight
+
+
+def test_terms_of_both_streams_count_by_half(tiny, make_trainer, monkeypatch):
+    trainer = started(make_trainer(NAME, tiny("2d"), settings=FULL))
+    seen = {name: spied(monkeypatch, trainer, name) for name in ("plc", "src")}
+    terms = list(trainer.losses(trainer._to_device(next(trainer.dataloader_train))))
+    for name, calls in seen.items():
+        assert len(calls) == (2 if name == "plc" else 4)  # src for each decoder
+        assert sum(of_stream[name].item() for of_stream in terms) == pytest.approx(sum(calls).item() / 2)
+
+
+def test_unlabeled_images_are_fused_by_the_mean_of_the_branches(tiny, make_trainer):
+    """The classes differ where the branches do, so that one of them alone gives others."""
+    trainer = started(make_trainer(NAME, tiny("2d"), settings=FULL))
+    stream = trainer._to_device(next(trainer.dataloader_train)).unlabeled
+    torch.manual_seed(0)
+    high, low = (torch.randn(2, 3, 16, 16).softmax(1) for _ in range(2))
+    fused = trainer._fused_labels(stream, Branches(high, low))
+    assert torch.equal(fused.squeeze(1), (high + low).argmax(1))
+    assert not torch.equal(fused.squeeze(1), high.argmax(1))
+
+
+def test_distances_are_in_the_plans_spacing(tiny, make_trainer):
+    trainer = started(make_trainer(NAME, tiny("anisotropic"), settings=FULL))
+    stream = trainer._to_device(next(trainer.dataloader_train)).unlabeled
+    logits = Branches(*(torch.randn(2, 3, *trainer.configuration_manager.patch_size) for _ in range(2)))
+    fused = trainer._fused_labels(stream, Branches(*(x.softmax(1) for x in logits)))
+    spacing = trainer.configuration_manager.spacing
+    assert len(set(spacing)) > 1
+    found, expected, plain = (
+        trainer._distance_maps(stream, logits)[0],
+        signed_distance_maps(fused, 3, spacing)[0],
+        signed_distance_maps(fused, 3, [1.0] * len(spacing))[0],
+    )
+    assert torch.equal(found, expected)
+    assert not torch.allclose(found, plain)
 
 
 def learns(trainer, term: str, batch) -> set[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.steps import ONE_WITH_SHTA, a_batch, gradients, parameters, with_stages
+from helpers.steps import ONE_WITH_SHTA, a_batch, gradients, parameters, stepped, with_stages
 
 TRAINERS = ["nnUNetTrainerLabeledOnly", "nnUNetTrainerCPS", "nnUNetTrainerSHTA_CPS"]
 
@@ -18,6 +18,13 @@ def test_a_step_moves_every_parameter(tiny, make_trainer, name, kind):
     assert loss.isfinite()
     still = [n for n, p in parameters(trainer).items() if torch.equal(p, before[n])]
     assert all("seg_layers.0." in n for n in still), still  # nnU-Net gives the lowest resolution no weight
+
+
+@pytest.mark.parametrize("method", ["LabeledOnly", "CPS", "ABD", "BCP", "DTC", "AUSS", "MiDSS"])
+def test_regions_with_voxels_to_ignore(tiny, make_trainer, method):
+    """nnU-Net's target then has one more channel, which says where to ignore."""
+    found = stepped(make_trainer(f"nnUNetTrainer{method}", tiny("regions_ignore")))
+    assert all(p.isfinite().all() for p in found.values())
 
 
 @pytest.mark.filterwarnings("error::RuntimeWarning")
