@@ -69,7 +69,7 @@ RECIPES: dict[str, Recipe] = {
     ),
     "ignore": Recipe(906, "TinyIgnore", ignore=True),
     "regions": Recipe(907, "TinyRegions", regions=True),
-    "regions_ignore": Recipe(909, "TinyRegionsIgnore", regions=True, ignore=True),
+    "regions_ignore": Recipe(919, "TinyRegionsIgnore", regions=True, ignore=True),
     "resenc": Recipe(908, "TinyResEnc", planner="nnUNetPlannerResEncM"),
 }
 
