@@ -15,6 +15,7 @@ import numpy as np
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_json, write_json
+from nnunet_ssl.names import a_few
 from nnunet_ssl.self_training.confidence import Measured, choose
 from nnunet_ssl.self_training.predictions import Predictions
 from nnunet_ssl.unlabeled.find import (
@@ -27,7 +28,9 @@ from nnunet_ssl.unlabeled.find import (
     with_spacing,
 )
 from nnunet_ssl.unlabeled.folds import SPLITS, read_splits
+from nnunet_ssl.unlabeled.groups import all_groups
 from nnunet_ssl.unlabeled.raw_dataset import Split, new_dataset, write_dataset
+from nnunet_ssl.unlabeled.stamps import refuse_copies
 
 WHO_IS_BEST = {"confidence": "the most confident is the one of", "agreement": "the teachers agree most on"}
 REPORT, PICTURE = "pseudolabels.csv", "pseudolabels.png"
@@ -51,13 +54,14 @@ def read_source(name: str, *folds: str) -> Source:
     In fold ``all`` all labeled cases train and validate, as nnU-Net has it.
 
     Raises:
-        UserError: no such dataset or fold, no unlabeled image, or one that bears a labeled one's name.
+        UserError: no such dataset or fold, no unlabeled image, or one that bears a labeled one's name or is its copy.
     """
     folder = os.path.join(required_folder("nnUNet_raw"), name)
     dataset_json = read_dataset_json(folder)
     images = find_labeled(folder, dataset_json)
     unlabeled = find_unlabeled(folder, dataset_json)
     refuse_labeled_names(unlabeled, images)
+    refuse_copies(unlabeled, images)
     if "all" in folds:
         return Source(name, folder, dataset_json, images, unlabeled, list(images), list(images))
     file = os.path.join(required_folder("nnUNet_preprocessed"), name, SPLITS)
@@ -68,6 +72,13 @@ def read_source(name: str, *folds: str) -> Source:
     validation = sorted({case for fold in folds for case in splits[int(fold)].val} - set(labeled)) or labeled
     if unknown := sorted({*labeled, *validation} - set(images)):
         raise UserError(f"{file} names {unknown[0]}, which {os.path.join(folder, 'imagesTr')} does not hold.")
+    if validation != labeled:  # their patients are to be new to the student
+        groups = all_groups(name)
+        judging = {groups.get(case, case) for case in validation}
+        left_out = [case for case in unlabeled if groups.get(case, case) in judging]
+        unlabeled = {case: files for case, files in unlabeled.items() if case not in set(left_out)}
+        if left_out:
+            print(f"{len(left_out)} unlabeled images of validation patients are left out ({a_few(left_out)}).")
     return Source(name, folder, dataset_json, images, unlabeled, labeled, validation)
 
 
@@ -111,7 +122,7 @@ def write_pseudolabeled(
             f"no prediction in {predictions.folder} is kept: {WHO_IS_BEST[by]} {best}, with "
             f"{scores[best]:.3f}. " + (f"Lower --min-{by}, or use --keep." if scores[best] else nothing)
         )
-    rest = [case for case in source.unlabeled if case not in kept]
+    rest = sorted(set(source.unlabeled) - set(kept))
     split = Split(sorted([*source.labeled, *kept]), source.validation, rest, [])
 
     raw = os.path.dirname(source.folder)

@@ -82,6 +82,7 @@ class Predictions:
                 for case, measured in stored.cases.items()
                 if self._is_current(case) and os.path.isfile(self.label_file(case))
             }
+        self._new = set(self.measured)  # whose probabilities may still be there
 
     def label_file(self, case: str) -> str:
         """The predicted label map of a case."""
@@ -141,6 +142,7 @@ class Predictions:
             if len(teachers) > 1:
                 measured = measured._replace(dice=dice_between(teachers[0], teachers[1], label_manager))
             self.measured[case] = measured
+            self._new.add(case)
             if time.monotonic() - saved > SAVE_EVERY:
                 self._keep()
                 saved = time.monotonic()
@@ -164,8 +166,9 @@ class Predictions:
     def _keep(self) -> None:
         """Save what is measured; its probabilities are not needed any more."""
         self.save()
-        for case in self.measured:
+        for case in self._new:
             self._remove(case, ".npz", ".pkl")
+        self._new.clear()
 
     def _is_current(self, case: str) -> bool:
         return case in self._stamps and same_images(self._stored_stamps[case], self._stamps[case])

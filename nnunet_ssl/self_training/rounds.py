@@ -19,14 +19,15 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.export import find_model_folder
 from nnunet_ssl.files import writing
+from nnunet_ssl.locks import holding
 from nnunet_ssl.self_training.dataset import REPORT, read_source, write_pseudolabeled
 from nnunet_ssl.self_training.settings import NETWORK, Model, Settings
 from nnunet_ssl.self_training.teachers import Teachers
 from nnunet_ssl.steps import Step, Steps, training
 from nnunet_ssl.unlabeled.case import labeled_folder
-from nnunet_ssl.unlabeled.find import PSEUDOLABELED, required_folder, resolve_dataset
+from nnunet_ssl.unlabeled.find import PSEUDOLABELED, read_plans, required_folder, resolve_dataset
 from nnunet_ssl.unlabeled.folds import SPLITS
-from nnunet_ssl.unlabeled.raw_dataset import refuse_existing
+from nnunet_ssl.unlabeled.raw_dataset import lock_of, refuse_existing
 
 FINGERPRINT = "dataset_fingerprint.json"
 
@@ -61,7 +62,14 @@ class _Rounds:
         targets = [f"Dataset{self.settings.target_id + n - 1:03d}_{name}_pseudo{n}" for n in rounds]
         for target in targets:
             self._refuse_taken(target)
+        if self.settings.dry_run:
+            return self._make(targets)
+        lock = lock_of(required_folder("nnUNet_preprocessed"), targets[0])
+        with holding(lock, f"another nnUNetv2_ssl_pseudolabel is making {targets[0]}: wait until it has ended."):
+            return self._make(targets)
 
+    def _make(self, targets: list[str]) -> list[str]:
+        rounds = range(1, len(targets) + 1)
         teachers = self.first
         for number, target in zip(rounds, targets, strict=True):
             print(f"\nRound {number}: {target}, by {teachers}", flush=True)
@@ -97,10 +105,25 @@ class _Rounds:
         plans_file = _preprocessed(self.source.name) / f"{s.plans}.json"
         if s.rounds and not plans_file.is_file():
             raise UserError(f"{plans_file} does not exist, but the students are to be trained with these plans.")
+        if s.rounds and NETWORK in s.teachers:
+            self._refuse_other_plans(plans_file)
         if s.student:
             _refuse_unknown_trainer(s.student, f"--student {s.student}", "name")
         if s.finish:
             _refuse_unknown_trainer(self._finishing_trainer, f"--finish {s.finish}", "number of epochs")
+
+    def _refuse_other_plans(self, file: Path) -> None:
+        """The students are trained with the plans of today, and compared with a teacher that may have had others."""
+        name, then = self.settings.configuration, self.first.plans
+        now = read_plans(str(file), "Plan the dataset again.", name)
+        same_normalization = (
+            now.foreground_intensity_properties_per_channel == then.foreground_intensity_properties_per_channel
+        )
+        if not same_normalization or now.get_configuration(name).configuration != self.plans.configuration:
+            raise UserError(
+                f"{file} is not what the teacher was trained with ({self.first.plans_folder}/plans.json). Restore it, "
+                "or train the teacher again."
+            )
 
     def _refuse_taken(self, target: str) -> None:
         """Refuse an id that another dataset has; one that an earlier run of this command made is taken up."""

@@ -25,7 +25,14 @@ from nnunet_ssl.self_training.predictions import Predictions, stored_confidences
 from nnunet_ssl.self_training.settings import ATLAS, NETWORK, Model, Settings
 from nnunet_ssl.shapes.votes import Electorate, prepare_votes
 from nnunet_ssl.steps import Steps
-from nnunet_ssl.unlabeled.find import UNLABELED_FOLDER, read_dataset_json, read_plans, required_folder, with_spacing
+from nnunet_ssl.unlabeled.find import (
+    UNLABELED_FOLDER,
+    find_images,
+    read_dataset_json,
+    read_plans,
+    required_folder,
+    with_spacing,
+)
 from nnunet_ssl.unlabeled.prepare import prepare_unlabeled
 
 PREPARE = "An atlas needs the preprocessed labeled cases: run nnUNetv2_plan_and_preprocess, or name the plans with -p."
@@ -184,9 +191,11 @@ class Teachers:
         return words
 
     def _input_folder(self, cases: list[str]) -> str:
-        """Where nnU-Net finds these images and no others."""
-        if len(cases) == len(self.source.unlabeled):
-            return os.path.join(self.source.folder, UNLABELED_FOLDER)
+        """Where nnU-Net finds these images and no others; it looks at hidden files too, such as ``._case_0000``."""
+        folder = os.path.join(self.source.folder, UNLABELED_FOLDER)
+        here = find_images(folder, self.source.dataset_json["file_ending"])[0]
+        if len(cases) == len(here) and not any(name.startswith(".") for name in os.listdir(folder)):
+            return folder
         return os.path.join(self.folder, TO_PREDICT)
 
     def _link_images(self, folder: str, cases: list[str]) -> None:

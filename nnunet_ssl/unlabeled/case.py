@@ -118,6 +118,9 @@ def prepare_case(task: Preparation, case: str, files: list[str], folder: str) ->
         return Outcome(case, entry, error.args[0])
     except BadImageError as error:
         return Outcome(case, entry, str(error))
+    except MemoryError:
+        less = "Prepare fewer at a time (nnUNetv2_ssl_preprocess -np 1), or on a machine with more"
+        return Outcome(case, entry, f"{files[0]} does not fit into memory. {less}.")
     except Exception as error:
         if lost := disk_failure(error, folder):
             return Outcome(case, entry, lost, fatal=True)

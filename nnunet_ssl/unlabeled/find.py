@@ -59,7 +59,7 @@ def find_unlabeled(raw_folder: str, dataset_json: dict) -> dict[str, list[str]]:
         )
     num_channels = len(channel_names(dataset_json))
     for case, files in cases.items():
-        _check_channels(case, files, ending, num_channels)
+        check_channels(case, files, ending, num_channels)
         if case.endswith("_seg"):  # nnU-Net keeps the segmentation of a case X in X_seg
             raise UserError(f"{files[0]}: nnU-Net keeps case names that end in _seg for itself. Rename the case.")
     return cases
@@ -96,9 +96,16 @@ def find_images(folder: str, ending: str) -> tuple[dict[str, list[str]], list[st
 
 
 def with_spacing(case: str, files: list[str]) -> list[str]:
-    """A case's files, and the one next to them that nnU-Net's TIFF reader takes the spacing from, if it is there."""
-    spacing = os.path.join(os.path.dirname(files[0]), f"{case}.json")
-    return [*files, spacing] if os.path.isfile(spacing) else files
+    """A case's files, and the one next to them that nnU-Net's TIFF reader takes the spacing from, if it is there.
+
+    It has the name of the file, which a ``dataset.json`` that lists files may give a case of another name.
+    """
+    stem = os.path.splitext(files[0])[0]
+    of_image = re.sub(r"_\d{4}$", "", stem) if os.path.basename(stem) != case else stem
+    for name in (of_image, stem, os.path.join(os.path.dirname(files[0]), case)):
+        if os.path.isfile(f"{name}.json"):
+            return [*files, f"{name}.json"]
+    return files
 
 
 def find_labeled(raw_folder: str, dataset_json: dict) -> dict[str, list[str]]:
@@ -241,7 +248,7 @@ def required_folder(variable: str) -> str:
     return folder
 
 
-def _check_channels(case: str, files: list[str], ending: str, num_channels: int) -> None:
+def check_channels(case: str, files: list[str], ending: str, num_channels: int) -> None:
     """One file may hold all channels (4D images, RGB), which only its reader can tell; several must be all of them."""
     indices = [int(file.removesuffix(ending)[-4:]) for file in files]
     if indices != list(range(len(files))) or len(files) not in (1, num_channels):

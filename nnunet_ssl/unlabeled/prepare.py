@@ -10,7 +10,6 @@ kept, since nnU-Net's augmentation masks with it where the plans normalize withi
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -34,7 +33,7 @@ from nnunet_ssl.unlabeled.find import (
     refuse_labeled_images,
     refuse_labeled_names,
 )
-from nnunet_ssl.unlabeled.stamps import Stamps, image_stamps, same_images
+from nnunet_ssl.unlabeled.stamps import Stamps, content, image_stamps, same_images, sizes
 from nnunet_ssl.unlabeled.store import Manifest, PreparedFolder, cannot_write
 
 
@@ -172,6 +171,7 @@ class _Wanted:
     stamps: Stamps = field(default_factory=dict)
     # of the labeled images that have the sizes of an unlabeled one, and so could be the same
     labeled_stamps: Stamps = field(default_factory=dict)
+    twins: dict[tuple[str, ...], str] = field(default_factory=dict)  # what one of them holds -> its case
 
     def difference(self, manifest: UnlabeledManifest) -> dict[str, list[str]]:
         """What has to be done, by reason: reason -> cases; empty if the folder is current.
@@ -179,9 +179,10 @@ class _Wanted:
         Raises:
             UserError: an image that was prepared is the copy of a labeled one.
         """
-        sizes = set(map(_sizes, self.images.values())) - {None}
-        could_be_copies = {case: files for case, files in self.labeled.items() if _sizes(files) in sizes}
+        of_images = set(map(sizes, self.images.values())) - {None}
+        could_be_copies = {case: files for case, files in self.labeled.items() if sizes(files) in of_images}
         self.labeled_stamps = image_stamps(could_be_copies, {**manifest.about["labeled"], **self.labeled_stamps})
+        self.twins = {content(raw, self.labeled[case]): case for case, raw in self.labeled_stamps.items()}
         known = {case: files for case, files in self.images.items() if case in manifest.cases}
         self.stamps = image_stamps(known, {case: self.stamps.get(case, manifest.cases[case]["raw"]) for case in known})
         for case, raw in self.stamps.items():
@@ -210,11 +211,8 @@ class _Wanted:
 
     def copied_from(self, case: str, raw: list[list]) -> str | None:
         """What to say of an image whose channel files equal a labeled image's; None for others."""
-        content = _content(raw, self.images[case])
-        for twin, of_twin in self.labeled_stamps.items():
-            if _content(of_twin, self.labeled[twin]) == content:
-                return is_labeled(self.images[case][0], twin)
-        return None
+        twin = self.twins.get(content(raw, self.images[case]))
+        return None if twin is None else is_labeled(self.images[case][0], twin)
 
     def has_news_for(self, manifest: UnlabeledManifest) -> bool:
         """Whether files have other times than the manifest says, as copies have."""
@@ -260,18 +258,6 @@ def _take_as_it_is(task: Preparation, labeled_cases: Collection[str], folder: st
             return manifest.prepared()
 
 
-def _content(stamps: list[list], files: list[str]) -> tuple[str, ...]:
-    """What the channel files hold; the file that a spacing is taken from comes after them."""
-    return tuple(digest for *_, digest in stamps[: len(files)])
-
-
-def _sizes(files: list[str]) -> tuple[int, ...] | None:
-    """Of each channel file; None if one is not there."""
-    with contextlib.suppress(OSError):
-        return tuple(map(os.path.getsize, files))
-    return None
-
-
 def _announce(difference: dict[str, list[str]], folder: str, num_images: int) -> None:
     todo = sum(map(len, difference.values())) - len(difference.get(GONE, []))
     reasons = "; ".join(f"{len(cases)} {reason} ({a_few(cases)})" for reason, cases in difference.items())
@@ -286,7 +272,7 @@ def _complete(
     num_processes: int,
 ) -> UnlabeledManifest:
     """Strike off what is not current, and make what is missing; returns the new manifest."""
-    todo = sorted(set(itertools.chain(*difference.values())) & set(wanted.images))
+    todo = set(itertools.chain(*difference.values())) & set(wanted.images)
     current = {case: {**manifest.cases[case], "raw": wanted.stamps[case]} for case in wanted.images if case not in todo}
     about = {"preprocessing": task.preprocessing, "labeled": wanted.labeled_stamps}
     manifest = UnlabeledManifest(manifest.folder, about, current)
@@ -295,7 +281,7 @@ def _complete(
         return manifest
     problems = manifest.make(
         prepare_case,
-        {case: (task, case, wanted.images[case]) for case in todo},
+        {case: (task, case, wanted.images[case]) for case in sorted(todo)},
         num_processes,
         "Preparing unlabeled images",
         "Prepare fewer at a time (nnUNetv2_ssl_preprocess -np 1); finished images are kept.",

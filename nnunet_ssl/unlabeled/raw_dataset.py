@@ -7,13 +7,14 @@ import os
 import secrets
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import replacing, write_json
+from nnunet_ssl.locks import holding
 from nnunet_ssl.unlabeled.find import GROUPS, UNLABELED_FOLDER, required_folder, with_spacing
 from nnunet_ssl.unlabeled.folds import SPLITS
 from nnunet_ssl.unlabeled.groups import all_groups
@@ -32,6 +33,8 @@ class Split(NamedTuple):
 def new_dataset(raw: str, target: str, copy: bool, preprocessed: str | None = None) -> Iterator[str]:
     """Yield a folder to write a raw dataset into; it gets its name when the body has ended well, or is removed.
 
+    One process makes it at a time: what others have left of it is removed first.
+
     Args:
         raw: nnU-Net's folder of raw datasets.
         target: the new dataset's name.
@@ -40,8 +43,22 @@ def new_dataset(raw: str, target: str, copy: bool, preprocessed: str | None = No
             nnUNetv2_plan_experiment would copy it there; this is for those who bring plans from elsewhere.
 
     Raises:
-        UserError: something could not be written.
+        UserError: something could not be written, another process makes it, or it is there by now.
     """
+    with holding(lock_of(raw, target), f"another process is making {target}: wait until it has ended."):
+        if os.path.lexists(os.path.join(raw, target)):
+            raise UserError(f"{os.path.join(raw, target)} exists already. Choose another id, or remove it.")
+        with _building(raw, target, copy, preprocessed) as building:
+            yield building
+
+
+def lock_of(folder: str, target: str) -> str:
+    """The lock's file of a dataset that is being made in one of nnU-Net's folders."""
+    return os.path.join(folder, f".{target}-lock")
+
+
+@contextmanager
+def _building(raw: str, target: str, copy: bool, preprocessed: str | None) -> Iterator[str]:
     before = os.path.join(raw, f".{target}.")  # nnU-Net does not see names that begin with a dot
     for left in glob.glob(f"{glob.escape(before)}*"):  # by a killed run
         shutil.rmtree(left, ignore_errors=True)
@@ -96,7 +113,8 @@ def write_dataset(
 
     def put(file: str, *target: str) -> None:
         path = os.path.join(folder, *target)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with suppress(FileExistsError):
+            os.mkdir(os.path.dirname(path))  # not the dataset's own folder, if that is gone
         if copy:
             shutil.copy2(file, path)
         else:

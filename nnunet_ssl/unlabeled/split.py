@@ -30,14 +30,19 @@ from nnunet_ssl.names import a_few
 from nnunet_ssl.unlabeled.find import (
     SPLIT,
     UNLABELED_FOLDER,
+    channel_names,
+    check_channels,
     find_images,
     find_labeled,
+    find_unlabeled,
     read_dataset_json,
+    refuse_labeled_names,
     required_folder,
     resolve_dataset,
 )
 from nnunet_ssl.unlabeled.groups import all_groups
 from nnunet_ssl.unlabeled.raw_dataset import Split, absent, new_dataset, refuse_existing, write_dataset
+from nnunet_ssl.unlabeled.stamps import refuse_copies
 
 
 def split_dataset(
@@ -94,6 +99,9 @@ def split_dataset(
     split = split._replace(unlabeled=[case for case in rest if groups.get(case, case) not in judging])
     if left_out := sorted(set(rest) - set(split.unlabeled)):
         print(f"{len(left_out)} further images of validation and test patients are left out ({a_few(left_out)}).")
+    for case in set(split.unlabeled) - set(unlabeled) if "dataset" not in dataset_json else ():
+        # channels are numbered anew in imagesUn, where one that is missing would pass for another
+        check_channels(case, images[case], dataset_json["file_ending"], len(channel_names(dataset_json)))
     target = _target_name(target_id, name, source, len(split.labeled))
     refuse_existing(target_id, target)
 
@@ -174,12 +182,13 @@ def _refuse_lost(source_folder: str, images: dict[str, list[str]]) -> None:
 
 
 def _already_unlabeled(source_folder: str, dataset_json: dict, images: dict[str, list[str]]) -> dict[str, list[str]]:
-    """What the source has in ``imagesUn`` itself."""
+    """What the source has in ``imagesUn`` itself, by the rules that training has for it."""
     folder = os.path.join(source_folder, UNLABELED_FOLDER)
-    found = find_images(folder, dataset_json["file_ending"])[0] if os.path.isdir(folder) else {}
-    both = sorted(set(found) & set(images))
-    if both:
-        raise UserError(f"{found[both[0]][0]}: {both[0]} is also a labeled case. Remove one of the two.")
+    if not (os.path.isdir(folder) and any(find_images(folder, dataset_json["file_ending"]))):
+        return {}
+    found = find_unlabeled(source_folder, dataset_json)
+    refuse_labeled_names(found, images)
+    refuse_copies(found, images)
     return found
 
 

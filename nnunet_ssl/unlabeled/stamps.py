@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from tqdm import tqdm
@@ -9,7 +10,7 @@ from tqdm import tqdm
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import same_content, stamp
 from nnunet_ssl.names import path_component
-from nnunet_ssl.unlabeled.find import with_spacing
+from nnunet_ssl.unlabeled.find import is_labeled, refuse_labeled_images, with_spacing
 
 Stamps = dict[str, list[list]]  # case -> [file name, size in bytes, mtime in ns, SHA-256] of each raw file
 
@@ -36,6 +37,36 @@ def image_stamps(images: dict[str, list[str]], kept: Stamps | None = None) -> St
                     f"{file} cannot be read ({error.strerror or error}). Make it readable, or remove it."
                 ) from error
     return stamps
+
+
+def sizes(files: list[str]) -> tuple[int, ...] | None:
+    """Of each channel file; None if one is not there."""
+    with contextlib.suppress(OSError):
+        return tuple(map(os.path.getsize, files))
+    return None
+
+
+def content(stamps: list[list], files: list[str]) -> tuple[str, ...]:
+    """What the channel files hold; the file that a spacing is taken from comes after them."""
+    return tuple(digest for *_, digest in stamps[: len(files)])
+
+
+def refuse_copies(unlabeled: dict[str, list[str]], labeled: dict[str, list[str]]) -> None:
+    """Refuse an unlabeled image that is a labeled one under another name: a link to it, or a copy.
+
+    Those are read that have the size of one of the other kind.
+
+    Raises:
+        UserError: names the first such file and the labeled case.
+    """
+    refuse_labeled_images(unlabeled, labeled)
+    both = {sizes(files) for files in unlabeled.values()} & {sizes(files) for files in labeled.values()} - {None}
+    alike = [{case: files for case, files in images.items() if sizes(files) in both} for images in (labeled, unlabeled)]
+    known, new = map(image_stamps, alike)
+    twins = {content(stamps, labeled[case]): case for case, stamps in known.items()}
+    for case, stamps in new.items():
+        if twin := twins.get(content(stamps, unlabeled[case])):
+            raise UserError(is_labeled(unlabeled[case][0], twin))
 
 
 def kept_stamps(content: dict, source: str) -> Stamps:

@@ -377,3 +377,23 @@ def test_two_rounds_and_going_on(trained, in_process, capsys):
     assert commands_in(output) == ["nnUNetv2_train"]
     assert re.search(r"nnUNetv2_train .* --c$", output, re.M)
     assert (fold / "validation" / "summary.json").is_file()
+
+
+def test_other_plans_than_the_teachers_are_refused(trained):
+    """The students' network, spacing and normalization would be others."""
+    dataset, model, arguments = trained()
+    file = dataset.preprocessed / f"{dataset.plans_name}.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"]["3d_fullres"]["patch_size"] = [8, 8, 8]
+    file.write_text(json.dumps(plans))
+    with pytest.raises(UserError, match=f"{file} is not what the teacher was trained with .{model}"):
+        main([*arguments, "-o", "960", "--rounds", "1", "--keep", "0.5"])
+
+
+def test_hidden_files_are_not_predicted(trained, capsys):
+    """macOS leaves them, and nnU-Net would take them for images."""
+    dataset, model, arguments = trained()
+    (dataset.raw / "imagesUn" / "._un_00_0000.nii.gz").write_bytes(b"resource fork")
+    main([*arguments, "-o", "960", "--keep", "0.5", "--dry-run"])
+    [predict] = [line for line in capsys.readouterr().out.splitlines() if "nnUNetv2_predict" in line]
+    assert f"-i {model / 'unlabeled_fold_0_without_mirroring' / 'to_predict'} " in predict

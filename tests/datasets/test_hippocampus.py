@@ -101,7 +101,8 @@ def test_nothing_is_written_where_a_file_is_wrong(data, fresh_folders, harm, mes
     harm(data)
     with pytest.raises(UserError, match=message):
         main(["hippocampus", "--data", str(data), "--labeled", "2", "-d", "640"])
-    assert list(fresh_folders.raw.iterdir()) == list(fresh_folders.preprocessed.iterdir()) == []
+    assert all(file.name.endswith("-lock") for file in fresh_folders.raw.iterdir())
+    assert list(fresh_folders.preprocessed.iterdir()) == []
 
 
 @pytest.mark.parametrize("labeled", ["0", "6", "some"])

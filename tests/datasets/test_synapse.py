@@ -101,7 +101,7 @@ def test_magicnet_validates_on_the_first_five_labeled(data, fresh_folders):
 )
 def test_windows(data, fresh_folders, options, bounds):
     run(data, *options)
-    (dataset,) = fresh_folders.raw.iterdir()
+    (dataset,) = fresh_folders.raw.glob("[!.]*")
     assert (array(dataset / "imagesTs" / "synapse_0033_0000.nii.gz") == image().clip(*bounds)).all()
     if "--no-window" in options:  # nothing is done to the image: the same bytes
         assert (dataset / "imagesTs" / "synapse_0033_0000.nii.gz").read_bytes() == path(
@@ -255,7 +255,7 @@ def test_a_killed_run_leaves_no_dataset(data, fresh_folders, monkeypatch):
     leftover.parent.mkdir(parents=True)
     leftover.touch()
     run(data)
-    (dataset,) = fresh_folders.raw.iterdir()
+    (dataset,) = fresh_folders.raw.glob("[!.]*")
     assert dataset.name == "Dataset701_SynapseGALabeled4"
     assert not (dataset / "imagesTr" / "leftover").exists()
 

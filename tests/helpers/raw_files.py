@@ -87,5 +87,6 @@ def fold(folders, dataset: str) -> dict[str, list[str]]:
 
 
 def nothing_written(folders) -> bool:
-    """Whether no dataset appeared, and nothing else either."""
-    return list(folders.raw.iterdir()) == list(folders.preprocessed.iterdir()) == []
+    """Whether no dataset appeared, and nothing else either but the lock of one."""
+    left = [*folders.raw.iterdir(), *folders.preprocessed.iterdir()]
+    return all(file.name.endswith("-lock") for file in left)

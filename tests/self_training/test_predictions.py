@@ -243,7 +243,8 @@ def test_a_damaged_record_means_that_predictions_are_made_again(dataset, predict
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+    files = (f for f in sorted(folder.rglob("*")) if f.is_file() and not f.name.endswith("-lock"))
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in files}
 
 
 @pytest.mark.timeout(120)
@@ -279,7 +280,7 @@ def test_the_dataset_holds_true_and_predicted_labels(dataset, predicted, tmp_pat
     assert json.loads(written["dataset.json"]) == {**dataset.dataset_json, "numTraining": 6, "name": folder.name}
     record = json.loads(written["ssl_pseudolabel.json"])
     assert (record["pseudo_labeled"], record["unlabeled"], record["made_with"]) == (kept, rest, made_with)
-    assert [f.name for f in dataset.folders.raw.iterdir() if f.name.startswith(".")] == []
+    assert all(f.name.endswith("-lock") for f in dataset.folders.raw.glob(".*"))
 
 
 def test_report_names_each_case_the_most_confident_first(predicted, tmp_path):
@@ -334,7 +335,7 @@ def test_refuses_and_leaves_nothing(dataset, predicted, monkeypatch):
     with pytest.raises(UserError, match="sees no foreground"):
         write_pseudolabeled("Dataset960_X", source, predicted, 0.1, None, {})
     assert content(dataset.folders.raw) == before
-    assert not list(dataset.folders.raw.glob(".*"))
+    assert all(file.name.endswith("-lock") for file in dataset.folders.raw.glob(".*"))
 
 
 def test_refuses_sources_that_cannot_work(dataset):
@@ -354,3 +355,12 @@ def test_refuses_sources_that_cannot_work(dataset):
     (dataset.raw / "imagesUn").rename(dataset.raw / "elsewhere")
     with pytest.raises(UserError, match="imagesUn does not exist"):
         read_source(dataset.name, "all")
+
+
+def test_images_of_validation_patients_are_left_out(dataset, capsys):
+    (dataset.raw / "groups.json").write_text(json.dumps({"tr_03": "p1", "un_02": "p1", "tr_00": "p2", "un_01": "p2"}))
+    source = read_source(dataset.name, "0")
+    assert source.validation == ["tr_03"]
+    assert list(source.unlabeled) == ["un_00", "un_01", "un_03"]
+    assert "1 unlabeled images of validation patients are left out (un_02)" in capsys.readouterr().out
+    assert "un_02" in read_source(dataset.name, "all").unlabeled  # there all cases validate and train

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from helpers.datasets import TinyDataset
 
 from nnunet_ssl.commands import split as command
 from nnunet_ssl.errors import UserError
+from nnunet_ssl.self_training.dataset import read_source
+from nnunet_ssl.unlabeled import raw_dataset
+from nnunet_ssl.unlabeled.find import with_spacing
 from nnunet_ssl.unlabeled.groups import groups_of_dataset
 from nnunet_ssl.unlabeled.split import choose, split_dataset
 
@@ -22,7 +26,8 @@ CASES = [f"case_{i:02d}" for i in range(20)]
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+    files = (f for f in sorted(folder.rglob("*")) if f.is_file() and not f.name.endswith("-lock"))
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files}
 
 
 GROUPS = {case: f"patient_{i // 3}" for i, case in enumerate(CASES[:18])}  # the last two are patients by themselves
@@ -156,7 +161,7 @@ def test_writes_what_nnunet_reads(split, copied):
                 assert not os.path.isabs(os.readlink(folder / name))
     assert f"{folder.name}: 2 labeled, 1 validation, 6 unlabeled and 0 test cases" in out
     assert "nnUNetv2_plan_and_preprocess -d 951" in out
-    assert [f.name for f in dataset.folders.raw.iterdir() if f.name.startswith(".")] == []
+    assert all(f.name.endswith("-lock") for f in dataset.folders.raw.glob(".*"))
 
 
 def test_test_cases_and_no_validation_cases(split, tiny, tmp_path):
@@ -247,7 +252,7 @@ def test_a_failed_split_leaves_nothing(tiny_copy, monkeypatch):
     with pytest.raises(UserError, match=r"Operation not permitted.*--copy"):
         split_dataset(dataset.id, 951, "2", "1")
     assert files_below(dataset.folders.raw.parent) == before
-    assert not list(dataset.folders.raw.glob(".*"))
+    assert all(file.name.endswith("-lock") for file in dataset.folders.raw.glob(".*"))
 
 
 @pytest.mark.parametrize("value", ["²", "٣", "1" * 401, "1" * 5000], ids=["superscript", "arabic", "401", "5000"])
@@ -366,7 +371,7 @@ def test_a_split_that_could_not_be_finished_can_be_run_again(tiny_copy):
     in_the_way.write_text("")
     with pytest.raises(UserError, match=f"{in_the_way} cannot be written"):
         split_dataset(dataset.id, 951, "2", "1")
-    assert [folder.name for folder in raw.iterdir()] == [dataset.name]
+    assert [folder.name for folder in raw.iterdir() if not folder.name.endswith("-lock")] == [dataset.name]
     in_the_way.unlink()
 
     # killed before the raw half had its name; the image in it was not whole
@@ -376,7 +381,7 @@ def test_a_split_that_could_not_be_finished_can_be_run_again(tiny_copy):
     name, split = split_dataset(dataset.id, 951, "2", "1")
     [fold] = json.loads((in_the_way / "splits_final.json").read_text())
     assert fold == {"train": split.labeled, "val": split.validation}
-    assert sorted(folder.name for folder in raw.iterdir()) == [dataset.name, name]
+    assert sorted(folder.name for folder in raw.glob("[!.]*")) == [dataset.name, name]
 
     (raw / name).rename(raw / "elsewhere")
     (in_the_way / "nnUNetPlans.json").write_text("{}")  # somebody has worked with it
@@ -426,3 +431,51 @@ def test_numbers_that_no_dataset_has(tmp_path):
     for number in ("9" * 5000, "²"):
         with pytest.raises(UserError, match=r"does not exist\. Give a number"):
             pick(number)
+
+
+def test_one_process_makes_a_dataset_at_a_time(tiny_copy):
+    """The first of two must not find its folder removed as what a killed one has left."""
+    dataset = tiny_copy("3d")
+    raw, target = dataset.folders.raw, "Dataset951_Tiny_2labeled"
+    with raw_dataset.new_dataset(str(raw), target, False) as building:
+        Path(building, "file").touch()
+        with pytest.raises(UserError, match=f"another process is making {target}: wait"):
+            split_dataset(dataset.id, 951, "2", "1")
+        assert Path(building, "file").is_file()
+    assert (raw / target / "file").is_file()
+    with pytest.raises(UserError, match=f"{target} exists already"), raw_dataset.new_dataset(str(raw), target, False):
+        pass
+
+
+@pytest.mark.parametrize("make", [os.symlink, shutil.copyfile], ids=["link", "copy"])
+def test_a_labeled_image_is_not_unlabeled_under_another_name(tiny_copy, make):
+    """Neither for a split, whose test case it may be, nor for a student, whose validation case it may be."""
+    dataset = tiny_copy("3d")
+    labeled = dataset.cases("imagesTr")[0]
+    image = dataset.raw / "imagesUn" / "followup_0000.nii.gz"
+    make(dataset.raw / "imagesTr" / f"{labeled}_0000.nii.gz", image)
+    for read in (lambda: split_dataset(dataset.id, 951, "2", "1"), lambda: read_source(dataset.name, "0")):
+        with pytest.raises(UserError, match=f"{image} is the image of {labeled}, a labeled or validation case"):
+            read()
+
+
+def test_a_missing_channel_is_not_filled_by_the_next(tiny_copy):
+    """Channels are numbered anew."""
+    dataset = tiny_copy("multichannel")
+    for folder, case in (("imagesUn", dataset.cases("imagesUn")[0]), ("imagesTr", dataset.cases("imagesTr")[0])):
+        second = dataset.raw / folder / f"{case}_0001.nii.gz"
+        moved = second.rename(second.with_name(f"{case}_0002.nii.gz"))
+        with pytest.raises(UserError, match=f"case {case} has the channel files {case}_0000.*{case}_0002"):
+            split_dataset(dataset.id, 951, "1", "1", seed=1)
+        moved.rename(second)
+
+
+def test_the_spacing_of_a_tiff_goes_by_the_name_of_its_file(tmp_path):
+    """As nnU-Net's reader does it; ``dataset.json`` may give the case another name."""
+    for name in ("s2.json", "s2_0000.tif", "x_0001.tif", "x_0001.json", "x.json"):
+        (tmp_path / name).touch()
+    image, label = str(tmp_path / "s2_0000.tif"), str(tmp_path / "x_0001.tif")
+    assert with_spacing("patient2", [image]) == [image, str(tmp_path / "s2.json")]
+    assert with_spacing("x_0001", [label]) == [label, str(tmp_path / "x_0001.json")]
+    (tmp_path / "s2.json").unlink()
+    assert with_spacing("patient2", [image]) == [image]
