@@ -1,7 +1,7 @@
 """nnU-Net's commands and ours as child processes, in the environment that runs this.
 
-As ``python -m nnunet_ssl.stock_commands COMMAND ...`` this module runs one of nnU-Net's commands on as many threads as
-``OMP_NUM_THREADS`` says.
+As ``python -m nnunet_ssl.stock_commands COMMAND ...`` this module runs one of nnU-Net's commands, wherever pip has put
+its script, and where it would take every core on as many threads as ``OMP_NUM_THREADS`` says.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
 
@@ -65,33 +65,34 @@ def of_this_python(words: Sequence[str], device: str) -> list[str]:
         return [sys.executable, *rest]
     if name.startswith("nnUNetv2_ssl_"):
         return [sys.executable, "-m", "nnunet_ssl.commands", name.removeprefix("nnUNetv2_ssl_"), *rest]
-    if device == "cpu" and name in TAKE_EVERY_CORE:
-        # -P: the current directory is no place to import from, as it is not for an installed command
-        isolated = ["-P"] if sys.version_info >= (3, 11) else []
-        return [sys.executable, *isolated, "-m", "nnunet_ssl.stock_commands", name, *rest]
-    return [executable(name), *rest]
+    script = Path(sys.executable).parent / (name + (".exe" if os.name == "nt" else ""))
+    if script.exists() and not (device == "cpu" and name in TAKE_EVERY_CORE):
+        return [str(script), *rest]
+    entry_point(name)
+    # -P: the current directory is no place to import from, as it is not for an installed command
+    isolated = ["-P"] if sys.version_info >= (3, 11) else []
+    return [sys.executable, *isolated, "-m", "nnunet_ssl.stock_commands", name, *rest]
 
 
-def executable(name: str) -> str:
-    """nnU-Net's command of the environment that runs this.
+def entry_point(name: str) -> EntryPoint:
+    """What a command of the environment that runs this calls.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no such command.
     """
-    file = Path(sys.executable).parent / (name + (".exe" if os.name == "nt" else ""))
-    if not file.exists():
-        raise UserError(f"{file} does not exist; install nnunet-ssl with pip in the environment that nnU-Net lives in.")
-    return str(file)
+    found = entry_points(group="console_scripts", name=name)
+    if not found:
+        raise UserError(f"{sys.executable} knows no command {name}; install nnunet-ssl with pip where nnU-Net is.")
+    return next(iter(found))
 
 
 def main() -> None:
-    """Run the command that ``sys.argv`` names, with ``OMP_NUM_THREADS`` for the number of cores."""
-    threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # 4,2 is of nested loops
-    if threads.isdecimal() and int(threads) > 0:
-        multiprocessing.cpu_count = lambda: int(threads)
+    """Run the command that ``sys.argv`` names."""
     del sys.argv[0]
-    [command] = entry_points(group="console_scripts", name=sys.argv[0])
-    sys.exit(command.load()())
+    threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # 4,2 is of nested loops
+    if sys.argv[0] in TAKE_EVERY_CORE and threads.isdecimal() and int(threads) > 0:
+        multiprocessing.cpu_count = lambda: int(threads)
+    sys.exit(entry_point(sys.argv[0]).load()())
 
 
 if __name__ == "__main__":

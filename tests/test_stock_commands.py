@@ -26,7 +26,7 @@ def test_every_command_is_this_environments():
     program, *rest = of_this_python(["nnUNetv2_train", "4"], "cuda")
     assert Path(program).parent == Path(sys.executable).parent
     assert rest == ["4"]
-    with pytest.raises(UserError, match="nnUNetv2_no_such does not exist"):
+    with pytest.raises(UserError, match="knows no command nnUNetv2_no_such"):
         of_this_python(["nnUNetv2_no_such"], "cpu")
 
 
@@ -43,9 +43,22 @@ def test_threads_on_the_cpu(tmp_path, given, expected):
     path = os.pathsep.join([str(tmp_path), str(Path(stock_commands.__file__).parents[1])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": given or ""}
     words = of_this_python(["nnUNetv2_train", "4", "-device", "cpu"], "cpu")
-    words[words.index("nnUNetv2_train")] = "probe"
+    words[1 : words.index("nnUNetv2_train") + 1] = [
+        "-c", "from nnunet_ssl import stock_commands as s; s.TAKE_EVERY_CORE = {'probe'}; s.main()", "probe",
+    ]  # fmt: skip
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(expected), "probe", "4", "-device", "cpu"]
+
+
+def test_wherever_pip_has_put_nnunets_scripts(tmp_path, monkeypatch):
+    """In a container or with ``--user`` they are not beside Python."""
+    python = str(tmp_path / "python")
+    monkeypatch.setattr(sys, "executable", python)
+    words = of_this_python(["nnUNetv2_move_plans_between_datasets", "-h"], "cuda")
+    monkeypatch.undo()
+    assert words[0] == python
+    done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, check=True)
+    assert "usage: nnUNetv2_move_plans_between_datasets" in done.stdout
 
 
 def test_commands_held_to_their_threads_are_nnunets():
