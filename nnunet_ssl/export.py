@@ -32,6 +32,7 @@ from nnunet_ssl.unlabeled.find import read_dataset_json, read_plans, required_fo
 
 PLAIN_TRAINER = nnUNetTrainer.__name__
 RESTORE = "Restore it from the folder of the preprocessed dataset."
+POSTPROCESSING = ("summary.json", "postprocessing.pkl", "postprocessing.json")
 MODEL_FILES = ("plans.json", "dataset.json", "dataset_fingerprint.json")
 
 
@@ -99,12 +100,23 @@ def export_model(
                     new = ExportedFold(2 * i + j if both else fold, fold, network)
                     _export_fold(source, trainer, configuration, new, target)
                     exported.append(new)
+            if checkpoint == "checkpoint_final.pth" and not both and branch is None:
+                _copy_postprocessing(model, folds, target)
             if os.path.isdir(output):
                 os.rmdir(output)  # empty, as seen above
             os.rename(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return os.path.join(output, name), exported
+
+
+def _copy_postprocessing(model: str, folds: Sequence[int | str], target: str) -> None:
+    """What nnUNetv2_find_best_configuration has found for these folds, as nnU-Net's own export takes it along."""
+    name = f"crossval_results_folds_{'_'.join(map(str, folds))}"
+    for file in POSTPROCESSING:
+        if os.path.isfile(found := os.path.join(model, name, file)):
+            os.makedirs(os.path.join(target, name), exist_ok=True)
+            shutil.copyfile(found, os.path.join(target, name, file))
 
 
 def find_model_folder(dataset: int | str, trainer: str, plans: str, configuration: str) -> str:

@@ -57,6 +57,8 @@ def read_volume(
     try:
         with contextlib.redirect_stdout(said), np.errstate(over="ignore", invalid="ignore"):
             volume, properties = read(files)
+    except MemoryError:  # the file is not to blame
+        raise
     except Exception as error:
         if len(files) == 1:
             raise unreadable(files[0], error) from error

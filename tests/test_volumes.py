@@ -284,3 +284,11 @@ def test_the_readers_would_have_said_nothing(tmp_path):
         end = tiff.pages[5].offset
     with contextlib.redirect_stdout(io.StringIO()):
         assert Tiff3DIO().read_images([write(tmp_path, "x.tif", content[:end])])[0].shape == (1, 5, 9, 10)
+
+
+def test_too_little_memory_is_not_the_files_fault(tmp_path):
+    def no_room(_):
+        raise MemoryError("Unable to allocate 9.40 GiB")
+
+    with pytest.raises(MemoryError):
+        read_volume(no_room, [write(tmp_path, "a.nii", nifti(np.zeros((2, 2, 2), np.float32)))])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -44,9 +46,8 @@ class Files:
         pattern = pattern.replace(r"\*", "[^/]*")
         pattern = pattern.removesuffix(r"\.gz") + r"(?:\.gz)?" if pattern.endswith(r"\.gz") else pattern
         self.found: dict[str, set[Path]] = defaultdict(set)
-        for file in root.rglob("*"):
-            match = re.fullmatch(f"(?:.*/)?{pattern}", file.relative_to(root).as_posix())
-            if match and not file.name.startswith("._"):
+        for file in files_below(root):
+            if match := re.fullmatch(f"(?:.*/)?{pattern}", file.relative_to(root).as_posix()):
                 self.found[match["case"]].add(file.parent if folders else file)
 
     def one(self, case: str, problems: list[str]) -> Path | None:
@@ -57,6 +58,18 @@ class Files:
         elif len(files) > 1:
             problems.append(f"{name} is there {len(files)} times: {', '.join(map(str, files))}. Keep one.")
         return files[0] if len(files) == 1 else None
+
+
+def files_below(root: Path) -> Iterator[Path]:
+    """All files but hidden ones, in linked folders too."""
+    seen = set()  # a link may lead back up
+    for folder, below, names in os.walk(root, followlinks=True):
+        below[:] = sorted(name for name in below if not name.startswith("."))
+        if (real := os.path.realpath(folder)) in seen:
+            below.clear()
+            continue
+        seen.add(real)
+        yield from (Path(folder, name) for name in sorted(names) if not name.startswith("."))
 
 
 def choose_h5(published: Files, h5: Files) -> bool:

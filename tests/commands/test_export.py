@@ -298,3 +298,17 @@ def test_refuses_networks_that_are_not_the_plans_own(trained, tmp_path, monkeypa
     content["network_weights"] |= nn.Linear(1, 1).state_dict(prefix="further.")
     torch.save(content, checkpoint)
     refused(arguments, tmp_path / "out", "plans.json", "plain nnU-Net")
+
+
+def test_what_was_found_to_postprocess_goes_along(trained, tmp_path):
+    """As in nnU-Net's own export: it is part of what was validated."""
+    [trainer], arguments = trained(LABELED_ONLY)
+    found = Path(trainer.output_folder).parent / "crossval_results_folds_0"
+    found.mkdir()
+    for name in ("summary.json", "postprocessing.pkl", "postprocessing.json", "plans.json"):
+        (found / name).write_text(name)
+    main([*arguments, "-o", str(tmp_path / "out")])
+    copied = model_in(tmp_path / "out") / found.name
+    assert {file.name: file.read_text() for file in copied.iterdir()} == {
+        name: name for name in ("summary.json", "postprocessing.pkl", "postprocessing.json")
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import SimpleITK as sitk
 
+from nnunet_ssl.datasets.cases import Files
 from nnunet_ssl.datasets.recipe import align_by_header, align_by_voxels
 from nnunet_ssl.volumes import VolumeError
 
@@ -27,3 +28,14 @@ def test_origins_may_differ_by_half_a_voxel_of_each_axis(shift, fits):
     else:
         with pytest.raises(VolumeError, match="differ in origin"):
             align_by_header(label, image)
+
+
+def test_files_in_linked_folders_are_found_and_hidden_ones_are_not(tmp_path):
+    """25 GB are not copied; a link may lead back up."""
+    archive, data = tmp_path / "archive", tmp_path / "data"
+    for file in (archive / "a.nii.gz", archive / "._a.nii.gz", data / ".snapshot" / "a.nii.gz"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    (data / "imagesTr").symlink_to(archive)
+    (archive / "up").symlink_to(data)
+    assert Files(data, "imagesTr/{}.nii.gz").found == {"a": {data / "imagesTr" / "a.nii.gz"}}
