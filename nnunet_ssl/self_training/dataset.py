@@ -75,10 +75,10 @@ def read_source(name: str, *folds: str) -> Source:
     if validation != labeled:  # their patients are to be new to the student
         groups = all_groups(name)
         judging = {groups.get(case, case) for case in validation}
-        left_out = [case for case in unlabeled if groups.get(case, case) in judging]
-        unlabeled = {case: files for case, files in unlabeled.items() if case not in set(left_out)}
+        left_out = {case for case in unlabeled if groups.get(case, case) in judging}
+        unlabeled = {case: files for case, files in unlabeled.items() if case not in left_out}
         if left_out:
-            print(f"{len(left_out)} unlabeled images of validation patients are left out ({a_few(left_out)}).")
+            print(f"{len(left_out)} unlabeled images of validation patients are left out ({a_few(sorted(left_out))}).")
     return Source(name, folder, dataset_json, images, unlabeled, labeled, validation)
 
 
