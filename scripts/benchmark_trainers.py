@@ -56,7 +56,7 @@ from torch.utils._pytree import tree_map
 
 from nnunet_ssl.benchmark.report import fill
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.stock_commands import executable
+from nnunet_ssl.stock_commands import of_this_python
 from nnunet_ssl.surroundings import surroundings
 from nnunet_ssl.trainers import TRAINERS
 
@@ -257,10 +257,10 @@ def make_dataset(folder: Path, plan: Plan, batch_size: int) -> tuple[str, str, s
         os.environ[name] = str(folder / name)
     shape = tuple(round(1.2 * n) for n in plan.patch)
     write_dataset(folder / "nnUNet_raw", 0, labeled=5, unlabeled=4, test=0, shape=shape)
-    words = [executable("nnUNetv2_plan_and_preprocess"), "-d", "1", "-c", "3d_fullres", "-np", "2", "-npfp", "2"]
+    words = ["nnUNetv2_plan_and_preprocess", "-d", "1", "-c", "3d_fullres", "-np", "2", "-npfp", "2"]
     env = {**os.environ, "nnUNet_n_proc_DA": "1"}  # planning takes it for a number of threads
     with (folder / "log.txt").open("w") as log:
-        code = subprocess.run(words, stdout=log, stderr=subprocess.STDOUT, env=env).returncode
+        code = subprocess.run(of_this_python(words, "cpu"), stdout=log, stderr=subprocess.STDOUT, env=env).returncode
     if code != 0:
         raise UserError(f"planning the made-up dataset failed:\n{(folder / 'log.txt').read_text()[-2000:]}")
     plans = folder / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json"
