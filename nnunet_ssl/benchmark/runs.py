@@ -121,8 +121,9 @@ class Benchmark:
             for path in folder.glob("Dataset*")
             if (match := re.match(r"Dataset(\d{3})_", path.name))
         }
-        taken |= reserved | set(ids.values()) | self._used(ids)
-        for key, count in self._wanted().items():
+        wanted = self._wanted()
+        taken |= reserved | _all_of(ids, wanted)
+        for key, count in wanted.items():
             if key not in ids:
                 free = (n for n in range(self.protocol.first_id, 1001 - count) if not taken & set(range(n, n + count)))
                 ids[key] = next(free, 0)
@@ -139,12 +140,9 @@ class Benchmark:
         wanted = {**dict.fromkeys(self._sources(), 1), **{run.key: run.row.rounds for run in self.queue()}}
         return {key: count for key, count in wanted.items() if count}
 
-    def _used(self, ids: Mapping[str, int]) -> set[int]:
-        return {ids[key] + n for key, count in self._wanted().items() if key in ids for n in range(count)}
-
     def all_ids(self) -> set[int]:
         """Every dataset id that this benchmark has or will have."""
-        return set(self.ids.values()) | self._used(self.ids)
+        return _all_of(self.ids, self._wanted())
 
     def name(self, key: str) -> str:
         """Of the dataset with this key, as it stands in nnU-Net's folders."""
@@ -342,6 +340,11 @@ class Benchmark:
             if table.budget == p.budgets[0]:
                 runs = {run.row.name: run for run in table.runs if run.seed == p.seeds[0]}
                 yield table, [runs[name] for name in p.figures]
+
+
+def _all_of(ids: Mapping[str, int], wanted: Mapping[str, int]) -> set[int]:
+    """The first of each, and those that follow it."""
+    return {first + n for key, first in ids.items() for n in range(wanted.get(key, 1))}
 
 
 def quoted(*words: Any) -> str:

@@ -33,7 +33,7 @@ from nnunet_ssl.unlabeled.find import (
     refuse_labeled_images,
     refuse_labeled_names,
 )
-from nnunet_ssl.unlabeled.stamps import Stamps, content, image_stamps, same_images, sizes
+from nnunet_ssl.unlabeled.stamps import Stamps, by_content, content, image_stamps, of_same_size, same_images
 from nnunet_ssl.unlabeled.store import Manifest, PreparedFolder, cannot_write
 
 
@@ -179,10 +179,9 @@ class _Wanted:
         Raises:
             UserError: an image that was prepared is the copy of a labeled one.
         """
-        of_images = set(map(sizes, self.images.values())) - {None}
-        could_be_copies = {case: files for case, files in self.labeled.items() if sizes(files) in of_images}
+        could_be_copies = of_same_size(self.labeled, self.images)
         self.labeled_stamps = image_stamps(could_be_copies, {**manifest.about["labeled"], **self.labeled_stamps})
-        self.twins = {content(raw, self.labeled[case]): case for case, raw in self.labeled_stamps.items()}
+        self.twins = by_content(self.labeled_stamps, self.labeled)
         known = {case: files for case, files in self.images.items() if case in manifest.cases}
         self.stamps = image_stamps(known, {case: self.stamps.get(case, manifest.cases[case]["raw"]) for case in known})
         for case, raw in self.stamps.items():

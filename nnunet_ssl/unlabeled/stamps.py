@@ -39,7 +39,18 @@ def image_stamps(images: dict[str, list[str]], kept: Stamps | None = None) -> St
     return stamps
 
 
-def sizes(files: list[str]) -> tuple[int, ...] | None:
+def of_same_size(images: dict[str, list[str]], others: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Those of the images whose channel files have the sizes of one of the others, and so could be its copy."""
+    known = set(map(_sizes, others.values())) - {None}
+    return {case: files for case, files in images.items() if _sizes(files) in known}
+
+
+def by_content(stamps: Stamps, images: dict[str, list[str]]) -> dict[tuple[str, ...], str]:
+    """What an image holds -> its case."""
+    return {content(of_case, images[case]): case for case, of_case in stamps.items()}
+
+
+def _sizes(files: list[str]) -> tuple[int, ...] | None:
     """Of each channel file; None if one is not there."""
     with contextlib.suppress(OSError):
         return tuple(map(os.path.getsize, files))
@@ -60,11 +71,8 @@ def refuse_copies(unlabeled: dict[str, list[str]], labeled: dict[str, list[str]]
         UserError: names the first such file and the labeled case.
     """
     refuse_labeled_images(unlabeled, labeled)
-    both = {sizes(files) for files in unlabeled.values()} & {sizes(files) for files in labeled.values()} - {None}
-    alike = [{case: files for case, files in images.items() if sizes(files) in both} for images in (labeled, unlabeled)]
-    known, new = map(image_stamps, alike)
-    twins = {content(stamps, labeled[case]): case for case, stamps in known.items()}
-    for case, stamps in new.items():
+    twins = by_content(image_stamps(of_same_size(labeled, unlabeled)), labeled)
+    for case, stamps in image_stamps(of_same_size(unlabeled, labeled)).items():
         if twin := twins.get(content(stamps, unlabeled[case])):
             raise UserError(is_labeled(unlabeled[case][0], twin))
 
