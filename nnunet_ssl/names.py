@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from nnunet_ssl.errors import UserError
 
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")  # the variables that name nnU-Net's folders
 LONGEST = 255  # bytes of a name, on nearly every file system
 
 

@@ -17,12 +17,12 @@ import psutil
 from nnunet_ssl.commands.arguments import Parser, add_shared, count, find_device
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_json
+from nnunet_ssl.names import FOLDERS
 
 if TYPE_CHECKING:
     from nnunet_ssl.benchmark.runs import Benchmark
 
 SNAKEFILE = Path(__file__).resolve().parents[1] / "benchmark" / "Snakefile"
-NNUNET_FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 CANCELLED = 60  # seconds that Snakemake has to end its jobs, on a cluster as well
 
 
@@ -165,7 +165,7 @@ def run(words: list[str]) -> int:
 
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     # Snakemake works in another folder, where relative paths would mean others
-    folders = {name: os.path.abspath(os.environ[name]) for name in NNUNET_FOLDERS if name in os.environ}
+    folders = {name: os.path.abspath(os.environ[name]) for name in FOLDERS if name in os.environ}
     env = {**os.environ, **folders, "PATH": path, "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"}
     before = signal.signal(signal.SIGTERM, _end)
     try:

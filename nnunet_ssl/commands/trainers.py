@@ -17,9 +17,9 @@ from packaging.specifiers import SpecifierSet
 from nnunet_ssl import trainers
 from nnunet_ssl._startup import EXT_FOLDER, VARIABLE
 from nnunet_ssl.commands.arguments import Parser
+from nnunet_ssl.names import FOLDERS
 
 NNUNET = ">=2.8.0,<2.9"
-FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 # A new Python process before every training does the same: nnU-Net's own search, by name.
 LOOKUP = """

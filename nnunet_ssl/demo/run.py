@@ -15,6 +15,7 @@ import SimpleITK as sitk
 from nnunet_ssl.demo.dataset import DATASET, LABELED, ORGANS, TEST, UNLABELED, write_dataset
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_json, write_json, writing
+from nnunet_ssl.names import FOLDERS
 from nnunet_ssl.steps import Step, Steps, training
 
 TRAINERS = ("nnUNetTrainerLabeledOnly", "nnUNetTrainerWarps")
@@ -26,7 +27,6 @@ BATCH_SIZE = 8
 PAIRS = 10  # warps of each labeled case
 STEPS_AN_EPOCH = 100
 SETTINGS = {"num_iterations_per_epoch": STEPS_AN_EPOCH, "num_val_iterations_per_epoch": 2, "save_every": 5}
-FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 FIGURE_CASES = 3  # the first of the test set
 
 

@@ -220,10 +220,10 @@ def training_state(folder):
     return torch.load(folder / "checkpoint_final_ssl.pth", weights_only=True)
 
 
-def wait_for(condition, process, seconds=120):
+def wait_for(condition, is_running, seconds=120):
     end = time.time() + seconds
     while not condition():
-        assert process.poll() is None, "the run ended before it could be killed"
+        assert is_running(), "the run ended before it could be killed"
         assert time.time() < end, "waited in vain"
         time.sleep(0.005)
 
@@ -244,11 +244,7 @@ def test_killed_during_an_epoch_it_goes_on(tiny, make_trainer):
     folder = Path(trainer.output_folder)
     child = multiprocessing.get_context("fork").Process(target=train, args=(trainer,))
     child.start()
-    end = time.time() + 60
-    while not any("Epoch 1" in log.read_text() for log in folder.glob("training_log*")):
-        assert child.is_alive()
-        assert time.time() < end
-        time.sleep(0.005)
+    wait_for(lambda: any("Epoch 1" in log.read_text() for log in folder.glob("training_log*")), child.is_alive)
     child.kill()
     child.join()
     trainer = resumed(make_trainer, tiny, folder, **settings)
@@ -279,7 +275,7 @@ def test_kill_9_and_continue_ends_with_the_weights_of_an_uninterrupted_run(
             words, env=env, encoding=encoding, stdout=stdout, stderr=stderr, start_new_session=True
         )
         processes.append(process)
-        wait_for(lambda: fold.is_dir() and moment(fold), process)
+        wait_for(lambda: fold.is_dir() and moment(fold), lambda: process.poll() is None)
         os.killpg(process.pid, signal.SIGKILL)
         return subprocess.CompletedProcess(words, process.wait(), *process.communicate())
 
