@@ -6,26 +6,27 @@
     python scripts/benchmark_trainers.py --trainers nnUNetTrainerURPC nnUNetTrainerSHTA_URPC
 
 The first two make up their dataset. A turn of a trainer is a separate process, so nothing of it stays; the list is
-gone through once a round. Steps are taken in the middle of the schedule, where ramp-ups are over, after some that are
-not timed. Trainers of two networks are measured in both orders of passes. Warps are made in their trainer's first turn,
-untimed.
+gone through once a round. Some turns may be prepared at once (``--together 5``: a network takes longer to compile than
+its steps take), but each has the device to itself while it is measured. A trainer that fails loses its row alone. Steps
+are taken in the middle of the schedule, where ramp-ups are over, after some that are not timed. Trainers of two
+networks are measured in both orders of passes. Warps are made in their trainer's first turn, untimed.
 
 Time: a step of the trainer and one of nnUNetTrainer take turns, in one process, and the ratio is the median over these
 pairs: a machine that is half as fast for a minute slows both. Reported are medians over rounds; ``range`` is that of
-the rounds' ratios. Batches are made first (augmentation, in this process: ``loader``). On a GPU batches are pinned, the
-step moves them, cuDNN chooses its algorithms by trial, and networks are compiled unless nnUNet_compile says otherwise,
-all as nnUNetv2_train does it. With one CPU thread the clock is the process's CPU time; else it is wall-clock time.
+the rounds' ratios. A few batches are made first (augmentation, in this process: ``loader``) and take turns. On a GPU
+they are pinned, the step moves them, cuDNN chooses its algorithms by trial, and networks are compiled unless
+nnUNet_compile says otherwise, all as nnUNetv2_train does it. With one CPU thread the clock is the process's CPU time;
+else it is wall-clock time.
 
 Parts of a step, in separate steps that wait for the device at each border: ``forward`` is the networks,
 ``backward`` the backward passes, ``update`` what follows the last of them, and ``loss`` the rest: losses and
 pseudo-labels, and SHTA's forward too.
 
-Memory, before nnUNetTrainer comes to it: on a GPU the most that torch's allocator had given away, cuDNN's workspaces
-among it, and as ``reserved`` in the JSON what it had taken from the device. On a CPU the process's peak beyond that
-after the imports.
+Memory, without nnUNetTrainer's: on a GPU the most that torch's allocator had given away, cuDNN's workspaces among it.
+On a CPU the process's peak beyond that after the imports.
 
-Writes OUTPUT.json and prints its table; ``--page`` puts it into a Markdown page, between the marks of the device.
-``--table OUTPUT.json`` measures nothing and writes the table of an earlier run.
+Writes OUTPUT.json, after each turn, and prints its table; ``--page`` puts it into a Markdown page, between the marks
+of the device. ``--table OUTPUT.json`` measures nothing and writes the table of an earlier run.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
@@ -63,6 +64,7 @@ from nnunet_ssl.trainers import TRAINERS
 BASELINE = "nnUNetTrainer"
 WRITER = "scripts/benchmark_trainers.py"
 WITH_TWO_NETWORKS = "CPS"  # how the names of those end that have two orders of passes
+BATCHES = 5
 PARTS = ("forward", "backward", "loss", "update")
 
 
@@ -116,11 +118,8 @@ def build(setup: Setup, trainer_name: str, passes: str | None) -> Any:
     config = Path(setup.folder) / f"{trainer_name}_{passes}.json"
     config.write_text(json.dumps({"seed": 0, **({"passes": passes} if passes else {})}))
     os.environ["nnUNet_ssl_config"] = str(config)
-    os.environ["nnUNet_results"] = str(Path(setup.folder) / f"results_{passes}")
+    os.environ["nnUNet_results"] = str(Path(setup.folder) / f"results_{os.getpid()}")
     os.environ["nnUNet_n_proc_DA"] = "0"
-    if setup.device == "cuda":  # as nnU-Net's run_training
-        torch.backends.cudnn.deterministic = False
-        torch.backends.cudnn.benchmark = True
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
         trainer = get_trainer_from_args(
             setup.dataset, setup.configuration, 0, trainer_name, setup.plans, device=torch.device(setup.device)
@@ -132,13 +131,45 @@ def build(setup: Setup, trainer_name: str, passes: str | None) -> Any:
     return trainer
 
 
-def turn(setup: Setup, steps: int, warm_up: int, which: tuple[str, str | None]) -> dict[str, float]:
-    """Seconds, MiB and parameters of a trainer, and the ratio of its steps; called in a separate process.
+@dataclass
+class Prepared:
+    """A trainer or nnUNetTrainer after its first steps: graphs compiled, memory reserved."""
+
+    trainer: Any
+    batches: list[dict]
+    loader: float  # seconds of a batch
+    held: int  # bytes of the GPU between two steps, this one's alone
+
+    def step(self, number: int) -> None:
+        """One training step."""
+        self.trainer.train_step(self.batches[number % len(self.batches)])
+
+
+def make_ready(setup: Setup, warm_up: int, trainer_name: str, passes: str | None) -> Prepared:
+    """Build a trainer, make its batches, and take its first steps."""
+    before = torch.cuda.memory_allocated() if setup.device == "cuda" else 0
+    trainer = build(setup, trainer_name, passes)
+    start = setup.now()
+    batches = [next(trainer.dataloader_train) for _ in range(BATCHES)]
+    loader = (setup.now() - start) / BATCHES
+    prepared = Prepared(trainer, pinned(batches, setup), loader, 0)
+    for i in range(warm_up):
+        prepared.step(i)
+    if setup.device == "cuda":
+        torch.cuda.synchronize()
+        prepared.held = torch.cuda.memory_allocated() - before
+    return prepared
+
+
+ready: list[tuple[Prepared, Prepared, float]] = []  # of this process: what ``prepare`` leaves for ``turn``
+
+
+def prepare(setup: Setup, warm_up: int, which: tuple[str, str | None]) -> None:
+    """Make a trainer and nnUNetTrainer ready; called in a separate process, perhaps beside others.
 
     Args:
         setup: what the trainer is built from.
-        steps: that are timed beside nnUNetTrainer's, and as many again for the parts.
-        warm_up: steps before, in which memory is reserved, algorithms are chosen and networks compiled.
+        warm_up: steps in which memory is reserved and networks are compiled.
         which: the trainer's name, and its passes.
     """
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
@@ -147,39 +178,40 @@ def turn(setup: Setup, steps: int, warm_up: int, which: tuple[str, str | None]) 
         for name in (BASELINE, "nnUNetTrainerSSL"):  # imports all of nnU-Net's trainers, then ours: not counted
             recursive_find_trainer_class_by_name(name)
     before = resident_peak()
-    trainer = build(setup, *which)
-    start = setup.now()
-    batches = [next(trainer.dataloader_train) for _ in range(steps)]
-    loader = (setup.now() - start) / steps
-    batches = pinned(batches, setup)
-    for i in range(warm_up):
-        trainer.train_step(batches[i % steps])
-    parts = parts_of_steps(trainer, batches, setup.now)
+    own = make_ready(setup, warm_up, *which)
+    peak = resident_peak() - before
+    ready.append((own, make_ready(setup, warm_up, BASELINE, None), peak))
     if setup.device == "cuda":
-        memory = {
-            "peak": torch.cuda.max_memory_allocated() / 2**20,
-            "reserved": torch.cuda.max_memory_reserved() / 2**20,
-        }
-    else:
-        memory = {"peak": resident_peak() - before}
-    modules = [trainer.network, getattr(trainer, "training_modules", torch.nn.Module())]
-    parameters = sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
+        torch.cuda.empty_cache()  # for the others
 
-    baseline = build(setup, BASELINE, None)
-    its_batches = pinned([next(baseline.dataloader_train) for _ in range(steps)], setup)
+
+def turn(setup: Setup, steps: int, warm_up: int) -> dict[str, float]:
+    """Seconds, MiB and parameters of the trainer that is ready, and the ratio of its steps to nnUNetTrainer's."""
+    own, baseline, peak = ready.pop()
+    if setup.device == "cuda":  # as nnU-Net's run_training; by trial, so not beside others
+        torch.backends.cudnn.deterministic = False
+        torch.backends.cudnn.benchmark = True
+        torch.cuda.reset_peak_memory_stats()
     for i in range(warm_up):
-        baseline.train_step(its_batches[i % steps])
-    own, its = [], []
-    for batch, its_batch in zip(batches, its_batches, strict=True):
+        own.step(i)
+    if setup.device == "cuda":
+        peak = (torch.cuda.max_memory_allocated() - baseline.held) / 2**20
+    parts = parts_of_steps(own, steps, setup.now)
+    for i in range(warm_up):
+        baseline.step(i)
+    seconds, its_seconds = [], []
+    for i in range(steps):
         start = setup.now()
-        trainer.train_step(batch)
+        own.step(i)
         middle = setup.now()
-        baseline.train_step(its_batch)
-        own.append(middle - start)
-        its.append(setup.now() - middle)
-    ratio = statistics.median(a / b for a, b in zip(own, its, strict=True))
-    step = statistics.median(own)
-    return {"step": step, "ratio": ratio, "loader": loader, **parts, **memory, "parameters": parameters}
+        baseline.step(i)
+        seconds.append(middle - start)
+        its_seconds.append(setup.now() - middle)
+    ratio = statistics.median(a / b for a, b in zip(seconds, its_seconds, strict=True))
+    modules = [own.trainer.network, getattr(own.trainer, "training_modules", torch.nn.Module())]
+    parameters = sum(p.numel() for module in modules for p in module.parameters() if p.requires_grad)
+    step = statistics.median(seconds)
+    return {"step": step, "ratio": ratio, "loader": own.loader, **parts, "peak": peak, "parameters": parameters}
 
 
 def pinned(batches: list[dict], setup: Setup) -> list[dict]:
@@ -189,8 +221,8 @@ def pinned(batches: list[dict], setup: Setup) -> list[dict]:
     return tree_map(lambda x: x.pin_memory() if isinstance(x, Tensor) else x, batches)
 
 
-def parts_of_steps(trainer: Any, batches: list[dict], now: Callable[[], float]) -> dict[str, float]:
-    """Seconds of the parts of a step, means over a step for each batch."""
+def parts_of_steps(prepared: Prepared, steps: int, now: Callable[[], float]) -> dict[str, float]:
+    """Seconds of the parts of a step, means over so many steps."""
     spent: Counter[str] = Counter()
     entered = last = 0.0
 
@@ -210,20 +242,21 @@ def parts_of_steps(trainer: Any, batches: list[dict], now: Callable[[], float]) 
         backward(*args, **kwargs)
         leave("backward")
 
+    trainer = prepared.trainer
     networks = getattr(trainer, "_runnable", {"first": trainer.network}).values()
     hooks = [network.register_forward_pre_hook(enter) for network in networks]
     hooks += [network.register_forward_hook(partial(leave, "forward")) for network in networks]
     with mock.patch.object(Tensor, "backward", timed_backward):
-        for batch in batches:
+        for i in range(steps):
             start = now()
-            trainer.train_step(batch)
+            prepared.step(i)
             end = now()
             spent["step"] += end - start
             spent["update"] += end - last
     for hook in hooks:
         hook.remove()
     spent["loss"] = spent["step"] - spent["forward"] - spent["backward"] - spent["update"]
-    return {part: spent[part] / len(batches) for part in PARTS}
+    return {part: spent[part] / steps for part in PARTS}
 
 
 def resident_peak() -> float:
@@ -232,19 +265,28 @@ def resident_peak() -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def measure(setup: Setup, trainers: list[tuple[str, str | None]], rounds: int, steps: int, warm_up: int) -> list[dict]:
-    """For each trainer its turns in order, one a round."""
+def measure(
+    setup: Setup, trainers: list[tuple[str, str | None]], args: argparse.Namespace, keep: Callable[[list[dict]], None]
+) -> None:
+    """For each trainer its turns in order, one a round; ``keep`` gets what is there after each turn."""
     # forked by a process that has imported what takes long and touches no GPU
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["nnunetv2.run.run_training", "nnunet_ssl.trainers.shta", "torch._dynamo"])
-    turns: list[list[dict[str, float]]] = [[] for _ in trainers]
-    for number, index in enumerate(list(range(len(trainers))) * rounds):
-        print(f"turn {number + 1} of {rounds * len(trainers)}: {trainers[index][0]}", flush=True)
-        with ProcessPoolExecutor(1, processes) as pool:
-            turns[index].append(pool.submit(turn, setup, steps, warm_up, trainers[index]).result())
-    return [
-        {"trainer": name, "passes": passes, "turns": own} for (name, passes), own in zip(trainers, turns, strict=True)
-    ]
+    results: list[dict] = [{"trainer": name, "passes": passes, "turns": []} for name, passes in trainers]
+    order = list(range(len(trainers))) * args.rounds
+    for first in range(0, len(order), args.together):
+        group = [(results[i], ProcessPoolExecutor(1, processes)) for i in order[first : first + args.together]]
+        jobs = [pool.submit(prepare, setup, args.warm_up, (r["trainer"], r["passes"])) for r, pool in group]
+        wait(jobs)
+        for number, ((result, pool), job) in enumerate(zip(group, jobs, strict=True), first + 1):
+            print(f"turn {number} of {len(order)}: {result['trainer']} {result['passes'] or ''}", flush=True)
+            try:
+                job.result()
+                result["turns"].append(pool.submit(turn, setup, args.steps, args.warm_up).result())
+            except Exception as error:  # out of memory, say
+                print(f"{result['trainer']} failed: {error!r}", flush=True)
+            pool.shutdown()
+            keep([entry for entry in results if entry["turns"]])
 
 
 def make_dataset(folder: Path, plan: Plan, batch_size: int) -> tuple[str, str, str]:
@@ -304,6 +346,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("-device", choices=("cpu", "cuda"), help="default: cuda where there is a GPU, else cpu")
     parser.add_argument("--threads", type=int, default=1, help="of torch on the CPU; nnU-Net takes 1 with a GPU")
     parser.add_argument("--rounds", type=int, default=3, help="through the list")
+    parser.add_argument("--together", type=int, default=1, metavar="N", help="turns that are prepared at once")
     parser.add_argument("--steps", type=int, default=20, help="timed steps of a turn")
     parser.add_argument("--warm-up", type=int, default=3, help="steps of a turn before them")
     parser.add_argument("--output", type=Path, default=Path("benchmark"), help="OUTPUT.json is written")
@@ -315,8 +358,6 @@ def main(argv: list[str] | None = None) -> None:
         results = json.loads(args.table.read_text(encoding="utf-8"))
     else:
         results = run(args, args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.with_name(args.output.name + ".json").write_text(json.dumps(results, indent=1) + "\n")
     if args.page:
         lines = [table(results)]
         args.page.write_text(fill(args.page, results["surroundings"]["device"], lines, WRITER), encoding="utf-8")
@@ -335,16 +376,22 @@ def run(args: argparse.Namespace, device: str) -> dict[str, Any]:
             which = (args.d, args.c, args.p)
             of_plan = f"{args.p} of dataset {args.d}, {args.c}"
         setup = Setup(*which, device, args.threads, temporary)
-        trainers = measure(setup, trainers_to_measure(args.trainers), args.rounds, args.steps, args.warm_up)
-    return {
-        "plan": of_plan,
-        "clock": "CPU time" if setup.cpu_time else "wall-clock time",
-        "rounds": args.rounds,
-        "steps": args.steps,
-        "threads": args.threads,
-        "surroundings": surroundings(torch.device(device)),
-        "trainers": trainers,
-    }
+        results = {
+            "plan": of_plan,
+            "clock": "CPU time" if setup.cpu_time else "wall-clock time",
+            "rounds": args.rounds,
+            "steps": args.steps,
+            "threads": args.threads,
+            "surroundings": surroundings(torch.device(device)),
+        }
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+
+        def keep(trainers: list[dict]) -> None:
+            results["trainers"] = trainers
+            args.output.with_name(args.output.name + ".json").write_text(json.dumps(results, indent=1) + "\n")
+
+        measure(setup, trainers_to_measure(args.trainers), args, keep)
+    return results
 
 
 if __name__ == "__main__":
