@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
 
@@ -42,25 +43,21 @@ def by_pointers(masks: Tensor, rounds: int = 10) -> Tensor:
     what is known to be connected grows exponentially. The number of rounds is fixed, since to ask whether all is done
     would wait for the device; a shape that needs more, such as a spiral of thousands of turns, falls apart.
 
+    Voxels outside point at themselves: if they all had one in common, a GPU would write to it one after the other.
+
     Source: after Shiloach and Vishkin, "An O(log n) parallel connectivity algorithm" (1982).
     """
     inside = masks.flatten(1)
-    numbers = torch.arange(1, inside.shape[1] + 1, device=masks.device)
-    outside = torch.zeros_like(inside[:, :1], dtype=torch.int64)  # voxel 0, which points at itself
-    pointer = torch.cat([outside, numbers * inside], 1)
+    highest_around = F.max_pool2d if masks.ndim == 3 else F.max_pool3d
+    pointer = torch.arange(inside.shape[1], device=masks.device).repeat(len(inside), 1)
     for _ in range(rounds):
-        seen = pointer[:, 1:].view(masks.shape).clone()
-        for axis in range(1, masks.ndim):  # one axis after the other, so corners are reached
-            before = seen.clone()
-            last = masks.shape[axis] - 1
-            for here, there in ((0, 1), (1, 0)):
-                part = seen.narrow(axis, here, last)
-                part.copy_(torch.maximum(part, before.narrow(axis, there, last)))
-        pointer = pointer.scatter_reduce(1, pointer, torch.cat([outside, seen.flatten(1) * inside], 1), "amax")
+        seen = torch.where(inside, pointer, -1).double().view(masks.shape)  # exact to 2^53; integers cannot be pooled
+        seen = highest_around(seen[:, None], kernel_size=3, stride=1, padding=1).flatten(1).long()
+        pointer = pointer.scatter_reduce(1, pointer, torch.where(inside, seen, -1), "amax")
         for _ in range(2):
             pointer = pointer.gather(1, pointer)
-    sizes = torch.zeros_like(pointer).scatter_add_(1, pointer[:, 1:], inside.long())
-    return (inside & (pointer[:, 1:] == sizes.max(1, keepdim=True).indices)).view(masks.shape)
+    sizes = torch.zeros_like(pointer).scatter_add_(1, pointer, inside.long())
+    return (inside & (pointer == sizes.max(1, keepdim=True).indices)).view(masks.shape)
 
 
 def largest_of_each_class(labels: Tensor, num_classes: int, regions: bool = False) -> Tensor:
