@@ -3,7 +3,8 @@
 # make settings   the tables of settings in docs/, from what the trainers declare
 # make wheel      the wheel, in build/wheel, installed where nothing else is, where it checks itself
 # make docs       the documentation's site, in site/
-# make bench      time per step and peak memory of each trainer, against nnUNetTrainer; on a GPU BENCH="--plan 128"
+# make bench      time per step and peak memory of each trainer, against nnUNetTrainer; on a GPU
+#                 BENCH="--plan 128 --together 5"
 #
 # Each of them but wheel first makes a virtual environment in .venv and installs the package there, if that is still
 # to be done. PYTHON=python3.12 picks the interpreter, VENV=folder the place, NNUNET=nnunetv2==2.8.0 another nnU-Net,
