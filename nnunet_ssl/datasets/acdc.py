@@ -3,17 +3,23 @@
     nnUNetv2_ssl_dataset acdc --data DIR --seed 0 --labeled 3 -d 780
     nnUNetv2_ssl_dataset acdc --data DIR --labeled all -d 789
 
-DIR holds ``images`` and ``labels``, the same file names in both, ``<case>.nii.gz``, and ``protocol.json``, whose lists
-name patients:
+DIR holds, with any folders in between, the patients' folders as published: ``<patient>_frame01.nii.gz`` and
+``<patient>_frame01_gt.nii.gz``, two frames a patient. Or it holds ``images`` and ``labels``, the same names in both,
+``<patient>_frame01.nii.gz``. Other files, such as the whole films, are passed over.
+
+``protocol.json`` in DIR, where there is one, assigns the patients:
 
     {"train": ["p1", "p2", "p3"], "test": ["p4"], "labelled_order": [["p2", "p1", "p3"], ["p3", "p2", "p1"]],
      "cases_of_patient": {"p1": ["p1_frame01", "p1_frame12"], "p2": ...}}
+
+Without it the lists are drawn as ``nnUNetv2_ssl_dataset hippocampus -h`` says: 20 patients for testing, and the next 60
+for training. Results on drawn lists compare with each other, not with ``docs/results.md``.
 
 ``--labeled n`` counts patients: all cases of the first n patients of the order (``--seed``, from 0) keep their labels,
 and no patient is in two parts. ``groups.json`` in the dataset says whose case each one is.
 
 There is no validation list; the fold trains on all labeled cases and validates on the first five of them, by which
-nothing is to be chosen. What else holds is said by ``nnUNetv2_ssl_dataset hippocampus -h``.
+nothing is to be chosen.
 
 The data ask for registration and for the citation: O. Bernard et al., Deep learning techniques for automatic MRI
 cardiac multi-structures segmentation and diagnosis, IEEE Transactions on Medical Imaging 37(11), 2018.
@@ -22,9 +28,11 @@ cardiac multi-structures segmentation and diagnosis, IEEE Transactions on Medica
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 
+from nnunet_ssl.datasets.cases import Files
 from nnunet_ssl.datasets.lists import add_labeled
-from nnunet_ssl.datasets.protocol_json import add_order, from_protocol
+from nnunet_ssl.datasets.protocol_json import Drawn, add_order, from_protocol, same_names
 from nnunet_ssl.datasets.recipe import Recipe
 
 RECIPE = Recipe(
@@ -43,4 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def make(args: argparse.Namespace) -> None:
     """Check the data, then write the dataset and its one fold."""
-    from_protocol(args, "ACDC", RECIPE, patients=True)
+    if any((args.data / folder).is_dir() for folder in ("images", "imagesTr")):
+        images, labels = same_names(args.data)
+    else:
+        images, labels = Files(args.data, "{}.nii.gz"), Files(args.data, "{}_gt.nii.gz")
+    patients: dict[str, list[str]] = defaultdict(list)
+    for case in sorted(labels.found):
+        patients[case.partition("_frame")[0]].append(case)
+    from_protocol(args, "ACDC", RECIPE, (images, labels), Drawn(test=20, train=60), patients)

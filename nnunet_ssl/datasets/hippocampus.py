@@ -6,7 +6,7 @@
 The folder holds ``imagesTr`` and ``labelsTr`` as published, or ``images`` and ``labels``: the same file names in both,
 ``<case>.nii.gz``. ``._*`` files, ``imagesTs`` (it has no labels) and ``dataset.json`` are passed over.
 
-Which case is what stands in ``protocol.json`` in the same folder, where there is one:
+``protocol.json`` in the same folder, where there is one, assigns the cases:
 
     {"train": ["a", "b", "c"], "test": ["d"], "labelled_order": [["b", "a", "c"], ["c", "b", "a"]]}
 
@@ -32,7 +32,7 @@ from __future__ import annotations
 import argparse
 
 from nnunet_ssl.datasets.lists import add_labeled
-from nnunet_ssl.datasets.protocol_json import add_order, from_protocol
+from nnunet_ssl.datasets.protocol_json import Drawn, add_order, from_protocol, same_names
 from nnunet_ssl.datasets.recipe import Recipe
 
 RECIPE = Recipe(
@@ -51,4 +51,4 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def make(args: argparse.Namespace) -> None:
     """Check the data, then write the dataset and its one fold."""
-    from_protocol(args, "Hippocampus", RECIPE)
+    from_protocol(args, "Hippocampus", RECIPE, same_names(args.data), Drawn(test=40, train=160))

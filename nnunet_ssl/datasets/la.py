@@ -36,7 +36,7 @@ import SimpleITK as sitk
 from nnunet_ssl.datasets.cases import Case, Files, choose_h5
 from nnunet_ssl.datasets.editing import crop_in_plane
 from nnunet_ssl.datasets.lists import Lists, add_labeled, add_lists
-from nnunet_ssl.datasets.protocol_json import FILE, add_order, from_protocol
+from nnunet_ssl.datasets.protocol_json import FILE, add_order, from_protocol, same_names
 from nnunet_ssl.datasets.recipe import Recipe
 from nnunet_ssl.datasets.writing import prepare
 from nnunet_ssl.errors import UserError
@@ -103,7 +103,7 @@ def make(args: argparse.Namespace) -> None:
         others = ("train_list", "validation_list", "test_list", "labeled_list", "crop_to_label")
         if given := ["--" + name.replace("_", "-") for name in others if getattr(args, name)]:
             raise UserError(f"{args.data / FILE} says which case is what: leave out {' and '.join(given)}.")
-        from_protocol(args, "LA", replace(RECIPE, mend=Recipe.mend))
+        from_protocol(args, "LA", replace(RECIPE, mend=Recipe.mend), same_names(args.data))
         return
 
     images, labels = Files(args.data, "{}/lgemri.nrrd"), Files(args.data, "{}/laendo.nrrd")

@@ -1,10 +1,11 @@
-"""A folder of images and labels under the same names, whose lists stand in its ``protocol.json`` or are drawn."""
+"""Datasets whose owners publish no lists: the lists stand in a ``protocol.json``, or they are drawn."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -16,7 +17,13 @@ from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_json
 
 FILE = "protocol.json"
-DRAWN_TEST, DRAWN_TRAIN = 40, 160  # cases, where there is no protocol.json
+
+
+class Drawn(NamedTuple):
+    """How many cases, or patients, are drawn where there is no ``protocol.json``."""
+
+    test: int
+    train: int  # as many as there are, where there are fewer
 
 
 def add_order(parser: argparse.ArgumentParser) -> None:
@@ -25,32 +32,52 @@ def add_order(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help=text)
 
 
-def from_protocol(args: argparse.Namespace, title: str, recipe: Recipe, patients: bool = False) -> None:
-    """Prepare a folder with ``images`` and ``labels``, or ``imagesTr`` and ``labelsTr``, which hold the same names.
+def same_names(data: Path) -> tuple[Files, Files]:
+    """The files of ``images`` and ``labels``, or of ``imagesTr`` and ``labelsTr``: the same names in both.
 
-    The lists are in its ``protocol.json``; without one they are drawn by ``draw_lists``. Where patients have several
-    cases, the lists name patients, and ``cases_of_patient`` says which cases are theirs. With ``patients`` it must be
-    there, since lists of cases would split patients. The dataset's name begins with ``title``.
+    Raises:
+        UserError: neither is there.
+    """
+    suffix = "Tr" if (data / "imagesTr").is_dir() else ""
+    if not (data / f"images{suffix}").is_dir():
+        raise UserError(f"{data} holds neither imagesTr nor images: --data takes the folder that does.")
+    return Files(data / f"images{suffix}", "{}.nii.gz"), Files(data / f"labels{suffix}", "{}.nii.gz")
+
+
+def from_protocol(
+    args: argparse.Namespace,
+    title: str,
+    recipe: Recipe,
+    files: tuple[Files, Files],
+    drawn: Drawn | None = None,
+    patients: dict[str, list[str]] | None = None,
+) -> None:
+    """Prepare a dataset by the lists in its folder's ``protocol.json``; without one they are drawn by ``draw_lists``.
+
+    Args:
+        args: the command's.
+        title: with which the dataset's name begins.
+        recipe: of the dataset.
+        files: its images and its labels.
+        drawn: how many to draw; None where the lists are not drawn.
+        patients: the cases of each patient, if patients have several. Then lists name patients, and a
+            ``protocol.json`` must have its own ``cases_of_patient``, since lists of cases would split patients.
 
     Raises:
         UserError: anything is wrong; then nothing was written.
     """
-    suffix = "Tr" if (args.data / "imagesTr").is_dir() else ""
-    if not (args.data / f"images{suffix}").is_dir():
-        raise UserError(f"{args.data} holds neither imagesTr nor images: --data takes the folder that does.")
-    images, labels = (Files(args.data / f"{folder}{suffix}", "{}.nii.gz") for folder in ("images", "labels"))
     file = args.data / FILE
-    cases_of: dict[str, list[str]] = {}
-    if file.is_file():
+    if drawn is None or file.is_file():
         train, test, several, cases_of = read_protocol(file, args.seed)
-    if patients and not cases_of:
-        raise UserError(f"{file} with 'cases_of_patient' is needed: lists of cases would test on patients that train.")
-    if not file.is_file():
-        train, test = draw_lists(images.found, args.seed, images.root)
-        several = True
+        if patients is not None and not cases_of:
+            raise UserError(f"{file} needs 'cases_of_patient': lists of cases would test on patients that train.")
+    else:
+        cases_of, several = patients or {}, True
+        names = files[0].found if patients is None else patients
+        train, test = draw_lists(names, args.seed, args.data, drawn, "cases" if patients is None else "patients")
         print(
-            f"Without {file} the lists were drawn ({len(train)} training and {len(test)} test cases of "
-            f"{len(images.found)}): results on them can be compared with each other, but not with docs/results.md, "
+            f"Without {file} the lists were drawn ({len(train)} for training and {len(test)} for testing, of "
+            f"{len(names)}): results on them can be compared with each other, but not with docs/results.md, "
             f"which uses its own {FILE}."
         )
     parts = Lists(train, test, ordered=len(train) - 1).parts(args.labeled)
@@ -58,33 +85,36 @@ def from_protocol(args: argparse.Namespace, title: str, recipe: Recipe, patients
         parts = {case: part for patient, part in parts.items() for case in cases_of[patient]}
     seed = f"Seed{args.seed}" if several else ""
     name = f"{title}AllLabels" if args.labeled == "all" else f"{title}{seed}Labeled{args.labeled}"
-    groups = {case: patient for patient in cases_of for case in cases_of[patient]}
-    prepare(parts, images, labels, recipe, name, args, groups=groups)
+    groups = {case: patient for patient in train + test for case in cases_of.get(patient, ())}
+    prepare(parts, *files, recipe, name, args, groups=groups)
 
 
-def draw_lists(cases: Iterable[str], seed: int, folder: Path) -> tuple[list[str], list[str]]:
+def draw_lists(
+    names: Iterable[str], seed: int, folder: Path, drawn: Drawn, what: str = "cases"
+) -> tuple[list[str], list[str]]:
     """Lists for a dataset whose owners publish none.
 
-    Sorted by name and permuted by ``default_rng(0)``, the first 40 cases are test cases and the next 160, or as many as
-    there are, training cases. A seed's order is ``default_rng(seed)``'s permutation of the sorted training cases.
+    Sorted by name and permuted by ``default_rng(0)``, the first ``drawn.test`` are for testing and the next
+    ``drawn.train``, or as many as there are, for training. A seed's order is ``default_rng(seed)``'s permutation of
+    those, sorted.
 
     Returns:
-        The training cases in the seed's order, and the test cases.
+        What is for training in the seed's order, and what is for testing.
 
     Raises:
-        UserError: the seed is negative, or there are not two training cases in ``folder``.
+        UserError: the seed is negative, or ``folder`` does not hold enough for two in training.
     """
     if seed < 0:
         raise UserError(f"--seed {seed}: expected 0 or more.")
-    names = sorted(cases)
-    if len(names) < DRAWN_TEST + 2:
+    names = sorted(names)
+    if len(names) < drawn.test + 2:
         raise UserError(
-            f"{folder} holds {len(names)} cases (.nii.gz), and without a {FILE} next to it {DRAWN_TEST} of them "
-            f"are drawn as test cases. Give the folder of the whole dataset, or write a {FILE}."
+            f"{folder} holds {len(names)} {what} (.nii.gz), and without a {FILE} in it {drawn.test} of them "
+            f"are drawn for testing. Give the folder of the whole dataset, or write a {FILE}."
         )
-    drawn = [names[i] for i in np.random.default_rng(0).permutation(len(names))]
-    train = sorted(drawn[DRAWN_TEST : DRAWN_TEST + DRAWN_TRAIN])
-    return [train[i] for i in np.random.default_rng(seed).permutation(len(train))], drawn[:DRAWN_TEST]
+    order = [names[i] for i in np.random.default_rng(0).permutation(len(names))]
+    train = sorted(order[drawn.test : drawn.test + drawn.train])
+    return [train[i] for i in np.random.default_rng(seed).permutation(len(train))], order[: drawn.test]
 
 
 def read_protocol(file: Path, seed: int) -> tuple[list[str], list[str], bool, dict[str, list[str]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from helpers.raw_files import REAL, cases, fold, image, label, nothing_written, write
 
@@ -69,9 +70,43 @@ def test_wrong_cases_of_patients(data, fresh_folders, change, message):
 
 
 def test_lists_of_cases_would_split_patients(data, fresh_folders):
-    (data / "protocol.json").unlink()
-    with pytest.raises(UserError, match=r"protocol\.json with 'cases_of_patient' is needed"):
+    lists = {key: value for key, value in PROTOCOL.items() if key != "cases_of_patient"}
+    (data / "protocol.json").write_text(json.dumps(lists))
+    with pytest.raises(UserError, match=r"protocol\.json needs 'cases_of_patient'"):
         main(["acdc", "--data", str(data), "-d", "780"])
+
+
+def test_without_lists_patients_are_counted(data, fresh_folders):
+    (data / "protocol.json").unlink()
+    with pytest.raises(UserError, match=r"holds 4 patients .* 20 of them are drawn for testing"):
+        main(["acdc", "--data", str(data), "-d", "780"])
+
+
+def test_the_published_folders(tmp_path, fresh_folders, capsys):
+    """25 patients below two folders, each with two frames, their labels, the whole film and a text."""
+    files = {"": write(tmp_path / "i.nii.gz", image()), "_gt": write(tmp_path / "l.nii.gz", label(0, 1, 2, 3))}
+    patients = [f"patient{number:03d}" for number in range(1, 26)]
+    for number, patient in enumerate(patients):
+        folder = tmp_path / "ACDC" / ("testing" if number > 20 else "training") / patient
+        folder.mkdir(parents=True)
+        for end, file in files.items():
+            for frame in (1, 9 + number):
+                (folder / f"{patient}_frame{frame:02d}{end}.nii.gz").write_bytes(file.read_bytes())
+        (folder / f"{patient}_4d.nii.gz").write_bytes(b"the whole film")
+        (folder / "Info.cfg").write_text("ED: 1\n")
+    main(["acdc", "--data", str(tmp_path / "ACDC"), "--seed", "1", "--labeled", "2", "-d", "780"])
+    assert "(5 for training and 20 for testing, of 25)" in capsys.readouterr().out
+    dataset = fresh_folders.raw / "Dataset780_ACDCSeed1Labeled2"
+    order = np.random.default_rng(0).permutation(patients).tolist()
+    train = np.random.default_rng(1).permutation(sorted(order[20:])).tolist()
+
+    def of(folder):
+        return {case.split("_")[0] for case in cases(dataset / folder)}
+
+    assert of("imagesTs") == of("labelsTs") == set(order[:20])
+    assert of("imagesTr") == of("labelsTr") == set(train[:2])
+    assert of("imagesUn") == set(train[2:])
+    assert [len(cases(dataset / folder)) for folder in ("imagesTr", "imagesUn", "imagesTs")] == [4, 6, 40]
 
 
 @pytest.mark.skipif(not (REAL / "acdc").is_dir(), reason="the ACDC data are not beside the project")

@@ -14,7 +14,7 @@ import SimpleITK as sitk
 from helpers.raw_files import REAL, fold, nothing_written, write
 
 from nnunet_ssl.commands.dataset import main
-from nnunet_ssl.datasets.protocol_json import draw_lists
+from nnunet_ssl.datasets.protocol_json import Drawn, draw_lists
 from nnunet_ssl.errors import UserError
 
 TRAIN, TEST = [f"case_{i}" for i in range(6)], ["test_0", "test_1"]
@@ -153,7 +153,7 @@ def test_the_published_folder(published, fresh_folders, capsys):
     for seed in (0, 1):
         main(["hippocampus", "--data", str(published), "--seed", str(seed), "-d", str(640 + seed)])
     said = capsys.readouterr().out
-    assert "the lists were drawn (160 training and 40 test cases of 206)" in said
+    assert "the lists were drawn (160 for training and 40 for testing, of 206)" in said
     assert "not with docs/results.md" in said
     zero, one = (parts(fresh_folders.raw / f"Dataset64{seed}_HippocampusSeed{seed}Labeled5") for seed in (0, 1))
     for found in (zero, one):
@@ -169,7 +169,7 @@ def test_the_published_folder(published, fresh_folders, capsys):
 
 def test_drawn_lists_are_those_of_the_documented_rule(tmp_path):
     order = np.random.default_rng(0).permutation(sorted(PUBLISHED)).tolist()
-    train, test = draw_lists(PUBLISHED[::-1], 3, tmp_path)
+    train, test = draw_lists(PUBLISHED[::-1], 3, tmp_path, Drawn(40, 160))
     assert test == order[:40]
     assert train == np.random.default_rng(3).permutation(sorted(order[40:200])).tolist()
     # whatever version of NumPy: results on drawn lists are to compare
@@ -177,12 +177,12 @@ def test_drawn_lists_are_those_of_the_documented_rule(tmp_path):
 
 
 def test_a_smaller_dataset_has_fewer_training_cases(tmp_path):
-    train, test = draw_lists(PUBLISHED[:60], 0, tmp_path)
+    train, test = draw_lists(PUBLISHED[:60], 0, tmp_path, Drawn(40, 160))
     assert (len(train), len(test)) == (20, 40)
     with pytest.raises(UserError, match="holds 41 cases"):
-        draw_lists(PUBLISHED[:41], 0, tmp_path)
+        draw_lists(PUBLISHED[:41], 0, tmp_path, Drawn(40, 160))
     with pytest.raises(UserError, match="--seed -1"):
-        draw_lists(PUBLISHED, -1, tmp_path)
+        draw_lists(PUBLISHED, -1, tmp_path, Drawn(40, 160))
 
 
 def test_a_protocol_beside_the_published_folders(published, fresh_folders, capsys):
