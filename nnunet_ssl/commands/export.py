@@ -28,7 +28,9 @@ def main(argv: list[str] | None = None) -> None:
     add_shared(parser, "-o", required=True, help="Folder to write to; must be empty or not exist")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--both", action="store_true", help="Export both networks of CPS as two folds for nnU-Net to average"
+        "--both",
+        action="store_true",
+        help="Export both networks of a trainer with two as two folds, to average",
     )
     which.add_argument("--branch", choices=("high",), help="Export only this branch of SASNet")
     parser.add_argument("--zip", action="store_true", help="Also write DIR.zip, for nnU-Net to install")
