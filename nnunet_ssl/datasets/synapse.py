@@ -1,16 +1,17 @@
 """Synapse multi-organ CT (BTCV, 30 labeled cases, 13 organs) as an nnU-Net raw dataset with few labels.
 
     nnUNetv2_ssl_dataset synapse --data DIR --labeled 4 -d 701
-    nnUNetv2_ssl_dataset synapse --data DIR --split dhc --labeled 8 -d 702
+    nnUNetv2_ssl_dataset synapse --data DIR --split skcdf --labeled 8 -d 702
 
 DIR holds ``img<number>.nii.gz`` and ``label<number>.nii.gz`` in any folders, as ``RawData/Training`` does.
 
-Three splits are in circulation, and results on different ones do not compare:
+Three lists of cases are in circulation, and results on different ones do not compare:
 
 | ``--split`` | train / validation / test | ``--labeled`` | window (HU) |
 | --- | --- | --- | --- |
-| ``ga`` (default), of GA-CPS, and most likely the SHTA paper's | 20 / 4 / 6 | 2, 4 | -125 to 275 |
-| ``dhc``, of DHC and SKCDF | 20 / 4 / 6 | 2, 4, 8 | -75 to 275 |
+| ``ga`` (default), of GA-CPS, and most likely the SHTA paper's | 20 / 4 / 6 | 2, 4, 8 | -125 to 275 |
+| ``dhc``, of DHC: the same cases | 20 / 4 / 6 | 2, 4, 8 | -75 to 275 |
+| ``skcdf``, of SKCDF | 20 / 4 / 6 | 2, 4, 8 | -75 to 275 |
 | ``magicnet``, of MagicNet, without validation cases | 18 / 0 / 12 | 5, 7 | -125 to 275 |
 
 The fold trains on the labeled cases and validates on the validation cases; without any it validates on the first
@@ -43,13 +44,15 @@ def _lists(test: str, validation: str, labeled: dict[int, str]) -> Lists:
     return Lists(train, test.split(), validation.split(), labeled=sets, pattern=r"\d{4}")
 
 
+DHC = _lists(
+    test="0004 0007 0010 0033 0035 0036",
+    validation="0006 0025 0026 0040",
+    labeled={2: "0023 0028", 4: "0002 0023 0034 0039", 8: "0002 0009 0021 0023 0027 0031 0032 0037"},
+)
 SPLITS = {
-    "ga": _lists(
-        test="0004 0007 0010 0033 0035 0036",
-        validation="0006 0025 0026 0040",
-        labeled={2: "0023 0028", 4: "0002 0023 0034 0039"},
-    ),
-    "dhc": _lists(
+    "ga": DHC,
+    "dhc": DHC,
+    "skcdf": _lists(
         test="0008 0027 0029 0033 0037 0039",
         validation="0035 0036 0038 0040",
         labeled={2: "0007 0030", 4: "0021 0023 0028 0032", 8: "0003 0004 0005 0006 0010 0023 0028 0034"},
@@ -60,8 +63,8 @@ SPLITS = {
         labeled={5: "0006 0039 0021 0005 0007", 7: "0006 0039 0021 0005 0007 0031 0040"},
     ),
 }
-NAMES = {"ga": "GA", "dhc": "DHC", "magicnet": "MagicNet"}
-WINDOWS = {"ga": (-125, 275), "dhc": (-75, 275), "magicnet": (-125, 275)}
+NAMES = {"ga": "GA", "dhc": "DHC", "skcdf": "SKCDF", "magicnet": "MagicNet"}
+WINDOWS = {"ga": (-125, 275), "dhc": (-75, 275), "skcdf": (-75, 275), "magicnet": (-125, 275)}
 ORGANS = (
     "background, spleen, right kidney, left kidney, gallbladder, esophagus, liver, stomach, aorta, "
     "inferior vena cava, portal and splenic veins, pancreas, right adrenal gland, left adrenal gland"

@@ -49,11 +49,18 @@ def test_the_lists_are_those_of_the_protocols():
     assert [case for case, part in ga.items() if part == "unlabeled"] == (
         "0001 0003 0005 0008 0009 0021 0022 0024 0027 0028 0029 0030 0031 0032 0037 0038".split()
     )
-    assert SPLITS["dhc"].train == (
+    dhc = SPLITS["dhc"]  # as in synapse_data/splits of its authors' repository
+    assert (
+        dhc.train
+        == "0001 0002 0003 0005 0008 0009 0021 0022 0023 0024 0027 0028 0029 0030 0031 0032 0034 0037 0038 0039".split()
+    )
+    assert dhc.test == "0004 0007 0010 0033 0035 0036".split()
+    assert dhc.labeled[8] == "0002 0009 0021 0023 0027 0031 0032 0037".split()
+    assert SPLITS["skcdf"].train == (
         "0001 0002 0003 0004 0005 0006 0007 0009 0010 0021 0022 0023 0024 0025 0026 0028 0030 0031 0032 0034".split()
     )
     sizes = {name: tuple(len(x) for x in (s.train, s.validation, s.test)) for name, s in SPLITS.items()}
-    assert sizes == {"ga": (20, 4, 6), "dhc": (20, 4, 6), "magicnet": (18, 0, 12)}
+    assert sizes == {"ga": (20, 4, 6), "dhc": (20, 4, 6), "skcdf": (20, 4, 6), "magicnet": (18, 0, 12)}
     for lists in SPLITS.values():
         for number, labeled in lists.labeled.items():
             assert len(labeled) == number
