@@ -20,7 +20,7 @@ from nnunet_ssl.shapes.targets import copies_of_tests, of_patients, test_images
 from nnunet_ssl.unlabeled.case import Preparation
 from nnunet_ssl.unlabeled.find import GROUPS
 from nnunet_ssl.unlabeled.folds import trained_with
-from nnunet_ssl.unlabeled.groups import groups_of_dataset, kept_groups_files, read_groups
+from nnunet_ssl.unlabeled.groups import groups_of_dataset, joined, kept_groups_files, read_groups
 from nnunet_ssl.unlabeled.store import Manifest, PreparedFolder
 
 WARPED, WARPED_ONTO_LABELED = "_warped", "_warped_onto_labeled"  # after the name of the labeled cases' folder
@@ -74,8 +74,8 @@ class Wish(Preparation):
 
     @property
     def groups_file(self) -> str:
-        """Where the groups are kept that were given: apart from the manifest, lest they are lost with it."""
-        return os.path.join(self.folder, GROUPS)
+        """Where the groups are kept that were given: beside the warps, which may be removed."""
+        return f"{self.folder}_{GROUPS}"
 
     @property
     def kept_groups(self) -> dict[str, str]:
@@ -84,10 +84,14 @@ class Wish(Preparation):
 
     @cached_property
     def groupings(self) -> list[dict[str, str]]:
-        """Case -> patient, as given here and for other configurations, and by ``groups.json``: each is obeyed."""
+        """Case -> patient, as given here and for other configurations, and by ``groups.json``: each is obeyed.
+
+        So is what they say together: two cases may be of one patient by way of a third.
+        """
         here = self.kept_groups if self.groups is None else self.groups
         others = [read_groups(file) for file in kept_groups_files(self.dataset_name) if file != self.groups_file]
-        return [here, *others, groups_of_dataset(self.dataset_name)]
+        each = [here, *others, groups_of_dataset(self.dataset_name)]
+        return [*each, joined(each)]
 
     def usable(self, entries: Mapping[str, dict]) -> list[str]:
         """Those that a fold may train with: of its own cases, onto images of nobody who validates or tests."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Iterable
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from scipy.cluster.hierarchy import DisjointSet
@@ -39,20 +40,25 @@ def groups_of_dataset(dataset_name: str) -> dict[str, str]:
 def kept_groups_files(dataset_name: str) -> list[str]:
     """Where ``nnUNetv2_ssl_warp --groups`` keeps what it was given: beside the warps of each configuration."""
     folder = os.path.join(nnUNet_preprocessed.get() or os.devnull, dataset_name)
-    return sorted(glob.glob(os.path.join(glob.escape(folder), "*_warped*", GROUPS)))
+    return sorted(glob.glob(os.path.join(glob.escape(folder), f"*_warped*_{GROUPS}")))
 
 
 def all_groups(dataset_name: str) -> dict[str, str]:
     """The dataset's groups, and those that ``nnUNetv2_ssl_warp --groups`` keeps beside its warps, in one.
 
-    Cases that any of them gives to one patient are of one patient. A case that none names is a patient by itself, of
-    its own name. Empty where there are no groups.
-
     Raises:
         UserError: a file holds something else.
     """
-    kept = map(read_groups, kept_groups_files(dataset_name))
-    groupings = [groups for groups in (groups_of_dataset(dataset_name), *kept) if groups]
+    return joined([groups_of_dataset(dataset_name), *map(read_groups, kept_groups_files(dataset_name))])
+
+
+def joined(groupings: Iterable[dict[str, str]]) -> dict[str, str]:
+    """Several groupings, case -> patient, in one.
+
+    Cases that any of them gives to one patient are of one patient. A case that none names is a patient by itself, of
+    its own name. Empty where there are no groups.
+    """
+    groupings = [groups for groups in groupings if groups]
     if len(groupings) < 2:
         return groupings[0] if groupings else {}
     same = DisjointSet()

@@ -224,12 +224,30 @@ def test_groups_that_another_process_was_given_meanwhile_count(dataset, monkeypa
         warps(dataset, ("tr_01",), each=20, groups={"tr_00": "p", "un_04": "p"})
         return real(manifest, wait=wait)
 
-    assert mine.groupings == [{}, {}]
+    assert not any(mine.groupings)
     monkeypatch.setattr(WarpManifest, "locked", after_another)
     made = prepare_warps(mine, 1)
     fixed = {manifest(dataset)["cases"][case]["fixed"] for case in made.cases}
     assert "un_05" in fixed
     assert "un_04" not in fixed
+
+
+def test_two_cases_are_of_one_patient_by_way_of_a_third(dataset):
+    """groups.json says whose un_04 is, and --groups that un_05 is of the same."""
+    (dataset.raw / GROUPS).write_text(json.dumps({"tr_00": "p", "un_04": "p"}))
+    made = warps(dataset, ("tr_01",), ("tr_00",), each=20, groups={"un_04": "q", "un_05": "q"})
+    fixed = {manifest(dataset)["cases"][case]["fixed"] for case in made.cases}
+    assert "un_00" in fixed
+    assert not fixed & {"un_04", "un_05"}
+
+
+def test_groups_outlive_the_warps(dataset):
+    """Somebody removes the folder to free the space, as the log says one may."""
+    (dataset.raw / GROUPS).unlink()
+    warps(dataset, ("tr_01",), each=1, groups={"tr_00": "p", "un_04": "p"})
+    shutil.rmtree(warped_in(dataset))
+    made = warps(dataset, ("tr_01",), ("tr_00",), each=20)
+    assert "un_04" not in {manifest(dataset)["cases"][case]["fixed"] for case in made.cases}
 
 
 def test_a_file_of_groups_still_counts_beside_one_that_says_otherwise(dataset):
@@ -264,6 +282,7 @@ def test_those_left_out_are_named(dataset, capsys):
 
 
 def test_where_all_are_left_out_it_says_so(dataset):
+    (dataset.raw / GROUPS).unlink()
     groups = dict.fromkeys([case for case in dataset.cases("imagesUn") if case != "ts_00"] + ["tr_00"], "one")
     with pytest.raises(UserError, match="no unlabeled image may be warped onto, since there is none, or all"):
         warps(dataset, ("tr_01",), ("tr_00",), each=1, groups=groups)

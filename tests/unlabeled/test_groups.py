@@ -27,8 +27,8 @@ def test_cases_that_any_file_puts_together_are_together(monkeypatch, tmp_path, o
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
     dataset = tmp_path / "Dataset001_X"
-    for folder, content in ((dataset, own), (dataset / "nnUNetPlans_2d_warped_onto_labeled", kept)):
-        folder.mkdir()
-        (folder / "groups.json").write_text(json.dumps(content))
+    dataset.mkdir()
+    (dataset / "groups.json").write_text(json.dumps(own))
+    (dataset / "nnUNetPlans_2d_warped_onto_labeled_groups.json").write_text(json.dumps(kept))
     assert all_groups("Dataset001_X") == groups
     assert all_groups("Dataset002_Y") == {}
