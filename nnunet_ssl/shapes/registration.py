@@ -18,7 +18,7 @@ import SimpleITK as sitk
 from scipy import ndimage
 from skimage.feature import match_template
 
-VERSION = 4  # of the code below: pairs registered by another version are registered again
+VERSION = 5  # of the code below: pairs registered by another version are registered again
 LEVELS = (4, 2, 1)  # shrink factors of the pyramid
 ITERATIONS = 40  # at each level
 SIGMA = 1.0  # voxels: of the Gaussian that smooths the field after each iteration
@@ -362,9 +362,13 @@ def _beyond(image: sitk.Image, longest: dict[int, int]) -> float:
 
 
 def _shrunk(image: sitk.Image, factor: float) -> sitk.Image:
-    """Smoothed and shrunk along the axes that have the voxels for it."""
-    factors = [min(factor, max(1.0, n / SHORTEST)) for n in image.GetSize()]
-    return _resampled(image, [s * f for s, f in zip(image.GetSpacing(), factors, strict=True)])
+    """Smoothed, and shrunk to that many times the smallest spacing, along the axes that have the voxels for it.
+
+    An axis of thick slices keeps them until the others are as coarse.
+    """
+    coarse = factor * min(image.GetSpacing())
+    axes = zip(image.GetSpacing(), image.GetSize(), strict=True)
+    return _resampled(image, [max(s, min(coarse, s * n / SHORTEST)) for s, n in axes])
 
 
 def _resampled(image: sitk.Image, spacing: list[float]) -> sitk.Image:

@@ -288,7 +288,7 @@ def test_warped_labels_are_the_likeliest_of_all_interpolated_ones(shape, monkeyp
 
 def test_a_large_volume_is_judged_on_fewer_voxels(monkeypatch):
     """As it would be on all of them, and small structures count there too."""
-    spacing = (1.0, 1.0, 0.4)
+    spacing = (0.5, 0.5, 0.4)
     image, _ = phantom((20, 24, 80), spacing, shift=(1, 2, -2), seed=1)
     fixed = volume(image[None], spacing)
     image, labels = phantom((20, 24, 80), spacing, bend=1.0, seed=2)
@@ -324,6 +324,12 @@ def test_the_grid_of_a_coarse_image_has_the_same_middle():
         middle = one.TransformContinuousIndexToPhysicalPoint([(n - 1) / 2 for n in one.GetSize()])
         assert np.allclose(middle, 0)
     assert coarse.GetSize() == (16, 16, 7)
+
+
+def test_thick_slices_stay_until_the_others_are_as_coarse():
+    (image,) = volume(np.zeros((1, 60, 128, 140), np.float32), (5, 1, 1)).channels
+    assert registration._shrunk(image, 4).GetSize() == (35, 32, 60)
+    assert registration._shrunk(image, 8).GetSpacing() == pytest.approx((8, 8, 8), rel=0.1)
 
 
 @pytest.mark.parametrize("shape", [(60, 130, 150), (16, 290, 512), (1, 301, 260)])
