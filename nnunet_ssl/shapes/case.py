@@ -43,23 +43,31 @@ def warp_case(
     try:
         there = prepared_volume(task, fixed_folder, fixed, False)
         here = prepared_volume(task, task.labeled_folder, moving, True)
-        found, labels, why = registered(there, here, channels or None)
+        ignored = PlansManager(task.plans).get_label_manager(task.dataset_json).ignore_label
+        found, labels, why = registered(there, here, channels or None, ignored)
         if found is not None:
             entry |= {key: round(value, 4) for key, value in found._asdict().items() if key != "transform"}
         if found is None or labels is None or why:
             return Outcome(name, entry, why)
-        data = np.stack([array(warp(image, there.channels[0], found.transform)) for image in here.channels])
+        grid = there.channels[0]
+        del there  # its other channels are not needed any more
+        data = np.empty((len(here.channels), *array(labels).shape), np.float32)
+        for channel, image in zip(data, here.channels, strict=True):
+            channel[:] = array(warp(image, grid, found.transform))
         os.makedirs(place)
         _save(task.labeled_folder, moving, os.path.join(place, name), data, array(labels)[None])
     except Exception as error:
         if lost := disk_failure(error, place):
             return Outcome(name, entry, lost, fatal=True)
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # as ITK says it
+            less = "Warp with fewer at a time (nnUNetv2_ssl_warp -np 1), or on a machine with more"
+            return Outcome(name, entry, f"{moving} and {fixed} do not fit into memory. {less}.", fatal=True)
         return Outcome(name, entry, f"cannot be registered ({type(error).__name__}: {error})")
     return Outcome(name, entry)
 
 
 def registered(
-    there: Volume, here: Volume, channels: list[int] | None = None
+    there: Volume, here: Volume, channels: list[int] | None = None, ignored: int | None = None
 ) -> tuple[Registration | None, sitk.Image | None, str | None]:
     """Register a labeled case onto an image, and judge it.
 
@@ -67,6 +75,8 @@ def registered(
         there: the image without labels.
         here: the labeled case.
         channels: that are compared; None takes all of them.
+        ignored: the label to ignore, if there is one: what lies outside the labeled image has it, since nobody has
+            annotated that, and nnU-Net draws patches from what is annotated. Else it is padded as nnU-Net pads.
 
     Returns:
         The registration, the warped labels, and what stands against them; None where there is no such thing.
@@ -76,7 +86,7 @@ def registered(
         return None, None, "are a slice and a volume"
     assert here.labels is not None
     found = register(there, here, channels)
-    labels = warp_labels(here.labels, grid, found.transform)
+    labels = warp_labels(here.labels, grid, found.transform, -1 if ignored is None else ignored)
     before, after = (volumes(array(x), float(np.prod(x.GetSpacing())), here.structures) for x in (here.labels, labels))
     return found, labels, why_not(found, before, after)
 
@@ -94,7 +104,8 @@ def stamps_of(task: Preparation, case: str, kept: Iterable[Sequence], needed: bo
         UserError: it is needed and not there, or cannot be read.
     """
     folder, earlier = task.labeled_folder, {name: entry for name, *entry in kept}
-    remedy = f"Run nnUNetv2_preprocess -d {task.dataset_name} -c {task.configuration}."
+    plans = PlansManager(task.plans).plans_name
+    remedy = f"Run nnUNetv2_preprocess -d {task.dataset_name} -plans_name {plans} -c {task.configuration}."
     files = [f"{case}{end}" for end in (".b2nd", "_seg.b2nd", ".npz", ".pkl")]
     try:
         there = [file for file in files if os.path.isfile(os.path.join(folder, file))]
@@ -124,9 +135,9 @@ def load(folder: str, case: str) -> tuple[np.ndarray, np.ndarray, dict]:
 
 def prepared_volume(task: Preparation, folder: str, case: str, labels: bool) -> Volume:
     """A prepared case for registration."""
-    data, seg, properties = load(folder, case)
+    data, seg, _, properties = infer_dataset_class(folder)(folder, [case]).load_case(case)  # not read yet
     spacing = spacing_of(task, properties)
-    return volume(data, spacing, seg[0], structures_of(properties)) if labels else volume(data, spacing)
+    return volume(data[:], spacing, seg[:][0], structures_of(properties)) if labels else volume(data[:], spacing)
 
 
 def structures_of(properties: dict) -> tuple[int, ...]:
@@ -157,4 +168,4 @@ def _save(moving_folder: str, moving: str, file: str, data: np.ndarray, seg: np.
         for suffix, old, new in (("", old_data, data), ("_seg", old_seg, seg)):
             chunks[f"chunks{suffix}"] = tuple(map(min, old.chunks, new.shape))
             chunks[f"blocks{suffix}"] = tuple(map(min, old.blocks, chunks[f"chunks{suffix}"]))
-    dataset_class.save_case(data.astype(np.float32), seg, properties, file, **chunks)
+    dataset_class.save_case(data, seg, properties, file, **chunks)

@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from tqdm import tqdm
@@ -259,7 +260,13 @@ def wait_for(look: Callable[[], T | None], timeout: float, late: str) -> T:
 def disk_failure(error: Exception, place: str) -> str | None:
     """What to say of a case that could not be made into the folder ``place``; None if the disk was not the reason."""
     part = os.path.dirname(place)
-    reason = error.strerror if isinstance(error, OSError) else _why_writing_fails(part)
+    reason: str | None
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+        if error.filename and not Path(os.fsdecode(error.filename)).is_relative_to(part):
+            return f"{error.filename} cannot be read ({reason}). Run the same command again: finished work is kept."
+    else:
+        reason = _why_writing_fails(part)
     return cannot_write(os.path.dirname(part), reason) if reason else None
 
 

@@ -100,7 +100,8 @@ def test_a_warp_is_a_case_as_nnunet_prepares_it(tiny_copy, kind):
     assert data.shape == target.shape
     assert seg.shape == (1, *target.shape[1:])
     assert (data.dtype, seg.dtype) == (old_data.dtype, old_seg.dtype)
-    assert set(np.unique(seg)) <= {*np.unique(old_seg), -1}
+    outside = PlansManager(dataset.plans).get_label_manager(dataset.dataset_json).ignore_label or -1
+    assert set(np.unique(seg)) <= {*np.unique(old_seg), outside}
     assert np.isfinite(data).all()
     assert old_data.min() <= data.min() < data.max() <= old_data.max()
     assert properties["class_locations"].keys() == old["class_locations"].keys()
@@ -112,8 +113,35 @@ def test_a_warp_is_a_case_as_nnunet_prepares_it(tiny_copy, kind):
     there = prepared_volume(wish(dataset), wish(dataset).onto.places[fixed], fixed, False)
     here = prepared_volume(wish(dataset), folder, "tr_00", True)
     transform, grid = register(there, here).transform, there.channels[0]
-    assert np.array_equal(seg[0], array(warp_labels(here.labels, grid, transform)))
+    assert np.array_equal(seg[0], array(warp_labels(here.labels, grid, transform, outside)))
     assert np.array_equal(data, np.stack([array(warp(channel, grid, transform)) for channel in here.channels]))
+
+
+def test_nobody_has_annotated_what_lies_outside(tiny_copy, monkeypatch):
+    """With an ignore label nnU-Net draws patches from all that is annotated: padding must not be the most of that."""
+    dataset = tiny_copy("ignore")
+    away = sitk.TranslationTransform(3, (6.0, 0.0, 0.0))  # a quarter of the width
+    monkeypatch.setattr("nnunet_ssl.shapes.case.register", lambda *_: Registration(away, 0.1, 0.9, 0.0, 0.75))
+    ((case, place),) = warps(dataset, ("tr_00",), each=1).places.items()
+    _, seg, properties = load(place, case)
+    assert (seg[..., -6:] == 3).all()
+    (annotated,) = [where for key, where in properties["class_locations"].items() if isinstance(key, tuple)]
+    assert len(annotated) > 100
+    assert max(voxel[-1] for voxel in annotated) < seg.shape[-1] - 6
+
+
+@pytest.mark.parametrize("error", [MemoryError("12 GiB"), RuntimeError("Failed to allocate memory for image.")])
+def test_too_little_memory_is_not_a_pair_that_does_not_register(tiny_copy, monkeypatch, error):
+    dataset = tiny_copy("3d")
+
+    def too_large(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nnunet_ssl.shapes.case.register", too_large)
+        with pytest.raises(UserError, match=r"do not fit into memory\. Warp with fewer"):
+            warps(dataset, ("tr_00",), each=1)
+    assert count_of(warps(dataset, ("tr_00",), each=1)) == [("tr_00", 1)]
 
 
 def test_a_2d_configuration_has_its_spacing_between_slices(tiny_copy):
