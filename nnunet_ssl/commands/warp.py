@@ -8,6 +8,7 @@ from pathlib import Path
 from nnunet_ssl.commands.arguments import Parser, add_shared, count, whole
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import writing
+from nnunet_ssl.names import a_few
 
 
 def channel(text: str) -> tuple[int, ...]:
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # heavy: only once the arguments are known to be good
     from nnunetv2.configuration import default_num_processes
+    from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
     from nnunet_ssl.figures.warps import draw_warps
     from nnunet_ssl.shapes.warped import prepare_warps
@@ -55,7 +57,6 @@ def main(argv: list[str] | None = None) -> None:
     from nnunet_ssl.unlabeled.case import Preparation
     from nnunet_ssl.unlabeled.find import (
         channel_names,
-        find_labeled,
         read_dataset_json,
         read_plans,
         required_folder,
@@ -76,15 +77,22 @@ def main(argv: list[str] | None = None) -> None:
     if args.channel and channels == 1:
         args.channel = ()  # is all of them
     groups = read_groups(args.groups) if args.groups else None
-    labeled = sorted(find_labeled(os.path.join(required_folder("nnUNet_raw"), dataset), dataset_json))
     processes = args.processes or default_num_processes
     what = (dataset, plans_manager.plans, args.configuration, dataset_json)
+    folder = Preparation(*what).labeled_folder
+    again = f"Run nnUNetv2_preprocess -d {dataset} -plans_name {args.plans} -c {args.configuration}"
+    labeled = sorted(infer_dataset_class(folder).get_identifiers(folder)) if os.path.isdir(folder) else []
+    if not labeled:
+        raise UserError(f"{folder} has no labeled cases. {again}.")
+    trained = sorted(trained_with(preprocessed)) or labeled  # cases that are only validated with: not needed
+    if lost := sorted(set(trained) - set(labeled)):
+        split = os.path.join(preprocessed, "splits_final.json")
+        raise UserError(f"{split} names {a_few(lost)}, but {folder} has no such case. {again}, or remove the split.")
     if args.onto == "labeled":
         onto = labeled_images(Preparation(*what), labeled)
     else:
         onto = prepare_unlabeled(dataset, plans_manager, args.configuration, dataset_json, labeled, processes)
-    labeled = sorted(trained_with(preprocessed)) or labeled  # cases that are only validated with: not needed
-    wish = Wish(*what, tuple(labeled), (), onto, args.pairs, groups, args.channel)
+    wish = Wish(*what, tuple(trained), (), onto, args.pairs, groups, args.channel)
     warps = prepare_warps(wish, processes)
     with writing("The warps are complete; make room or make the folder writable for their picture."):
         picture = draw_warps(wish)

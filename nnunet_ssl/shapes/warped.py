@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.paths import nnUNet_raw
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_json
@@ -95,7 +96,8 @@ def wait_until_warped(wish: Wish, timeout: float = 24 * 3600) -> WarpedFolder:
         look,
         timeout,
         f"{wish.folder} was not ready after {timeout:.0f} s. Make the warps first with nnUNetv2_ssl_warp "
-        f"-d {wish.dataset_name} -c {wish.configuration}.",
+        f"-d {wish.dataset_name} -c {wish.configuration} -p {PlansManager(wish.plans).plans_name}"
+        f"{' --onto labeled' if wish.onto_each_other else ''}.",
     )
 
 
@@ -255,14 +257,18 @@ def _affordable(wish: Wish, channels: list[int], targets: list[str], num_process
     others = [case for case in targets if case != moving]
     if not others:
         return MOST_EACH  # of images that may come
-    fixed = others[0]
     print("nnunet_ssl: registering one pair, to see how long it takes", flush=True)
-    start = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        place = os.path.join(folder, "trial")
-        warp_case(wish, channels, moving, fixed, wish.onto.places[fixed], "", place)
-        written = sum(file.stat().st_size for file in Path(place).glob("*"))
-    seconds = time.monotonic() - start
+    for fixed in others[:3]:  # until one is good, for only that is written too
+        start = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            place = os.path.join(folder, "trial")
+            outcome = warp_case(wish, channels, moving, fixed, wish.onto.places[fixed], "", place)
+            written = sum(file.stat().st_size for file in Path(place).glob("*"))
+        seconds = time.monotonic() - start
+        if outcome.fatal:
+            raise UserError(str(outcome.problem))
+        if not outcome.problem:
+            break
     at_a_time = min(num_processes, usable_cores())
     of_one = SPARE * len(wish.labeled) * seconds / 60 / at_a_time  # minutes, of a warp of each case
     each = max(LEAST_EACH, min(MOST_EACH, int(BUDGET / of_one)))

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_it_warps_the_training_cases_of_all_folds_and_draws_them(tiny_copy, caps
     assert f"look at {folder_of(dataset) / 'warps.png'}" in told
     manifest = json.loads((folder_of(dataset) / "manifest.json").read_text())
     assert sorted(entry["moving"] for entry in manifest["cases"].values()) == ["tr_00", "tr_01", "tr_02"]
-    assert json.loads((folder_of(dataset) / "groups.json").read_text()) == {"un_00": "tr_04"}
+    assert json.loads(Path(f"{folder_of(dataset)}_groups.json").read_text()) == {"un_00": "tr_04"}
     assert (folder_of(dataset) / "warps.png").stat().st_size > 10_000
     before = sorted(folder_of(dataset).rglob("*"))
     warp(dataset, "--pairs", 1)
@@ -103,3 +104,22 @@ def test_the_real_commands_from_warping_to_predicting(tiny_copy, run_nnunet, tmp
         "-i", dataset.raw / "imagesTs", "-o", tmp_path / "predictions", "-npp", 1, "-nps", 1,
     )  # fmt: skip
     assert sorted(file.name for file in (tmp_path / "predictions").glob("*.nii.gz")) == ["ts_00.nii.gz", "ts_01.nii.gz"]
+
+
+@pytest.mark.usefixtures("quick_registration")
+def test_where_only_prepared_data_are(tiny_copy, capsys):
+    """As on a cluster, before a first training has written the split."""
+    dataset = tiny_copy()
+    warp(dataset, "--pairs", 1)
+    shutil.rmtree(folder_of(dataset))
+    shutil.rmtree(dataset.raw)
+    warp(dataset, "--pairs", 1)
+    assert "5 warps are ready" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_split_of_other_cases(tiny_copy):
+    dataset = tiny_copy()
+    split = [{"train": ["tr_00", "gone"], "val": ["tr_01"]}]
+    (dataset.preprocessed / "splits_final.json").write_text(json.dumps(split))
+    with pytest.raises(UserError, match=r"splits_final\.json names gone, but .* Run nnUNetv2_preprocess"):
+        warp(dataset)

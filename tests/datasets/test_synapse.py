@@ -139,7 +139,7 @@ def test_lists_that_cannot_be(data, fresh_folders, tmp_path, line, message):
 
 
 def test_sizes_without_a_published_list(data, fresh_folders):
-    with pytest.raises(UserError, match=r"--labeled 3: expected 2 or 4 or all; --labeled-list"):
+    with pytest.raises(UserError, match=r"--labeled 3: expected 2 or 4 or 8 or all; --labeled-list"):
         run(data, "--labeled", "3")
 
 
