@@ -43,17 +43,21 @@ def by_pointers(masks: Tensor, rounds: int = 10) -> Tensor:
     what is known to be connected grows exponentially. The number of rounds is fixed, since to ask whether all is done
     would wait for the device; a shape that needs more, such as a spiral of thousands of turns, falls apart.
 
-    Voxels outside point at themselves: if they all had one in common, a GPU would write to it one after the other.
+    A GPU writes to one place one after the other, so only voxels that have something new to tell write to their root:
+    the others, and those outside, address themselves.
 
     Source: after Shiloach and Vishkin, "An O(log n) parallel connectivity algorithm" (1982).
     """
     inside = masks.flatten(1)
     highest_around = F.max_pool2d if masks.ndim == 3 else F.max_pool3d
-    pointer = torch.arange(inside.shape[1], device=masks.device).repeat(len(inside), 1)
+    exact = torch.float32 if inside.shape[1] < 2**24 else torch.float64  # integers cannot be pooled
+    own = torch.arange(inside.shape[1], device=masks.device).expand(inside.shape)
+    pointer = own.clone()
     for _ in range(rounds):
-        seen = torch.where(inside, pointer, -1).double().view(masks.shape)  # exact to 2^53; integers cannot be pooled
-        seen = highest_around(seen[:, None], kernel_size=3, stride=1, padding=1).flatten(1).long()
-        pointer = pointer.scatter_reduce(1, pointer, torch.where(inside, seen, -1), "amax")
+        seen = torch.where(inside, pointer, -1).to(exact).view(masks.shape)
+        seen = highest_around(seen[:, None], kernel_size=3, stride=1, padding=1).flatten(1)
+        seen = torch.where(inside, seen, -1).long()
+        pointer = pointer.scatter_reduce(1, torch.where(seen > pointer, pointer, own), seen, "amax")
         for _ in range(2):
             pointer = pointer.gather(1, pointer)
     sizes = torch.zeros_like(pointer).scatter_add_(1, pointer, inside.long())

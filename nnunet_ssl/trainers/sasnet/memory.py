@@ -160,10 +160,12 @@ class ConfidenceMemory:
         target = torch.where(wanted, target, prod(shape))  # the bin
 
         # The mean over the voxels of the patch that meet: sorted by target these are runs of equal numbers. The sort
-        # is stable, so on the CPU the sums are always taken in the same order.
+        # is stable, so on the CPU the sums are always taken in the same order. What is not written is a run each, for
+        # a GPU adds to one place one after the other.
         target, order = target.sort(stable=True)
         values = values[:, order]
-        run = torch.cat([target.new_zeros(1), (target[1:] != target[:-1]).cumsum(0)])[: len(target)]
+        begins = (target[1:] != target[:-1]) | (target[1:] == prod(shape))
+        run = torch.cat([target.new_zeros(1), begins.cumsum(0)])[: len(target)]
         zeros = torch.zeros_like(values[0])
         count = zeros.index_add(0, run, torch.ones_like(zeros))
         mean = torch.stack([zeros.index_add(0, run, of_branch) for of_branch in values]) / count.clamp(min=1)
