@@ -225,15 +225,20 @@ def parts_of_steps(prepared: Prepared, steps: int, now: Callable[[], float]) -> 
     """Seconds of the parts of a step, means over so many steps."""
     spent: Counter[str] = Counter()
     entered = last = 0.0
+    depth = 0  # an encoder may be called by itself or by its network, which are counted alike
 
     def enter(*_: Any) -> None:
-        nonlocal entered
-        entered = now()
+        nonlocal entered, depth
+        depth += 1
+        if depth == 1:
+            entered = now()
 
     def leave(part: str, *_: Any) -> None:
-        nonlocal last
-        last = now()
-        spent[part] += last - entered
+        nonlocal last, depth
+        depth -= 1
+        if depth == 0:
+            last = now()
+            spent[part] += last - entered
 
     backward = Tensor.backward
 
@@ -243,7 +248,8 @@ def parts_of_steps(prepared: Prepared, steps: int, now: Callable[[], float]) -> 
         leave("backward")
 
     trainer = prepared.trainer
-    networks = getattr(trainer, "_runnable", {"first": trainer.network}).values()
+    networks = [*getattr(trainer, "_runnable", {"first": trainer.network}).values()]
+    networks += [getattr(trainer, part) for part in ("_encode", "_decode") if hasattr(trainer, part)]
     hooks = [network.register_forward_pre_hook(enter) for network in networks]
     hooks += [network.register_forward_hook(partial(leave, "forward")) for network in networks]
     with mock.patch.object(Tensor, "backward", timed_backward):
