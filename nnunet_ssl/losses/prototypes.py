@@ -15,7 +15,9 @@ from nnunet_ssl.losses.masked import masked_mean
 
 @torch.no_grad()
 def draw_of_each_class(labels: Tensor, num_classes: int, number: int) -> tuple[Tensor, Tensor]:
-    """Voxels of each foreground class at random, with replacement; nothing waits for the device.
+    """Voxels of each foreground class at random, one of each M-th part of them; nothing waits for the device.
+
+    So hardly any voxel of a large class comes twice, and of a class of fewer than M all come. The same ones come in a row.
 
     Args:
         labels: any shape, integer. Values outside ``1 .. num_classes - 1`` are of no foreground class.
@@ -30,8 +32,9 @@ def draw_of_each_class(labels: Tensor, num_classes: int, number: int) -> tuple[T
     classes = torch.arange(1, num_classes + 1, dtype=torch.int16, device=labels.device)
     first = torch.searchsorted(in_order, classes)
     count = first.diff()[:, None]
-    drawn = torch.rand((num_classes - 1, number), device=labels.device)
-    drawn = torch.minimum((drawn * count).long(), count - 1)  # the product may round up to count
+    drawn = torch.rand((num_classes - 1, number), device=labels.device, dtype=torch.float64)
+    drawn = ((torch.arange(number, device=labels.device) + drawn) / number * count).long()
+    drawn = torch.minimum(drawn, count - 1)  # the product may round up to count
     return places[(first[:-1, None] + drawn).clamp(0, len(places) - 1)], count[:, 0] > 0
 
 

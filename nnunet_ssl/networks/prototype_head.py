@@ -50,7 +50,10 @@ class PrototypeHead(nn.Module):
         with torch.autocast(feature.device.type, enabled=False):
             index, present = draw_of_each_class(labels, self.num_classes, VOXELS)
             z = self.project(voxels(feature, index))
-            best = scores(self.weigh_voxels, z).topk(PROTOTYPES, 1).indices
+            value = scores(self.weigh_voxels, z)
+            again = index[:, 1:] == index[:, :-1]  # the same voxel: a prototype again only where there are too few
+            value[:, 1:] = torch.where(again, -torch.inf, value[:, 1:])
+            best = value.topk(PROTOTYPES, 1).indices
             z = z.gather(1, best[..., None].expand(-1, -1, DIM))
             self.prototypes.copy_(torch.where(present[:, None, None], z, self.prototypes))
             self.known |= present

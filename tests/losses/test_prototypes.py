@@ -27,6 +27,14 @@ def test_every_voxel_of_a_class_is_as_likely_and_no_other_is_drawn():
         assert drawn[drawn > 0].float().std() < 2 * math.sqrt(20000 / count)
 
 
+def test_no_voxel_is_drawn_twice_where_there_are_enough():
+    labels = (torch.arange(4 * 4096) % 4 == 0).long()
+    places, _ = draw_of_each_class(labels, 2, 1024)
+    assert len(places.unique()) == 1024
+    few, _ = draw_of_each_class((torch.arange(4096) < 30).long(), 2, 64)
+    assert set(few.flatten().tolist()) == set(range(30))
+
+
 def test_a_class_of_one_voxel_and_none_at_all():
     labels = torch.zeros(10, dtype=torch.int16)
     assert draw_of_each_class(labels, 3, 4)[1].tolist() == [False, False]

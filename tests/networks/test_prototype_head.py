@@ -39,6 +39,17 @@ def test_it_remembers_the_voxels_that_the_selector_values_most(head):
             assert of_kept.min() > score.quantile(0.7)
 
 
+def test_its_prototypes_are_different_voxels_where_there_are_enough(head):
+    feature, labels = feature_and_labels()
+    labels[:] = 0
+    labels.flatten()[torch.randperm(labels.numel())[:50]] = 1
+    head.remember(feature, labels)
+    assert len(head.prototypes[0].unique(dim=0)) == PROTOTYPES
+    labels.flatten()[labels.flatten().nonzero()[20:, 0]] = 0
+    head.remember(feature, labels)
+    assert len(head.prototypes[0].unique(dim=0)) == 20
+
+
 def test_the_old_prototypes_stay_where_a_class_is_not_there(head):
     feature, labels = feature_and_labels()
     head.remember(feature, labels)
