@@ -34,16 +34,25 @@ def with_errors(masks: Tensor, rng: np.random.Generator, spacing: Sequence[float
 def _with_errors(image: Tensor, rng: np.random.Generator, spacing: Sequence[float], exclusive: bool) -> Tensor:
     if rng.random() < PROBABILITY:
         radius = rng.integers(RADII[0], RADII[1], endpoint=True) * min(spacing) / np.asarray(spacing)
-        k = int(rng.integers(int(exclusive), image.shape[1]))
-        old = image[:, k : k + 1]
+        k = _one_that_is_there(image[0], int(exclusive))
+        old = image.index_select(1, k)
         new = ERRORS[rng.integers(len(ERRORS))](old, radius.round().astype(int).tolist())
         if exclusive:
             image = torch.where(new > old, 0.0, image)
             image[:, :1] += (old > new).float()
-        image[:, k : k + 1] = new
+        image = image.index_copy(1, k, new)
     if rng.random() < PROBABILITY:
-        image = _swapped(image, rng)
+        image = _swapped(image, rng, spacing)
     return image
+
+
+def _one_that_is_there(masks: Tensor, first: int) -> Tensor:
+    """Of the channels ``[K, *spatial]`` from ``first`` one that is not empty, at random: ``[1]`` int64, on the device.
+
+    Any, where all are empty.
+    """
+    there = masks[first:].flatten(1).amax(1)
+    return (there * (1 - torch.rand_like(there))).argmax()[None] + first
 
 
 def dilated(mask: Tensor, radius: Sequence[int]) -> Tensor:
@@ -73,17 +82,22 @@ def closed(mask: Tensor, radius: Sequence[int]) -> Tensor:
 ERRORS = dilated, eroded, opened, closed
 
 
-def _swapped(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Some voxels at boundaries change places with those a few voxels away, along the axes."""
+def _swapped(image: Tensor, rng: np.random.Generator, spacing: Sequence[float]) -> Tensor:
+    """Some voxels at boundaries change places with those a few voxels away, along the axes.
+
+    As far in mm along each; along an axis of slices that are thicker than that, none do.
+    """
     dim = image.ndim - 2
     edge = (dilated(image, [1] * dim) != eroded(image, [1] * dim)).any(1, keepdim=True)
-    for axis in range(2, image.ndim):
-        for sign in (-1, 1):
-            distance = sign * min(int(rng.integers(*DISTANCES, endpoint=True)), image.shape[axis] - 1)
-            here = edge & (torch.rand(edge.shape, device=edge.device) < SWAPPED / (2 * dim))
-            beyond = here.narrow(axis, 0 if sign < 0 else here.shape[axis] - distance, abs(distance))
-            beyond.zero_()  # has nothing within the patch to change places with
-            there = here.roll(distance, axis)
-            of_there, of_here = image.roll(-distance, axis), image.roll(distance, axis)
-            image = torch.where(here, of_there, torch.where(there, of_here, image))
+    drawn = rng.integers(*DISTANCES, endpoint=True, size=(dim, 2)) * min(spacing) / np.asarray(spacing)[:, None]
+    distances = np.minimum(drawn.round().astype(int), np.array(image.shape[2:])[:, None] - 1)
+    moves = [(2 + i, sign * int(distances[i, j])) for i in range(dim) for j, sign in enumerate((-1, 1))]
+    moves = [(axis, distance) for axis, distance in moves if distance]
+    for axis, distance in moves:
+        here = edge & (torch.rand(edge.shape, device=edge.device) < SWAPPED / len(moves))
+        beyond = here.narrow(axis, 0 if distance < 0 else here.shape[axis] - distance, abs(distance))
+        beyond.zero_()  # has nothing within the patch to change places with
+        there = here.roll(distance, axis)
+        of_there, of_here = image.roll(-distance, axis), image.roll(distance, axis)
+        image = torch.where(here, of_there, torch.where(there, of_here, image))
     return image

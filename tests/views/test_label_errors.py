@@ -84,3 +84,40 @@ def test_nothing_changes_places_across_the_borders_of_the_patch(monkeypatch):
     assert found.sum() == mask.sum()
     assert not torch.equal(found, mask)
     assert not found[..., 20:].any()
+
+
+def test_the_class_that_changes_is_one_that_is_there(monkeypatch):
+    """Of fourteen classes one is in the patch: half of the patches get an error, not a thirteenth of that."""
+    monkeypatch.setattr(label_errors, "ERRORS", (dilated,))
+    monkeypatch.setattr(label_errors, "SWAPPED", 0.0)
+    masks = torch.zeros(1, 14, 16, 16, dtype=torch.bool)
+    masks[:, 9, 5:9, 5:9] = True
+    masks[:, 0] = ~masks[:, 9]
+    rng = np.random.default_rng(0)
+    torch.manual_seed(0)
+    changed = [bool((with_errors(masks, rng, [1.0, 1.0]) != masks).any()) for _ in range(100)]
+    assert 35 < sum(changed) < 65
+    empty = torch.zeros(1, 3, 8, 8, dtype=torch.bool)
+    empty[:, 0] = True
+    for _ in range(5):
+        assert torch.equal(with_errors(empty, rng, [1.0, 1.0]), empty)
+
+
+def test_both_classes_of_two_get_errors():
+    masks = torch.zeros(2, 5, 8, 8)
+    masks[:, [1, 4]] = 1.0
+    torch.manual_seed(0)
+    chosen = {int(label_errors._one_that_is_there(masks[0], 1)) for _ in range(40)}
+    assert chosen == {1, 4}
+
+
+def test_across_thick_slices_nothing_is_swapped(monkeypatch):
+    monkeypatch.setattr(label_errors, "PROBABILITY", 1.0)
+    monkeypatch.setattr(label_errors, "ERRORS", (lambda mask, radius: mask,))
+    torch.manual_seed(0)
+    mask = torch.zeros(1, 1, 16, 40, 40, dtype=torch.bool)
+    mask[..., 4:12, 10:30, 10:30] = True
+    found = with_errors(mask, np.random.default_rng(0), [20.0, 1.0, 1.0], exclusive=False)
+    assert not torch.equal(found, mask)
+    assert not found[..., :4, :, :].any()
+    assert not found[..., 12:, :, :].any()
