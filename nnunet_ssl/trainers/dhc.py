@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
@@ -32,6 +33,9 @@ class DHCSettings(CrossSupervisionSettings):
 
     cps_weight: Weight = setting(0.1, "Full weight of the cross term", symbol="lambda")
     cps_rampup: Share = setting(1.0, "Share of the training over which the weight grows")
+    cps_init: Literal["xavier", "he"] = setting(
+        "xavier", "How the second network's weights are drawn; the first has nnU-Net's own `\"he\"`", paper="he"
+    )
     dhc_least_weight: Share = setting(
         0.1,
         "Least weight of a class in both networks, where the largest is 1; with `0` the second's background has none",

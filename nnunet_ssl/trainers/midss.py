@@ -68,7 +68,8 @@ class nnUNetTrainerMiDSS(StronglyViewed, Taught):  # noqa: N801
         unlabeled, guided = unlabeled._replace(images=strong), guided._replace(images=strong)
         if self.settings.midss_amplitude:
             share = torch.from_numpy(share.astype(np.float32)).to(images.device, non_blocking=True)
-            labeled = labeled._replace(images=amplitude_mixed(labeled.images, images, share))
+            styled = amplitude_mixed(labeled.images, images, share)
+            labeled = labeled._replace(images=self.strong_view.outside_stays_zero(styled, labeled.images))
         for mixed in exchanged(boxes, unlabeled, labeled):
             yield {"consistency": self._loss(mixed)}
         yield {"guided": self._loss(guided)}

@@ -102,5 +102,5 @@ class nnUNetTrainerUniMatch(StronglyViewed):  # noqa: N801
         """How far the outputs are from sure pseudo-labels, at full resolution; 0 where none is sure."""
         logits, regions = full_resolution(outputs), self.label_manager.has_regions
         if self.settings.unimatch_loss == "dice_ce":
-            return partial_dice_and_cross_entropy(logits, patches.labels, patches.counts, regions)
+            return partial_dice_and_cross_entropy(logits, patches.labels, patches.counts, regions, over_all=True)
         return squared_dice_of_shown(logits, patches.labels, patches.counts, regions)

@@ -71,7 +71,11 @@ class StrongView:
             view = intensity.low_resolution(view, scale, self.axes)
         if (exponent != 1).any():
             view = intensity.gamma(view, on_device(exponent), on_device(sign))
-        if any(self.zero_outside):
-            outside = [(images[:, c] == 0) & zero for c, zero in enumerate(self.zero_outside)]
-            view = view.masked_fill(torch.stack(outside, 1), 0)
-        return view
+        return self.outside_stays_zero(view, images)
+
+    def outside_stays_zero(self, view: Tensor, images: Tensor) -> Tensor:
+        """A view of images, 0 again where the normalization's mask has set them to 0; ``[B, C, *patch]`` each."""
+        if not any(self.zero_outside):
+            return view
+        outside = [(images[:, c] == 0) & zero for c, zero in enumerate(self.zero_outside)]
+        return view.masked_fill(torch.stack(outside, 1), 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from helpers.runs import assert_resumed_equals_uninterrupted, commands_work
@@ -118,3 +120,21 @@ def test_resumed_it_ends_with_the_weights_of_an_uninterrupted_run(tiny, make_tra
 def test_nnunets_commands_train_continue_validate_and_predict(tiny_copy, run_nnunet, tmp_path):
     terms = {"loss_sup", "loss_consistency", "loss_guided", "midss_guided"}
     commands_work(tiny_copy("3d"), run_nnunet, tmp_path, f"{NAME}_2epochs", terms)
+
+
+def test_what_the_normalization_has_masked_stays_0_in_the_style_of_another_image(tiny, make_trainer):
+    """As nnU-Net's augmentation leaves it, and as the strong view has it beside the box."""
+    trainer = apart(make_trainer(NAME, tiny(), settings={"midss_amplitude": 1.0, "midss_threshold": 0.4}))
+    trainer.strong_view = dataclasses.replace(trainer.strong_view, zero_outside=(True,))
+    batch = a_batch(trainer)
+    for stream in ("data", "unlabeled"):
+        batch[stream][..., :4] = 0.0
+    seen = []
+    forward = trainer.forward
+    trainer.forward = lambda name, stream: seen.append((name, stream.images)) or forward(name, stream)
+    list(trainer.losses(trainer._to_device(batch)))
+    of_student = [images for name, images in seen if name == "first"]
+    assert len(of_student) == 4
+    for images in of_student:
+        assert not images[..., :4].any()
+        assert images[..., 4:].all()

@@ -11,6 +11,7 @@ from helpers.steps import a_batch, gradients_by_passes, stepped
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.squared_dice import squared_dice_of_shown
 from nnunet_ssl.trainers.unimatch import nnUNetTrainerUniMatch
+from nnunet_ssl.views.mixing import Patches
 
 NAME = "nnUNetTrainerUniMatch"
 PLAIN = {"strong_jitter": 0, "strong_blur": 0, "strong_noise": 0, "unimatch_cutmix": 0, "unimatch_dropout": 0}
@@ -162,3 +163,15 @@ def test_thick_slices_are_blurred_one_by_one(tiny, make_trainer, monkeypatch, sl
 def test_nnunets_commands_train_continue_validate_and_predict(tiny_copy, run_nnunet, tmp_path):
     terms = {"loss_sup", "loss_strong", "loss_feature", "unimatch_sure"}
     commands_work(tiny_copy("3d"), run_nnunet, tmp_path, f"{NAME}_2epochs", terms)
+
+
+def test_the_cross_entropy_of_few_sure_voxels_weighs_little(tiny, make_trainer):
+    """Divided by all voxels, as its authors have it."""
+    trainer = make_trainer(NAME, tiny(), settings={"unimatch_loss": "dice_ce"})
+    logits = torch.randn(2, 3, 8, 8, 8)
+    labels = torch.randint(0, 3, (2, 1, 8, 8, 8))
+    counts = torch.zeros(2, 1, 8, 8, 8, dtype=torch.bool)
+    counts[..., 0] = True
+    found = trainer._follow(logits, Patches(logits, labels, counts))
+    ce = torch.nn.functional.cross_entropy(logits, labels[:, 0], reduction="none")[..., 0].sum() / labels.numel()
+    torch.testing.assert_close(found, ce + squared_dice_of_shown(logits, labels, counts))
