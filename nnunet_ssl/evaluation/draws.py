@@ -93,10 +93,12 @@ def _resampled_means(several: Sequence[np.ndarray], seed: int) -> list[np.ndarra
         with np.errstate(invalid="ignore"):  # a draw with no defined case among the resampled ones
             by_draw = total / (of_case @ defined.T)
         weight = of_draw * ~np.isnan(by_draw)
-        means.append((weight * np.nan_to_num(by_draw)).sum(1) / np.maximum(weight.sum(1), 1))
+        with np.errstate(invalid="ignore"):  # nothing is defined: no mean, which 0 would be
+            means.append((weight * np.nan_to_num(by_draw)).sum(1) / weight.sum(1))
     return means
 
 
 def _percentiles(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(values, [0.025, 0.975])
+    """Of those resamples in which something is defined."""
+    low, high = np.quantile(values[~np.isnan(values)], [0.025, 0.975])
     return float(low), float(high)

@@ -72,6 +72,13 @@ def test_no_share_of_no_gap():
     assert np.isnan(share_of_gap(gain, gap)).all()
 
 
+def test_where_nothing_is_defined_there_is_no_mean_rather_than_0():
+    """HD95 of a network that predicts nothing but in one case."""
+    values = np.full((3, 10), 5.0)
+    values[1, 1:] = np.nan
+    assert mean_over_draws(values) == pytest.approx((5.0, 5.0, 5.0))
+
+
 def test_undefined_cases_do_not_count():
     values = np.full((3, 4), 0.5)
     values[0, 1] = values[1, 3] = np.nan
