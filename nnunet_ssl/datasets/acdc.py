@@ -13,7 +13,8 @@ DIR holds, with any folders in between, the patients' folders as published: ``<p
      "cases_of_patient": {"p1": ["p1_frame01", "p1_frame12"], "p2": ...}}
 
 Without it the lists are drawn as ``nnUNetv2_ssl_dataset hippocampus -h`` says: 20 patients for testing, and the next 60
-for training. Results on drawn lists compare with each other, not with ``docs/results.md``.
+for training, of the 100 of the published training set, whether the other 50 are in DIR or not. Results on drawn lists
+compare with each other, not with ``docs/results.md``.
 
 ``--labeled n`` counts patients: all cases of the first n patients of the order (``--seed``, from 0) keep their labels,
 and no patient is in two parts. ``groups.json`` in the dataset says whose case each one is.
@@ -35,6 +36,7 @@ from nnunet_ssl.datasets.lists import add_labeled
 from nnunet_ssl.datasets.protocol_json import Drawn, add_order, from_protocol, same_names
 from nnunet_ssl.datasets.recipe import Recipe
 
+PUBLISHED = {f"patient{number:03d}" for number in range(1, 101)}  # for training
 RECIPE = Recipe(
     labels={"background": 0, "right ventricle": 1, "myocardium": 2, "left ventricle": 3},
     channel="MRI",
@@ -58,4 +60,6 @@ def make(args: argparse.Namespace) -> None:
     patients: dict[str, list[str]] = defaultdict(list)
     for case in sorted(labels.found):
         patients[case.partition("_frame")[0]].append(case)
+    if patients.keys() >= PUBLISHED:
+        patients = {patient: patients[patient] for patient in sorted(PUBLISHED)}
     from_protocol(args, "ACDC", RECIPE, (images, labels), Drawn(test=20, train=60), patients)

@@ -17,7 +17,7 @@ from nnunet_ssl.losses.masked import masked_mean
 def draw_of_each_class(labels: Tensor, num_classes: int, number: int) -> tuple[Tensor, Tensor]:
     """Voxels of each foreground class at random, one of each M-th part of them; nothing waits for the device.
 
-    So hardly any voxel of a large class comes twice, and of a class of fewer than M all come. The same ones come in a row.
+    So hardly any voxel of a large class comes twice, and of a class of fewer than M all come, some in a row.
 
     Args:
         labels: any shape, integer. Values outside ``1 .. num_classes - 1`` are of no foreground class.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from helpers.raw_files import REAL, cases, fold, image, label, nothing_written, write
 
 from nnunet_ssl.commands.dataset import main
+from nnunet_ssl.datasets.acdc import make
 from nnunet_ssl.datasets.protocol_json import read_protocol
 from nnunet_ssl.errors import UserError
 
@@ -107,6 +109,20 @@ def test_the_published_folders(tmp_path, fresh_folders, capsys):
     assert of("imagesTr") == of("labelsTr") == set(train[:2])
     assert of("imagesUn") == set(train[2:])
     assert [len(cases(dataset / folder)) for folder in ("imagesTr", "imagesUn", "imagesTs")] == [4, 6, 40]
+
+
+def test_the_other_fifty_patients_change_no_list(tmp_path, monkeypatch):
+    """Whether --data names the training folder or the one above it."""
+    drawn = []
+    monkeypatch.setattr("nnunet_ssl.datasets.acdc.from_protocol", lambda *given: drawn.append(given[-1]))
+    for number in range(1, 151):
+        folder = tmp_path / ("training" if number <= 100 else "testing") / f"patient{number:03d}"
+        folder.mkdir(parents=True)
+        (folder / f"patient{number:03d}_frame01_gt.nii.gz").touch()
+    for data in (tmp_path, tmp_path / "training"):
+        make(argparse.Namespace(data=data))
+    assert drawn[0] == drawn[1]
+    assert len(drawn[0]) == 100
 
 
 @pytest.mark.skipif(not (REAL / "acdc").is_dir(), reason="the ACDC data are not beside the project")
