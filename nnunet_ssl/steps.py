@@ -89,9 +89,9 @@ class Steps:
         if self.dry_run:
             return
         piped: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        options = {**piped, "errors": "replace"} if self.log else {}
+        options = {**piped, "encoding": "utf-8", "errors": "replace"} if self.log else {}
         with (
-            self.log.open("a") if self.log else nullcontext() as log,
+            self.log.open("a", encoding="utf-8") if self.log else nullcontext() as log,
             running(of_this_python(words, self.device), env=self.variables, **options) as process,
         ):
             if log:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -15,6 +17,13 @@ from nnunet_ssl.errors import UserError
 
 class Parser(argparse.ArgumentParser):
     """Refuses arguments like the rest of the package: one sentence, exit code 1."""
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """As argparse; and what the command prints later is never too much for the terminal's or a log's encoding."""
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
+        return super().parse_args(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """End the command.

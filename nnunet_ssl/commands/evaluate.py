@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from nnunet_ssl.commands.arguments import Parser, add_shared, distance
 from nnunet_ssl.errors import UserError
@@ -98,8 +99,10 @@ def method_names(predictions: Sequence[str], names: Sequence[str] | None) -> lis
     """
     if names is None:
         names = [os.path.basename(os.path.abspath(folder)) for folder in predictions]
-        if len(set(names)) < len(names):
-            names = [os.path.normpath(folder).strip(os.sep).replace(os.sep, "_") for folder in predictions]
+        paths = [Path(os.path.abspath(folder)).parts[1:] for folder in predictions]
+        for length in range(2, max(map(len, paths)) + 1):
+            if len(set(names)) < len(names):  # by as much of their paths as tells them apart
+                names = ["_".join(path[-length:]) for path in paths]
     if len(names) != len(predictions):
         raise UserError(
             f"--names gives {len(names)} name(s) for {len(predictions)} folder(s). Give one for each -pred."

@@ -47,6 +47,15 @@ def test_the_real_command_ends_with_the_message_of_what_is_wrong(tmp_path, run_n
     assert not SUMMARY & names_in(tmp_path / "a")
 
 
+def test_a_log_that_is_not_utf8_gets_the_table_too(tmp_path, run_nnunet):
+    """As on Windows, where the output goes to a file; the arrows of the table are in no such encoding."""
+    truth = write_dataset(tmp_path)
+    arguments = ["-ref", truth, "-pred", tmp_path / "a", "--metrics", "dice"]
+    done = run_nnunet("nnUNetv2_ssl_evaluate", *arguments, env={"PYTHONIOENCODING": "ascii"}, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Dice (%) ?" in done.stdout
+
+
 def test_one_method_is_summarised_where_its_predictions_are(tmp_path, capsys):
     truth = write_dataset(tmp_path)
     main(["-ref", str(truth), "-pred", str(tmp_path / "a"), "--metrics", "nsd", "dice"])
@@ -99,5 +108,7 @@ def test_arguments_that_are_refused(arguments, message):
 
 
 def test_folders_of_the_same_name_are_told_apart_by_their_paths():
-    assert method_names(["runs/cps/test", "runs/shta/test/"], None) == ["runs_cps_test", "runs_shta_test"]
+    assert method_names(["runs/cps/test", "runs/shta/test/"], None) == ["cps_test", "shta_test"]
+    assert method_names(["../x/pred", "../y/pred"], None) == ["x_pred", "y_pred"]
+    assert method_names(["a/x/pred", "b/x/pred"], None) == ["a_x_pred", "b_x_pred"]
     assert method_names(["runs/cps", "other/shta"], None) == ["cps", "shta"]
