@@ -58,7 +58,8 @@ def writing(remedy: str) -> Iterator[None]:
         yield
     except OSError as error:
         file = error.filename or "a file"
-        raise UserError(f"{file} cannot be written ({error.strerror or error}). {remedy}") from error
+        there = "found or " if isinstance(error, FileNotFoundError) else ""  # of what is read meanwhile
+        raise UserError(f"{file} cannot be {there}written ({error.strerror or error}). {remedy}") from error
 
 
 def write_text(path: str | Path, text: str) -> None:

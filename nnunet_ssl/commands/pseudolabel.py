@@ -52,7 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--warm", action="store_true", help="Train each student from its teacher's weights")
     parser.add_argument(
         "--finish", type=count, metavar="EPOCHS",
-        help="Train the last student for EPOCHS more, on labels alone; it becomes fold 1 of its dataset",
+        help="In the end train for EPOCHS on labels alone, from the last student's weights (but for its output layers, "
+        "as -pretrained_weights does it); the result is fold 1 of its dataset",
     )  # fmt: skip
     parser.add_argument(
         "--parts", type=count, default=1, metavar="N",

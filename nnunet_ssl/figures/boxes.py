@@ -26,7 +26,8 @@ from nnunet_ssl.figures.test_set import Case, cases_in_words
 from nnunet_ssl.pools import all_outcomes
 
 BOXES_A_ROW = 36  # with the gaps between the groups
-MAX_HEIGHT = 8.5  # inches
+MAX_HEIGHT = 8.5  # inches, as long as each row has
+LEAST_HEIGHT = 0.8
 LINES_UP_TO = 60  # cases; more lines would be a gray area
 MEAN = "Mean"
 
@@ -79,7 +80,7 @@ def boxes_figure(evaluations: Sequence[Evaluation], seed: int = 0) -> Figure:
     num_rows = -(-len(names) // a_row)
     a_row = -(-len(names) // num_rows)  # rows alike
     width = page.column_width(1 if a_row * (num_runs + 1) <= 12 else 2)
-    figure = page.new_figure(width, 0.35 + min(2.2 * num_rows, MAX_HEIGHT))
+    figure = page.new_figure(width, 0.35 + max(min(2.2 * num_rows, MAX_HEIGHT), LEAST_HEIGHT * num_rows))
     names = [page.wrapped(name, 0.9 * (width - 0.5) / a_row) for name in names]
     colors = page.class_colors(num_runs)
     rng = np.random.default_rng(seed)

@@ -133,7 +133,7 @@ class Predictions:
             if votes is not None:
                 with np.load(f"{votes[case]}.npz") as archive:
                     teachers.append(archive["probabilities"].astype(np.float32))
-            mean = sum(teachers[1:], teachers[0]) / len(teachers)
+            mean = teachers[0] if len(teachers) == 1 else sum(teachers[1:], teachers[0]) / len(teachers)
             if votes is not None:
                 labels = label_manager.convert_probabilities_to_segmentation(mean)
                 kind = np.uint8 if len(label_manager.foreground_labels) < 255 else np.uint16  # as nnU-Net's

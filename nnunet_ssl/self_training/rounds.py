@@ -109,6 +109,12 @@ class _Rounds:
             self._refuse_other_plans(plans_file)
         if s.student:
             _refuse_unknown_trainer(s.student, f"--student {s.student}", "name")
+        kept = ("checkpoint_final.pth", "checkpoint_best.pth")
+        if (s.rounds > 1 or s.finish) and s.checkpoint not in kept:
+            raise UserError(
+                f"-chk {s.checkpoint}: a student ends with {' and '.join(kept)} alone, so later rounds would not find "
+                "it. Name one of these, or rename the teacher's checkpoint to one of them."
+            )
         if s.finish:
             _refuse_unknown_trainer(self._finishing_trainer, f"--finish {s.finish}", "number of epochs")
 

@@ -205,4 +205,9 @@ class Teachers:
         put = shutil.copy2 if self.settings.copy else os.symlink
         for case in cases:
             for file in with_spacing(case, self.source.unlabeled[case]):
-                put(os.path.abspath(file), os.path.join(folder, os.path.basename(file)))
+                new = os.path.join(folder, os.path.basename(file))
+                try:
+                    put(os.path.abspath(file), new)
+                except OSError as error:
+                    hint = "" if self.settings.copy else " Where links are not allowed, --copy copies the files."
+                    raise UserError(f"{new} cannot be written ({error.strerror}).{hint}") from error

@@ -7,7 +7,8 @@ import os
 import secrets
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import NamedTuple
 
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
@@ -45,7 +46,13 @@ def new_dataset(raw: str, target: str, copy: bool, preprocessed: str | None = No
     Raises:
         UserError: something could not be written, another process makes it, or it is there by now.
     """
-    with holding(lock_of(raw, target), f"another process is making {target}: wait until it has ended."):
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(holding(lock_of(raw, target), f"another process is making {target}: wait for its end."))
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or raw} cannot be written ({error.strerror}). Nothing was kept."
+            ) from error
         if os.path.lexists(os.path.join(raw, target)):
             raise UserError(f"{os.path.join(raw, target)} exists already. Choose another id, or remove it.")
         with _building(raw, target, copy, preprocessed) as building:
@@ -172,7 +179,7 @@ def absent(file: str) -> str:
 
 def _link_text(file: str, raw: str) -> str:
     """What a link two folders below ``raw`` says: relative within ``raw``, so that it may be moved or mounted."""
-    if os.path.commonpath([os.path.abspath(raw), os.path.abspath(file)]) == os.path.abspath(raw):
+    if Path(os.path.abspath(file)).is_relative_to(os.path.abspath(raw)):
         return os.path.join(os.pardir, os.pardir, os.path.relpath(file, raw))
     return os.path.abspath(file)
 
@@ -185,6 +192,9 @@ def refuse_existing(target_id: int, target: str | None = None, option: str = "-o
     """
     if not 1 <= target_id <= 999:
         raise UserError(f"{option} {target_id} is not a dataset id. Give a number from 1 to 999.")
+    raw = required_folder("nnUNet_raw")
+    if not os.access(raw, os.W_OK):
+        raise UserError(f"{raw} is not writable, so no dataset can be made in it.")
     existing = [name for name in find_candidate_datasets(target_id) if name != target or not is_unfinished(name)]
     if existing:
         raise UserError(

@@ -138,6 +138,10 @@ def test_refuses_what_it_cannot_do(trained, tmp_path):
     refused("-o 901", "exists already", target="901")
     refused("-o", "1000", target="1000")
     refused("-o 901", "exists already", arguments=[*arguments, "--rounds", "2"], target="900")
+    shutil.copy(model / "fold_0" / "checkpoint_final.pth", model / "fold_0" / "checkpoint_epoch1.pth")
+    for more in (("--rounds", "2"), ("--rounds", "1", "--finish", "2")):
+        refused("checkpoint_epoch1.pth", "later rounds", arguments=[*arguments, "-chk", "checkpoint_epoch1.pth", *more])
+    (model / "fold_0" / "checkpoint_epoch1.pth").unlink()
     plans = dataset.plans_file.rename(dataset.preprocessed / "moved.json")
     refused(dataset.plans_file.name, "students", arguments=[*arguments, "--rounds", "1"])
     plans.rename(dataset.plans_file)

@@ -255,6 +255,23 @@ def test_a_failed_split_leaves_nothing(tiny_copy, monkeypatch):
     assert all(file.name.endswith("-lock") for file in dataset.folders.raw.glob(".*"))
 
 
+def test_a_folder_that_cannot_be_written_is_said_first(tiny_copy, monkeypatch):
+    """Not after every image has been read; and not as a crash, where only the lock shows it."""
+    dataset = tiny_copy("3d")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    with pytest.raises(UserError, match=f"{dataset.folders.raw} is not writable"):
+        split_dataset(dataset.id, 951, "2", "1")
+    monkeypatch.setattr(os, "access", access)
+
+    def read_only(*_):
+        raise PermissionError(13, "Permission denied", "the lock")
+
+    monkeypatch.setattr("nnunet_ssl.unlabeled.raw_dataset.holding", read_only)
+    with pytest.raises(UserError, match=r"the lock cannot be written \(Permission denied\)"):
+        split_dataset(dataset.id, 951, "2", "1")
+
+
 @pytest.mark.parametrize("value", ["²", "٣", "1" * 401, "1" * 5000], ids=["superscript", "arabic", "401", "5000"])
 def test_a_number_is_of_plain_digits(split, value):
     with pytest.raises(UserError, match=r"--labeled .* (does not exist|cannot be read)"):
@@ -301,10 +318,9 @@ def test_a_foreign_dataset_json_writes_nothing_elsewhere(tiny_copy, tmp_path, co
 @pytest.mark.parametrize("place", ["raw", "preprocessed", "kept by nnUNetv2_ssl_warp --groups"])
 def test_who_is_of_which_patient_goes_along(tiny_copy, place):
     dataset = tiny_copy("3d")
-    warps = dataset.preprocessed / "nnUNetPlans_3d_fullres_warped"
-    folder = {"raw": dataset.raw, "preprocessed": dataset.preprocessed}.get(place, warps)
-    folder.mkdir(exist_ok=True)
-    (folder / "groups.json").write_text('{"tr_00": "p", "un_00": "p"}')
+    kept = dataset.preprocessed / "nnUNetPlans_3d_fullres_warped_groups.json"
+    file = {"raw": dataset.raw / "groups.json", "preprocessed": dataset.preprocessed / "groups.json"}.get(place, kept)
+    file.write_text('{"tr_00": "p", "un_00": "p"}')
     name, _ = split_dataset(dataset.id, 951, "2", "1")
     assert groups_of_dataset(name) == {"tr_00": "p", "un_00": "p"}
     assert json.loads((dataset.folders.raw / name / "groups.json").read_text()) == {"tr_00": "p", "un_00": "p"}
