@@ -53,7 +53,11 @@ def test_what_cannot_be_written_is_named(tmp_path: Path) -> None:
     says = pytest.raises(UserError, match=r"/nowhere/a\.json cannot be found or written \(No such file or directory\)")
     with says, writing("Make room."):
         write_json(tmp_path / "nowhere" / "a.json", 1)
-    with pytest.raises(UserError, match=r"/other cannot be found or written"), writing(""), replacing(tmp_path / "a.png"):
+    with (
+        pytest.raises(UserError, match=r"/other cannot be found or written"),
+        writing(""),
+        replacing(tmp_path / "a.png"),
+    ):
         (tmp_path / "nowhere" / "other").touch()
     assert not list(tmp_path.iterdir())
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from nnunet_ssl.losses.branches import Branches
 from nnunet_ssl.networks.dual_branch import mean_of_branches
@@ -28,15 +29,16 @@ class BranchValidation(nnUNetTrainer):
         """nnU-Net's, for both branches together, and for each alone, to be logged; the network runs once."""
         if not self.has_low_branch:
             return super().validation_step(batch)
-        network, images = self.network, batch["data"].to(self.device, non_blocking=True)
+        network = self.network
+        images, target = tree_map(lambda x: x.to(self.device, non_blocking=True), (batch["data"], batch["target"]))
         with self._branch("each"), self.autocast():
             logits = network(images)
         results = {}
         try:
             for name, outputs in {**logits.named(), "both": mean_of_branches(logits)}.items():
                 self.network = functools.partial(_already, outputs)
-                target = deepcopy(batch["target"])  # nnU-Net overwrites ignored voxels of it
-                results[name] = super().validation_step({**batch, "data": images, "target": target})
+                own = deepcopy(target)  # nnU-Net overwrites ignored voxels of it
+                results[name] = super().validation_step({**batch, "data": images, "target": own})
         finally:
             self.network = network
         alone = {
