@@ -187,9 +187,11 @@ def _complete(state: _State, num_processes: int) -> None:
     """Strike off what is not current, and make what is missing; the state's manifest is a new one then."""
     wish, todo, old = state.wish, state.todo, state.manifest.about
     each = max(todo.values()) or max(state.asked.values(), default=0)
+    kept = Counter(entry["moving"] for entry in state.current.values())
     for name, entry in list(state.dropped.items()):
-        if entry["moving"] in todo and entry["why"] == LESS_ALIKE and each > state.asked.get(entry["moving"], each):
-            del state.dropped[name]  # it may be among the most alike of a larger number
+        case = entry["moving"]
+        if case in todo and entry["why"] == LESS_ALIKE and (each > state.asked.get(case, each) or kept[case] < each):
+            del state.dropped[name]  # it may be among the most alike of a larger number, or in the place of a lost one
     about: dict[str, Any] = {
         "preprocessing": wish.preprocessing,
         "labeled": state.stamps,

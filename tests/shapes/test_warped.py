@@ -130,6 +130,15 @@ def test_nobody_has_annotated_what_lies_outside(tiny_copy, monkeypatch):
     assert max(voxel[-1] for voxel in annotated) < seg.shape[-1] - 6
 
 
+def test_a_warp_that_is_lost_is_replaced_by_one_that_was_less_alike(tiny_copy):
+    dataset = tiny_copy("3d")
+    made = warps(dataset, ("tr_00",), each=3)
+    assert [entry["why"] for entry in manifest(dataset)["dropped"].values()] == [LESS_ALIKE]
+    image(dataset, manifest(dataset)["cases"][min(made.places)]["fixed"]).unlink()
+    assert count_of(warps(dataset, ("tr_00",))) == [("tr_00", 3)]
+    assert not manifest(dataset)["dropped"]
+
+
 @pytest.mark.parametrize("error", [MemoryError("12 GiB"), RuntimeError("Failed to allocate memory for image.")])
 def test_too_little_memory_is_not_a_pair_that_does_not_register(tiny_copy, monkeypatch, error):
     dataset = tiny_copy("3d")
