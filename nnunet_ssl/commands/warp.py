@@ -91,7 +91,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.onto == "labeled":
         onto = labeled_images(Preparation(*what), labeled)
     else:
-        onto = prepare_unlabeled(dataset, plans_manager, args.configuration, dataset_json, labeled, processes)
+        onto = prepare_unlabeled(
+            dataset, plans_manager, args.configuration, dataset_json, labeled, processes, reading=True
+        )
     wish = Wish(*what, tuple(trained), (), onto, args.pairs, groups, args.channel)
     warps = prepare_warps(wish, processes)
     with writing("The warps are complete; make room or make the folder writable for their picture."):
