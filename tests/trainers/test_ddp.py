@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from helpers.steps import a_batch, all_weights, half_a_step, on_two_ranks
@@ -93,3 +95,21 @@ def test_two_ranks_with_half_a_batch_step_like_one_with_all_of_it(tiny, make_tra
     for name, value in ranks[0]["values"].items():  # the log is the mean over the ranks
         assert value == pytest.approx(values[name], rel=1e-4)
         assert value == ranks[1]["values"][name]
+
+
+@pytest.mark.slow
+def test_compiled_ranks_step_as_plain_ones(tiny, make_trainer, tmp_path, monkeypatch):
+    """Networks and losses are traced with the collectives of batch Dice and of SHTA's references between them."""
+    found = {}
+    for way in ("plain", "compiled"):
+        (tmp_path / way).mkdir()
+        trainer = make_trainer("nnUNetTrainerSHTA_CPS", tiny("2d"), settings={"cps_rampup": 0.0, "shta_attach": "all"})
+        assert trainer.configuration_manager.batch_dice
+        assert isinstance(trainer.network, torch._dynamo.OptimizedModule) == (way == "compiled")
+        found[way] = on_two_ranks(tmp_path / way, half_a_step, trainer, a_batch(trainer))
+        monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+        monkeypatch.setattr(type(trainer), "_do_i_compile", lambda self: True)
+    for plain, compiled in zip(found["plain"], found["compiled"], strict=True):
+        torch.testing.assert_close(compiled["loss"], plain["loss"])
+        for name, weight in plain["weights"].items():
+            torch.testing.assert_close(compiled["weights"][name], weight, rtol=1e-3, atol=1e-6, msg=name)
