@@ -99,6 +99,7 @@ def _resampled_means(several: Sequence[np.ndarray], seed: int) -> list[np.ndarra
 
 
 def _percentiles(values: np.ndarray) -> tuple[float, float]:
-    """Of those resamples in which something is defined."""
-    low, high = np.quantile(values[~np.isnan(values)], [0.025, 0.975])
+    """Of those resamples in which something is defined; NaN where none is."""
+    defined = values[~np.isnan(values)]
+    low, high = np.quantile(defined, [0.025, 0.975]) if len(defined) else (math.nan, math.nan)
     return float(low), float(high)
