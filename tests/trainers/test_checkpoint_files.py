@@ -110,7 +110,7 @@ def test_without_room_for_a_table_or_curves_it_says_so(running, make_trainer, ti
         message = rf"{file} cannot be written"
     else:
         monkeypatch.setattr(trainer.ssl_log, "csv_file", str(folder / "no_such_folder" / what))
-        message = rf"{what} cannot be written"
+        message = rf"{what} cannot be found or written"
     with pytest.raises(UserError, match=rf"{message} .*The last checkpoint is kept"):
         trainer.on_epoch_end()
     resumed(make_trainer, tiny, folder, LABELED_ONLY).on_train_start()
