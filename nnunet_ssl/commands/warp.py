@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         required_folder,
         resolve_dataset,
     )
-    from nnunet_ssl.unlabeled.folds import trained_with
+    from nnunet_ssl.unlabeled.folds import SPLITS, trained_with
     from nnunet_ssl.unlabeled.groups import read_groups
     from nnunet_ssl.unlabeled.prepare import prepare_unlabeled
 
@@ -79,17 +79,18 @@ def main(argv: list[str] | None = None) -> None:
     groups = read_groups(args.groups) if args.groups else None
     processes = args.processes or default_num_processes
     what = (dataset, plans_manager.plans, args.configuration, dataset_json)
-    folder = Preparation(*what).labeled_folder
-    again = f"Run nnUNetv2_preprocess -d {dataset} -plans_name {args.plans} -c {args.configuration}"
+    task = Preparation(*what)
+    folder = task.labeled_folder
     labeled = sorted(infer_dataset_class(folder).get_identifiers(folder)) if os.path.isdir(folder) else []
     if not labeled:
-        raise UserError(f"{folder} has no labeled cases. {again}.")
+        raise UserError(f"{folder} has no labeled cases. {task.again}.")
     trained = sorted(trained_with(preprocessed)) or labeled  # cases that are only validated with: not needed
     if lost := sorted(set(trained) - set(labeled)):
-        split = os.path.join(preprocessed, "splits_final.json")
-        raise UserError(f"{split} names {a_few(lost)}, but {folder} has no such case. {again}, or remove the split.")
+        split = os.path.join(preprocessed, SPLITS)
+        problem = f"{split} names {a_few(lost)}, but {folder} has no such case"
+        raise UserError(f"{problem}. {task.again}, or remove the split.")
     if args.onto == "labeled":
-        onto = labeled_images(Preparation(*what), labeled)
+        onto = labeled_images(task, labeled)
     else:
         onto = prepare_unlabeled(
             dataset, plans_manager, args.configuration, dataset_json, labeled, processes, reading=True

@@ -90,10 +90,9 @@ def _resampled_means(several: Sequence[np.ndarray], seed: int) -> list[np.ndarra
     for values in several:
         defined = ~np.isnan(values)
         total = of_case @ np.where(defined, values, 0).T  # [RESAMPLES, draws]
-        with np.errstate(invalid="ignore"):  # a draw with no defined case among the resampled ones
+        with np.errstate(invalid="ignore"):  # no defined case among a draw's resampled ones, or in no draw: NaN, not 0
             by_draw = total / (of_case @ defined.T)
-        weight = of_draw * ~np.isnan(by_draw)
-        with np.errstate(invalid="ignore"):  # nothing is defined: no mean, which 0 would be
+            weight = of_draw * ~np.isnan(by_draw)
             means.append((weight * np.nan_to_num(by_draw)).sum(1) / weight.sum(1))
     return means
 

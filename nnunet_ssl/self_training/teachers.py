@@ -34,6 +34,7 @@ from nnunet_ssl.unlabeled.find import (
     with_spacing,
 )
 from nnunet_ssl.unlabeled.prepare import prepare_unlabeled
+from nnunet_ssl.unlabeled.raw_dataset import COPY
 
 PREPARE = "An atlas needs the preprocessed labeled cases: run nnUNetv2_plan_and_preprocess, or name the plans with -p."
 ATTEMPTS = 2  # to predict a case
@@ -209,5 +210,5 @@ class Teachers:
                 try:
                     put(os.path.abspath(file), new)
                 except OSError as error:
-                    hint = "" if self.settings.copy else " Where links are not allowed, --copy copies the files."
+                    hint = "" if self.settings.copy else COPY
                     raise UserError(f"{new} cannot be written ({error.strerror}).{hint}") from error

@@ -104,16 +104,14 @@ def stamps_of(task: Preparation, case: str, kept: Iterable[Sequence], needed: bo
         UserError: it is needed and not there, or cannot be read.
     """
     folder, earlier = task.labeled_folder, {name: entry for name, *entry in kept}
-    plans = PlansManager(task.plans).plans_name
-    remedy = f"Run nnUNetv2_preprocess -d {task.dataset_name} -plans_name {plans} -c {task.configuration}."
     files = [f"{case}{end}" for end in (".b2nd", "_seg.b2nd", ".npz", ".pkl")]
     try:
         there = [file for file in files if os.path.isfile(os.path.join(folder, file))]
         if not there and needed:
-            raise UserError(f"{folder} has no case {case}. {remedy}")
+            raise UserError(f"{folder} has no case {case}. {task.again}.")
         return [[file, *stamp(os.path.join(folder, file), earlier.get(file), digest_of)] for file in there]
     except OSError as error:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror or error}). {remedy}") from error
+        raise UserError(f"{error.filename} cannot be read ({error.strerror or error}). {task.again}.") from error
 
 
 def digest_of(file: str | Path) -> str:
@@ -129,13 +127,19 @@ def digest_of(file: str | Path) -> str:
 
 def load(folder: str, case: str) -> tuple[np.ndarray, np.ndarray, dict]:
     """Images ``[C, z, y, x]``, segmentation ``[1, z, y, x]`` and properties of a prepared case."""
-    data, seg, _, properties = infer_dataset_class(folder)(folder, [case]).load_case(case)
+    data, seg, properties = _opened(folder, case)
     return data[:], seg[:], properties
+
+
+def _opened(folder: str, case: str) -> tuple[Any, Any, dict]:
+    """As ``load``, but nothing of the two arrays is read yet."""
+    data, seg, _, properties = infer_dataset_class(folder)(folder, [case]).load_case(case)
+    return data, seg, properties
 
 
 def prepared_volume(task: Preparation, folder: str, case: str, labels: bool) -> Volume:
     """A prepared case for registration."""
-    data, seg, _, properties = infer_dataset_class(folder)(folder, [case]).load_case(case)  # not read yet
+    data, seg, properties = _opened(folder, case)
     spacing = spacing_of(task, properties)
     return volume(data[:], spacing, seg[:][0], structures_of(properties)) if labels else volume(data[:], spacing)
 
@@ -158,7 +162,7 @@ def spacing_of(task: Preparation, properties: dict) -> tuple[float, ...]:
 def _save(moving_folder: str, moving: str, file: str, data: np.ndarray, seg: np.ndarray) -> None:
     """As nnU-Net's preprocessor saves the labeled case, with its own class locations."""
     dataset_class = infer_dataset_class(moving_folder)
-    old_data, old_seg, _, properties = dataset_class(moving_folder, [moving]).load_case(moving)
+    old_data, old_seg, properties = _opened(moving_folder, moving)
     seg = seg.astype(np.int16)
     classes = list(properties["class_locations"])
     locations = DefaultPreprocessor._sample_foreground_locations(seg, classes)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.paths import nnUNet_raw
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import write_json
@@ -96,7 +95,7 @@ def wait_until_warped(wish: Wish, timeout: float = 24 * 3600) -> WarpedFolder:
         look,
         timeout,
         f"{wish.folder} was not ready after {timeout:.0f} s. Make the warps first with nnUNetv2_ssl_warp "
-        f"-d {wish.dataset_name} -c {wish.configuration} -p {PlansManager(wish.plans).plans_name}"
+        f"-d {wish.dataset_name} -c {wish.configuration} -p {wish.plans_name}"
         f"{' --onto labeled' if wish.onto_each_other else ''}.",
     )
 

@@ -41,6 +41,16 @@ class Preparation:
                 f"{', '.join(plans_manager.available_configurations)}."
             )
 
+    @property
+    def again(self) -> str:
+        """How the labeled cases are prepared anew, as the start of a remedy."""
+        return f"Run nnUNetv2_preprocess -d {self.dataset_name} -plans_name {self.plans_name} -c {self.configuration}"
+
+    @property
+    def plans_name(self) -> str:
+        """As ``-p`` takes it."""
+        return self.plans["plans_name"]
+
     @cached_property
     def preprocessing(self) -> dict:
         """What in the plans and ``dataset.json`` determines a prepared image, by name, in plain JSON types.

@@ -20,6 +20,8 @@ from nnunet_ssl.unlabeled.find import GROUPS, UNLABELED_FOLDER, required_folder,
 from nnunet_ssl.unlabeled.folds import SPLITS
 from nnunet_ssl.unlabeled.groups import all_groups
 
+COPY = " Where links are not allowed, --copy copies the files."
+
 
 class Split(NamedTuple):
     """Who is what. ``unlabeled`` holds what the source already had in ``imagesUn``, too."""
@@ -83,7 +85,7 @@ def _building(raw: str, target: str, copy: bool, preprocessed: str | None) -> It
         os.rename(building, os.path.join(raw, target))
         made = None
     except OSError as error:
-        hint = "" if copy else " Where links are not allowed, --copy copies the files."
+        hint = "" if copy else COPY
         file = error.filename2 or error.filename or building  # of a copy or link the second is the one to be written
         raise UserError(f"{file} cannot be written ({error.strerror}). Nothing was kept.{hint}") from error
     finally:
