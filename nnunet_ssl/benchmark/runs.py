@@ -294,13 +294,17 @@ class Benchmark:
 
     def settings(self, run: Run) -> dict[str, Any]:
         """What a run's trainings are told; checkpoints are kept where its curve is predicted."""
-        epochs = list(self.protocol.curve_epochs)
         own = self._settings(run.row, run.seed, run.iterations)
-        return {**own, "save_every": max(1, epochs[0]), "keep_epochs": epochs}
+        return {**own, "save_every": self._save_every, "keep_epochs": list(self.protocol.curve_epochs)}
 
     def pretraining_settings(self, run: Run) -> dict[str, Any]:
         """Of the training that comes first: nothing of the row's settings but seed and length."""
-        return {**self._settings(run.row.stages[0], run.seed, run.iterations), "save_every": run.epochs}
+        return {**self._settings(run.row.stages[0], run.seed, run.iterations), "save_every": self._save_every}
+
+    @property
+    def _save_every(self) -> int:
+        """So many epochs a killed training loses at most: a twentieth, or nnU-Net's 50."""
+        return min(50, max(1, self.protocol.epochs // 20))
 
     def measuring_settings(self, name: str) -> dict[str, Any]:
         """Of the short trainings of a kind."""

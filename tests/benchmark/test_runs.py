@@ -91,6 +91,16 @@ def test_equal_steps(given, make_benchmark):
     assert set(lengths(make_benchmark(given), 0).values()) == {20}  # 80 steps in 4 epochs
 
 
+@pytest.mark.parametrize(("epochs", "every"), [(4, 1), (40, 2), (1000, 50), (4000, 50)])
+def test_a_killed_training_loses_a_twentieth_at_most(epochs, every, given, make_benchmark):
+    """Without a curve, and of what comes before it too: the last epoch's checkpoint alone would be none to resume."""
+    given["rows"][1]["pretrained_by"] = "nnUNetTrainerMAE"
+    benchmark = make_benchmark(given | {"epochs": epochs, "curve": [1], "budgets": [{"steps": 8000}]})
+    run = next(run for run in benchmark.queue() if run.row.name == "CPS")
+    for settings in (benchmark.settings(run), benchmark.pretraining_settings(run)):
+        assert settings["save_every"] == every < epochs
+
+
 def test_measuring_takes_turns_forwards_and_backwards(given, make_benchmark):
     given["rows"][1] |= {"settings": {}}
     labels, cps, shta = "nnUNetTrainerLabeledOnly", "nnUNetTrainerCPS", "nnUNetTrainerSHTA_CPS"
@@ -288,9 +298,9 @@ def test_pretraining_shares_the_budget(given, make_benchmark, write_times):
     assert run.steps_before == 40
     pretraining = benchmark.pretraining_settings(run)
     assert pretraining == {
-        "seed": 0, "num_iterations_per_epoch": 10, "num_val_iterations_per_epoch": 1, "save_every": 4,
+        "seed": 0, "num_iterations_per_epoch": 10, "num_val_iterations_per_epoch": 1, "save_every": 1,
     }  # fmt: skip
-    assert benchmark.settings(run) == {**pretraining, **settings, "save_every": 2, "keep_epochs": [2, 4]}
+    assert benchmark.settings(run) == {**pretraining, **settings, "keep_epochs": [2, 4]}
     assert [benchmark.model(run, stage).name.split("__")[0] for stage in (0, 1)] == [
         "nnUNetTrainerMAE_4epochs", "nnUNetTrainerLabeledOnly_4epochs",
     ]  # fmt: skip

@@ -64,7 +64,7 @@ def test_a_benchmark_of_a_dataset_that_is_split(given, commands, tmp_path):
     assert found["done/prepare_502"] == "true"  # only rows without unlabeled images learn from four labels
     run = "HOME/runs/steps80/cps_2labeled_seed1"
     settings = {"seed": 1, "num_iterations_per_epoch": 20, "num_val_iterations_per_epoch": 3, "cps_weight": 0.5}
-    settings |= {"save_every": 2, "keep_epochs": [2, 4]}
+    settings |= {"save_every": 1, "keep_epochs": [2, 4]}
     variables = f"nnUNet_results={run}/results"
     assert found["done/steps80/cps_2labeled_seed1/train"] == (
         f"set -- --c; mkdir -p {run} && echo '{json.dumps(settings)}' > {run}/settings.json && {variables} "
