@@ -11,7 +11,7 @@ from typing import Any
 
 from nnunet_ssl.benchmark.protocol import row_key
 from nnunet_ssl.errors import UserError
-from nnunet_ssl.files import read_json, write_json, writing
+from nnunet_ssl.files import read_json, read_text, write_json, write_text, writing
 from nnunet_ssl.locks import holding
 
 ADDED_TO = ("seeds", "labeled", "rows", "budgets")  # what a protocol may get more of while its benchmark is under way
@@ -38,22 +38,26 @@ def claimed(home: Path, given: dict[str, Any], device: str) -> Iterator[None]:
     with ExitStack() as held:
         with writing("Choose another -o."):
             held.enter_context(holding(home / ".lock", busy))
-        left_out = refuse_other(home, given, device)
-        write_json(note, {"device": device, "protocol": {**given, "rows": [*given["rows"], *left_out]}})
+        left_out, seconds = refuse_other(home, given, device)
+        kept = {**given, "rows": [*given["rows"], *left_out]}
+        if seconds:
+            kept["measure"] = {**given.get("measure", {})}
+            kept["measure"]["seconds"] = {**seconds, **kept["measure"].get("seconds", {})}
+        write_json(note, {"device": device, "protocol": kept})
         yield
 
 
-def refuse_other(home: Path, given: dict[str, Any], device: str) -> list[dict[str, Any]]:
+def refuse_other(home: Path, given: dict[str, Any], device: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Refuse a protocol whose runs would not belong with those that are in the folder.
 
     Seeds, labeled sets, rows and budgets may be added or left out; a row of the same name must be the same.
 
     Returns:
-        The rows of the folder that the protocol leaves out this time.
+        The rows of the folder that the protocol leaves out this time, and what seconds per step it gave of them.
     """
     note = home / "protocol.json"
     if not note.is_file():
-        return []
+        return [], {}
     before = read_json(note, KEEP, keys={"device": str, "protocol": dict})
     try:
         first = before["protocol"]
@@ -61,6 +65,8 @@ def refuse_other(home: Path, given: dict[str, Any], device: str) -> list[dict[st
         if not any("time_of" in budget for budget in first["budgets"]):
             new[FIRST_STEPS] = old[FIRST_STEPS]
         left_out = [row for row in first["rows"] if row_key(row["name"]) not in new_rows]
+        given_before = first.get("measure", {}).get("seconds", {})
+        seconds = {name: value for name, value in given_before.items() if row_key(name) not in new_rows}
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(f"{note} holds no protocol that a benchmark wrote ({error!r}). {KEEP}") from error
     old, new = old | {"-device": before["device"]}, new | {"-device": device}
@@ -68,7 +74,31 @@ def refuse_other(home: Path, given: dict[str, Any], device: str) -> list[dict[st
         _refuse_change(home, name, old.get(name), new.get(name))
     for key in new_rows.keys() & old_rows:
         _refuse_change(home, f"row {key}", old_rows[key], new_rows[key])
-    return left_out
+    return left_out, seconds
+
+
+def with_own_lists(home: Path, given: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A protocol that finds its lists of cases in the folder, where copies are kept; ``given`` stands in ``file``.
+
+    Raises:
+        UserError: a list holds other cases than when the benchmark was started.
+    """
+    lists = {}
+    for name in LISTS:
+        value = given["data"].get(name)
+        if isinstance(value, str) and (file.parent / value).is_file():
+            source, copy = file.parent / value, home / "lists" / name / Path(value).name
+            cases = read_text(source, "Write one case per line.")
+            if not copy.is_file():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                write_text(copy, cases)
+            elif read_text(copy, KEEP).split() != cases.split():
+                raise UserError(
+                    f"{source} lists other cases than {copy}, with which {home} was started: undo that, or choose "
+                    "another -o."
+                )
+            lists[name] = str(copy)
+    return {**given, "data": {**given["data"], **lists}}
 
 
 def _what_stays(protocol: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

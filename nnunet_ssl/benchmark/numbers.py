@@ -32,6 +32,7 @@ def collect(benchmark: Benchmark) -> dict[str, Any]:
     if not finished:
         raise UserError(f"no run in {benchmark.home} is finished yet, so there is nothing to report.")
     last = {run.folder: read_summary(benchmark.summary(run, p.epochs), keys) for run in finished}
+    _refuse_other_cases(last)
     runs = {run.folder: _result(benchmark, run, last[run.folder]) for run in finished}
     groups = groups_of_cases(benchmark)
     tables = []
@@ -136,6 +137,21 @@ def groups_of_cases(benchmark: Benchmark) -> dict[str, str]:
         ending = read_dataset_json(str(file.parent))["file_ending"]
         return {case + ending: patient for case, patient in read_groups(str(file)).items()}
     return {}
+
+
+def _refuse_other_cases(summaries: dict[Path, dict[str, Any]]) -> None:
+    """Refuse runs that were not tested on the same cases: they cannot be compared case by case.
+
+    Raises:
+        UserError: names the first that differs.
+    """
+    (first, wanted), *others = ((folder, units_of(summary, {})) for folder, summary in summaries.items())
+    for folder, cases in others:
+        if odd := sorted({*wanted} ^ {*cases}):
+            raise UserError(
+                f"{folder} and {first} were not tested on the same cases ({odd[0]} is among those of one alone); "
+                "remove the folder whose cases are wrong, and what is of the same name in done, and start again."
+            )
 
 
 def units_of(summary: dict[str, Any], groups: dict[str, str]) -> list[str]:

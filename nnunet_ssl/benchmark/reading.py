@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_ssl.benchmark.protocol import Data, Protocol
+from nnunet_ssl.datasets import ORDERED
 from nnunet_ssl.declared import build
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_json
@@ -34,13 +35,6 @@ def load_json(which: str) -> tuple[dict[str, Any], Path]:
     if not file.is_file():
         raise UserError(f"{which} does not exist; name a JSON file, or one of {', '.join(shipped())}.")
     return read_json(file, "Write one JSON object, as docs/benchmark.md shows."), file
-
-
-def with_full_paths(given: dict[str, Any], file: Path) -> dict[str, Any]:
-    """A protocol whose lists of cases are found from any folder; ``given`` stands in ``file``."""
-    lists = {name: str((file.parent / given["data"][name]).resolve()) for name in OF_DATA["dataset"]
-             if isinstance(given["data"].get(name), str) and (file.parent / given["data"][name]).is_file()}  # fmt: skip
-    return {**given, "data": {**given["data"], **lists}}
 
 
 def read_protocol(which: str) -> Protocol:
@@ -71,6 +65,10 @@ def _data(data: Data, file: Path) -> Data:
         if getattr(data, name):
             raise UserError(f"{file}, data, has {name!r}, which is for {other!r}; remove it.")
     if data.dataset is None:
+        if data.order_by_seed and data.published not in ORDERED:
+            raise UserError(
+                f"{file}, data, sets 'order_by_seed', but {data.published} has one published list: remove it."
+            )
         return data
     if data.test is None:
         raise UserError(f"{file}, data, lacks 'test'; give a file that lists the test cases, one per line.")

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     what.add_argument("--report", action="store_true", help="Report on what has finished, and do nothing else")
     args, passed_on = parser.parse_known_args(argv)
 
-    from nnunet_ssl.benchmark.reading import load_json, read_protocol, shipped, with_full_paths
+    from nnunet_ssl.benchmark.reading import load_json, read_protocol, shipped
 
     if args.list:
         for name, file in shipped().items():
@@ -82,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         refuse_other,
         reserve,
         reserving,
+        with_own_lists,
     )  # fmt: skip
     from nnunet_ssl.benchmark.runs import Benchmark
     from nnunet_ssl.unlabeled.find import required_folder
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
             write_json(home / IDS, benchmark.ids)
             reserve(raw, home, benchmark.all_ids())
         # jobs on a cluster read the protocol when they begin, and the user's file may be another one by then
-        write_json(home / SNAPSHOT, with_full_paths(given, file))
+        write_json(home / SNAPSHOT, with_own_lists(home, given, file))
         for mark in benchmark.failed_measurements():
             mark.unlink()
         code = run([*words, f"protocol={home / SNAPSHOT}"])

@@ -10,4 +10,5 @@ Labels of unlabeled cases are not opened, with one exception that a user has to 
 """
 
 PUBLISHED = ("acdc", "amos", "brats2019", "hippocampus", "la", "pancreas_ct", "synapse")  # a module each
+ORDERED = ("acdc", "hippocampus", "la")  # those with --seed: an order of the training cases for each
 MADE_UP = ("demo",)

@@ -105,6 +105,11 @@ def make(args: argparse.Namespace) -> None:
             raise UserError(f"{args.data / FILE} says which case is what: leave out {' and '.join(given)}.")
         from_protocol(args, "LA", replace(RECIPE, mend=Recipe.mend), same_names(args.data))
         return
+    if args.seed is not None:
+        raise UserError(
+            f"--seed {args.seed}: the literature's list has one order, and {args.data} holds no {FILE} with others: "
+            "leave out --seed ('order_by_seed' in a benchmark's protocol)."
+        )
 
     images, labels = Files(args.data, "{}/lgemri.nrrd"), Files(args.data, "{}/laendo.nrrd")
     h5 = Files(args.data, "{}/mri_norm2.h5")

@@ -29,7 +29,7 @@ class Drawn(NamedTuple):
 def add_order(parser: argparse.ArgumentParser) -> None:
     """``--seed``, for ``from_protocol``."""
     text = f"Seed: which order of {FILE}'s training cases, from 0. Default: 0"
-    parser.add_argument("--seed", type=int, default=0, help=text)
+    parser.add_argument("--seed", type=int, help=text)
 
 
 def same_names(data: Path) -> tuple[Files, Files]:
@@ -66,15 +66,15 @@ def from_protocol(
     Raises:
         UserError: anything is wrong; then nothing was written.
     """
-    file = args.data / FILE
+    file, seed = args.data / FILE, args.seed or 0
     if drawn is None or file.is_file():
-        train, test, several, cases_of = read_protocol(file, args.seed)
+        train, test, several, cases_of = read_protocol(file, seed)
         if patients is not None and not cases_of:
             raise UserError(f"{file} needs 'cases_of_patient': lists of cases would test on patients that train.")
     else:
         cases_of, several = patients or {}, True
         names = files[0].found if patients is None else patients
-        train, test = draw_lists(names, args.seed, args.data, drawn, "cases" if patients is None else "patients")
+        train, test = draw_lists(names, seed, args.data, drawn, "cases" if patients is None else "patients")
         print(
             f"Without {file} the lists were drawn ({len(train)} for training and {len(test)} for testing, of "
             f"{len(names)}): results on them can be compared with each other, but not with docs/results.md, "
@@ -83,8 +83,8 @@ def from_protocol(
     parts = Lists(train, test, ordered=len(train) - 1).parts(args.labeled)
     if cases_of:
         parts = {case: part for patient, part in parts.items() for case in cases_of[patient]}
-    seed = f"Seed{args.seed}" if several else ""
-    name = f"{title}AllLabels" if args.labeled == "all" else f"{title}{seed}Labeled{args.labeled}"
+    order = f"Seed{seed}" if several else ""
+    name = f"{title}AllLabels" if args.labeled == "all" else f"{title}{order}Labeled{args.labeled}"
     groups = {case: patient for patient in train + test for case in cases_of.get(patient, ())}
     prepare(parts, *files, recipe, name, args, groups=groups)
 

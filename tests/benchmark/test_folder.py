@@ -8,8 +8,7 @@ import os
 
 import pytest
 
-from nnunet_ssl.benchmark.folder import claimed, refuse_other
-from nnunet_ssl.benchmark.reading import with_full_paths
+from nnunet_ssl.benchmark.folder import claimed, refuse_other, with_own_lists
 from nnunet_ssl.errors import UserError
 
 
@@ -36,15 +35,19 @@ def test_a_folder_takes_more_rows_and_seeds_but_no_other_protocol(given, tmp_pat
         refuse_other(home, more, "cpu")
 
 
-def test_a_copy_with_full_paths_is_the_same_protocol(given, tmp_path, write_protocol):
-    file = write_protocol(given)
-    copy = with_full_paths(given, file)
-    assert copy["data"] == given["data"] | {"test": str(tmp_path / "test.txt")}
-    with claimed(tmp_path / "home", given, "cpu"):
-        pass
-    refuse_other(tmp_path / "home", copy, "cpu")
+def test_lists_of_cases_are_copied_and_stay(given, tmp_path, write_protocol):
+    home, file = tmp_path / "home", write_protocol(given)
+    with claimed(home, given, "cpu"):
+        copy = with_own_lists(home, given, file)
+    assert copy["data"] == given["data"] | {"test": str(home / "lists" / "test" / "test.txt")}
+    (tmp_path / "test.txt").write_text("case_006\r\ncase_007")  # the same cases
+    assert with_own_lists(home, given, file) == copy
+    refuse_other(home, copy, "cpu")
+    (tmp_path / "test.txt").write_text("case_001\ncase_002\n")
+    with pytest.raises(UserError, match=r"test.txt lists other cases than .*lists/test/test.txt"):
+        with_own_lists(home, given, file)
     with pytest.raises(UserError, match="started with data"):
-        refuse_other(tmp_path / "home", given | {"data": given["data"] | {"test": "other.txt"}}, "cpu")
+        refuse_other(home, given | {"data": given["data"] | {"test": "other.txt"}}, "cpu")
 
 
 def test_a_row_that_was_left_out_once_is_not_forgotten(given, tmp_path):
@@ -71,7 +74,9 @@ def test_seconds_that_a_row_was_begun_with_stay(given, tmp_path):
     refuse_other(home, more, "cpu")  # seconds come and go with their rows
     without = given | {"rows": [row for row in given["rows"] if row["name"] != "CPS"], "measure": {**given["measure"]}}
     del without["measure"]["seconds"]
-    refuse_other(home, without, "cpu")
+    for protocol in (without, given):  # also after it was left out
+        with claimed(home, protocol, "cpu"):
+            pass
     with pytest.raises(UserError, match="started with measure"):
         refuse_other(home, given | {"measure": {"epochs": 5}}, "cpu")
     for seconds, now in ({"CPS": 0.4}, "0.4"), ({}, "null"):

@@ -60,6 +60,10 @@ def set_(*path):
         (set_("data", "test", "no.txt"), "no.txt does not exist"),
         (set_("data", "options", ["--x"]), "'options', which is for 'published'"),
         (set_("data", {"published": "la", "validation": 2}), "'validation', which is for 'dataset'"),
+        (
+            set_("data", {"published": "amos", "order_by_seed": True}),
+            "'order_by_seed', but amos has one published list",
+        ),
         (set_("data", {"published": "lung"}), "sets 'published' to 'lung'; it must be one of 'acdc', 'amos'"),
         (set_("rows", 1, "name", "labels ONLY"), r"rows\[1\], is named 'labels ONLY', as another row is"),
         (set_("rows", 1, "name", "a|b"), r"rows\[1\], sets 'name'"),

@@ -263,6 +263,15 @@ def test_cases_of_a_patient_count_as_one(over_three):
     assert (line["t_low"] + line["t_high"]) / 2 == pytest.approx(np.mean(expected))
 
 
+def test_runs_that_were_tested_on_other_cases_are_not_compared(benchmark):
+    """Case by case they would be averaged with others', without a word."""
+    run = next(run for run in next(benchmark.tables()).runs if run.seed == 1)
+    file = benchmark.summary(run, 4)
+    file.write_text(json.dumps(summary([[0.5, 0.5]] * 3, 3.0, cases=("case_a", "case_b", "case_d"))))
+    with pytest.raises(UserError, match=r"labels_only_2labeled_seed1 and .* \(case_c.nii.gz is among those of one"):
+        write_report(benchmark)
+
+
 def test_without_the_datasets_nobody_knows_patients(benchmark):
     (benchmark.raw / "Dataset500_X").rmdir()
     with pytest.raises(UserError, match=r"none of this benchmark's datasets \(500, .* nnUNet_raw"):

@@ -49,6 +49,13 @@ def test_the_list_is_the_literatures():
     assert TRAIN[15] == "5BHTH9RHH3PQT913I59W"
 
 
+def test_the_literatures_list_has_no_other_order(data, fresh_folders):
+    """Or several seeds would be one labeled set, and count as several."""
+    with pytest.raises(UserError, match=r"--seed 1: the literature's list has one order, .*'order_by_seed'"):
+        run(data, "--seed", "1")
+    nothing_written(fresh_folders)
+
+
 def test_challenge_files(data, fresh_folders):
     run(data)
     dataset = fresh_folders.raw / "Dataset650_LALabeled8"
