@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -56,6 +57,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--page", type=Path, metavar="FILE", help="Markdown file that receives the report between its two marks"
     )
+    parser.add_argument(
+        "--resources", nargs="+", default=[], metavar="NAME=N",
+        help="Snakemake's: limits for all jobs that run at the same time, such as mem_mb=64000",
+    )  # fmt: skip
     what = parser.add_mutually_exclusive_group()
     add_shared(what, "--dry-run")
     what.add_argument("--report", action="store_true", help="Report on what has finished, and do nothing else")
@@ -103,15 +108,23 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError('Snakemake is missing; pip install "nnunet-ssl[benchmark]", in Python 3.11 or newer.')
     processes = args.processes or min(8, os.cpu_count() or 1)
     words = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE), "--directory", str(home)]
-    words += f"--cores {max(args.jobs, processes)} --jobs {args.jobs} --resources training={args.jobs}".split()
+    # --jobs says how many run at a time; so many cores put no cap on those that a job may ask a cluster for
+    words += f"--cores {sys.maxsize} --jobs {args.jobs} --resources training={args.jobs}".split() + args.resources
     # a file that is newer, or another list of them, is a reason to do a step again; another number of processes is not
     words += "--rerun-triggers mtime input --rerun-incomplete --keep-going --nolock --printshellcmds".split()
-    words += [*passed_on, "--config", f"device={device}", f"processes={processes}", f"jobs={args.jobs}"]
-    words += [f"data={args.data.resolve() if args.data else 'DATA'}"]
-    words += [f"page={args.page.resolve()}"] if args.page else []
+    config = {"device": device, "processes": str(processes), "jobs": str(args.jobs)}
+    config["data"] = str(args.data.resolve() if args.data else "DATA")
+    if args.page:
+        config["page"] = str(args.page.resolve())
+
+    def snakemake(protocol: Path, *options: str) -> int:
+        # one value, in JSON: of a plain one Snakemake, which reads YAML, would drop what follows a #
+        told = json.dumps({**config, "protocol": str(protocol)}, ensure_ascii=False)
+        return run([*words, *passed_on, "--config", f"told={told}", *options])
+
     if args.dry_run:
         existed = home.exists()
-        code = run([*words, f"protocol={file.resolve()}", "--dry-run"])
+        code = snakemake(file.resolve(), "--dry-run")
         if not existed and home.is_dir():
             shutil.rmtree(home)  # Snakemake works in it
         if code:
@@ -127,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         write_json(home / SNAPSHOT, with_own_lists(home, given, file))
         for mark in benchmark.failed_measurements():
             mark.unlink()
-        code = run([*words, f"protocol={home / SNAPSHOT}"])
+        code = snakemake(home / SNAPSHOT)
         unmeasured = [mark.name for mark in benchmark.failed_measurements()]
         if code and any(map(benchmark.is_finished, benchmark.queue())):
             report(benchmark, args.page)

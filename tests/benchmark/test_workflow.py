@@ -18,18 +18,28 @@ ONE_THREAD = "nnUNet_n_proc_DA=0 nnUNet_def_n_proc=1 OMP_NUM_THREADS=1"
 
 
 @pytest.fixture
-def commands(tmp_path, write_protocol, monkeypatch, capfd):
-    """``commands(given)``: what makes each output, by the output's name; below ``HOME`` and ``RAW``."""
+def planned(tmp_path, write_protocol, monkeypatch, capfd):
+    """``planned(given)``: what the dry run prints; with ``HOME`` and ``RAW`` for the folders."""
     for name in ("raw", "preprocessed", "results"):
         (tmp_path / name).mkdir(exist_ok=True)
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
 
-    def run(given, *options):
-        words = [write_protocol(given), "--dry-run", "-device", "cpu", "-np", 2, "-o", tmp_path / "home", *options]
+    def run(given, *options, home=tmp_path / "home"):
+        words = [write_protocol(given), "--dry-run", "-device", "cpu", "-np", 2, "-o", home, *options]
         capfd.readouterr()
         main([str(word) for word in words])
         text = "".join(capfd.readouterr())
-        text = text.replace(str(tmp_path / "home"), "HOME").replace(str(tmp_path / "raw"), "RAW")
+        return text.replace(str(home), "HOME").replace(str(tmp_path / "raw"), "RAW")
+
+    return run
+
+
+@pytest.fixture
+def commands(planned):
+    """``commands(given)``: what makes each output, by the output's name; below ``HOME`` and ``RAW``."""
+
+    def run(given, *options):
+        text = planned(given, *options)
         found = re.findall(r"^    output: (.+?)$.+?^Shell command: (.+?)$", text, re.MULTILINE | re.DOTALL)
         return {output: re.sub(r" >> logs/\S+ 2>&1", "", command) for output, command in found}
 
@@ -194,3 +204,44 @@ def test_published_data_and_what_snakemake_is_told(given, commands, tmp_path):
         "done/dataset_501": f"{make} 2 -d 501 --seed 1 {end}",
         "done/dataset_502": f"{make} all -d 502 --seed 0 {end}",  # they have no order
     }
+
+
+def threads_of(text):
+    """Rule -> the cores that its jobs ask for."""
+    found = re.findall(r"^(?:rule|checkpoint) (\w+):$(.+?)^Shell command", text, re.MULTILINE | re.DOTALL)
+    return {name: int(m[1]) if (m := re.search(r"threads: (\d+)", job)) else 1 for name, job in found}
+
+
+def test_what_is_timed_asks_a_cluster_for_the_cores_of_a_training(given, planned, monkeypatch):
+    """On fewer, a step would wait for its batch, and budgets in time would have too few steps."""
+    given["rows"][1]["pretrained_by"] = "nnUNetTrainerMAE"
+    given |= {"seeds": [0], "budgets": [{"steps": 80}, {"minutes": 5}]}
+    assert {threads_of(planned(given))[name] for name in ("measure", "pretrain", "train", "predict")} == {1}
+    gpu = ("-device", "cuda", "--jobs", 4)
+    for cores in (12, 20):
+        found = threads_of(planned(given, *gpu))
+        assert {found[name] for name in ("measure", "pretrain", "train", "predict")} == {cores}
+        assert found["evaluate"] == 2
+        monkeypatch.setenv("nnUNet_n_proc_DA", "20")
+    found = threads_of(planned(given, *gpu, "--set-threads", "train=32"))
+    assert (found["train"], found["measure"]) == (32, 20)
+
+
+def test_nothing_runs_beside_what_is_timed(given, planned):
+    """Whatever could holds a part of the resource of which that takes all, also where a user limits another."""
+    text = planned(given, "--jobs", 3, "--resources", "mem_mb=1000")
+    takes = dict(re.findall(r"^rule (\w+):$.+?training=(\d+)", text.replace("\n[", "\n\n["), re.MULTILINE | re.DOTALL))
+    assert takes["measure"] == "3"
+    assert {takes[name] for name in ("train", "predict", "evaluate", "compare")} == {"1"}
+
+
+def test_folders_with_signs_that_yaml_reads(given, planned, tmp_path):
+    """Snakemake reads what it is told as YAML, in which `` #`` begins a comment."""
+    given["data"], given["rows"] = {"published": "la"}, given["rows"][:1]
+    given |= {"seeds": [0], "budgets": [{"steps": 80}]}
+    odd = tmp_path / "a #b: c 'é'"
+    text = planned(given, "--data", odd / "LA", "--page", odd / "page.md", home=odd / "out")
+    made = re.search(r"nnUNetv2_ssl_dataset la .* -np 2", text)[0]
+    words = shlex.split(made)
+    assert words[words.index("--data") + 1] == str(odd / "LA")
+    assert str(odd / "page.md") in shlex.split(re.search(r"nnUNetv2_ssl_benchmark .*--report .*", text)[0])
