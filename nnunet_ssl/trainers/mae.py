@@ -78,7 +78,6 @@ class nnUNetTrainerMAE(nnUNetTrainerSSL):  # noqa: N801
         "Pre-training for 3D Medical Image Segmentation, CVPR 2025"
     )
     Settings = MAESettings
-    inference_trainer = "nnUNetTrainerMAE"
     settings: MAESettings
 
     @staticmethod
@@ -99,6 +98,11 @@ class nnUNetTrainerMAE(nnUNetTrainerSSL):  # noqa: N801
             "another trainer with -pretrained_weights and its checkpoint_final.pth, and use that model."
         )
 
+    @classmethod
+    def trainer_of_checkpoints(cls) -> str:
+        """This class, which refuses, also where one derived from it trains another network."""
+        return "nnUNetTrainerMAE"
+
     def _refuse_another_network(self) -> None:
         """Nothing predicts with it."""
 
@@ -107,7 +111,8 @@ class nnUNetTrainerMAE(nnUNetTrainerSSL):  # noqa: N801
     def initialize(self) -> None:
         """As the base; without deep supervision, for it has no use for the heads."""
         self.enable_deep_supervision = False
-        self.build_network_architecture = nnUNetTrainer.build_network_architecture  # to train; the class's refuses
+        if type(self).build_network_architecture is nnUNetTrainerMAE.build_network_architecture:
+            self.build_network_architecture = nnUNetTrainer.build_network_architecture  # to train; this class's refuses
         super().initialize()
 
     def build_training_modules(self) -> dict[str, nn.Module]:

@@ -106,6 +106,8 @@ MIXED = subclass("Mixed", OfANetwork, CPS)
         (subclass("Mixed_5epochs", MIXED, epochs=5), "Mixed_5epochs"),
         (subclass("Named", MIXED, inference_trainer="nnUNetTrainer"), "nnUNetTrainer"),
         (subclass("Later", OfANetwork, subclass("Before", CPS, inference_trainer="nnUNetTrainer")), "Later"),
+        (subclass("Pretrained", OfANetwork, trainers.nnUNetTrainerMAE), "nnUNetTrainerMAE"),  # which refuses to predict
+        (subclass("PretrainedBN", nnUNetTrainerBN, trainers.nnUNetTrainerMAE), "nnUNetTrainerMAE"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )  # fmt: skip

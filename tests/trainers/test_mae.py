@@ -15,7 +15,10 @@ from helpers.runs import assert_equal, assert_resumed_equals_uninterrupted, trai
 from helpers.steps import a_batch, gradients, parameters, with_stages
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainerBN import nnUNetTrainerBN
+from torch import nn
 
+from nnunet_ssl import trainers
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.trainers.mae import hidden_voxels, number_hidden
 
@@ -66,6 +69,14 @@ def test_a_block_is_a_voxel_of_the_bottleneck(tiny, make_trainer, kind, block):
     assert trainer.block_size == strides.tolist()
     if kind != "anisotropic":
         assert trainer.block_size == block
+
+
+def test_a_network_of_ones_own_is_the_one_that_is_pretrained(tiny, make_trainer, monkeypatch):
+    mixed = type("nnUNetTrainerMAEBN", (nnUNetTrainerBN, trainers.nnUNetTrainerMAE), {})
+    monkeypatch.setattr(trainers, mixed.__name__, mixed, raising=False)
+    kinds = {type(module) for module in make_trainer(mixed.__name__, tiny()).plans_network.modules()}
+    assert nn.BatchNorm3d in kinds
+    assert nn.InstanceNorm3d not in kinds
 
 
 @pytest.mark.parametrize("block", [[4, 4], [5, 4, 4], [16, 16, 16], [32, 4, 4]])

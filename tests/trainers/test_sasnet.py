@@ -15,7 +15,9 @@ from helpers.runs import assert_resumed_equals_uninterrupted, train
 from helpers.steps import a_batch, half_a_step, on_two_ranks, spied, with_stages
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.network_architecture.nnUNetTrainerBN import nnUNetTrainerBN
 
+from nnunet_ssl import trainers
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.branches import Branches
 from nnunet_ssl.losses.sdm import signed_distance_maps
@@ -221,6 +223,41 @@ def test_where_axes_cannot_be_exchanged_views_are_rotated(tiny, make_trainer, ca
     out = capsys.readouterr().out
     assert said in out
     assert bool(out) == bool(said)
+
+
+def test_a_rotated_patch_annotates_nothing(tiny, make_trainer):
+    """What is turned in from outside the patch has the ignore label, not the background's: nobody has annotated it."""
+    trainer = make_trainer(NAME, tiny("ignore"), settings={"sasnet_views": "rotate"})
+    trainer.configuration_manager.configuration.update(patch_size=[8, 24, 16], spacing=[5, 1, 1])
+    transform, ignore = trainer.view_transform(), trainer.label_manager.ignore_label
+    segmentation = torch.full((1, 8, 24, 16), ignore, dtype=torch.int16)
+    segmentation[:, :, 12, 8] = 1
+    for _ in range(5):
+        turned = transform(segmentation=segmentation.clone())["segmentation"]
+        assert turned.dtype == torch.int16
+        assert set(turned.unique().tolist()) == {1, ignore}
+
+
+def test_ignored_voxels_do_not_count_in_the_log_of_confidence(tiny, make_trainer, monkeypatch):
+    """The confidence there is a neutral 0.5, and no label of theirs can be changed."""
+    trainer = started(make_trainer(NAME, tiny("ignore"), settings=FULL))
+    stream = trainer._to_device(next(trainer.dataloader_train)).labeled
+    labels = stream.target[0]
+    labels.fill_(trainer.label_manager.ignore_label)
+    labels[..., 0] = 1
+    prob = torch.zeros(2, 3, *labels.shape[2:])
+    prob[:, 1] = 1
+    logged = {}
+    monkeypatch.setattr(trainer, "log_value", lambda name, value: logged.update({name: float(value)}))
+    trainer._fused_labels(stream, Branches(prob, prob))
+    assert logged == {"confidence_high": 1, "confidence_low": 1, "sar_changed": 0}
+
+
+def test_a_network_with_one_decoder_is_refused(tiny, make_trainer, monkeypatch):
+    mixed = type("nnUNetTrainerSASNetBN", (nnUNetTrainerBN, trainers.nnUNetTrainerSASNet), {})
+    monkeypatch.setattr(trainers, mixed.__name__, mixed, raising=False)
+    with pytest.raises(UserError, match="trains a PlainConvUNet, but SASNet needs two decoders"):
+        make_trainer(mixed.__name__, tiny())
 
 
 def test_the_log_says_what_the_memory_costs(tiny, make_trainer, capsys):

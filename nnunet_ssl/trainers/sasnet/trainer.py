@@ -23,6 +23,7 @@ from nnunet_ssl.declared import Angle, Positive, Share, Weight, Whole, declared,
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.losses.branches import Branches
 from nnunet_ssl.losses.consistency import pseudo_label_consistency, segmentation_regression_consistency
+from nnunet_ssl.losses.masked import masked_mean
 from nnunet_ssl.losses.pseudo_labels import likeliest_class
 from nnunet_ssl.losses.sar import reweight, true_class_confidence
 from nnunet_ssl.losses.sdm import signed_distance_maps
@@ -163,7 +164,16 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
         super().load_checkpoint(filename_or_checkpoint)
 
     def build_training_modules(self) -> dict[str, nn.Module]:
-        """A regression head for each branch, with a map a foreground class."""
+        """A regression head for each branch, with a map a foreground class.
+
+        Raises:
+            UserError: a class derived from this one, or mixed in, builds a network with one decoder.
+        """
+        if not isinstance(self.plans_network, DualBranchUNet):
+            raise UserError(
+                f"{type(self).__name__} trains a {type(self.plans_network).__name__}, but SASNet needs two decoders: "
+                "let build_network_architecture return nnunet_ssl.networks.dual_branch.DualBranchUNet(network)."
+            )
         modules = super().build_training_modules()
         if self.settings.sasnet_sdm:
             for name, decoder in self.plans_network.decoders.named().items():
@@ -248,16 +258,17 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
             return likeliest_class(plain)[:, 0]
         labels = full_resolution(stream.target)[:, 0]
         now = Branches(*(true_class_confidence(p, labels) for p in prob))  # Eq. 7-8
-        for name, confidence in now.named().items():
-            self.log_value(f"confidence_{name}", confidence.mean())
         ignored = (labels < 0) | (labels >= prob.high.shape[1])
+        for name, confidence in now.named().items():
+            self.log_value(f"confidence_{name}", masked_mean(confidence, ~ignored))
         visit = torch.stack(now, 1).masked_fill_(ignored[:, None], float("nan"))  # which the memory does not write
         coordinates, visit = moved(self.memory.device, positions(stream.coordinates, plain.shape[2:]), visit)
 
         read = torch.stack([self.memory.read(c, x) for c, x in zip(stream.cases, coordinates, strict=True)])
         (before,) = moved(plain.device, read)
         fused = likeliest_class(reweight(prob, Branches(*before.unbind(1)), self.settings.sasnet_alpha))
-        self.log_value("sar_changed", (plain.gather(1, fused) < plain.amax(1, keepdim=True)).float().mean())
+        changed = (plain.gather(1, fused) < plain.amax(1, keepdim=True))[:, 0]
+        self.log_value("sar_changed", masked_mean(changed.float(), ~ignored))
         for case, x, confidence in zip(stream.cases, coordinates, visit, strict=True):
             self.memory.write(case, x, confidence)
         return fused[:, 0]
@@ -297,7 +308,8 @@ class nnUNetTrainerSASNet(BranchValidation, nnUNetTrainerSSL):  # noqa: N801
     def view_transform(self) -> BasicTransform | None:
         """Axes exchanged, or the image turned in the frequency domain, which is also what is done if none can be."""
         plan, wanted = self.configuration_manager, self.settings.sasnet_views
-        transform = view_transform(wanted, plan.patch_size, plan.spacing, self.settings.sasnet_view_angle)
+        outside = self.label_manager.ignore_label or 0
+        transform = view_transform(wanted, plan.patch_size, plan.spacing, self.settings.sasnet_view_angle, outside)
         patch = f"'{self.configuration_name}' (patch {list(plan.patch_size)}, spacing {list(plan.spacing)})"
         if wanted == "permute" and isinstance(transform, RandomTransform):
             self.print_to_log_file(

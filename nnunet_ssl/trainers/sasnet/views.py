@@ -120,7 +120,7 @@ class FrequencyRotation(BasicTransform):
     """Rotates a sample by a random angle in a random plane, the image through its spectrum.
 
     Labels cannot be band-limited, they would ring. So the segmentation takes the same rotation in space, by nearest
-    neighbor (0 outside), and so does the regression target, linearly: source coordinates are an affine function of the
+    neighbor, and so does the regression target, linearly: source coordinates are an affine function of the
     position, which linear interpolation keeps exact. Outside the patch its validity channel is 0, and within half
     a voxel of the border between 0 and 1, as after nnU-Net's own spatial transform.
 
@@ -129,17 +129,20 @@ class FrequencyRotation(BasicTransform):
     Args:
         planes: pairs of spatial axes, numbered from 0; see :func:`rotation_planes`.
         max_angle: degrees, above 0.
+        outside: the label of what comes from outside the patch: the ignore label where there is one, since nobody has
+            annotated it.
 
     Raises:
         ValueError: if there is no plane.
     """
 
-    def __init__(self, planes: Sequence[tuple[int, int]], max_angle: float) -> None:
+    def __init__(self, planes: Sequence[tuple[int, int]], max_angle: float, outside: int = 0) -> None:
         super().__init__()
         if not planes:
             raise ValueError("there is no plane to rotate in")
         self.planes = tuple(planes)
         self.max_angle = max_angle
+        self.outside = outside
 
     def get_parameters(self, **data_dict: Any) -> dict[str, Any]:
         """Draw the angle and the plane."""
@@ -152,7 +155,7 @@ class FrequencyRotation(BasicTransform):
         return rotate_in_frequency(img, degrees, plane)
 
     def _apply_to_segmentation(self, segmentation: Tensor, degrees: float, plane: tuple[int, int]) -> Tensor:
-        return rotate_in_space(segmentation, degrees, plane, "nearest")
+        return rotate_in_space(segmentation - self.outside, degrees, plane, "nearest") + self.outside
 
     def _apply_to_regr_target(self, regression_target: Tensor, degrees: float, plane: tuple[int, int]) -> Tensor:
         return rotate_in_space(regression_target, degrees, plane, "bilinear")
@@ -163,6 +166,7 @@ def view_transform(
     patch_size: Sequence[int],
     spacing: Sequence[float],
     max_angle: float,
+    outside: int = 0,
 ) -> BasicTransform | None:
     """The view variance of a run, for nnU-Net's list of transforms.
 
@@ -177,6 +181,7 @@ def view_transform(
         patch_size: voxels along each axis, as the transform will see it.
         spacing: mm a voxel along each axis.
         max_angle: degrees, for rotations.
+        outside: the label of what a rotation brings in from outside the patch.
 
     Returns:
         The transform; None if ``kind`` is ``"off"``, or if the axes do not allow any view but the patch's own.
@@ -196,7 +201,7 @@ def view_transform(
         )
     if not planes:
         return None
-    rotation = FrequencyRotation(planes, max_angle)
+    rotation = FrequencyRotation(planes, max_angle, outside)
     return RandomTransform(rotation, apply_probability=0.5) if kind == "permute" else rotation
 
 
