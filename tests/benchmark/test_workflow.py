@@ -216,21 +216,20 @@ def test_what_is_timed_asks_a_cluster_for_the_cores_of_a_training(given, planned
     """On fewer, a step would wait for its batch, and budgets in time would have too few steps."""
     given["rows"][1]["pretrained_by"] = "nnUNetTrainerMAE"
     given |= {"seeds": [0], "budgets": [{"steps": 80}, {"minutes": 5}]}
-    assert {threads_of(planned(given))[name] for name in ("measure", "pretrain", "train", "predict")} == {1}
-    gpu = ("-device", "cuda", "--jobs", 4)
-    for cores in (12, 20):
-        found = threads_of(planned(given, *gpu))
-        assert {found[name] for name in ("measure", "pretrain", "train", "predict")} == {cores}
-        assert found["evaluate"] == 2
-        monkeypatch.setenv("nnUNet_n_proc_DA", "20")
-    found = threads_of(planned(given, *gpu, "--set-threads", "train=32"))
-    assert (found["train"], found["measure"]) == (32, 20)
+    monkeypatch.delenv("nnUNet_n_proc_DA", raising=False)
+    found = threads_of(planned(given, "-device", "cuda", "--jobs", 4))
+    assert {found[name] for name in ("measure", "pretrain", "train", "predict")} == {12}
+    monkeypatch.setenv("nnUNet_n_proc_DA", "20")
+    found = threads_of(planned(given, "-device", "cuda", "--jobs", 4, "--set-threads", "train=32"))
+    assert [found[name] for name in ("measure", "train", "evaluate")] == [20, 32, 2]
 
 
 def test_nothing_runs_beside_what_is_timed(given, planned):
     """Whatever could holds a part of the resource of which that takes all, also where a user limits another."""
-    text = planned(given, "--jobs", 3, "--resources", "mem_mb=1000")
-    takes = dict(re.findall(r"^rule (\w+):$.+?training=(\d+)", text.replace("\n[", "\n\n["), re.MULTILINE | re.DOTALL))
+    takes = {}
+    for budgets in ([{"steps": 80}], [{"minutes": 5}]):  # at equal time, runs are planned once all are timed
+        text = planned(given | {"budgets": budgets}, "--jobs", 3, "--resources", "mem_mb=1000")
+        takes |= dict(re.findall(r"^rule (\w+):$[^\[]+?training=(\d+)", text, re.MULTILINE))
     assert takes["measure"] == "3"
     assert {takes[name] for name in ("train", "predict", "evaluate", "compare")} == {"1"}
 
