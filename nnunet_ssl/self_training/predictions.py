@@ -23,6 +23,7 @@ from tqdm import tqdm
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.files import read_json, write_json
 from nnunet_ssl.self_training.confidence import Measured, dice_between, measure
+from nnunet_ssl.shapes.vote import as_probabilities
 from nnunet_ssl.steps import differences
 from nnunet_ssl.unlabeled.stamps import image_stamps, kept_stamps, same_images
 
@@ -115,7 +116,8 @@ class Predictions:
         Args:
             plans_manager, dataset_json: the teacher's.
             votes: case -> what labeled cases say of it: files as ``--save_probabilities`` writes them, less ``.npz``
-                and ``.pkl``. With a network, the label map becomes the one of the two teachers' mean.
+                and ``.pkl``. With a network, the label map becomes the one of the two teachers' mean, and the network's
+                where no labeled case says anything. Without one, the ignore label is there, if the dataset has one.
             network: whether one has predicted.
         """
         label_manager = plans_manager.get_label_manager(dataset_json)
@@ -124,23 +126,23 @@ class Predictions:
         title = "Measuring confidence" if votes is None else "Measuring the teachers"
         saved = time.monotonic()
         for case in tqdm(found, desc=title, disable=not found):
-            teachers = []
-            if network:
-                if (predicted := self._whole_prediction(case, reader, label_manager)) is None:
-                    self._remove(case)
-                    continue
-                teachers.append(predicted)
-            if votes is not None:
-                with np.load(f"{votes[case]}.npz") as archive:
-                    teachers.append(archive["probabilities"].astype(np.float32))
-            mean = teachers[0] if len(teachers) == 1 else sum(teachers[1:], teachers[0]) / len(teachers)
-            if votes is not None:
+            predicted = None
+            if network and (predicted := self._whole_prediction(case, reader, label_manager)) is None:
+                self._remove(case)
+                continue
+            if votes is None:
+                measured = measure(predicted, label_manager)
+            else:
+                mean, voted, said = _with_votes(predicted, votes[case], label_manager)
                 labels = label_manager.convert_probabilities_to_segmentation(mean)
+                if predicted is None and label_manager.has_ignore_label:
+                    labels[~said] = label_manager.ignore_label
                 kind = np.uint8 if len(label_manager.foreground_labels) < 255 else np.uint16  # as nnU-Net's
                 reader.write_seg(labels.astype(kind), self.label_file(case), load_pickle(f"{votes[case]}.pkl"))
-            measured = measure(mean, label_manager)
-            if len(teachers) > 1:
-                measured = measured._replace(dice=dice_between(teachers[0], teachers[1], label_manager))
+                measured = measure(mean, label_manager)
+                if predicted is not None:  # of what both teachers speak of
+                    agreed = dice_between(np.where(said, predicted, 0), voted, label_manager)
+                    measured = measured._replace(dice=agreed)
             self.measured[case] = measured
             self._new.add(case)
             if time.monotonic() - saved > SAVE_EVERY:
@@ -190,3 +192,13 @@ class Predictions:
             "cases": {case: self.measured[case]._asdict() for case in self.cases if case in self.measured},
         }
         write_json(os.path.join(self.folder, CONFIDENCES), content)
+
+
+def _with_votes(
+    predicted: np.ndarray | None, file: str, label_manager: LabelManager
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Both teachers' mean, ``[C, *image]``, the atlases' part in it, and bool ``[*image]``, where they say anything."""
+    with np.load(f"{file}.npz") as archive:
+        voted, said = as_probabilities(archive["probabilities"].astype(np.float32), label_manager)
+    mean = voted if predicted is None else np.where(said, (predicted + voted) / 2, predicted)
+    return mean, voted, said

@@ -61,17 +61,14 @@ def vote(image: np.ndarray, atlases: Iterable[Atlas], num_labels: int) -> np.nda
         num_labels: K.
 
     Returns:
-        ``[K, z, y, x]`` float32, of sum 1; background where no atlas says anything.
+        ``[K, z, y, x]`` float32, of sum 1; of sum 0 where no atlas says anything.
     """
     said = np.zeros((num_labels, *image.shape[1:]), np.float32)
     for one in atlases:
         counts = weight(similarity(image, one.image))
         for votes, share in zip(said, one.shares, strict=True):
             votes += share * counts
-    total = said.sum(0)
-    said[0][total == 0] = total[total == 0] = 1
-    said /= total
-    return said
+    return _shared(said, said.sum(0))
 
 
 def similarity(one: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -101,14 +98,26 @@ def weight(similarity: np.ndarray) -> np.ndarray:
     return similarity.clip(FLOOR) ** POWER
 
 
-def channels(votes: np.ndarray, label_manager: LabelManager) -> np.ndarray:
-    """The votes for labels as nnU-Net has probabilities: of its labels, or of its regions.
+def as_probabilities(votes: np.ndarray, label_manager: LabelManager) -> tuple[np.ndarray, np.ndarray]:
+    """The votes for labels as nnU-Net has probabilities, of its labels or of its regions, and where there are any.
 
     Args:
-        votes: ``[K, ...]`` float32, of ``label_manager.all_labels``.
+        votes: ``[K, *image]`` float32, of ``label_manager.all_labels``; their sum is 1, 0 where no atlas says anything,
+            and between where votes were interpolated.
         label_manager: nnU-Net's, of the dataset.
+
+    Returns:
+        ``[C, *image]`` float32, 0 where no atlas says anything, and bool ``[*image]``, where one does.
     """
+    total = votes.sum(0)
+    said = total >= 0.5
+    votes = _shared(votes, total * said)
     if not label_manager.has_regions:
-        return votes
+        return votes, said
     regions = [np.unique(region) for region in label_manager.foreground_regions]
-    return np.stack([votes[np.isin(label_manager.all_labels, region)].sum(0) for region in regions])
+    return np.stack([votes[np.isin(label_manager.all_labels, region)].sum(0) for region in regions]), said
+
+
+def _shared(votes: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """``[K, ...]`` as shares of a total ``[...]``; 0 where that is 0."""
+    return np.divide(votes, total, out=np.zeros_like(votes), where=total > 0)

@@ -2,8 +2,8 @@
 
 They lie in ``<nnUNet_preprocessed>/<dataset>/<data_identifier>_votes/fold_<fold>``, as ``unlabeled/store.py`` keeps
 it: of each image ``<case>.npz`` and ``<case>.pkl``, as ``nnUNetv2_predict --save_probabilities`` writes them, on the
-grid of the raw image. Those who vote are the fold's training cases alone: no label of a validation case has a part in
-it.
+grid of the raw image, but always of labels, also where the dataset has regions. Those who vote are the fold's training
+cases alone: no label of a validation case has a part in it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import save_pickle
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
@@ -29,7 +30,7 @@ from nnunet_ssl.shapes.case import load, prepared_volume, registered, spacing_of
 from nnunet_ssl.shapes.pairs import description
 from nnunet_ssl.shapes.quality import refuse_few
 from nnunet_ssl.shapes.registration import VERSION, one_thread, volume
-from nnunet_ssl.shapes.vote import Atlas, atlas, channels, vote
+from nnunet_ssl.shapes.vote import Atlas, atlas, vote
 from nnunet_ssl.unlabeled.case import Preparation
 from nnunet_ssl.unlabeled.store import Manifest, Outcome, PreparedFolder, cannot_write, disk_failure
 
@@ -77,7 +78,7 @@ class VoteManifest(Manifest):
     vote if it does not. Of all votes it says "labeled", stamps of the files of the labeled cases.
     """
 
-    FORMAT: ClassVar[int] = 1
+    FORMAT: ClassVar[int] = 2
     ABOUT: ClassVar[dict[str, type]] = {"labeled": dict}
 
     def check(self) -> None:
@@ -206,12 +207,14 @@ def as_predicted(
         plans_manager, configuration, dataset_json: that it was prepared with.
 
     Returns:
-        ``[channels, *raw image]`` float32.
+        ``[K, *raw image]`` float32.
     """
-    # they are probabilities already, and interpolated as such
-    label_manager = plans_manager.get_label_manager(dataset_json, inference_nonlin=lambda probabilities: probabilities)
+    # they are probabilities already, and interpolated as such; of labels, as only then their sum tells who voted
+    labels = plans_manager.get_label_manager(dataset_json).all_labels
+    named = {"background": 0, **{str(label): label for label in labels[1:]}}
+    label_manager = LabelManager(named, None, inference_nonlin=lambda votes: votes)
     return convert_predicted_logits_to_segmentation_with_correct_shape(
-        channels(votes, label_manager),
+        votes,
         plans_manager,
         plans_manager.get_configuration(configuration),
         label_manager,
@@ -249,4 +252,6 @@ def _stamps(electorate: Electorate, known: Mapping[str, list]) -> dict[str, list
 def _digest(about: dict, stamps: Mapping[str, list], content: str) -> str:
     """Of all that a vote is made from."""
     labeled = {case: [digest for *_, digest in files] for case, files in stamps.items()}
-    return hashlib.sha256(json.dumps([VERSION, about, labeled, content], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps([VERSION, VoteManifest.FORMAT, about, labeled, content], sort_keys=True).encode()
+    ).hexdigest()

@@ -133,6 +133,56 @@ def test_two_teachers_give_the_mean_of_their_probabilities(dataset, tmp_path, ne
     assert again.measured == predictions.measured
 
 
+@pytest.mark.parametrize("regions", [False, True])
+def test_where_no_atlas_votes_the_network_decides(dataset, tmp_path, regions):
+    """As under an ignore label of all atlases: silence is not a vote for background, nor disagreement."""
+    dataset_json = dataset.dataset_json
+    if regions:
+        labels = {"background": 0, "whole": [1, 2], "core": 2}
+        dataset_json |= {"labels": labels, "regions_class_order": [1, 2]}
+    votes, folder = votes_on(dataset, tmp_path / "votes", 0.9), tmp_path / "predicted"
+    predictions = predictions_of(dataset, folder)
+    predictions.begin()
+    for case, certainty in CERTAINTY.items():
+        predict(dataset, folder, case, certainty)
+        for place in (tmp_path / "votes", folder):  # the atlas sees the upper half alone, and agrees there
+            with np.load(folder / f"{case}.npz") as archive:
+                said = archive["probabilities"].copy()
+            if place != folder:
+                said[:, :7] = 0
+            elif regions:
+                said = np.stack([said[1] + said[2], said[2]])
+            np.savez_compressed(place / f"{case}.npz", probabilities=said)
+    predictions.collect(PlansManager(dataset.plans), dataset_json, votes)
+    for case, certainty in CERTAINTY.items():
+        label, _ = SimpleITKIO().read_seg(str(folder / f"{case}.nii.gz"))
+        expected = np.zeros_like(label[0])
+        expected[4:10, 5:15], expected[6:8, 8:12] = 1, 2
+        np.testing.assert_array_equal(label[0], expected)
+        assert predictions.measured[case].agreement == 1
+        assert predictions.measured[case].confidence == pytest.approx(certainty, abs=0.2 if regions else 1e-3)
+
+
+@pytest.mark.parametrize("ignore", [False, True])
+def test_where_nobody_says_anything_nothing_is_learned_if_it_can_be_said(dataset, tmp_path, ignore):
+    dataset_json = dataset.dataset_json
+    if ignore:
+        dataset_json["labels"] = {"background": 0, "shell": 1, "core": 2, "ignore": 3}
+    votes, folder = votes_on(dataset, tmp_path / "votes", 0.9), tmp_path / "predicted"
+    for case in CERTAINTY:
+        with np.load(tmp_path / "votes" / f"{case}.npz") as archive:
+            said = archive["probabilities"].copy()
+        said[:, :7] = 0
+        np.savez_compressed(tmp_path / "votes" / f"{case}.npz", probabilities=said)
+    predictions = predictions_of(dataset, folder)
+    predictions.begin()
+    predictions.collect(PlansManager(dataset.plans), dataset_json, votes, network=False)
+    for case in CERTAINTY:
+        label, _ = SimpleITKIO().read_seg(str(folder / f"{case}.nii.gz"))
+        assert (label[0, :7] == (3 if ignore else 0)).all()
+        np.testing.assert_array_equal(label[0, 7:], said[:, 7:].argmax(0))
+
+
 def test_the_dataset_holds_what_two_teachers_agree_on(dataset, predicted, tmp_path):
     for case, dice in (("un_00", 0.1), ("un_01", 0.9), ("un_02", 0.0), ("un_03", 0.6)):
         predicted.measured[case] = predicted.measured[case]._replace(dice={"shell": dice, "core": dice})

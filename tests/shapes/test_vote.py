@@ -8,7 +8,7 @@ import SimpleITK as sitk
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_ssl.shapes.registration import volume
-from nnunet_ssl.shapes.vote import FLOOR, POWER, WINDOW, Atlas, atlas, channels, similarity, vote, weight
+from nnunet_ssl.shapes.vote import FLOOR, POWER, WINDOW, Atlas, as_probabilities, atlas, similarity, vote, weight
 
 SHAPE = (7, 12, 14)
 RNG = np.random.default_rng(0)
@@ -81,8 +81,8 @@ def test_who_ignores_and_who_is_not_there_does_not_vote():
     away = sitk.TranslationTransform(3, [0.0, 0.0, 4 * SPACING[0]])  # four slices lie beyond the atlas
     votes = vote(IMAGE, [atlas(moving[1], grid, away, [0, 1, 2])], 3)
     assert (votes[1, :3] == 1).all()
-    assert (votes[0, 3:] == 1).all()  # nobody says anything: background
-    assert (vote(IMAGE, [], 3)[0] == 1).all()
+    assert (votes[:, 3:] == 0).all()  # nobody says anything, not even background
+    assert (vote(IMAGE, [], 3) == 0).all()
 
 
 def test_what_nnunet_has_cut_off_is_background():
@@ -105,6 +105,13 @@ def test_labels_are_interpolated_linearly():
 
 def test_regions_get_the_votes_of_their_labels():
     votes = vote(IMAGE, [Atlas(IMAGE, one_hot(LABELS)), Atlas(IMAGE, one_hot(LABELS[::-1]))], 3)
+    votes[:, :2], votes[:, 2] = 0, votes[:, 2] * 0.6  # nobody says anything, and an edge between
     regions = LabelManager({"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}, [1, 2])
-    np.testing.assert_allclose(channels(votes, regions), [votes[1] + votes[2], votes[2]])
-    assert channels(votes, LabelManager({"background": 0, "a": 1, "b": 2}, None)) is votes
+    whole = votes.copy()
+    whole[:, 2] /= 0.6
+    found, said = as_probabilities(votes, regions)
+    np.testing.assert_allclose(found, [whole[1] + whole[2], whole[2]], atol=1e-6)
+    np.testing.assert_array_equal(said, np.arange(SHAPE[0])[:, None, None] * np.ones(SHAPE) >= 2)
+    found, said = as_probabilities(votes, LabelManager({"background": 0, "a": 1, "b": 2}, None))
+    np.testing.assert_allclose(found, whole, atol=1e-6)
+    assert not as_probabilities(0.4 * votes, regions)[0].any()
