@@ -6,6 +6,8 @@ The best predictions join the labeled cases; the validation cases stay as they a
 from __future__ import annotations
 
 import csv
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -46,6 +48,20 @@ class Source(NamedTuple):
     unlabeled: dict[str, list[str]]  # the same of imagesUn
     labeled: list[str]  # the cases that one of the folds trains on
     validation: list[str]  # those that none of them does; where there are none, as in fold "all", the labeled ones
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """Who is what, in few words: what a dataset that was made from others would hide, patients who judge too."""
+        parts = {"labeled": self.labeled, "validation": self.validation, "unlabeled": self._with_sizes()}
+        return {name: f"{len(part)} cases ({_digest(part)})" for name, part in parts.items()}
+
+    def _with_sizes(self) -> list[list]:
+        """Another image of the same name rarely has the same size; whether its content is new, predicting tells."""
+        return [[case, *map(os.path.getsize, files)] for case, files in sorted(self.unlabeled.items())]
+
+
+def _digest(content: list) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:8]
 
 
 def read_source(name: str, *folds: str) -> Source:

@@ -173,7 +173,7 @@ class _Rounds:
         rule = {f"min_{s.by}": s.at_least} if s.keep is None else {"keep": s.keep}
         options = {"warm": s.warm, "student": s.student, "finish": s.finish}
         given = {key: value for key, value in options.items() if value}
-        return {"source": self.source.name, "teacher": teachers.identity, **rule, **given}
+        return {"source": self.source.name, **self.source.identity, "teacher": teachers.identity, **rule, **given}
 
     def _record(self, target: str) -> Path:
         return Path(required_folder("nnUNet_raw"), target, PSEUDOLABELED)

@@ -30,7 +30,7 @@ from nnunet_ssl.shapes.registration import (
     warp_labels,
 )
 from nnunet_ssl.unlabeled.case import Preparation
-from nnunet_ssl.unlabeled.store import Outcome, disk_failure
+from nnunet_ssl.unlabeled.store import Outcome, disk_failure, memory_failure
 
 
 @one_thread()
@@ -59,9 +59,9 @@ def warp_case(
     except Exception as error:
         if lost := disk_failure(error, place):
             return Outcome(name, entry, lost, fatal=True)
-        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # as ITK says it
-            less = "Warp with fewer at a time (nnUNetv2_ssl_warp -np 1), or on a machine with more"
-            return Outcome(name, entry, f"{moving} and {fixed} do not fit into memory. {less}.", fatal=True)
+        less = "Warp with fewer at a time (nnUNetv2_ssl_warp -np 1)"
+        if why := memory_failure(error, f"{moving} and {fixed} do", less):
+            return Outcome(name, entry, why, fatal=True)
         return Outcome(name, entry, f"cannot be registered ({type(error).__name__}: {error})")
     return Outcome(name, entry)
 

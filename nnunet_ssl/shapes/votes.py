@@ -32,7 +32,7 @@ from nnunet_ssl.shapes.quality import refuse_few
 from nnunet_ssl.shapes.registration import VERSION, one_thread, volume
 from nnunet_ssl.shapes.vote import Atlas, atlas, vote
 from nnunet_ssl.unlabeled.case import Preparation
-from nnunet_ssl.unlabeled.store import Manifest, Outcome, PreparedFolder, cannot_write, disk_failure
+from nnunet_ssl.unlabeled.store import Manifest, Outcome, PreparedFolder, cannot_write, disk_failure, memory_failure
 
 ATLASES = 10  # that vote on an image: those most like it
 
@@ -192,6 +192,8 @@ def vote_case(
     except Exception as error:
         if lost := disk_failure(error, place):
             return Outcome(case, entry, lost, fatal=True)
+        if why := memory_failure(error, f"{case} and the labeled cases do", "Vote on fewer at a time (-np 1)"):
+            return Outcome(case, entry, why, fatal=True)
         return Outcome(case, entry, f"{case} cannot be voted on ({type(error).__name__}: {error})")
     return Outcome(case, entry)
 

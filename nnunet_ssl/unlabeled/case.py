@@ -16,7 +16,7 @@ from nnunet_ssl.names import file_ending, path_component
 from nnunet_ssl.unlabeled.check import BadImageError, CheckingPlans
 from nnunet_ssl.unlabeled.find import channel_names, required_folder
 from nnunet_ssl.unlabeled.stamps import image_stamps
-from nnunet_ssl.unlabeled.store import Outcome, disk_failure
+from nnunet_ssl.unlabeled.store import Outcome, disk_failure, memory_failure
 
 
 @dataclass(frozen=True)
@@ -128,12 +128,12 @@ def prepare_case(task: Preparation, case: str, files: list[str], folder: str) ->
         return Outcome(case, entry, error.args[0])
     except BadImageError as error:
         return Outcome(case, entry, str(error))
-    except MemoryError:
-        less = "Prepare fewer at a time (nnUNetv2_ssl_preprocess -np 1), or on a machine with more"
-        return Outcome(case, entry, f"{files[0]} does not fit into memory. {less}.")
     except Exception as error:
         if lost := disk_failure(error, folder):
             return Outcome(case, entry, lost, fatal=True)
+        less = "Prepare fewer at a time (nnUNetv2_ssl_preprocess -np 1)"
+        if why := memory_failure(error, f"{files[0]} does", less):
+            return Outcome(case, entry, why)
         problem = f"{files[0]} cannot be preprocessed ({type(error).__name__}: {error}). Replace or remove it."
         return Outcome(case, entry, problem)
     return Outcome(case, entry)

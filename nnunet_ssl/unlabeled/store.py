@@ -270,6 +270,19 @@ def disk_failure(error: Exception, place: str) -> str | None:
     return cannot_write(os.path.dirname(part), reason) if reason else None
 
 
+def memory_failure(error: Exception, what: str, less: str) -> str | None:
+    """What to say where ``what`` did not fit into memory; None if that was not the reason.
+
+    Args:
+        error: that was raised.
+        what: for instance "a and b do".
+        less: what to do less of.
+    """
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):  # as ITK says it
+        return f"{what} not fit into memory. {less}, or on a machine with more."
+    return None
+
+
 def _why_writing_fails(folder: str) -> str | None:
     """Write a file of 16 MiB and see; None if that works. blosc2 does not say why it could not write."""
     file = os.path.join(folder, "probe")

@@ -330,6 +330,16 @@ def test_an_atlas_needs_no_model(tiny_copy, in_process, capsys, quick_registrati
     main(arguments)
     assert "Dataset960_Tiny_pseudo1 is there" in capsys.readouterr().out
 
+    # what it was made from has changed since, and with it who may be learned from
+    (dataset.raw / "groups.json").write_text(json.dumps({"tr_03": "p1", "un_02": "p1"}))
+    with pytest.raises(UserError, match=r"unlabeled was 4 cases \(\w+\), now 3 cases .* choose another -o"):
+        main(arguments)
+    (dataset.raw / "groups.json").unlink()
+    splits = [{"train": ["tr_00", "tr_01"], "val": ["tr_02"]}]
+    (dataset.preprocessed / "splits_final.json").write_text(json.dumps(splits))
+    with pytest.raises(UserError, match=r"validation was 2 cases \(\w+\), now 1 cases"):
+        main(arguments)
+
 
 def test_the_mean_of_several_folds_predicts(trained, capsys):
     dataset, model, arguments = trained()

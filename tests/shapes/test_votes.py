@@ -137,6 +137,20 @@ def test_where_most_do_not_register_nobody_votes(electorate, monkeypatch):
     assert voted == [0] * 4
 
 
+@pytest.mark.parametrize("error", [MemoryError("12 GiB"), RuntimeError("Failed to allocate memory for image.")])
+def test_too_little_memory_is_told_at_once(electorate, monkeypatch, error):
+    tried = []
+
+    def too_large(*_):
+        tried.append(1)
+        raise error
+
+    monkeypatch.setattr(case_module, "register", too_large)
+    with pytest.raises(UserError, match=r"do not fit into memory\. Vote on fewer at a time \(-np 1\)"):
+        ready(electorate)
+    assert len(tried) == 1
+
+
 def test_the_most_alike_vote(electorate, monkeypatch):
     monkeypatch.setattr(module, "ATLASES", 2)
     folder = electorate.labeled_folder
