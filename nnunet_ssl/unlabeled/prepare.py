@@ -16,7 +16,7 @@ import itertools
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -136,15 +136,16 @@ def wait_until_prepared(
 class UnlabeledManifest(Manifest):
     """The finished unlabeled images; an entry has "raw", stamps of a case's raw files.
 
-    Of all cases it says "preprocessing", what determined them (see ``Preparation``), and "labeled", stamps of the
-    labeled images that an unlabeled one could be a copy of.
+    Of all cases it says "preprocessing", what determined them (see ``Preparation``), "labeled", stamps of the labeled
+    images that an unlabeled one could be a copy of, and "wanted", the names of all that are to be there.
     """
 
     FORMAT: ClassVar[int] = 2
-    ABOUT: ClassVar[dict[str, type]] = {"preprocessing": dict, "labeled": dict}
+    ABOUT: ClassVar[dict[str, type]] = {"preprocessing": dict, "labeled": dict, "wanted": list}
 
     def check(self) -> None:
         """All stamps have their four parts."""
+        _ = {*map(os.fspath, self.about["wanted"])}
         stamps = [*self.about["labeled"].values(), *(entry["raw"] for entry in self.cases.values())]
         for name, size, time_, digest in itertools.chain(*stamps):
             _ = os.fspath(name), int(size), int(time_), os.fspath(digest)
@@ -153,10 +154,14 @@ class UnlabeledManifest(Manifest):
         """Of what the raw files hold."""
         return hashlib.sha256("".join(entry[3] for entry in self.cases[case]["raw"]).encode()).hexdigest()
 
+    def missing(self) -> list[str]:
+        """The cases that were wanted and are not there, or not whole; sorted."""
+        return sorted(case for case in {*self.about["wanted"], *self.cases}
+                      if case not in self.cases or not self.files_are_there(case))  # fmt: skip
+
     def is_complete(self, preprocessing: dict) -> bool:
-        """Whether all that is listed is there and was made with this preprocessing."""
-        same = self.about["preprocessing"] == preprocessing
-        return bool(self.cases) and same and all(map(self.files_are_there, self.cases))
+        """Whether all that was wanted is there and was made with this preprocessing."""
+        return bool(self.cases) and self.about["preprocessing"] == preprocessing and not self.missing()
 
 
 @dataclass
@@ -214,14 +219,19 @@ class _Wanted:
         return None if twin is None else is_labeled(self.images[case][0], twin)
 
     def has_news_for(self, manifest: UnlabeledManifest) -> bool:
-        """Whether files have other times than the manifest says, as copies have."""
-        return self.labeled_stamps != manifest.about["labeled"] or any(
+        """Whether files have other times than the manifest says, as copies have, or a bad image was taken away."""
+        about = self.about()
+        return any(about[key] != manifest.about[key] for key in about) or any(
             manifest.cases[case]["raw"] != raw for case, raw in self.stamps.items()
         )
 
+    def about(self) -> dict[str, Any]:
+        """What the manifest says of all cases."""
+        return {"preprocessing": self.preprocessing, "labeled": self.labeled_stamps, "wanted": sorted(self.images)}
+
     def tell(self, manifest: UnlabeledManifest) -> None:
         """Bring the manifest of a folder that is current up to date, so that nothing is read at the next start."""
-        manifest.about["labeled"] = self.labeled_stamps
+        manifest.about = self.about()
         for case, raw in self.stamps.items():
             manifest.cases[case]["raw"] = raw
 
@@ -247,6 +257,13 @@ def _wanted(task: Preparation, labeled_cases: Collection[str], folder: str) -> _
 def _take_as_it_is(task: Preparation, labeled_cases: Collection[str], folder: str, reading: bool) -> PreparedFolder:
     while True:
         manifest = UnlabeledManifest.read(folder)
+        missing = manifest.missing() if manifest.about["preprocessing"] == task.preprocessing else []
+        if missing:
+            raise UserError(
+                f"{folder} lacks {len(missing)} of the unlabeled images ({a_few(missing)}), and the raw dataset "
+                f"{task.dataset_name} is not in nnUNet_raw={nnUNet_raw.get()}. Prepare them where it is, or copy the "
+                "folder again."
+            )
         if not manifest.is_complete(task.preprocessing):
             raise UserError(
                 f"the raw dataset {task.dataset_name} is not in nnUNet_raw={nnUNet_raw.get()}, and {folder} does "
@@ -273,8 +290,7 @@ def _complete(
     """Strike off what is not current, and make what is missing; returns the new manifest."""
     todo = set(itertools.chain(*difference.values())) & set(wanted.images)
     current = {case: {**manifest.cases[case], "raw": wanted.stamps[case]} for case in wanted.images if case not in todo}
-    about = {"preprocessing": task.preprocessing, "labeled": wanted.labeled_stamps}
-    manifest = UnlabeledManifest(manifest.folder, about, current)
+    manifest = UnlabeledManifest(manifest.folder, wanted.about(), current)
     manifest.write()  # first: a raw file may be put back as it was before we are done
     if not todo:
         return manifest

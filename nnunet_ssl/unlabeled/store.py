@@ -80,7 +80,7 @@ class Manifest(ABC):
     """The finished cases of a prepared folder."""
 
     FORMAT: ClassVar[int]
-    ABOUT: ClassVar[dict[str, type]]  # the file's other keys, and their types
+    ABOUT: ClassVar[dict[str, type]]  # the file's other keys, and their types; one that is not there is empty
 
     folder: str
     about: dict[str, Any]  # what concerns all cases, under the names of ABOUT
@@ -97,9 +97,11 @@ class Manifest(ABC):
     @classmethod
     def read(cls, folder: str) -> Self:
         """Read the manifest; an unreadable or foreign one counts as none."""
-        keys = {"format": int, **cls.ABOUT, "cases": dict}
+        empty = {key: kind() for key, kind in cls.ABOUT.items()}
         with contextlib.suppress(UserError, LookupError, TypeError, AttributeError, ValueError):
-            content = read_json(os.path.join(folder, MANIFEST), "", keys=keys)
+            content = empty | read_json(os.path.join(folder, MANIFEST), "", keys={"format": int, "cases": dict})
+            if not all(isinstance(content[key], kind) for key, kind in cls.ABOUT.items()):
+                raise TypeError
             manifest = cls(folder, {key: content[key] for key in cls.ABOUT}, content["cases"])
             for case, entry in manifest.cases.items():
                 for name in (case, entry["part"], *entry["files"].keys()):
@@ -107,7 +109,7 @@ class Manifest(ABC):
             manifest.check()
             if content["format"] == cls.FORMAT:
                 return manifest
-        return cls(folder, {key: kind() for key, kind in cls.ABOUT.items()}, {})
+        return cls(folder, empty, {})
 
     def write(self) -> None:
         """Write the manifest in one step: a reader sees the old one or the new one."""

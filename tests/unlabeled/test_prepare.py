@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -200,6 +201,30 @@ def test_without_the_raw_images_the_prepared_ones_are_enough(tiny_copy, capsys):
     plans["configurations"]["3d_fullres"]["spacing"] = [2.0, 1.0, 1.0]
     with pytest.raises(UserError, match="Provide one of them"):
         prepare_unlabeled(dataset.name, PlansManager(plans), "3d_fullres", dataset_json, labeled, 1)
+
+
+def test_what_was_never_finished_is_not_complete(tiny_copy):
+    """On a machine without the raw images, too, and although all that is listed is whole."""
+    dataset = tiny_copy("3d")
+    raw, elsewhere = dataset.raw, dataset.raw.with_name("elsewhere")
+    arguments = (dataset.name, PlansManager(dataset.plans), "3d_fullres", dataset.dataset_json, ["tr_00"], 1)
+    bad = raw / "imagesUn" / "un_01_0000.nii.gz"
+    bad.write_bytes(b"no image")
+    with pytest.raises(UserError, match="un_01"):
+        prepare(dataset)
+    raw.rename(elsewhere)
+    with pytest.raises(UserError, match=r"_unlabeled lacks 1 of the unlabeled images \(un_01\)"):
+        prepare_unlabeled(*arguments)
+    elsewhere.rename(raw)
+    bad.unlink()
+    there = prepare(dataset)
+    raw.rename(elsewhere)
+    assert prepare_unlabeled(*arguments) == there
+    manifest = prepared_in(dataset) / "manifest.json"  # as an earlier version wrote it, which says nothing of that
+    content = json.loads(manifest.read_text())
+    del content["wanted"]
+    manifest.write_text(json.dumps(content))
+    assert prepare_unlabeled(*arguments) == there
 
 
 def test_a_preprocessor_of_another_kind(tiny_copy, monkeypatch):
