@@ -287,18 +287,17 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
         return os.path.join(self.output_folder or "", "ssl_settings.json")
 
     def _lock_fold(self, plans_manager: PlansManager, configuration: str, fold: int | str) -> BaseFileLock | None:
-        """Rank 0 keeps others out of the fold's folder until the process ends."""
-        if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
-            return None
-        names = plans_manager.dataset_name, type(self).__name__, plans_manager.plans_name, configuration
-        folder = get_output_folder(*names, fold)
-        return take(
-            os.path.join(folder, LOCK),
-            f"another nnUNetv2_train works in {folder}; two would overwrite each other's files. Wait until it has "
-            "ended, or stop it and resume it from its last checkpoint with --c.",
-            patience=PATIENCE,
-            of_process=True,
-        )
+        """Rank 0 keeps others out of the fold's folder until the process ends; other ranks wait until it has."""
+        parallel, lock = dist.is_available() and dist.is_initialized(), None
+        if not parallel or dist.get_rank() == 0:
+            names = plans_manager.dataset_name, type(self).__name__, plans_manager.plans_name, configuration
+            folder = get_output_folder(*names, fold)
+            busy = f"another nnUNetv2_train works in {folder}; two would overwrite each other's files. Wait until it "
+            busy += "has ended, or stop it and resume it from its last checkpoint with --c."
+            lock = take(os.path.join(folder, LOCK), busy, patience=PATIENCE, of_process=True)
+        if parallel:
+            dist.barrier()
+        return lock
 
     @classmethod
     def _refuse_what_cannot_work(cls, plans_manager: PlansManager, configuration: str, dataset_json: dict) -> None:
@@ -386,6 +385,7 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
             here = surroundings(self.device)
             record = {
                 "trainer": type(self).__name__,
+                "run": self.run,
                 "version": __version__,
                 "made_on": [*(place for place in places if place != here), here],
                 "settings": dataclasses.asdict(self.settings),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import glob
 import hashlib
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,8 +35,13 @@ CHECKPOINT = {
 }
 
 
+TAKEN_BY_C = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")  # the first that exists
+
+
 class Resuming(nnUNetTrainer):
     """A run that was stopped resumes as if it had not been."""
+
+    run: str | None = None  # tells a run from others in its folder: their checkpoints stay there when it is begun anew
 
     def places_before(self) -> list[dict[str, str]]:
         """The machines and versions that this run was made with until now."""
@@ -45,10 +50,7 @@ class Resuming(nnUNetTrainer):
 
     def _settings_in_force(self, override: SSLSettings, continue_training: bool) -> SSLSettings:
         """``override``, or with ``--c`` what the run was started with; with a seed in any case."""
-        if continue_training and os.path.isfile(self.settings_file):
-            remedy = "Restore it, or start again without --c."
-            stored = read_json(self.settings_file, remedy, keys={"settings": dict})["settings"]
-            stored = settings_from_dict(self.Settings, stored, self.settings_file)
+        if continue_training and (stored := self._settings_of_the_run()) is not None:
             if os.environ.get(ENVIRONMENT_VARIABLE):
                 if override.seed is None:
                     override = dataclasses.replace(override, seed=stored.seed)
@@ -61,12 +63,45 @@ class Resuming(nnUNetTrainer):
                             "it, or start again without --c."
                         )
             return stored
-        if override.seed is not None:
-            return override
-        seed = [secrets.randbits(31)]
+        drawn = [secrets.token_hex(8), secrets.randbits(31)]
         if self.is_ddp:
-            dist.broadcast_object_list(seed, src=0)
-        return dataclasses.replace(override, seed=seed[0])
+            dist.broadcast_object_list(drawn, src=0)
+        self.run, seed = drawn
+        return override if override.seed is not None else dataclasses.replace(override, seed=seed)
+
+    def _settings_of_the_run(self) -> SSLSettings | None:
+        """Of the run that ``--c`` continues: the one whose checkpoint nnU-Net takes; None where there is none.
+
+        A run that was begun anew in the folder has replaced ``ssl_settings.json``, but no checkpoint before its own.
+
+        Raises:
+            UserError: it has left a checkpoint since, and nnU-Net takes that of the earlier run.
+        """
+        files = [os.path.join(self.output_folder, name) for name in TAKEN_BY_C]
+        files = [file for file in files if os.path.isfile(file)]
+        states = {file: _peek(training_state_file(file)) for file in files}
+        record = {}
+        if os.path.isfile(self.settings_file):
+            remedy = "Restore it, or start again without --c."
+            record = read_json(self.settings_file, remedy, keys={"settings": dict})
+        if not files or states[files[0]] is None:
+            self.run = record.get("run")
+            return settings_from_dict(self.Settings, record["settings"], self.settings_file) if record else None
+        state = states[files[0]]
+        self.run = state.get("run")
+        if record and self.run == record.get("run"):
+            return settings_from_dict(self.Settings, record["settings"], self.settings_file)
+        for file in files[1:] if record else ():
+            if states[file] is not None and states[file].get("run") == record.get("run"):
+                raise UserError(
+                    f"{files[0]} is of an earlier run than {os.path.basename(file)}, and --c takes it first. To "
+                    f"continue the later run, move it and {os.path.basename(training_state_file(files[0]))} away."
+                )
+        self.print_to_log_file(
+            f"nnunet_ssl: continuing the run of {files[0]}, with its settings"
+            + ("; a later one has left no checkpoint." if record else ".")
+        )
+        return settings_from_dict(self.Settings, state["settings"], training_state_file(files[0]))
 
     def _refuse_other_images(self, what: str, now: dict[str, str], then: dict[str, str]) -> None:
         """Refuse ``--c`` if the images, case -> digest, differ from the images of the run."""
@@ -114,6 +149,7 @@ class Resuming(nnUNetTrainer):
         }
         state = {
             "trainer": type(self).__name__,
+            "run": self.run,
             "settings": dataclasses.asdict(self.settings),
             "epoch": self.current_epoch + 1,
             "network": fingerprint(self.plans_network),
@@ -184,6 +220,7 @@ class Resuming(nnUNetTrainer):
                 f"or start again without --c (-pretrained_weights {self._resumed_from} keeps what was learned). "
                 "Validating with --val does not need it."
             )
+        self.run = state.get("run")
         stored = settings_from_dict(self.Settings, state.get("settings"), filename)  # new ones have their defaults
         if stored != self.settings:
             names = [
@@ -193,8 +230,7 @@ class Resuming(nnUNetTrainer):
             ]
             raise UserError(
                 f"{self._resumed_from} was trained with other settings than {self.settings_file} has "
-                f"({', '.join(names)}): a new run was started in this folder and left no checkpoint; start it again "
-                f"without --c, or delete {self.settings_file} and set {ENVIRONMENT_VARIABLE} to the old settings."
+                f"({', '.join(names)}): undo the change of that file, or start again without --c."
             )
         for what, key, prepared in (
             ("unlabeled images", "unlabeled", self.unlabeled if self.uses_unlabeled else None),
@@ -231,8 +267,9 @@ class Resuming(nnUNetTrainer):
         """As nnU-Net, which removes checkpoint_latest.pth; its training state goes with it."""
         super().on_train_end()
         if self.local_rank == 0:
-            for file in glob.glob(os.path.join(glob.escape(self.output_folder), "checkpoint_latest*")):
-                os.remove(file)
+            state_file = training_state_file(os.path.join(self.output_folder, "checkpoint_latest.pth"))
+            for file in (state_file, state_file + ".new"):
+                Path(file).unlink(missing_ok=True)
 
 
 def _first_line(error: Exception) -> str:
@@ -243,6 +280,16 @@ def _first_line(error: Exception) -> str:
 def training_state_file(checkpoint_file: str) -> str:
     """``checkpoint_latest.pth`` -> ``checkpoint_latest_ssl.pth``."""
     return f"{checkpoint_file.removesuffix('.pth')}_ssl.pth"
+
+
+def _peek(state_file: str) -> dict[str, Any] | None:
+    """A training state, to look at its run and settings; None where there is none that can be read."""
+    for candidate in (state_file, state_file + ".new"):
+        with suppress(Exception):
+            state = torch.load(candidate, map_location="cpu", weights_only=True, mmap=os.name != "nt")
+            if isinstance(state, dict) and isinstance(state.get("settings"), dict):
+                return state
+    return None
 
 
 def find_training_state(filename: str, network: nn.Module) -> tuple[str | None, dict[str, Any] | None]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 
 import torch
+from helpers.steps import on_two_ranks
 
-from nnunet_ssl.trainers import data
+from nnunet_ssl.trainers import base, data
 from nnunet_ssl.unlabeled.store import PreparedFolder
 
 
@@ -23,6 +25,22 @@ def test_ranks_draw_apart_and_the_first_one_alone_saves(tiny, make_trainer):
     before = os.listdir(trainer.output_folder)
     trainer.save_checkpoint(os.path.join(trainer.output_folder, "checkpoint_latest.pth"))
     assert os.listdir(trainer.output_folder) == before
+
+
+def test_no_rank_goes_on_before_the_fold_is_ours(tiny, make_trainer, monkeypatch, tmp_path):
+    """nnU-Net's loggers, which come next, would remove files of a training that is under way."""
+    trainer, held = make_trainer("nnUNetTrainerLabeledOnly", tiny("2d")), tmp_path / "held"
+
+    def slow(*_, **__):
+        time.sleep(1)
+        held.touch()
+
+    def locked(rank):
+        trainer._lock_fold(trainer.plans_manager, "2d", 0)
+        return held.exists()
+
+    monkeypatch.setattr(base, "take", slow)
+    assert on_two_ranks(tmp_path, locked) == [True, True]
 
 
 def test_the_others_wait_for_what_the_first_one_prepares(tiny, make_trainer, monkeypatch):

@@ -16,7 +16,9 @@ import pytest
 import SimpleITK as sitk
 import torch
 from helpers.runs import NAME, assert_equal, assert_resumed_equals_uninterrupted, resumed, train, weights
+from nnunetv2.run.run_training import maybe_load_checkpoint
 
+from nnunet_ssl import trainers
 from nnunet_ssl.errors import UserError
 from nnunet_ssl.trainers.resuming import find_training_state, fingerprint, training_state_file
 
@@ -150,6 +152,65 @@ def test_a_checkpoint_of_a_run_with_other_settings_is_not_continued(tiny, make_t
     trainer = resumed(make_trainer, tiny, stopped, seed=3, cps_weight=0.5)
     with pytest.raises(UserError, match=r"other settings.*\(seed, cps_weight\)"):
         trainer.on_train_start()
+
+
+@pytest.fixture
+def began(tiny, make_trainer, monkeypatch):
+    """``began(until, **settings)``: a run of three epochs anew; ``began.continued()``: the one that ``--c`` takes."""
+    name = "nnUNetTrainerLabeledOnly_3epochs"
+
+    def begin(until=None, **settings):
+        trainer = make_trainer(name, tiny(), settings={"save_every": 1, "seed": None, **settings})
+        if until == 0:
+            trainer.on_train_start()  # stopped in its first epoch
+        else:
+            train(trainer, until=until)
+        return trainer
+
+    def continued():
+        monkeypatch.delenv("nnUNet_ssl_config", raising=False)
+        plans = {**tiny().plans, "continue_training": True}
+        trainer = getattr(trainers, name)(plans, "3d_fullres", 0, tiny().dataset_json, torch.device("cpu"))
+        maybe_load_checkpoint(trainer, True, False)  # nnU-Net's own
+        trainer.on_train_start()
+        return trainer
+
+    begin.continued = continued
+    return begin
+
+
+def test_after_c_was_forgotten_the_earlier_run_goes_on(began):
+    """As in nnU-Net: what was begun anew has left no checkpoint, but its own drawn seed in ``ssl_settings.json``."""
+    first = began(until=1)
+    anew = began(until=0, num_val_iterations_per_epoch=2)
+    assert anew.settings.seed != first.settings.seed
+    trainer = began.continued()
+    assert (trainer.settings, trainer.run, trainer.current_epoch) == (first.settings, first.run, 1)
+    written = json.loads((Path(first.output_folder) / "ssl_settings.json").read_text())
+    assert (written["run"], written["settings"]["seed"]) == (first.run, first.settings.seed)
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_a_finished_run_does_not_stand_in_for_a_later_one(began, seed):
+    """nnU-Net takes the final checkpoint first, which tells nothing of what was corrected meanwhile."""
+    fold = Path(began(seed=seed).output_folder)
+    later = began(until=1, seed=seed)
+    with pytest.raises(UserError, match=r"final.pth is of an earlier run than checkpoint_latest.pth.*_ssl.pth aw"):
+        began.continued()
+    for name in ("checkpoint_final.pth", "checkpoint_final_ssl.pth"):
+        (fold / name).rename(fold / f"earlier_{name}")
+    trainer = began.continued()
+    assert (trainer.run, trainer.current_epoch) == (later.run, 1)
+
+
+def test_the_end_removes_no_file_of_the_users(began):
+    trainer = began(until=1)
+    fold = Path(trainer.output_folder)
+    mine = fold / "checkpoint_latest_backup.pth"
+    mine.write_bytes(b"mine")
+    train(began.continued())
+    assert mine.read_bytes() == b"mine"
+    assert sorted(file.name for file in fold.glob("checkpoint_latest*")) == [mine.name]
 
 
 def test_without_a_seed_one_is_drawn_and_written(tiny, make_trainer):
