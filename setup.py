@@ -100,7 +100,7 @@ setup(
         "dynamic-network-architectures",
         "numpy",
         "pandas",
-        "SimpleITK",
+        "SimpleITK>=2.3",  # with sitkLabelLinear
         "acvl-utils",
         "scipy>=1.15",  # stats.bootstrap(rng=...)
         "tqdm",

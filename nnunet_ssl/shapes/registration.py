@@ -28,7 +28,6 @@ SHORTEST = 16  # voxels: an axis is not shrunk below
 TEMPLATE = 40  # voxels of an axis when the translation is looked for
 MOST_FOLDING = 0.01  # share of the voxels
 MARGIN = 0.15  # what is around the labeled structures counts too: this share of their extent
-VOXELS_AT_A_TIME = 2**21  # for which it is computed where they lie
 GAIN = 0.05  # a correlation that is higher by this is worth another start
 
 
@@ -166,60 +165,14 @@ def warp(image: sitk.Image, grid: sitk.Image, transform: sitk.Transform, outside
 
 
 def warp_labels(labels: sitk.Image, grid: sitk.Image, transform: sitk.Transform, outside: int = -1) -> sitk.Image:
-    """The moving labels on the grid of the fixed image, the likeliest of each voxel, as nnU-Net resamples labels.
-
-    Each label is interpolated linearly, but only where there are others within a voxel: elsewhere it is known.
+    """The moving labels on the grid of the fixed image: each interpolated linearly, the likeliest of each voxel.
 
     Args:
         labels: int16.
         grid, transform: as for ``warp``.
         outside: the value where there are none; nnU-Net pads with -1.
     """
-    values = sitk.GetArrayViewFromImage(labels)
-    mixed = ndimage.maximum_filter(values, 3) != ndimage.minimum_filter(values, 3)
-    warped = np.full(sitk.GetArrayViewFromImage(grid).shape, outside, np.int16)
-    for slab, where in _places(grid, transform, labels):
-        axes = list(zip(where, values.shape, strict=True))
-        inside = np.logical_and.reduce([(place >= -0.5) & (place < n - 0.5) for place, n in axes])
-        nearest = tuple(np.rint(place).clip(0, n - 1).astype(np.int32) for place, n in axes)
-        found, unsure = values[nearest], inside & mixed[nearest]
-        edge = np.stack([place[unsure].clip(0, n - 1) for place, n in axes], 1)
-        found[unsure] = _likeliest(values, edge)
-        warped[slab] = np.where(inside, found, outside)
-    return _like(warped, grid)
-
-
-def _places(grid: sitk.Image, transform: sitk.Transform, image: sitk.Image) -> Iterator[tuple[slice, list[np.ndarray]]]:
-    """Some slices of a grid at a time, and where their voxels lie in an image: along each axis, in its voxels."""
-    dimension = grid.GetDimension()
-    slices = max(1, VOXELS_AT_A_TIME // int(np.prod(grid.GetSize()[:-1])))
-    for first in range(0, grid.GetSize()[-1], slices):
-        size = [*grid.GetSize()[:-1], min(slices, grid.GetSize()[-1] - first)]
-        part = sitk.RegionOfInterest(grid, size, [0] * (dimension - 1) + [first])
-        field = sitk.TransformToDisplacementField(
-            transform, sitk.sitkVectorFloat64, size, part.GetOrigin(), part.GetSpacing(), part.GetDirection()
-        )
-        moved, where = sitk.GetArrayViewFromImage(field), []
-        for axis in reversed(range(dimension)):
-            steps = np.arange(size[axis]) * part.GetSpacing()[axis] + part.GetOrigin()[axis] - image.GetOrigin()[axis]
-            steps = steps.reshape([-1 if axis == other else 1 for other in reversed(range(dimension))])
-            where.append((moved[..., axis] + steps) / image.GetSpacing()[axis])
-        yield slice(first, first + size[-1]), where
-
-
-def _likeliest(values: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """By linear interpolation of each label at ``where`` ``[N, axes]``, in voxels; the smallest of equals."""
-    low = np.floor(where).astype(int)
-    corners = []
-    for step in np.ndindex(*[2] * where.shape[1]):
-        share = np.where(step, where - low, 1 - (where - low)).prod(1)
-        corners.append((values[tuple(np.minimum(low + step, np.array(values.shape) - 1).T)], share))
-    best, highest = np.zeros(len(where), values.dtype), np.zeros(len(where))
-    for value in np.unique([label for label, _ in corners]):
-        likely = sum(share * (label == value) for label, share in corners)
-        best[likely > highest] = value
-        highest = np.maximum(highest, likely)
-    return best
+    return sitk.Resample(labels, grid, transform, sitk.sitkLabelLinear, outside)
 
 
 def region_around(moving: Volume, grid: sitk.Image) -> sitk.Image:

@@ -262,9 +262,8 @@ def test_labels_are_warped_without_values_in_between_and_with_minus_1_outside():
 
 
 @pytest.mark.parametrize("shape", [(9, 20, 24), (1, 30, 26)])
-def test_warped_labels_are_the_likeliest_of_all_interpolated_ones(shape, monkeypatch):
+def test_warped_labels_are_the_likeliest_of_all_interpolated_ones(shape):
     """The plain way, a label at a time over the whole grid, is the oracle."""
-    monkeypatch.setattr(registration, "VOXELS_AT_A_TIME", 700)  # a few slices at a time
     rng = np.random.default_rng(0)
     blocks = (min(shape[0], 3), 6, 7)
     labels = ndimage.zoom(rng.uniform(-1.4, 5.4, blocks), np.divide(shape, blocks), order=0).round().astype(np.int16)
@@ -365,3 +364,25 @@ def test_a_large_image_has_no_seam_at_its_border():
     assert field.shape == (*shape[1:], 2)
     for step in (np.abs(np.diff(field, axis=axis)).max() for axis in (0, 1)):
         assert step < 1
+
+
+@pytest.mark.parametrize("coarse", [1, 2])
+def test_structures_that_shrink_to_less_than_half_are_not_alike(coarse):
+    """However well what is left of them fits; whatever the grid that they are compared on."""
+    labels = np.zeros((20, 20, 20), np.int16)
+    labels[6:14, 6:14, 6:14] = 1
+    noise = ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(1, 20, 20, 20)), (0, 2, 2, 2))
+    moving = volume(noise.astype(np.float32), (1, 1, 1), labels)
+    image = moving.channels[0]
+    region = registration.region_around(moving, image)
+    (fixed,) = volume(np.zeros((1, *[20 // coarse] * 3), np.float32), (coarse,) * 3).channels
+    fixed = sitk.Resample(image, fixed)
+
+    def similar(factor):
+        scaled = sitk.AffineTransform(3)
+        scaled.Scale(factor)
+        return registration._similarity([(fixed, image)], region, scaled)
+
+    assert similar(1.0) > 0.9
+    assert similar(1.2) > -1
+    assert similar(1.6) == -1
