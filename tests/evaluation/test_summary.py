@@ -148,3 +148,15 @@ def test_markdown_shows_means_groups_and_empties(tmp_path):
     large = [100 * evaluation.mean("Dice", [1, 2]), evaluation.mean("HD95", [1, 2])]
     assert f"| **Large** | {large[0]:.2f} | {large[1]:.2f} |  |  |  |" in lines
     assert any(line.startswith("| **Mean** |") for line in lines)
+
+
+def test_what_is_missed_made_up_and_absent(tmp_path):
+    write_dataset(tmp_path)
+    without_class(tmp_path, "a", 0, 1)
+    evaluation = evaluate(tmp_path, Options(("dice",)))
+    counts = {"missed": 1, "made_up": 0, "absent": 0}
+    assert evaluation.empties(1) == counts
+    for n_ref, n_pred, name in ((0, 5, "made_up"), (0, 0, "absent")):
+        case = evaluation.of_case(evaluation.cases[-1])[1]
+        case["n_ref"], case["n_pred"] = n_ref, n_pred
+        assert evaluation.empties(1) == counts | {name: 1}

@@ -52,6 +52,7 @@ def test_what_is_ignored_has_no_outline(tiny_copy, monkeypatch):
     monkeypatch.setattr(module, "_draw", lambda axes, image, where, labels, spacing: drawn.append((where, labels)))
     draw_warps(wish)
     classes = set(PlansManager(wish.plans).get_label_manager(wish.dataset_json).foreground_labels)
+    assert drawn
     for where, labels in drawn:
         assert set(np.unique(where)) <= {0, *classes}
         assert labels is None or set(np.unique(labels)) <= {0, *classes}

@@ -84,3 +84,12 @@ def test_of_classes_that_are_shown_alone(regions):
     assert squared_dice_of_shown(logits, labels, torch.zeros_like(mask), regions) == 0
     if regions:
         assert squared_dice_of_shown(logits, torch.zeros_like(labels), mask, regions) == 0
+
+
+def test_voxels_of_regions_that_do_not_count_have_no_gradient():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 4, 5, requires_grad=True)
+    labels, mask = torch.rand(2, 3, 4, 5) > 0.5, torch.rand(2, 3, 4, 5) > 0.3
+    squared_dice_loss(logits, labels, mask, regions=True).backward()
+    assert (logits.grad[~mask] == 0).all()
+    assert (logits.grad[mask] != 0).all()

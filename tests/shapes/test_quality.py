@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from nnunet_ssl.shapes import vote, votes
 from nnunet_ssl.shapes.quality import LEAST_COVERED, LEAST_LEFT, LEAST_SIMILARITY, MOST_FOLDING, volumes, why_not
 from nnunet_ssl.shapes.registration import Registration
 
@@ -40,3 +41,9 @@ def test_volumes_are_those_of_classes_in_mm():
     assert volumes(labels, 2.5, (1, 2, 3)) == {1: 5.0, 3: 7.5}
     assert volumes(labels, 2.5, (1, 2)) == {1: 5.0}  # where 3 is the ignore label
     assert volumes(np.zeros((1, 2, 2)), 1.0, (1,)) == {}
+
+
+def test_the_limits_are_those_of_the_docs():
+    """docs/shapes.md and docs/self-training.md name them."""
+    assert (LEAST_SIMILARITY, LEAST_COVERED, LEAST_LEFT, MOST_FOLDING) == (0.4, 0.5, 0.2, 0.01)
+    assert (vote.POWER, vote.WINDOW, votes.ATLASES) == (4, 5, 10)

@@ -39,6 +39,23 @@ def test_a_network_of_two_stages_learns(tiny, make_trainer, name):
         assert not torch.equal(p, before[n]), n
 
 
+def test_what_is_logged_of_a_step_is_the_sum_over_its_passes(tiny, make_trainer):
+    """A term of several passes counts with all its parts, and the loss has the weights."""
+    settings = {"cps_weight": 0.3, "cps_rampup": 0.0}
+    trainer = make_trainer("nnUNetTrainerCPS", tiny(), settings=settings)
+    batch, sums = a_batch(trainer), {}
+    passes = list(trainer.losses(trainer._to_device(batch)))
+    assert sum("cps" in terms for terms in passes) > 1
+    for terms in passes:
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0) + term.detach()
+    again = make_trainer("nnUNetTrainerCPS", tiny(), settings=settings)
+    loss, logged = again.train_step(batch)["loss"], again._mean_values()
+    for name, value in sums.items():
+        assert logged[f"loss_{name}"] == pytest.approx(float(value), rel=1e-4)
+    assert float(loss) == pytest.approx(float(sums["sup"] + sums["sup_second"] + 0.3 * sums["cps"]), rel=1e-4)
+
+
 def plain_gradients(trainer, batch):
     """Cross supervision in the paper's words: all outputs, all terms, one sum, one backward pass."""
     streams, weights = trainer._to_device(batch), trainer.term_weights()

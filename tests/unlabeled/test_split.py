@@ -327,14 +327,15 @@ def test_who_is_of_which_patient_goes_along(tiny_copy, place):
 
 
 @pytest.mark.parametrize("place", ["raw", "preprocessed"])
-def test_who_is_of_which_patient_is_obeyed(tiny_copy, tmp_path, capsys, place):
-    """Further images of a patient who tests are nobody's to train on, in the source's imagesUn neither."""
+@pytest.mark.parametrize("part", ["test", "validation"])
+def test_who_is_of_which_patient_is_obeyed(tiny_copy, tmp_path, capsys, place, part):
+    """Further images of a patient who tests or validates are nobody's to train on, in the source's imagesUn neither."""
     dataset = tiny_copy("3d")
     first, second, *others = dataset.cases("imagesTr")
     groups = {first: "p", second: "p", dataset.cases("imagesUn")[0]: "p", **dict.fromkeys(others, "q")}
     (getattr(dataset, place) / "groups.json").write_text(json.dumps(groups))
     (tmp_path / "test.txt").write_text(first)
-    name, split = split_dataset(dataset.id, 951, "1", test=str(tmp_path / "test.txt"))
+    name, split = split_dataset(dataset.id, 951, "1", **{part: str(tmp_path / "test.txt")})
     assert split.labeled == others  # one patient
     assert split.unlabeled == dataset.cases("imagesUn")[1:]
     assert sorted(dataset.folders.raw.joinpath(name, "imagesUn").iterdir()) == [
@@ -343,7 +344,7 @@ def test_who_is_of_which_patient_is_obeyed(tiny_copy, tmp_path, capsys, place):
     out = capsys.readouterr().out
     assert f"2 further images of validation and test patients are left out ({second}, " in out
     with pytest.raises(UserError, match=r"--labeled 2 \(2\) ask for 2 patients"):
-        split_dataset(dataset.id, 952, "2", test=str(tmp_path / "test.txt"))
+        split_dataset(dataset.id, 952, "2", **{part: str(tmp_path / "test.txt")})
 
 
 def test_hidden_files_are_no_cases(tiny_copy):

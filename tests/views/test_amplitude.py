@@ -17,12 +17,16 @@ def by_numpy(image, style, share, band):
 
 def within(image, style, share, band):
     """Of images from 0, as the authors' are."""
+    mixed = within_unclipped(image, style, share, band)
+    return mixed.clip(min(image.min(), style.min()), max(image.max(), style.max()))
+
+
+def within_unclipped(image, style, share, band):
     spectrum, of_style = (np.fft.fftshift(np.fft.fftn(x)) for x in (image, style))
     size, phase = np.abs(spectrum), np.angle(spectrum)
     window = tuple(slice(n // 2 - int(band * n), n // 2 + int(band * n) + 1) for n in image.shape)
     size[window] = (1 - share) * size[window] + share * np.abs(of_style)[window]
-    mixed = np.fft.ifftn(np.fft.ifftshift(size * np.exp(1j * phase))).real
-    return mixed.clip(min(image.min(), style.min()), max(image.max(), style.max()))
+    return np.fft.ifftn(np.fft.ifftshift(size * np.exp(1j * phase))).real
 
 
 @pytest.mark.parametrize("band", [0.01, 0.1])
@@ -56,3 +60,14 @@ def test_no_share_no_change():
 def test_half_precision_is_transformed_in_single():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert amplitude_mixed(torch.randn(1, 1, 8, 8), torch.randn(1, 1, 8, 8), torch.ones(1)).dtype == torch.float32
+
+
+def test_the_range_of_both_images_is_kept(monkeypatch):
+    monkeypatch.setattr(amplitude, "BAND", 0.3)
+    torch.manual_seed(0)
+    image, style = (torch.rand(2, 1, 1, 16, 16) > 0.5).float()
+    mixed = amplitude_mixed(image, style, torch.ones(1))
+    unclipped = within_unclipped(image[0, 0].numpy(), style[0, 0].numpy(), 1.0, 0.3)
+    assert unclipped.min() < 0 or unclipped.max() > 1  # or nothing is shown
+    assert mixed.min() >= 0
+    assert mixed.max() <= 1
