@@ -134,35 +134,6 @@ class SHTATerms(NamedTuple):
     hard_of_class: Tensor  # [K], |Omega_k|
 
 
-class Assignment(NamedTuple):
-    """Semantic assignment of one batch."""
-
-    s: Tensor  # [N, K] scores, Eq. 3
-    log_q: Tensor  # [N, K] log of the assignment, Eq. 3
-    c: Tensor  # [K, C_z] class references, Eq. 4
-    present: Tensor  # [K] bool, K'
-    proxy_cosine: Tensor  # [K], cos(c_k, mu_k)
-    assign: Tensor  # L_assign
-    anchor: Tensor  # L_anchor
-
-
-class HardTokens(NamedTuple):
-    """Hard token refinement of one batch."""
-
-    candidates: Tensor  # [N] bool, Omega_cand
-    selected: Tensor  # [N] bool, Omega_hard
-    y: Tensor  # [N] the most frequent foreground class of every token, y_i of Eq. 8
-    hard: Tensor  # L_hard
-
-
-class Centers(NamedTuple):
-    """Semantic center alignment of one batch."""
-
-    center: Tensor  # L_center
-    cc: Tensor  # [K, C_z] centers, Eq. 9
-    size: Tensor  # [K], |Omega_k|
-
-
 class SHTALoss(nn.Module):
     """The three SHTA losses on token embeddings, with the class proxies that they learn (Eq. 3 to 11).
 
@@ -214,82 +185,57 @@ class SHTALoss(nn.Module):
             return self._losses(z.float(), y_tok.float())
 
     def _losses(self, z: Tensor, Y: Tensor) -> SHTATerms:
-        omega_l = Y.sum(1) > 0
-        assignment = self._semantic_assignment(z, Y, omega_l)
-        tokens = self._hard_token_refinement(assignment, Y)
-        centers = self._center_alignment(z, assignment, tokens)
-        total = (
-            self.settings.shta_assign_weight * assignment.assign
-            + self.settings.shta_anchor_weight * assignment.anchor
-            + self.settings.shta_hard_weight * tokens.hard
-            + self.settings.shta_center_weight * centers.center
-        )  # Eq. 11
-        return SHTATerms(
-            assignment.assign,
-            assignment.anchor,
-            tokens.hard,
-            centers.center,
-            total,
-            **self._readouts(Y, omega_l, assignment, tokens, centers),
-        )
+        settings, omega_l = self.settings, Y.sum(1) > 0
 
-    def _semantic_assignment(self, z: Tensor, Y: Tensor, omega_l: Tensor) -> Assignment:
-        """Eq. 3 to 5: q from cosines to the proxies, class references, L_assign and L_anchor."""
+        # Eq. 3 to 5: q from cosines to the proxies, class references, L_assign and L_anchor
         s = self._scores(z)
         log_q = F.log_softmax(s, 1)
         c, mass = self._class_references(z, Y)
-        present = mass > self.settings.shta_min_class_mass  # K'
-        proxy_cosine = F.cosine_similarity(
-            c.detach() if self.settings.shta_detach_reference_in_anchor else c, self.proxies, dim=1
-        )
-        assign = masked_mean(-(Y * log_q).sum(1), omega_l)
-        anchor = masked_mean(1 - proxy_cosine, present)
-        return Assignment(s, log_q, c, present, proxy_cosine, assign, anchor)
+        present = mass > settings.shta_min_class_mass  # K'
+        cosine = F.cosine_similarity(c.detach() if settings.shta_detach_reference_in_anchor else c, self.proxies, dim=1)
+        assign, anchor = masked_mean(-(Y * log_q).sum(1), omega_l), masked_mean(1 - cosine, present)
 
-    def _hard_token_refinement(self, assignment: Assignment, Y: Tensor) -> HardTokens:
-        """Eq. 6 to 8: the most confident eligible tokens, and the cross-entropy to their class."""
+        # Eq. 6 to 8: the most confident eligible tokens, and the cross-entropy to their class
         eligible, y = self.eligible(Y)
         with torch.no_grad():
-            confidence = confidence_logit(assignment.s)  # orders as h_i does
-            candidates = eligible & (
-                self.settings.shta_matched_hard | (confidence.sigmoid() >= self.settings.shta_conf_threshold)
-            )
-            selected = self._top_r(candidates, confidence, y)
-        hard = masked_mean(F.nll_loss(assignment.log_q, y, reduction="none"), selected)
-        return HardTokens(candidates, selected, y, hard)
+            confidence = confidence_logit(s)  # orders as h_i does
+            sure = settings.shta_matched_hard | (confidence.sigmoid() >= settings.shta_conf_threshold)
+            candidates = eligible & sure  # Omega_cand
+            selected = self._top_r(candidates, confidence, y)  # Omega_hard
+        hard = masked_mean(F.nll_loss(log_q, y, reduction="none"), selected)
 
-    def _center_alignment(self, z: Tensor, assignment: Assignment, tokens: HardTokens) -> Centers:
-        """Eq. 9 and 10: the mean of each class's hard tokens, drawn to the class reference.
-
-        The "embedding after correction" is z of this same forward pass: the correction is the gradient step that
-        follows, and the paper describes no second pass.
-        """
-        members = F.one_hot(tokens.y, self.num_classes) * tokens.selected[:, None]  # Omega_k
+        # Eq. 9 and 10: the mean of each class's hard tokens, drawn to the class reference. The "embedding after
+        # correction" is z of this same forward pass: the correction is the gradient step that follows, and the paper
+        # describes no second pass.
+        members = F.one_hot(y, self.num_classes) * selected[:, None]  # Omega_k
         size = members.sum(0)
         cc = members.to(z.dtype).T @ self._embedding(z) / size.clamp(min=1)[:, None]  # Eq. 9
-        c = assignment.c.detach() if self.settings.shta_detach_reference_in_center else assignment.c
-        return Centers(masked_mean(1 - F.cosine_similarity(cc, c, dim=1), size > 0), cc, size)  # K_h, Eq. 10
+        drawn_to = c.detach() if settings.shta_detach_reference_in_center else c
+        center = masked_mean(1 - F.cosine_similarity(cc, drawn_to, dim=1), size > 0)  # K_h, Eq. 10
 
-    @torch.no_grad()
-    def _readouts(
-        self, Y: Tensor, omega_l: Tensor, assignment: Assignment, tokens: HardTokens, centers: Centers
-    ) -> dict[str, Tensor]:
-        num_tokens, num_candidates, num_hard = omega_l.sum(), tokens.candidates.sum(), tokens.selected.sum()
-        gap = (F.normalize(centers.cc, dim=1) - F.normalize(assignment.c, dim=1)).norm(dim=1)
-        correct = (assignment.log_q.argmax(1) == Y.argmax(1)).float()
-        return {
-            "num_candidates": num_candidates.float(),
-            "num_hard": num_hard.float(),
-            "candidate_share": num_candidates / num_tokens.clamp(min=1),
-            "hard_share": num_hard / num_tokens.clamp(min=1),
-            "num_references": assignment.present.sum().float(),
-            "num_centers": (centers.size > 0).sum().float(),
-            "token_accuracy": masked_mean(correct, omega_l),
-            "proxy_cosine": masked_mean(assignment.proxy_cosine, assignment.present),
-            "center_gap": masked_mean(gap, centers.size > 0),
-            "candidates_of_class": class_counts(tokens.y, self.num_classes, tokens.candidates),
-            "hard_of_class": centers.size.float(),
-        }
+        total = settings.shta_assign_weight * assign + settings.shta_anchor_weight * anchor
+        total = total + settings.shta_hard_weight * hard + settings.shta_center_weight * center  # Eq. 11
+        with torch.no_grad():
+            num_tokens, num_candidates, num_hard = omega_l.sum(), candidates.sum(), selected.sum()
+            gap = (F.normalize(cc, dim=1) - F.normalize(c, dim=1)).norm(dim=1)
+            return SHTATerms(
+                assign,
+                anchor,
+                hard,
+                center,
+                total,
+                num_candidates=num_candidates.float(),
+                num_hard=num_hard.float(),
+                candidate_share=num_candidates / num_tokens.clamp(min=1),
+                hard_share=num_hard / num_tokens.clamp(min=1),
+                num_references=present.sum().float(),
+                num_centers=(size > 0).sum().float(),
+                token_accuracy=masked_mean((log_q.argmax(1) == Y.argmax(1)).float(), omega_l),
+                proxy_cosine=masked_mean(cosine, present),
+                center_gap=masked_mean(gap, size > 0),
+                candidates_of_class=class_counts(y, self.num_classes, candidates),
+                hard_of_class=size.float(),
+            )
 
     def _embedding(self, z: Tensor) -> Tensor:
         """z as Eq. 4 and 9 take it."""

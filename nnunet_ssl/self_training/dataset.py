@@ -52,7 +52,8 @@ class Source(NamedTuple):
     @property
     def identity(self) -> dict[str, str]:
         """Who is what, in few words: what a dataset that was made from others would hide, patients who judge too."""
-        parts = {"labeled": self.labeled, "validation": self.validation, "unlabeled": self._with_sizes()}
+        parts: dict[str, list] = {"labeled": self.labeled, "validation": self.validation}
+        parts["unlabeled"] = self._with_sizes()
         return {name: f"{len(part)} cases ({_digest(part)})" for name, part in parts.items()}
 
     def _with_sizes(self) -> list[list]:

@@ -131,6 +131,7 @@ class Predictions:
                 self._remove(case)
                 continue
             if votes is None:
+                assert predicted is not None  # of a network and an atlas one teaches at least
                 measured = measure(predicted, label_manager)
             else:
                 mean, voted, said = _with_votes(predicted, votes[case], label_manager)

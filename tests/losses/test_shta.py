@@ -257,13 +257,17 @@ def test_saturated_tokens_are_ranked_and_not_taken_from_the_first_image():
     """Two classes at a small temperature: h is exactly 1 for all tokens, and the surest are of the second image."""
     loss = shta_loss(2, 2, temperature=0.02, hard_ratio=0.25)
     loss.proxies.data = torch.eye(2)
-    angle = torch.cat([torch.linspace(0.2, 0.3, 20), torch.linspace(0.0, 0.1, 20)])  # of two images, from the proxy
+    angle = torch.cat([torch.linspace(0.2, 0.4, 20), torch.linspace(0.0, 0.1, 20)])  # of two images, from the proxy
     z = torch.stack([angle.sin(), angle.cos()], 1)
     y = torch.tensor([[0.0, 1.0]]).expand(40, 2)
     assert (loss.log_assignment(z).exp().amax(1) == 1).all()
-    surest = range(20, 30)  # the smallest angles
-    tokens = loss._hard_token_refinement(loss._semantic_assignment(z, y, y.sum(1) > 0), y)
-    assert tokens.selected.nonzero()[:, 0].tolist() == list(surest)
+    center, reference = z[20:30].mean(0), z.mean(0)  # of the smallest angles, which are the surest; and of all
+    terms = loss(z, y)
+    assert terms.hard_of_class.tolist() == [0, 10]
+    gap = (F.normalize(center, dim=0) - F.normalize(reference, dim=0)).norm()
+    assert terms.center_gap.item() == pytest.approx(gap.item(), rel=1e-3)
+    for others in (z[:10], z[10:20], z[30:]):
+        assert abs((F.normalize(others.mean(0), dim=0) - F.normalize(reference, dim=0)).norm() - gap) > 0.01
 
 
 def test_who_is_eligible_follows_from_the_shares_alone():
