@@ -385,7 +385,7 @@ class nnUNetTrainerSSL(Step, Epoch, Optimizers, Data, Resuming, Prediction):  # 
             here = surroundings(self.device)
             record = {
                 "trainer": type(self).__name__,
-                "run": self.run,
+                "run": self.run_id,
                 "version": __version__,
                 "made_on": [*(place for place in places if place != here), here],
                 "settings": dataclasses.asdict(self.settings),

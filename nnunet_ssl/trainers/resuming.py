@@ -41,7 +41,7 @@ TAKEN_BY_C = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.
 class Resuming(nnUNetTrainer):
     """A run that was stopped resumes as if it had not been."""
 
-    run: str | None = None  # tells a run from others in its folder: their checkpoints stay there when it is begun anew
+    run_id: str | None = None  # tells a run from others in its folder, whose checkpoints stay when it is begun anew
 
     def places_before(self) -> list[dict[str, str]]:
         """The machines and versions that this run was made with until now."""
@@ -66,7 +66,7 @@ class Resuming(nnUNetTrainer):
         drawn = [secrets.token_hex(8), secrets.randbits(31)]
         if self.is_ddp:
             dist.broadcast_object_list(drawn, src=0)
-        self.run, seed = drawn
+        self.run_id, seed = drawn
         return override if override.seed is not None else dataclasses.replace(override, seed=seed)
 
     def _settings_of_the_run(self) -> SSLSettings | None:
@@ -85,11 +85,11 @@ class Resuming(nnUNetTrainer):
             remedy = "Restore it, or start again without --c."
             record = read_json(self.settings_file, remedy, keys={"settings": dict})
         if not files or states[files[0]] is None:
-            self.run = record.get("run")
+            self.run_id = record.get("run")
             return settings_from_dict(self.Settings, record["settings"], self.settings_file) if record else None
         state = states[files[0]]
-        self.run = state.get("run")
-        if record and self.run == record.get("run"):
+        self.run_id = state.get("run")
+        if record and self.run_id == record.get("run"):
             return settings_from_dict(self.Settings, record["settings"], self.settings_file)
         for file in files[1:] if record else ():
             if states[file] is not None and states[file].get("run") == record.get("run"):
@@ -149,7 +149,7 @@ class Resuming(nnUNetTrainer):
         }
         state = {
             "trainer": type(self).__name__,
-            "run": self.run,
+            "run": self.run_id,
             "settings": dataclasses.asdict(self.settings),
             "epoch": self.current_epoch + 1,
             "network": fingerprint(self.plans_network),
@@ -220,7 +220,7 @@ class Resuming(nnUNetTrainer):
                 f"or start again without --c (-pretrained_weights {self._resumed_from} keeps what was learned). "
                 "Validating with --val does not need it."
             )
-        self.run = state.get("run")
+        self.run_id = state.get("run")
         stored = settings_from_dict(self.Settings, state.get("settings"), filename)  # new ones have their defaults
         if stored != self.settings:
             names = [

@@ -185,9 +185,9 @@ def test_after_c_was_forgotten_the_earlier_run_goes_on(began):
     anew = began(until=0, num_val_iterations_per_epoch=2)
     assert anew.settings.seed != first.settings.seed
     trainer = began.continued()
-    assert (trainer.settings, trainer.run, trainer.current_epoch) == (first.settings, first.run, 1)
+    assert (trainer.settings, trainer.run_id, trainer.current_epoch) == (first.settings, first.run_id, 1)
     written = json.loads((Path(first.output_folder) / "ssl_settings.json").read_text())
-    assert (written["run"], written["settings"]["seed"]) == (first.run, first.settings.seed)
+    assert (written["run"], written["settings"]["seed"]) == (first.run_id, first.settings.seed)
 
 
 @pytest.mark.parametrize("seed", [None, 0])
@@ -200,7 +200,7 @@ def test_a_finished_run_does_not_stand_in_for_a_later_one(began, seed):
     for name in ("checkpoint_final.pth", "checkpoint_final_ssl.pth"):
         (fold / name).rename(fold / f"earlier_{name}")
     trainer = began.continued()
-    assert (trainer.run, trainer.current_epoch) == (later.run, 1)
+    assert (trainer.run_id, trainer.current_epoch) == (later.run_id, 1)
 
 
 def test_the_end_removes_no_file_of_the_users(began):
