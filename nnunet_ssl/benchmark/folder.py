@@ -38,26 +38,21 @@ def claimed(home: Path, given: dict[str, Any], device: str) -> Iterator[None]:
     with ExitStack() as held:
         with writing("Choose another -o."):
             held.enter_context(holding(home / ".lock", busy))
-        left_out, seconds = refuse_other(home, given, device)
-        kept = {**given, "rows": [*given["rows"], *left_out]}
-        if seconds:
-            kept["measure"] = {**given.get("measure", {})}
-            kept["measure"]["seconds"] = {**seconds, **kept["measure"].get("seconds", {})}
-        write_json(note, {"device": device, "protocol": kept})
+        write_json(note, {"device": device, "protocol": refuse_other(home, given, device)})
         yield
 
 
-def refuse_other(home: Path, given: dict[str, Any], device: str) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def refuse_other(home: Path, given: dict[str, Any], device: str) -> dict[str, Any]:
     """Refuse a protocol whose runs would not belong with those that are in the folder.
 
     Seeds, labeled sets, rows and budgets may be added or left out; a row of the same name must be the same.
 
     Returns:
-        The rows of the folder that the protocol leaves out this time, and what seconds per step it gave of them.
+        The protocol, with the rows of the folder that it leaves out this time, and the seconds per step given of them.
     """
     note = home / "protocol.json"
     if not note.is_file():
-        return [], {}
+        return given
     before = read_json(note, KEEP, keys={"device": str, "protocol": dict})
     try:
         first = before["protocol"]
@@ -74,7 +69,11 @@ def refuse_other(home: Path, given: dict[str, Any], device: str) -> tuple[list[d
         _refuse_change(home, name, old.get(name), new.get(name))
     for key in new_rows.keys() & old_rows:
         _refuse_change(home, f"row {key}", old_rows[key], new_rows[key])
-    return left_out, seconds
+    kept = {**given, "rows": [*given["rows"], *left_out]}
+    if seconds:
+        measure = given.get("measure", {})
+        kept["measure"] = {**measure, "seconds": {**seconds, **measure.get("seconds", {})}}
+    return kept
 
 
 def with_own_lists(home: Path, given: dict[str, Any], file: Path) -> dict[str, Any]:

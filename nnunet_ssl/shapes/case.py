@@ -57,11 +57,11 @@ def warp_case(
         os.makedirs(place)
         _save(task.labeled_folder, moving, os.path.join(place, name), data, array(labels)[None])
     except Exception as error:
-        if lost := disk_failure(error, place):
-            return Outcome(name, entry, lost, fatal=True)
         less = "Warp with fewer at a time (nnUNetv2_ssl_warp -np 1)"
         if why := memory_failure(error, f"{moving} and {fixed} do", less):
             return Outcome(name, entry, why, fatal=True)
+        if lost := disk_failure(error, place):
+            return Outcome(name, entry, lost, fatal=True)
         return Outcome(name, entry, f"cannot be registered ({type(error).__name__}: {error})")
     return Outcome(name, entry)
 

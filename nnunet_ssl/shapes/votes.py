@@ -190,10 +190,10 @@ def vote_case(
         np.savez_compressed(f"{file}.npz", probabilities=probabilities.astype(np.float16))
         save_pickle(properties, f"{file}.pkl")
     except Exception as error:
-        if lost := disk_failure(error, place):
-            return Outcome(case, entry, lost, fatal=True)
         if why := memory_failure(error, f"{case} and the labeled cases do", "Vote on fewer at a time (-np 1)"):
             return Outcome(case, entry, why, fatal=True)
+        if lost := disk_failure(error, place):
+            return Outcome(case, entry, lost, fatal=True)
         return Outcome(case, entry, f"{case} cannot be voted on ({type(error).__name__}: {error})")
     return Outcome(case, entry)
 

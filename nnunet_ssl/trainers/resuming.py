@@ -8,7 +8,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -79,20 +79,16 @@ class Resuming(nnUNetTrainer):
         """
         files = [os.path.join(self.output_folder, name) for name in TAKEN_BY_C]
         files = [file for file in files if os.path.isfile(file)]
-        states = {file: _peek(training_state_file(file)) for file in files}
         record = {}
         if os.path.isfile(self.settings_file):
             remedy = "Restore it, or start again without --c."
             record = read_json(self.settings_file, remedy, keys={"settings": dict})
-        if not files or states[files[0]] is None:
-            self.run_id = record.get("run")
+        state = _peek(files[0]) if files else None
+        self.run_id = (record if state is None else state).get("run")
+        if state is None or (record and self.run_id == record.get("run")):
             return settings_from_dict(self.Settings, record["settings"], self.settings_file) if record else None
-        state = states[files[0]]
-        self.run_id = state.get("run")
-        if record and self.run_id == record.get("run"):
-            return settings_from_dict(self.Settings, record["settings"], self.settings_file)
         for file in files[1:] if record else ():
-            if states[file] is not None and states[file].get("run") == record.get("run"):
+            if (later := _peek(file)) is not None and later.get("run") == record.get("run"):
                 raise UserError(
                     f"{files[0]} is of an earlier run than {os.path.basename(file)}, and --c takes it first. To "
                     f"continue the later run, move it and {os.path.basename(training_state_file(files[0]))} away."
@@ -282,14 +278,23 @@ def training_state_file(checkpoint_file: str) -> str:
     return f"{checkpoint_file.removesuffix('.pth')}_ssl.pth"
 
 
-def _peek(state_file: str) -> dict[str, Any] | None:
-    """A training state, to look at its run and settings; None where there is none that can be read."""
-    for candidate in (state_file, state_file + ".new"):
-        with suppress(Exception):
+def _states(filename: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The training states that can be read: the one of this name, and what a kill has left under its temporary name."""
+    for candidate in (filename, filename + ".new"):
+        try:
             state = torch.load(candidate, map_location="cpu", weights_only=True, mmap=os.name != "nt")
-            if isinstance(state, dict) and isinstance(state.get("settings"), dict):
-                return state
-    return None
+        except MemoryError:
+            raise
+        except Exception:  # missing, cut short, or something else altogether
+            continue
+        if isinstance(state, dict):
+            yield candidate, state
+
+
+def _peek(checkpoint_file: str) -> dict[str, Any] | None:
+    """The training state beside a checkpoint, to look at its run and settings; None where none can be read."""
+    states = (state for _, state in _states(training_state_file(checkpoint_file)))
+    return next((state for state in states if isinstance(state.get("settings"), dict)), None)
 
 
 def find_training_state(filename: str, network: nn.Module) -> tuple[str | None, dict[str, Any] | None]:
@@ -306,16 +311,8 @@ def find_training_state(filename: str, network: nn.Module) -> tuple[str | None, 
         ``(file, state)``; ``(None, None)`` where none fits: missing, damaged, or of another checkpoint.
     """
     expected = fingerprint(network)
-    for candidate in (filename, filename + ".new"):
-        try:
-            state = torch.load(candidate, map_location="cpu", weights_only=True, mmap=os.name != "nt")
-            if state["network"] == expected:
-                return candidate, state
-        except MemoryError:
-            raise
-        except Exception:  # missing, cut short, or something else altogether
-            continue
-    return None, None
+    fitting = ((file, state) for file, state in _states(filename) if state.get("network") == expected)
+    return next(fitting, (None, None))
 
 
 def fingerprint(module: nn.Module) -> str:

@@ -129,11 +129,11 @@ def prepare_case(task: Preparation, case: str, files: list[str], folder: str) ->
     except BadImageError as error:
         return Outcome(case, entry, str(error))
     except Exception as error:
-        if lost := disk_failure(error, folder):
-            return Outcome(case, entry, lost, fatal=True)
         less = "Prepare fewer at a time (nnUNetv2_ssl_preprocess -np 1)"
         if why := memory_failure(error, f"{files[0]} does", less):
             return Outcome(case, entry, why)
+        if lost := disk_failure(error, folder):
+            return Outcome(case, entry, lost, fatal=True)
         problem = f"{files[0]} cannot be preprocessed ({type(error).__name__}: {error}). Replace or remove it."
         return Outcome(case, entry, problem)
     return Outcome(case, entry)

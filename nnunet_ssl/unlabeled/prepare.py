@@ -220,8 +220,7 @@ class _Wanted:
 
     def has_news_for(self, manifest: UnlabeledManifest) -> bool:
         """Whether files have other times than the manifest says, as copies have, or a bad image was taken away."""
-        about = self.about()
-        return any(about[key] != manifest.about[key] for key in about) or any(
+        return self.about() != manifest.about or any(
             manifest.cases[case]["raw"] != raw for case, raw in self.stamps.items()
         )
 
@@ -257,14 +256,14 @@ def _wanted(task: Preparation, labeled_cases: Collection[str], folder: str) -> _
 def _take_as_it_is(task: Preparation, labeled_cases: Collection[str], folder: str, reading: bool) -> PreparedFolder:
     while True:
         manifest = UnlabeledManifest.read(folder)
-        missing = manifest.missing() if manifest.about["preprocessing"] == task.preprocessing else []
-        if missing:
+        same = manifest.about["preprocessing"] == task.preprocessing
+        if same and (missing := manifest.missing()):
             raise UserError(
                 f"{folder} lacks {len(missing)} of the unlabeled images ({a_few(missing)}), and the raw dataset "
                 f"{task.dataset_name} is not in nnUNet_raw={nnUNet_raw.get()}. Prepare them where it is, or copy the "
                 "folder again."
             )
-        if not manifest.is_complete(task.preprocessing):
+        if not same or not manifest.cases:
             raise UserError(
                 f"the raw dataset {task.dataset_name} is not in nnUNet_raw={nnUNet_raw.get()}, and {folder} does "
                 "not hold its unlabeled images prepared with these plans. Provide one of them."
